@@ -1,0 +1,22 @@
+"""``import hvdloss.torch as hvd`` stands in for ``import horovod.torch as hvd``.
+
+Every public name of Horovod's module is here. New are :class:`Objective`, the exact
+:func:`DistributedOptimizer` (with an objective; without one it is Horovod's), ``Compression.bf16``, and
+:class:`StepReport`. Without Horovod installed the same names run one process.
+"""
+
+from __future__ import annotations
+
+from hvdloss.report import RankReport, StepReport
+from hvdloss.torch import _backend
+from hvdloss.torch.compression import Compression
+from hvdloss.torch.objective import Objective
+from hvdloss.torch.optimizer import DistributedOptimizer
+
+__all__ = ["Compression", "DistributedOptimizer", "Objective", "RankReport", "StepReport"]
+
+# Horovod has no list of its names; what its module shows is public.
+_THEIRS = [name for name in vars(_backend.hvd) if not name.startswith("_") and name not in __all__]
+globals().update({name: getattr(_backend.hvd, name) for name in _THEIRS})
+
+__all__ += _THEIRS

@@ -1,0 +1,298 @@
+"""Flat gradient buffers and their way over the wire."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from hvdloss.plan import Bucket
+from hvdloss.torch._backend import hvd
+from hvdloss.torch.compression import BF16Compressor
+
+__all__ = ["FlatBucket", "SparseSlot"]
+
+# Horovod sums these dtypes; others travel as a wider one.
+_WIDER = {torch.bfloat16: torch.float32}
+
+
+def _scaled(tensor: torch.Tensor, scale: Any) -> bool:
+    """Return whether multiplying `tensor` by `scale` would change anything (unknown on a device)."""
+    return not (isinstance(scale, float) and scale == 1.0)
+
+
+class FlatBucket:
+    """The gradients of some parameters of one dtype and device, side by side in one buffer.
+
+    Holds, between the backward passes of a step, sum_m scale_m * gradient_m; then travels as one
+    message; then is what the parameters' ``.grad`` are views of. The buffer ends with one flag per
+    parameter that counts the ranks which had a gradient for it.
+    """
+
+    def __init__(self, layout: Bucket, parameters: list[torch.nn.Parameter], name: str) -> None:
+        self.layout = layout
+        self.name = name
+        self.parameters = [parameters[m.index] for m in layout.members]
+        self.place = {id(p): i for i, p in enumerate(self.parameters)}
+        like = self.parameters[0]
+        self.flat = torch.zeros(layout.length, dtype=like.dtype, device=like.device)
+        self.body = self.flat[: layout.numel]
+        self.flags = self.flat[layout.numel :]
+        self.views = [
+            self.body[m.start : m.stop].view(p.shape)
+            for m, p in zip(layout.members, self.parameters, strict=True)
+        ]
+        # One pass for copy and scale pays off for large gradients, one call for all of them for small.
+        self._fused = layout.numel >= 2**14 * len(self.parameters)
+        self._finish: Callable[[], None] | None = None
+        self.begin_step()
+        self.begin_pass()
+
+    def begin_step(self) -> None:
+        """Forget what the last step wrote; the buffer itself is overwritten later, not cleared."""
+        self.written = [False] * len(self.parameters)
+        self.written_count = 0
+        self.launched = False
+        self._finish = None
+
+    def begin_pass(self) -> None:
+        """Expect every parameter's gradient once more."""
+        self.fired = [False] * len(self.parameters)
+        self.fired_count = 0
+
+    def fire(self, p: torch.nn.Parameter) -> bool:
+        """Note that the gradient of `p` is ready; return whether all of the bucket's are."""
+        i = self.place[id(p)]
+        if not self.fired[i]:
+            self.fired[i] = True
+            self.fired_count += 1
+        return self.fired_count == len(self.fired)
+
+    @torch.no_grad()
+    def put(self, key: int, gradient: torch.Tensor) -> None:
+        """Hold an already scaled gradient of the parameter whose ``id`` is `key`."""
+        i = self.place[key]
+        self.views[i].copy_(gradient.to_dense() if gradient.layout is not torch.strided else gradient)
+        self.written[i] = True
+        self.written_count += 1
+
+    @torch.no_grad()
+    def absorb(self, scale: Any) -> None:
+        """Add ``scale * p.grad`` of the parameters that fired in this pass, and set their ``.grad`` None.
+
+        `scale` is a float, or a 0-dim tensor on a device that nobody should wait for.
+        """
+        views, grads = [], []
+        for i, p in enumerate(self.parameters):
+            grad = p.grad
+            if not self.fired[i] or grad is None:
+                continue
+            view = self.views[i]
+            p.grad = None
+            if grad.layout is not torch.strided:
+                grad = grad.to_dense()
+            if self.written[i]:
+                grad = grad.detach()
+                if isinstance(scale, float):
+                    view.add_(grad, alpha=scale)
+                else:
+                    view.addcmul_(grad, scale.to(view.dtype))
+                continue
+            self.written[i] = True
+            self.written_count += 1
+            if grad.data_ptr() == view.data_ptr() and grad.is_contiguous():
+                if _scaled(view, scale):
+                    view.mul_(scale)
+            else:
+                views.append(view)
+                grads.append(grad.detach())
+        if not views:
+            return
+        if not _scaled(self.body, scale):
+            torch._foreach_copy_(views, grads)
+        elif self._fused or len(views) < len(self.views):
+            for view, grad in zip(views, grads, strict=True):
+                torch.mul(grad, scale, out=view)
+        else:
+            torch._foreach_copy_(views, grads)
+            self.body.mul_(scale)
+
+    @torch.no_grad()
+    def launch(self, leftover: Any, wire: Wire) -> None:
+        """Start the bucket's reduction; gradients that no backward pass touched go along.
+
+        `leftover` is the step's scale for a gradient that was already there before (one process would
+        keep it as well); a parameter without any gradient adds zero.
+        """
+        if self.written_count < len(self.views):
+            for i, p in enumerate(self.parameters):
+                if self.written[i]:
+                    continue
+                if p.grad is None:
+                    self.views[i].zero_()
+                else:
+                    self.fired[i] = True
+            self.absorb(leftover)
+        self.flags.fill_(1)
+        if self.written_count < len(self.views):
+            self.flags.copy_(torch.tensor(self.written, dtype=self.flags.dtype))
+        self.launched = True
+        self._finish = wire.send(self.flat, self.name)
+
+    @torch.no_grad()
+    def finish(self, denominator: float) -> None:
+        """Wait for the sum, divide, and hand the gradients to the parameters."""
+        self.drain()
+        if denominator != 1.0:
+            self.body.div_(denominator)
+        used = None
+        if self.written_count < len(self.views):
+            used = self.flags.tolist()
+        for i, p in enumerate(self.parameters):
+            p.grad = self.views[i] if used is None or used[i] else None
+
+    def drain(self) -> None:
+        """Wait for the reduction, if it is under way, and drop its result."""
+        if self._finish is not None:
+            finish, self._finish = self._finish, None
+            finish()
+
+
+class SparseSlot:
+    """One parameter whose gradients are sparse in their first axis (an embedding's)."""
+
+    def __init__(self, parameter: torch.nn.Parameter, name: str, wire: Wire) -> None:
+        self.parameter = parameter
+        self.name = name
+        self._wire = wire
+        self.launched = False
+        self.begin_step()
+
+    def begin_step(self) -> None:
+        """Forget what the last step held."""
+        self._held: torch.Tensor | None = None
+        self._handles: tuple[Any, Any] | None = None
+        self.launched = False
+
+    def begin_pass(self) -> None:
+        """Nothing to do: a sparse slot is not launched during a backward pass."""
+
+    def put(self, key: int, gradient: torch.Tensor) -> None:
+        """Hold an already scaled gradient."""
+        self._held = gradient if gradient.layout is not torch.strided else gradient.to_sparse(1)
+
+    @torch.no_grad()
+    def absorb(self, scale: Any) -> None:
+        """Add ``scale * grad``, and set ``.grad`` None."""
+        p = self.parameter
+        if p.grad is None:
+            return
+        grad = p.grad.detach()
+        p.grad = None
+        if grad.layout is torch.strided:
+            grad = grad.to_sparse(1)
+        grad = grad * scale
+        self._held = grad if self._held is None else self._held + grad
+
+    @torch.no_grad()
+    def launch(self, leftover: Any) -> None:
+        """Start gathering all ranks' rows and values."""
+        self.absorb(leftover)
+        p = self.parameter
+        if self._held is None:
+            rows = torch.zeros(0, dtype=torch.int64, device=p.device)
+            values = torch.zeros((0, *p.shape[1:]), dtype=p.dtype, device=p.device)
+        else:
+            held = self._held.coalesce()
+            rows, values = held.indices()[0].contiguous(), held.values().contiguous()
+        self._handles = (
+            self._wire.gather(rows, f"{self.name}.rows"),
+            self._wire.gather(values, f"{self.name}.values"),
+        )
+        self.launched = True
+
+    @torch.no_grad()
+    def finish(self, denominator: float) -> None:
+        """Wait, divide, and hand the summed sparse gradient to the parameter."""
+        rows, values = self.drain()
+        p = self.parameter
+        if not len(rows):
+            p.grad = None
+            return
+        p.grad = torch.sparse_coo_tensor(
+            rows.unsqueeze(0), values / denominator, p.shape, check_invariants=False
+        ).coalesce()
+
+    def drain(self) -> list[torch.Tensor]:
+        """Wait for the gathers, if they are under way, and return all ranks' rows and values."""
+        handles, self._handles = self._handles or (), None
+        return [wait() for wait in handles]
+
+
+class Wire:
+    """Sums and gathers over Horovod, with compression; at size 1 nothing is sent."""
+
+    def __init__(self, process_set: Any, compression: Any) -> None:
+        self._process_set = process_set
+        self._compression = compression
+
+    @property
+    def size(self) -> int:
+        """How many ranks take part."""
+        return self._process_set.size()
+
+    def is_half(self, dtype: torch.dtype) -> bool:
+        """Return whether values of `dtype` travel as float16, whose range is small."""
+        if dtype is torch.float16:
+            return True
+        probe, _ = self._compression.compress(torch.zeros(1, dtype=dtype))
+        return probe.dtype is torch.float16
+
+    def send(self, flat: torch.Tensor, name: str) -> Callable[[], None]:
+        """Start summing `flat` over ranks in place; the result calls for the wait."""
+        if flat.is_complex():
+            return self.send(torch.view_as_real(flat), name)
+        if self.size == 1:
+            return lambda: None
+        if self._compression is BF16Compressor and flat.dtype is not torch.bfloat16:
+            return self._send_exchanged(flat, name)
+        wire, ctx = self._compression.compress(flat)
+        decompress = self._compression.decompress
+        if wire.dtype in _WIDER:
+            wire = wire.to(_WIDER[wire.dtype])
+        handle = hvd.allreduce_async_(wire, name=name, op=hvd.Sum, process_set=self._process_set)
+
+        def finish() -> None:
+            summed = hvd.synchronize(handle)
+            if summed.data_ptr() != flat.data_ptr():
+                flat.copy_(decompress(summed, ctx))
+
+        return finish
+
+    def _send_exchanged(self, flat: torch.Tensor, name: str) -> Callable[[], None]:
+        """Sum in bfloat16 pieces: all-to-all, add in float32, all-gather. Twice the latency."""
+        size, n = self.size, flat.numel()
+        piece = -(-n // size)
+        padded = torch.zeros(size * piece, dtype=torch.bfloat16, device=flat.device)
+        padded[:n].copy_(flat)
+        handle = hvd.alltoall_async(
+            padded.view(torch.uint8), name=f"{name}.pieces", process_set=self._process_set
+        )
+
+        def finish() -> None:
+            mine = hvd.synchronize(handle)
+            mine = mine[0] if isinstance(mine, tuple) else mine
+            summed = mine.view(torch.bfloat16).view(size, piece).float().sum(0).to(torch.bfloat16)
+            whole = hvd.allgather(
+                summed.view(torch.uint8), name=f"{name}.sums", process_set=self._process_set
+            )
+            flat.copy_(whole.view(torch.bfloat16)[:n])
+
+        return finish
+
+    def gather(self, tensor: torch.Tensor, name: str) -> Callable[[], torch.Tensor]:
+        """Start gathering along the first axis, lengths may differ; the result calls for the wait."""
+        if self.size == 1:
+            return lambda: tensor
+        handle = hvd.allgather_async(tensor, name=name, process_set=self._process_set)
+        return lambda: hvd.synchronize(handle)

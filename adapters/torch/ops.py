@@ -1,0 +1,151 @@
+"""PyTorch's side of the core: array operations, named losses, and exchanges over Horovod."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+import torch
+import torch.nn.functional as F
+from hvdloss.objective import IGNORED
+from hvdloss.torch._backend import hvd
+
+__all__ = ["NAMED_LOSSES", "HorovodCommunicator", "TorchOps"]
+
+
+class TorchOps:
+    """:class:`hvdloss.reduction.ArrayOps` for PyTorch tensors."""
+
+    def shape(self, x: Any) -> tuple[int | None, ...]:
+        """Return the shape; a number's is empty."""
+        return tuple(x.shape) if isinstance(x, torch.Tensor) else tuple(np.shape(x))
+
+    def losses(self, x: torch.Tensor) -> torch.Tensor:
+        """Return at least float32, as autocast does for losses."""
+        return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+    def weights_like(self, w: Any, losses: torch.Tensor) -> torch.Tensor:
+        """Broadcast, cast and move; weights are data, so no gradient."""
+        w = torch.as_tensor(w, dtype=losses.dtype, device=losses.device)
+        return w.detach().expand_as(losses)
+
+    def ones_like(self, losses: torch.Tensor) -> torch.Tensor:
+        """Return ones without storage of their own."""
+        return losses.new_ones(()).expand_as(losses)
+
+    def zeros_like(self, x: torch.Tensor) -> torch.Tensor:
+        """Return one zero, which broadcasts."""
+        return x.new_zeros(())
+
+    def where(self, condition: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Choose."""
+        return torch.where(condition, x, y)
+
+    def count(self, condition: torch.Tensor) -> torch.Tensor:
+        """Count."""
+        return condition.sum().double()
+
+    def isfinite(self, x: torch.Tensor) -> torch.Tensor:
+        """Tell what is finite."""
+        return torch.isfinite(x)
+
+    def total(self, x: torch.Tensor) -> torch.Tensor:
+        """Sum all."""
+        return x.sum()
+
+    def total64(self, x: torch.Tensor) -> torch.Tensor:
+        """Sum all in float64."""
+        return x.detach().sum(dtype=torch.float64)
+
+    def total_rows(self, x: torch.Tensor) -> torch.Tensor:
+        """Sum over all axes but the first."""
+        return x.flatten(1).sum(1)
+
+    def scalar64(self, value: float, like: torch.Tensor) -> torch.Tensor:
+        """Return a float64 scalar."""
+        return torch.full((), value, dtype=torch.float64, device=like.device)
+
+    def cast_like(self, x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """Cast."""
+        return x.to(like.dtype)
+
+    def row64(self, scalars: list[torch.Tensor]) -> torch.Tensor:
+        """Stack."""
+        return torch.stack([s.detach() for s in scalars])
+
+
+def _kl_div(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return F.kl_div(prediction, target, reduction="none")
+
+
+def _log_cosh(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    # log(cosh d) = |d| + log(1 + exp(-2|d|)) - log 2 does not overflow.
+    d = (prediction - target).abs()
+    return d + F.softplus(-2.0 * d) - float(np.log(2.0))
+
+
+def _class_loss(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def elements(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return function(prediction, target, reduction="none", **ignored(target))
+
+    def ignored(target: torch.Tensor) -> dict[str, int]:
+        return {} if target.is_floating_point() else {"ignore_index": IGNORED}
+
+    return elements
+
+
+def _plain(function: Callable[..., torch.Tensor], **options: Any) -> Callable[..., torch.Tensor]:
+    def elements(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return function(prediction, target, reduction="none", **options)
+
+    return elements
+
+
+NAMED_LOSSES: dict[str, Callable[..., torch.Tensor]] = {
+    "mse": _plain(F.mse_loss),
+    "mae": _plain(F.l1_loss),
+    "huber": _plain(F.huber_loss),
+    "log_cosh": _log_cosh,
+    "cross_entropy": _class_loss(F.cross_entropy),
+    "nll": _class_loss(F.nll_loss),
+    "binary_cross_entropy": _plain(F.binary_cross_entropy),
+    "binary_cross_entropy_with_logits": _plain(F.binary_cross_entropy_with_logits),
+    "poisson_nll": _plain(F.poisson_nll_loss),
+    "hinge": lambda prediction, target: (1.0 - target * prediction).clamp(min=0.0),
+    "kl_div": _kl_div,
+}
+
+
+class HorovodCommunicator:
+    """:class:`hvdloss.communicator.Communicator` over Horovod, for a process set."""
+
+    def __init__(self, process_set: Any) -> None:
+        self._process_set = process_set
+
+    @property
+    def rank(self) -> int:
+        """This process's number in the process set."""
+        return self._process_set.rank()
+
+    @property
+    def size(self) -> int:
+        """How many ranks the process set has."""
+        return self._process_set.size()
+
+    def sum(self, array: np.ndarray, name: str) -> np.ndarray:
+        """Sum over ranks; one all-reduce."""
+        tensor = torch.from_numpy(np.array(array, dtype=np.float64))
+        out = hvd.allreduce(tensor, name=name, op=hvd.Sum, process_set=self._process_set)
+        return out.numpy()
+
+    def gather(self, data: bytes, name: str) -> list[bytes]:
+        """Gather bytes, never pickles; two all-gathers."""
+        mine = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0).byte()
+        lengths = hvd.allgather(
+            torch.tensor([len(data)]), name=f"{name}.lengths", process_set=self._process_set
+        )
+        flat = hvd.allgather(mine, name=f"{name}.bytes", process_set=self._process_set).numpy().tobytes()
+        ends = np.cumsum(lengths.numpy())
+        return [flat[end - length : end] for end, length in zip(ends, lengths.tolist(), strict=True)]

@@ -1,0 +1,714 @@
+"""The exact distributed optimizer: gradients of all ranks weighted by what each rank saw."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import time
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+import torch
+from hvdloss.agreement import agree
+from hvdloss.communicator import Communicator, OneProcess
+from hvdloss.errors import ConfigError, UsageError
+from hvdloss.ledger import Ledger, judge, pack, unpack
+from hvdloss.plan import ParameterInfo, plan_buckets
+from hvdloss.reduction import MEASURED
+from hvdloss.report import StepReport
+from hvdloss.torch._backend import hvd
+from hvdloss.torch.buckets import FlatBucket, SparseSlot, Wire
+from hvdloss.torch.compression import Compression
+from hvdloss.torch.objective import Objective
+from hvdloss.torch.ops import HorovodCommunicator
+
+__all__ = ["DistributedOptimizer"]
+
+# Optimizers are told apart on the wire by the order of their construction in a process set.
+_counters: defaultdict[Any, Iterator[int]] = defaultdict(itertools.count)
+
+
+def _checksum(p: torch.Tensor) -> int:
+    """Return an integer that changes with (nearly) any bit of the values."""
+    data = p.detach().contiguous()
+    if data.is_complex():
+        data = torch.view_as_real(data)
+    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    bits = data.view(kinds[data.element_size()]).flatten().to(torch.int64)
+    return int(bits.sum() + 3 * bits[1::2].sum())
+
+
+class _Engine:
+    """What an exact optimizer does between the backward pass and the update.
+
+    States of a step: *gathering* (backward passes add scaled gradients to the buckets), *launched* (the
+    reductions are under way), *synchronised* (``.grad`` holds the step's gradient).
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        named_parameters: Iterable[tuple[str, torch.nn.Parameter]] | None,
+        objective: Objective,
+        compression: Any,
+        passes: int,
+        predivide: float,
+        groups: Any,
+        sparse_as_dense: bool,
+        process_set: Any,
+    ) -> None:
+        self.optimizer = weakref.ref(optimizer)
+        self.objective = objective
+        self.passes = passes
+        self.predivide = predivide
+        self.groups = groups
+        self.sparse_as_dense = sparse_as_dense
+        self.process_set = process_set
+        self.wire = Wire(process_set, compression)
+        self.compression = compression
+        self.step_count = 0
+        self.ledgers: list[Ledger] | None = None
+        self.synchronized = False
+        self.should_synchronize = True
+        self.names = self._named(optimizer, named_parameters)
+        self.name = f"hvdloss.{next(_counters[getattr(process_set, 'process_set_id', 0)])}"
+        self._plain_wire = Wire(process_set, Compression.none)  # for ledgers
+        self._held_up = 0.0
+        self._exponent = 0
+        self._active = False
+        self._rows: list[torch.Tensor] = []
+        self._hooked: dict[int, Any] = {}
+        self._hook_parameters()
+        self._forget_plan()
+        self._begin_step()
+        objective.attach(self, passes)
+
+    # -- parameters and plan ----------------------------------------------------------------------
+
+    @staticmethod
+    def _named(
+        optimizer: torch.optim.Optimizer,
+        named_parameters: Iterable[tuple[str, torch.nn.Parameter]] | None,
+    ) -> dict[int, str]:
+        """Return the name of each of the optimizer's parameters, by identity."""
+        own = {
+            id(p): f"parameter.{i}.{j}"
+            for i, group in enumerate(optimizer.param_groups)
+            for j, p in enumerate(group["params"])
+        }
+        if named_parameters is None:
+            return own
+        named = list(named_parameters)
+        if any(not isinstance(pair, tuple) or len(pair) != 2 for pair in named):
+            raise ConfigError(
+                "named_parameters must give (name, parameter) pairs, as model.named_parameters() does"
+            )
+        names = [name for name, _ in named]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ConfigError(f"named_parameters has the same name twice: {', '.join(twice)}")
+        given = {id(p): name for name, p in named}
+        missing = [name for key, name in own.items() if key not in given]
+        if missing:
+            raise ConfigError(
+                f"named_parameters names {len(given)} parameters but leaves out {len(missing)} of the "
+                f"optimizer's (the first at param_groups {missing[0].removeprefix('parameter.')}); pass "
+                f"all of model.named_parameters()"
+            )
+        return {key: given[key] for key in own}
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """Return the optimizer's parameters, in its order."""
+        optimizer = self.optimizer()
+        assert optimizer is not None
+        return [p for group in optimizer.param_groups for p in group["params"]]
+
+    def set_passes(self, passes: int) -> None:
+        """Change how many backward passes a step has at most."""
+        _check_passes(passes)
+        self.passes = passes
+        self.objective.passes = passes
+
+    def added(self, old: int) -> None:
+        """Take in parameters of groups added after the first `old`."""
+        optimizer = self.optimizer()
+        assert optimizer is not None
+        for i, group in enumerate(optimizer.param_groups[old:], start=old):
+            for j, p in enumerate(group["params"]):
+                self.names.setdefault(id(p), f"parameter.{i}.{j}")
+        self._hook_parameters()
+        self._forget_plan()
+
+    def _forget_plan(self) -> None:
+        """Plan again at the next step, from what that step sees."""
+        self.buckets: list[FlatBucket] = []
+        self.sparse: list[SparseSlot] = []
+        self._slot: dict[int, FlatBucket | SparseSlot] = {}
+        self._densified: list[torch.nn.Parameter] = []
+        self._planned = False
+        self._planned_size = 0
+        self._order: dict[int, None] = {}
+        self._fired: set[int] = set()
+        self._gathered: dict[int, torch.Tensor] = {}
+
+    def _refresh(self) -> None:
+        """Before the first backward pass of a step, notice what changes the plan, as all ranks do."""
+        if any(p.requires_grad for p in self._frozen):
+            self._hook_parameters()
+            self._forget_plan()
+        if self._planned and self._planned_size != self.process_set.size():
+            self._forget_plan()  # an elastic job has other ranks now
+
+    def _hook_parameters(self) -> None:
+        """Have every parameter that requires gradients tell when its gradient is ready."""
+        me = weakref.ref(self)
+
+        def hook(p: torch.nn.Parameter) -> None:
+            engine = me()
+            if engine is not None:
+                engine._gradient_ready(p)
+
+        for p in self.parameters():
+            if p.requires_grad and id(p) not in self._hooked:
+                self._hooked[id(p)] = p.register_post_accumulate_grad_hook(hook)
+        self._frozen = [p for p in self.parameters() if id(p) not in self._hooked]
+
+    def _begin_step(self) -> None:
+        self.passes_done = 0
+        self._row_sum: torch.Tensor | None = None
+        self._strays = 0
+        self._scale_sum: Any = 0.0
+        self._table: torch.Tensor | None = None
+        self._table_ready: Callable[[], None] | None = None
+        for slot in (*self.buckets, *self.sparse):
+            slot.begin_step()
+        self._gathered.clear()
+        self._fired.clear()
+
+    # -- a backward pass --------------------------------------------------------------------------
+
+    def backward_began(self, row: torch.Tensor) -> None:
+        """A backward pass goes through a call of the objective with this ledger row."""
+        if not self._active:
+            self._begin_backward()
+        if not any(row is other for other in self._rows):
+            self._rows.append(row)
+
+    def _begin_backward(self) -> None:
+        if self.launched:
+            raise UsageError(
+                f"a backward pass began although the gradients of this step's backward_passes_per_step="
+                f"{self.passes} are already under way, and optimizer.step() was not called. Pass as "
+                f"backward_passes_per_step the largest number of micro-batches that any rank has in a "
+                f"step; others may have fewer."
+            )
+        self.synchronized = False
+        if not self.passes_done:
+            self._refresh()
+        self._active = True
+        self._reached = False
+        self._rows = []
+        self._scale: Any = None
+        # Runs when the outermost backward pass is over; a reentrant one inside belongs to it.
+        torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
+
+    def _gradient_ready(self, p: torch.nn.Parameter) -> None:
+        if not self._active:
+            self._begin_backward()
+        self._reached = True
+        slot = self._slot.get(id(p))
+        if isinstance(slot, FlatBucket):
+            if slot.launched:
+                raise UsageError(
+                    f"the gradient of {self.names[id(p)]} came twice in one backward pass (reentrant "
+                    f"checkpointing does that): pass use_reentrant=False to checkpoint, or a larger "
+                    f"backward_passes_per_step."
+                )
+            if slot.fire(p) and self._rows:
+                slot.absorb(self._current_scale())
+                if self.passes_done + 1 == self.passes and not self._strays:
+                    slot.launch(self._scale_sum + self._scale, self.wire)
+        elif slot is None:
+            self._fired.add(id(p))
+            self._order[id(p)] = None
+
+    def _current_scale(self) -> Any:
+        """Return what this pass's gradients are multiplied with: the denominator of its loss.
+
+        A float on a CPU; on a device a 0-dim tensor, for which nobody waits.
+        """
+        if self._scale is None:
+            scale = self._rows[0][1]
+            if self.objective.reduction != "sum":
+                scale = scale * 2.0**-self._exponent
+            self._scale = float(scale) if scale.device.type == "cpu" else scale
+        return self._scale
+
+    def _end_backward(self) -> None:
+        self._active = False
+        if not self._reached:  # autograd.grad, say: no parameter's gradient was touched
+            return
+        rows = self._rows
+        stray = not rows or any(bool(row[1] != rows[0][1]) for row in rows[1:])
+        scale = 0.0 if stray else self._current_scale()
+        for slot in (*self.buckets, *self.sparse):
+            slot.absorb(scale)
+            slot.begin_pass()
+        if not self._planned:
+            self._gather(scale)
+        self.passes_done += 1
+        if stray:
+            self._strays += 1
+            return
+        # Several calls with one denominator (two heads, say): the loss is the sum of their means.
+        row = rows[0].clone()
+        for other in rows[1:]:
+            row[_ADDED] += other[_ADDED]
+        self._row_sum = row if self._row_sum is None else self._row_sum + row
+        self._scale_sum = self._scale_sum + scale
+        if self._planned and self.passes_done == self.passes and not self._strays:
+            self._launch()
+
+    @torch.no_grad()
+    def _gather(self, scale: Any) -> None:
+        """Before there is a plan, hold each parameter's scaled gradient by itself."""
+        for p in self.parameters():
+            if id(p) not in self._fired or p.grad is None:
+                continue
+            grad, p.grad = p.grad.detach(), None
+            # Sums of many weights do not fit float16.
+            grad = (grad.float() if grad.dtype is torch.float16 else grad) * scale
+            held = self._gathered.get(id(p))
+            self._gathered[id(p)] = grad if held is None else held + grad
+        self._fired.clear()
+
+    # -- the reduction ----------------------------------------------------------------------------
+
+    @property
+    def launched(self) -> bool:
+        """Whether any of the step's reductions is under way."""
+        return self._table is not None or any(b.launched for b in self.buckets)
+
+    def communicator(self) -> Communicator:
+        """Return the exchange of small arrays among this optimizer's ranks."""
+        return OneProcess() if self.process_set.size() == 1 else HorovodCommunicator(self.process_set)
+
+    def _launch(self) -> None:
+        """Start every reduction that has not started, the ledgers' first."""
+        self._launch_ledger()
+        for bucket in self.buckets:
+            if not bucket.launched:
+                bucket.launch(self._scale_sum, self.wire)
+        for slot in self.sparse:
+            if not slot.launched:
+                slot.launch(self._scale_sum)
+
+    def _launch_ledger(self) -> None:
+        if self._table is not None:
+            return
+        rank, size = self.process_set.rank(), self.process_set.size()
+        own = Ledger(strays=float(self._strays), communication=self._held_up)
+        table = torch.from_numpy(pack(own, rank, size))
+        if self._row_sum is not None:
+            table = table.to(self._row_sum.device)
+            table[rank, :MEASURED] = self._row_sum
+        self._table = table
+        self._table_ready = self._plain_wire.send(table, f"{self.name}.ledger")
+
+    def _judged_ledgers(self) -> list[Ledger]:
+        """Wait for all ranks' ledgers; raise, on every rank alike, what they show to be wrong."""
+        assert self._table is not None
+        if self._table_ready is not None:
+            self._table_ready()
+            self._table_ready = None
+        ledgers = unpack(self._table.cpu().numpy())
+        error = judge(ledgers, self.step_count + 1)
+        if error is not None:
+            raise error
+        return ledgers
+
+    def synchronize(self) -> None:
+        """Reduce what is not reduced, wait, judge the step, and set every ``.grad``."""
+        if not self.process_set.included() or self.synchronized:
+            self.synchronized = True
+            return
+        began = time.perf_counter()
+        try:
+            if not self.passes_done:
+                self._refresh()
+            if not self._planned:
+                self._make_plan()
+            self._launch()
+            ledgers = self._judged_ledgers()
+            denominator = (
+                1.0
+                if self.objective.reduction == "sum"
+                else math.fsum(one.denominator for one in ledgers) * 2.0**-self._exponent
+            )
+            for slot in (*self.buckets, *self.sparse):
+                slot.finish(denominator)
+        except BaseException:
+            self.abandon()
+            raise
+        self._held_up = time.perf_counter() - began
+        for p in self._densified:
+            if p.grad is not None:
+                p.grad = p.grad.to_sparse(1)
+        self._choose_exponent(ledgers)
+        self.ledgers = ledgers
+        self.step_count += 1
+        self._begin_step()
+        self.synchronized = True
+
+    def _make_plan(self) -> None:
+        """Agree with all ranks on the parameters, lay out the buckets, and fill them with this step."""
+        parameters = self.parameters()
+        index = {id(p): i for i, p in enumerate(parameters)}
+
+        def is_sparse(p: torch.nn.Parameter) -> bool:
+            held = self._gathered.get(id(p), p.grad)
+            return held is not None and held.layout is not torch.strided
+
+        agreed = agree(
+            self.communicator(),
+            [
+                ParameterInfo(
+                    self.names[id(p)],
+                    tuple(p.shape),
+                    f"{p.dtype} {p.device.type}".removeprefix("torch."),
+                    p.element_size(),
+                    is_sparse(p),
+                )
+                for p in parameters
+            ],
+            lambda: [_checksum(p) for p in parameters],
+            [index[key] for key in self._order],
+            {
+                **self.objective.settings(),
+                "backward_passes_per_step": self.passes,
+                "compression": getattr(self.compression, "__name__", str(self.compression)),
+                "gradient_predivide_factor": self.predivide,
+                "sparse_as_dense": self.sparse_as_dense,
+                "groups": self.groups if isinstance(self.groups, int) else bool(self.groups),
+            },
+            name=f"{self.name}.agree",
+        )
+        self._launch_ledger()
+        self._choose_exponent(self._judged_ledgers())
+
+        infos = agreed.parameters
+        if self.sparse_as_dense:
+            self._densified = [p for p, info in zip(parameters, infos, strict=True) if info.sparse]
+            infos = [dataclasses.replace(info, sparse=False) for info in infos]
+        # A frozen parameter joins a plan when it is trained, which makes a new one.
+        trained = [i for i, p in enumerate(parameters) if id(p) in self._hooked]
+        position = {i: n for n, i in enumerate(trained)}
+        groups = self.groups
+        if groups is not None and not isinstance(groups, int):
+            groups = [[position[index[id(p)]] for p in g if index.get(id(p)) in position] for g in groups]
+        members = [parameters[i] for i in trained]
+        layouts = plan_buckets(
+            [infos[i] for i in trained],
+            [position[i] for i in agreed.order if i in position],
+            groups=groups,
+        )
+        self.buckets = [
+            FlatBucket(layout, members, f"{self.name}.bucket.{n}") for n, layout in enumerate(layouts)
+        ]
+        self.sparse = [
+            SparseSlot(parameters[i], f"{self.name}.sparse.{i}", self.wire)
+            for i in trained
+            if infos[i].sparse
+        ]
+        self._slot = {id(p): bucket for bucket in self.buckets for p in bucket.parameters}
+        self._slot.update({id(slot.parameter): slot for slot in self.sparse})
+
+        factor = 2.0**-self._exponent
+        self._scale_sum = self._scale_sum * factor
+        for key, held in self._gathered.items():
+            self._slot[key].put(key, held * factor)
+        self._gathered.clear()
+        self._planned = True
+        self._planned_size = self.process_set.size()
+
+    def _choose_exponent(self, ledgers: list[Ledger]) -> None:
+        """Keep scaled gradients near their own size where they travel as float16.
+
+        Weights are divided by a power of two near the last step's mean weight per rank, which rounds
+        nothing but keeps products in range. Equal on all ranks, as the ledgers are.
+        """
+        if self.objective.reduction == "sum" or not any(
+            self.wire.is_half(dtype) for dtype in {p.dtype for p in self.parameters()}
+        ):
+            return
+        mean = math.fsum(one.denominator for one in ledgers) / len(ledgers)
+        self._exponent = round(math.log2(mean * self.predivide))
+
+    def abandon(self) -> None:
+        """Finish what is under way, drop it, and be ready for a fresh step."""
+        try:
+            if self._table_ready is not None:
+                self._table_ready()
+            for slot in (*self.buckets, *self.sparse):
+                slot.drain()
+        finally:
+            self._begin_step()
+
+    def global_value(self, value: Any) -> Any:
+        """Return a closure's loss for all ranks: the average of theirs by what each one saw.
+
+        Optimizers that search along a line decide by it, so it must be equal on all ranks.
+        Collectives: one small blocking all-reduce.
+        """
+        if value is None or self.ledgers is None or not self.process_set.included():
+            return value
+        denominator = self.ledgers[self.process_set.rank()].denominator
+        local = float(value)
+        numerator = local * denominator if denominator else 0.0
+        out = self.communicator().sum(np.array([numerator, denominator]), f"{self.name}.closure")
+        return torch.tensor(
+            out[0] / out[1],
+            dtype=value.dtype if isinstance(value, torch.Tensor) else torch.float64,
+            device=value.device if isinstance(value, torch.Tensor) else None,
+        )
+
+
+# Fields of a ledger row that add up over several calls in one backward pass; the others are shared.
+_ADDED = [0, 5, 6, 7]
+
+
+class _Exact:
+    """The methods that make a torch optimizer exact; :func:`DistributedOptimizer` mixes them in.
+
+    Copied into a subclass of the wrapped optimizer's class rather than inherited, as Horovod does:
+    Horovod's elastic state and ``broadcast_optimizer_state`` reach the plain optimizer's methods through
+    ``super(type(optimizer), optimizer)``.
+    """
+
+    _base: type[torch.optim.Optimizer]
+    _hvdloss: _Engine
+
+    def synchronize(self) -> None:
+        """Wait for the step's reductions; afterwards every ``.grad`` is that of all ranks' elements.
+
+        Call it to clip or inspect gradients, then ``step()`` inside :meth:`skip_synchronize`.
+
+        Raises:
+            WeightError, NoWeightError, NonFiniteLossError, UsageError, AgreementError: the same on
+                every rank; nothing was updated, and the next step may follow.
+
+        Collectives: waits for one all-reduce per bucket and the ledgers', all already under way. The
+        first step also compares parameters (two all-gathers).
+        """
+        self._hvdloss.synchronize()
+
+    @contextmanager
+    def skip_synchronize(self) -> Iterator[None]:
+        """Have ``step()`` use the gradients as they are, after :meth:`synchronize`."""
+        self._hvdloss.should_synchronize = False
+        try:
+            yield
+        finally:
+            self._hvdloss.should_synchronize = True
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Synchronise and update; with a `closure`, synchronise after each of its calls.
+
+        A closure's loss is returned for all ranks' elements, so that line searches agree.
+        """
+        engine = self._hvdloss
+        if closure is not None:
+
+            def global_closure() -> Any:
+                with torch.enable_grad():
+                    value = closure()
+                engine.synchronize()
+                return engine.global_value(value)
+
+            try:
+                return self._base.step(self, global_closure)  # type: ignore[arg-type]
+            finally:
+                engine.synchronized = False
+        if engine.should_synchronize:
+            engine.synchronize()
+        elif not engine.synchronized:
+            raise UsageError(
+                "step() inside skip_synchronize() without optimizer.synchronize() before it: the "
+                "gradients of the ranks have not been reduced"
+            )
+        engine.synchronized = False
+        return self._base.step(self)  # type: ignore[arg-type]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients, and what backward passes of an unfinished step have added."""
+        engine = self._hvdloss
+        if engine.launched:
+            raise UsageError(
+                "optimizer.zero_grad() after loss.backward() and before optimizer.step(): the gradients "
+                "are under way between ranks. To drop a step on all ranks call optimizer.synchronize() "
+                "first; to skip one sample give it the weight 0."
+            )
+        engine.synchronized = False
+        engine._begin_step()
+        self._base.zero_grad(self, set_to_none)  # type: ignore[arg-type]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters; every rank must add the same ones before the same step."""
+        old = len(self.param_groups)  # type: ignore[attr-defined]
+        self._base.add_param_group(self, param_group)  # type: ignore[arg-type]
+        self._hvdloss.added(old)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the state that the plain optimizer, Horovod's wrapper or this one saved."""
+        self._hvdloss.abandon()
+        self._hvdloss.synchronized = False
+        self._base.load_state_dict(self, state_dict)  # type: ignore[arg-type]
+
+    def set_backward_passes_per_step(self, passes: int) -> None:
+        """Change how many backward passes a step has at most; takes effect with the next step."""
+        self._hvdloss.set_passes(passes)
+
+    @property
+    def last_step(self) -> StepReport | None:
+        """The report of the last synchronised step, equal on all ranks; None before the first."""
+        engine = self._hvdloss
+        if engine.ledgers is None:
+            return None
+        return StepReport.of(engine.step_count, engine.ledgers, engine.objective.reduction)
+
+    @property
+    def objective(self) -> Objective:
+        """The objective whose loss this optimizer minimises."""
+        return self._hvdloss.objective
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        # GradScaler.step asks this before it looks at the gradients. They must be the reduced ones by
+        # then, or ranks would disagree on whether to skip the step.
+        engine = self._hvdloss
+        if engine.should_synchronize and not engine.synchronized:
+            engine.synchronize()
+        return bool(getattr(self._base, "_step_supports_amp_scaling", False))
+
+
+def DistributedOptimizer(
+    optimizer: torch.optim.Optimizer,
+    named_parameters: Iterable[tuple[str, torch.nn.Parameter]] | None = None,
+    objective: Objective | None = None,
+    *,
+    compression: Any = Compression.none,
+    backward_passes_per_step: int = 1,
+    op: Any = hvd.Average,
+    gradient_predivide_factor: float = 1.0,
+    num_groups: int = 0,
+    groups: Any = None,
+    sparse_as_dense: bool = False,
+    process_set: Any = None,
+) -> Any:
+    """Wrap a torch optimizer so that each step uses the gradient of all ranks' elements.
+
+    With an `objective`, whose loss each backward pass must come from, the gradient is exactly that of
+    one process that saw every element of the step: ranks and micro-batches are weighted by what they
+    held. Ranks may have different batch sizes, different numbers of micro-batches, or none. Without an
+    objective this is ``horovod.torch.DistributedOptimizer``, call for call.
+
+    Args:
+        optimizer: any ``torch.optim.Optimizer``. The result shares its parameter groups and state.
+        named_parameters: ``model.named_parameters()``; names appear in messages.
+        objective: an :class:`Objective`, or None.
+        compression: ``Compression.none``, ``fp16`` or ``bf16``: what travels, not what is computed.
+        backward_passes_per_step: the largest number of backward passes that any rank makes before
+            ``step()``; ranks may make fewer. Reductions start during a rank's last one.
+        op: with an objective only ``Average``: the objective says how to combine.
+        gradient_predivide_factor: shifts the range of what travels as float16, as in Horovod.
+        num_groups: Horovod's old name for an integer `groups`.
+        groups: a number of buckets to aim at, or lists of parameters that must share one.
+        sparse_as_dense: reduce sparse gradients as dense ones.
+        process_set: the ranks that share the step; None for the objective's, or all.
+
+    Returns:
+        An instance of a subclass of the optimizer's class, with ``synchronize()``,
+        ``skip_synchronize()`` and ``last_step`` (a :class:`hvdloss.StepReport`).
+
+    Raises:
+        ConfigError: an argument that cannot be used.
+
+    Collectives per step: one asynchronous all-reduce per bucket and one for the ranks' ledgers
+    (``size`` x 10 float64), waited for together. Buckets follow Li et al., "PyTorch Distributed"
+    (VLDB 2020).
+    """
+    if groups is None and num_groups:
+        groups = num_groups
+    if hasattr(objective, "decompress"):  # Horovod's third positional argument
+        objective, compression = None, objective
+    if objective is None:
+        return hvd.DistributedOptimizer(
+            optimizer,
+            named_parameters=named_parameters,
+            compression=compression,
+            backward_passes_per_step=backward_passes_per_step,
+            op=op,
+            gradient_predivide_factor=gradient_predivide_factor,
+            groups=groups,
+            sparse_as_dense=sparse_as_dense,
+            process_set=process_set or hvd.global_process_set,
+        )
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ConfigError(f"optimizer={optimizer!r} is not a torch.optim.Optimizer")
+    if hasattr(optimizer, "_hvdloss"):
+        raise ConfigError("optimizer is already wrapped by hvdloss.torch.DistributedOptimizer")
+    if not isinstance(objective, Objective):
+        raise ConfigError(
+            f"objective={objective!r} is not an hvdloss.torch.Objective; wrap the loss function in one"
+        )
+    if op != hvd.Average:
+        raise ConfigError(
+            "op cannot be chosen together with an objective, which says how ranks are combined; leave it "
+            "at Average (for a sum use Objective(..., reduction='sum'))"
+        )
+    _check_passes(backward_passes_per_step)
+    if not gradient_predivide_factor > 0:
+        raise ConfigError(f"gradient_predivide_factor={gradient_predivide_factor!r} must be above 0")
+    if isinstance(groups, int) and groups < 0:
+        raise ConfigError(f"groups={groups!r} must be at least 0, or lists of parameters")
+    ours = objective.process_set
+    if process_set is not None and ours is not None and process_set is not ours:
+        raise ConfigError("objective and optimizer were given different process sets")
+    process_set = process_set or ours or hvd.global_process_set
+    objective.process_set = process_set
+
+    base = type(optimizer)
+    members = {
+        k: v for k, v in vars(_Exact).items() if k not in ("__dict__", "__weakref__", "__annotations__")
+    }
+    # Horovod tells its own optimizers by their module, and then leaves their step() alone when it
+    # prepares a fresh optimizer's state for broadcasting.
+    members.update(_base=base, __module__="horovod.torch.optimizer", __doc__=base.__doc__)
+    cls = type(base.__name__, (base,), members)
+    wrapped = cls.__new__(cls)
+    # The same groups and state objects, so that schedulers and checkpoints made before still apply. A
+    # scheduler's patched `step` belongs to the plain optimizer.
+    wrapped.__dict__.update({k: v for k, v in optimizer.__dict__.items() if k != "step"})
+    wrapped._hvdloss = _Engine(
+        wrapped,
+        named_parameters,
+        objective,
+        compression,
+        backward_passes_per_step,
+        gradient_predivide_factor,
+        groups,
+        sparse_as_dense,
+        process_set,
+    )
+    return wrapped
+
+
+def _check_passes(passes: int) -> None:
+    if not isinstance(passes, int) or passes < 1:
+        raise ConfigError(f"backward_passes_per_step={passes!r} must be an integer of at least 1")

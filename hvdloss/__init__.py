@@ -1,0 +1,79 @@
+"""hvdloss: the exact weighted loss and gradient of all samples of a step, over Horovod.
+
+This package is the framework-neutral core; ``import hvdloss`` imports no framework. Use it through
+``hvdloss.torch``, which stands in for ``horovod.torch``.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from hvdloss._version import __version__
+
+if TYPE_CHECKING:
+    from hvdloss.communicator import OneProcess, SimulatedRank, simulate
+    from hvdloss.errors import (
+        AgreementError,
+        ConfigError,
+        HvdlossError,
+        NonFiniteLossError,
+        NoWeightError,
+        ShapeError,
+        UsageError,
+        WeightError,
+    )
+    from hvdloss.ledger import Ledger
+    from hvdloss.reduction import REDUCTIONS
+    from hvdloss.report import RankReport, StepReport
+
+# Loaded on first use, so that importing the package costs a few milliseconds.
+_HOMES = {
+    "communicator": ("OneProcess", "SimulatedRank", "simulate"),
+    "errors": (
+        "AgreementError",
+        "ConfigError",
+        "HvdlossError",
+        "NonFiniteLossError",
+        "NoWeightError",
+        "ShapeError",
+        "UsageError",
+        "WeightError",
+    ),
+    "ledger": ("Ledger",),
+    "reduction": ("REDUCTIONS",),
+    "report": ("RankReport", "StepReport"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "REDUCTIONS",
+    "AgreementError",
+    "ConfigError",
+    "HvdlossError",
+    "Ledger",
+    "NoWeightError",
+    "NonFiniteLossError",
+    "OneProcess",
+    "RankReport",
+    "ShapeError",
+    "SimulatedRank",
+    "StepReport",
+    "UsageError",
+    "WeightError",
+    "__version__",
+    "simulate",
+]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME_OF.get(name)
+    if home is None:
+        raise AttributeError(f"module 'hvdloss' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"hvdloss.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME_OF])

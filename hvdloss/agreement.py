@@ -1,0 +1,111 @@
+"""The agreement of the first step: every rank checks that all hold the same parameters and settings.
+
+Done once per optimizer (and again when its parameters change), with one exchange of a small JSON text
+per rank, so that what would otherwise hang or train apart is an error that names the difference.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from hvdloss.communicator import Communicator
+from hvdloss.errors import AgreementError
+from hvdloss.plan import ParameterInfo
+
+__all__ = ["Agreed", "agree"]
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """What all ranks hold after :func:`agree`.
+
+    Attributes:
+        parameters: equal on all ranks; ``sparse`` where any rank has seen a sparse gradient.
+        order: in which gradients became ready, of the first rank that had the most of them.
+    """
+
+    parameters: list[ParameterInfo]
+    order: list[int]
+
+
+def _differing(values: Sequence[Any]) -> str:
+    """Return which ranks differ from rank 0, and how: "rank 1 has 3, rank 0 has 2"."""
+    rank = next(r for r, value in enumerate(values) if value != values[0])
+    more = sum(value != values[0] for value in values) - 1
+    tail = f" ({more} more rank(s) differ as well)" if more else ""
+    return f"rank {rank} has {values[rank]!r}, rank 0 has {values[0]!r}{tail}"
+
+
+def agree(
+    communicator: Communicator,
+    parameters: Sequence[ParameterInfo],
+    checksums: Callable[[], Sequence[int]],
+    order: Sequence[int],
+    settings: dict[str, Any],
+    *,
+    name: str,
+) -> Agreed:
+    """Check that all ranks agree, and return what they agree on.
+
+    Args:
+        communicator: the ranks.
+        parameters: this rank's, in its order.
+        checksums: gives one integer per parameter, equal if and only if (nearly always) the values
+            are bitwise equal.
+        order: indices in the order in which gradients became ready on this rank; may be empty.
+        settings: what must be equal on all ranks, JSON values by argument name.
+        name: of the exchange.
+
+    Raises:
+        AgreementError: on every rank alike, naming the first difference and the ranks.
+
+    Collectives: one gather.
+    """
+    mine = {
+        "settings": settings,
+        "parameters": [asdict(p) for p in parameters],
+        "checksums": list(checksums()),
+        "order": list(order),
+    }
+    texts = communicator.gather(json.dumps(mine).encode(), name)
+    ranks = [json.loads(text) for text in texts]
+
+    for key in sorted(set().union(*(r["settings"] for r in ranks))):
+        values = [r["settings"].get(key) for r in ranks]
+        if any(value != values[0] for value in values):
+            raise AgreementError(
+                f"{key} differs between ranks: {_differing(values)}. Construct the objective and the "
+                f"optimizer with the same arguments on every rank."
+            )
+    counts = [len(r["parameters"]) for r in ranks]
+    if len(set(counts)) > 1:
+        raise AgreementError(
+            f"the number of parameters differs between ranks: {_differing(counts)}. Build the same "
+            f"model on every rank."
+        )
+    agreed = []
+    for i, mine_p in enumerate(ranks[0]["parameters"]):
+        for field in ("name", "shape", "kind"):
+            values = [r["parameters"][i][field] for r in ranks]
+            if any(value != values[0] for value in values):
+                raise AgreementError(
+                    f"parameter {i} ({mine_p['name']}): its {field} differs between ranks: "
+                    f"{_differing(values)}. Build the same model, in the same order, on every rank."
+                )
+        values = [r["checksums"][i] for r in ranks]
+        if any(value != values[0] for value in values):
+            apart = [str(r) for r, value in enumerate(values) if value != values[0]]
+            raise AgreementError(
+                f"parameter {i} ({mine_p['name']}) has other values on rank(s) {', '.join(apart)} than "
+                f"on rank 0, so the ranks would train different models. Call "
+                f"hvd.broadcast_parameters(model.state_dict(), root_rank=0) before the first step."
+            )
+        sparse = any(r["parameters"][i]["sparse"] for r in ranks)
+        agreed.append(
+            ParameterInfo(mine_p["name"], tuple(mine_p["shape"]), mine_p["kind"], mine_p["itemsize"], sparse)
+        )
+    orders: list[list[int]] = [r["order"] for r in ranks]
+    return Agreed(agreed, max(orders, key=len))

@@ -1,0 +1,131 @@
+"""Who can exchange small arrays: one process, simulated ranks, or Horovod through a framework.
+
+The core needs two collectives off the hot path: a sum of float64 arrays, and a gather of bytes. An
+adapter gives them over Horovod; :class:`OneProcess` and :class:`SimulatedRank` give them here.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from hvdloss.errors import ConfigError, HvdlossError
+
+__all__ = ["Communicator", "OneProcess", "SimulatedRank", "simulate"]
+
+Result = TypeVar("Result")
+Array = npt.NDArray[np.float64]
+
+
+class Communicator(Protocol):
+    """A group of ranks that can exchange small arrays. Both calls block until all ranks have called."""
+
+    @property
+    def rank(self) -> int:
+        """This process's number in the group, from 0."""
+
+    @property
+    def size(self) -> int:
+        """How many ranks the group has."""
+
+    def sum(self, array: Array, name: str) -> Array:
+        """Return the elementwise sum over ranks; same shape on all. One all-reduce."""
+
+    def gather(self, data: bytes, name: str) -> list[bytes]:
+        """Return every rank's bytes, in rank order; lengths may differ. Two all-gathers at most."""
+
+
+class OneProcess:
+    """The group of this process alone; nothing is sent."""
+
+    rank = 0
+    size = 1
+
+    def sum(self, array: Array, name: str) -> Array:
+        """Return a copy of `array`."""
+        return np.array(array, dtype=np.float64)
+
+    def gather(self, data: bytes, name: str) -> list[bytes]:
+        """Return ``[data]``."""
+        return [data]
+
+
+class _Room:
+    """Where simulated ranks meet: a barrier and a table of what each brought."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.barrier = threading.Barrier(size)
+        self.brought: list[tuple[str, Any] | None] = [None] * size
+
+    def exchange(self, rank: int, what: str, value: Any) -> list[Any]:
+        """Bring `value`, wait for all, and return what all brought, in rank order."""
+        self.brought[rank] = (what, value)
+        self.barrier.wait()
+        calls = [one for one in self.brought if one is not None]
+        self.barrier.wait()  # nobody overwrites before all have read
+        if len({call for call, _ in calls}) > 1:
+            raise HvdlossError(f"ranks called different collectives: {[call for call, _ in calls]}")
+        return [value for _, value in calls]
+
+
+class SimulatedRank:
+    """One of several ranks that live as threads of this process (see :func:`simulate`)."""
+
+    def __init__(self, room: _Room, rank: int) -> None:
+        self._room = room
+        self.rank = rank
+        self.size = room.size
+
+    def sum(self, array: Array, name: str) -> Array:
+        """Return the sum over ranks, added in rank order, so equal to the last bit on all."""
+        parts = self._room.exchange(self.rank, f"sum {name}", np.array(array, dtype=np.float64))
+        return np.asarray(np.sum(np.stack(parts), axis=0))
+
+    def gather(self, data: bytes, name: str) -> list[bytes]:
+        """Return every rank's bytes."""
+        return self._room.exchange(self.rank, f"gather {name}", bytes(data))
+
+
+def simulate(size: int, work: Callable[[SimulatedRank], Result]) -> list[Result]:
+    """Run ``work(communicator)`` on `size` simulated ranks, concurrently, and return their results.
+
+    Real threads that really wait for each other; for tests and for trying plans without machines.
+    If a rank raises, the others are released and that rank's exception is raised here.
+
+    >>> simulate(3, lambda c: c.sum(np.array([c.rank + 1.0]), "n")[0].item())
+    [6.0, 6.0, 6.0]
+
+    Raises:
+        ConfigError: `size` below 1.
+    """
+    if size < 1:
+        raise ConfigError(f"size={size!r} must be at least 1")
+    room = _Room(size)
+    results: list[Any] = [None] * size
+    errors: list[tuple[int, BaseException]] = []
+
+    def run(rank: int) -> None:
+        try:
+            results[rank] = work(SimulatedRank(room, rank))
+        except BaseException as error:  # handed to the caller below
+            errors.append((rank, error))
+            room.barrier.abort()
+
+    threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        # A rank released from a broken barrier only tells that another one failed.
+        causes = [e for e in errors if not isinstance(e[1], threading.BrokenBarrierError)]
+        rank, error = min(causes or errors, key=lambda one: one[0])
+        if hasattr(error, "add_note"):
+            error.add_note(f"raised on simulated rank {rank} of {size}")
+        raise error
+    return results

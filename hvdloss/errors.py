@@ -1,0 +1,51 @@
+"""What can go wrong, by name.
+
+Every error of the project derives from :class:`HvdlossError`. A message says what was wrong, with the
+argument and its value, on which rank, and what to do about it. Errors that are found from global
+numbers (a step's ledgers, the agreement of the first step) are raised as the same error on every rank.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "AgreementError",
+    "ConfigError",
+    "HvdlossError",
+    "NoWeightError",
+    "NonFiniteLossError",
+    "ShapeError",
+    "UsageError",
+    "WeightError",
+]
+
+
+class HvdlossError(RuntimeError):
+    """Base class of every error that hvdloss raises."""
+
+
+class ConfigError(HvdlossError, ValueError):
+    """An argument has a value that cannot be used; raised before anything has happened."""
+
+
+class ShapeError(ConfigError):
+    """Arrays whose shapes do not fit each other (a weight that does not broadcast, say)."""
+
+
+class UsageError(HvdlossError):
+    """Calls in an order that cannot give an exact step (a backward pass without a loss, say)."""
+
+
+class WeightError(HvdlossError, ValueError):
+    """A weight is negative, NaN or infinite on some rank; raised on every rank of the step."""
+
+
+class NoWeightError(HvdlossError, ValueError):
+    """No element with a weight above zero on any rank, so that the step has no mean."""
+
+
+class NonFiniteLossError(HvdlossError, ArithmeticError):
+    """The loss of some rank is NaN or infinite; raised on every rank of the step."""
+
+
+class AgreementError(HvdlossError):
+    """Ranks that must hold the same parameters or settings do not."""

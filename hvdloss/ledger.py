@@ -1,0 +1,148 @@
+"""The ledger: what one rank adds to one step, and how a step is judged from all ranks' ledgers.
+
+A ledger is a short vector of sums. Merging is adding, so the micro-batches of a rank, and the ranks of
+a step, merge in any order and grouping (a commutative monoid; the tests check the laws). The ranks'
+ledgers travel as one float64 matrix with a row per rank, of which each rank fills its own: the sum over
+ranks is then the table of all ledgers, known to every rank alike.
+"""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass, fields
+
+import numpy as np
+import numpy.typing as npt
+
+from hvdloss.errors import (
+    ConfigError,
+    HvdlossError,
+    NonFiniteLossError,
+    NoWeightError,
+    UsageError,
+    WeightError,
+)
+from hvdloss.reduction import finish
+
+__all__ = ["WIDTH", "Ledger", "judge", "pack", "unpack"]
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """One rank's part of one step; every field is a sum.
+
+    Attributes:
+        numerator: of the reduction (see :mod:`hvdloss.reduction`).
+        denominator: of the reduction; what the rank's gradient is weighted with.
+        weight: sum of the weights.
+        elements: number of elements with a weight other than zero.
+        micro_batches: backward passes in the step.
+        negative_weights: weights below zero.
+        nonfinite_weights: weights that are NaN or infinite.
+        nonfinite_losses: micro-batches whose loss is NaN or infinite.
+        strays: backward passes that reached parameters without passing through the objective, or
+            through several calls of it with different weight sums.
+        communication: seconds the rank was held up by communication in the step before.
+    """
+
+    numerator: float = 0.0
+    denominator: float = 0.0
+    weight: float = 0.0
+    elements: float = 0.0
+    micro_batches: float = 0.0
+    negative_weights: float = 0.0
+    nonfinite_weights: float = 0.0
+    nonfinite_losses: float = 0.0
+    strays: float = 0.0
+    communication: float = 0.0
+
+    @classmethod
+    def zero(cls) -> Ledger:
+        """Return the ledger of a rank that saw nothing: the neutral element of merging."""
+        return cls()
+
+    def merge(self, other: Ledger) -> Ledger:
+        """Return the ledger of both parts together."""
+        return Ledger(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    def finish(self, reduction: str) -> float:
+        """Return the loss of the elements of this ledger; NaN where there is no weight."""
+        return finish(reduction, self.numerator, self.denominator)
+
+    @classmethod
+    def of_row(cls, row: npt.ArrayLike, **more: float) -> Ledger:
+        """Return the ledger of a row that tensors told (:meth:`Contribution.row`), plus `more`."""
+        return cls(*map(float, np.asarray(row, dtype=np.float64)), **more)
+
+
+WIDTH = len(fields(Ledger))
+
+
+def pack(ledger: Ledger, rank: int, size: int) -> npt.NDArray[np.float64]:
+    """Return the ``(size, WIDTH)`` float64 matrix whose row `rank` is `ledger`, zero elsewhere.
+
+    Raises:
+        ConfigError: a rank out of range.
+    """
+    if not 0 <= rank < size:
+        raise ConfigError(f"rank={rank} is not in 0..{size - 1}")
+    table = np.zeros((size, WIDTH))
+    table[rank] = astuple(ledger)
+    return table
+
+
+def unpack(table: npt.ArrayLike) -> list[Ledger]:
+    """Return the ledgers of all ranks from the summed ``(size, WIDTH)`` matrix.
+
+    Raises:
+        ConfigError: not a matrix of that width, or with entries that are not finite.
+    """
+    array = np.asarray(table, dtype=np.float64)
+    if array.ndim != 2 or array.shape[1] != WIDTH:
+        raise ConfigError(f"a ledger table has shape (ranks, {WIDTH}), got {array.shape}")
+    if not np.isfinite(array).all():
+        raise ConfigError("a ledger table holds NaN or infinity; were its ranks' versions different?")
+    return [Ledger(*map(float, row)) for row in array]
+
+
+def _where(ledgers: list[Ledger], field: str) -> str:
+    """Return "rank 1" or "ranks 0, 2": those whose `field` is above zero."""
+    ranks = [str(rank) for rank, ledger in enumerate(ledgers) if getattr(ledger, field) > 0]
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(ranks)}"
+
+
+def judge(ledgers: list[Ledger], step: int) -> HvdlossError | None:
+    """Return the error that every rank raises for this step, or None for a sound step.
+
+    Depends on nothing but its arguments, which are equal on all ranks, so the ranks agree.
+    """
+
+    def total(field: str) -> float:
+        return float(sum(getattr(ledger, field) for ledger in ledgers))
+
+    for field, what in (
+        ("negative_weights", "below zero"),
+        ("nonfinite_weights", "NaN or infinite"),
+    ):
+        if count := total(field):
+            return WeightError(
+                f"step {step}: {count:.0f} weight(s) {what} on {_where(ledgers, field)}; weights must "
+                f"be finite and at least 0. Nothing was updated."
+            )
+    if total("nonfinite_losses"):
+        return NonFiniteLossError(
+            f"step {step}: the loss is NaN or infinite on {_where(ledgers, 'nonfinite_losses')}. Nothing "
+            f"was updated. Give elements that must not count the weight 0, or lower the learning rate."
+        )
+    if total("strays"):
+        return UsageError(
+            f"step {step}: on {_where(ledgers, 'strays')} a backward pass reached this optimizer's "
+            f"parameters without passing through one call of its objective (or through several calls "
+            f"with different weight sums), so its share of the step is unknown. Call the objective once "
+            f"per backward pass; penalties may be added to its result."
+        )
+    if not total("denominator"):
+        return NoWeightError(
+            f"step {step}: no element with a weight above zero on any of {len(ledgers)} rank(s), so there "
+            f"is no mean to take. Nothing was updated. Skip the step on all ranks, or check the weights."
+        )
+    return None

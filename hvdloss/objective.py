@@ -1,0 +1,162 @@
+"""The neutral half of an objective: its arguments, its reduction, and who listens to it.
+
+An adapter's ``Objective`` adds the tensors: it computes per-element losses, hands them to
+:func:`hvdloss.reduction.contribution`, returns the local mean, and announces each backward pass.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any, Generic, Protocol, TypeVar
+
+from hvdloss.errors import ConfigError
+from hvdloss.reduction import check_reduction
+
+__all__ = ["LOSSES", "Listener", "ObjectiveBase", "expand_mask_axes", "loss_named"]
+
+# Every loss that has a name, with its formula for one element: prediction y, target t. The adapters map
+# each name to their framework's own function; a test checks that both know all of them and agree.
+LOSSES: dict[str, str] = {
+    "mse": "(y - t)^2",
+    "mae": "|y - t|",
+    "huber": "d^2 / 2 if |d| <= 1 else |d| - 1/2, with d = y - t",
+    "log_cosh": "log(cosh(y - t))",
+    "cross_entropy": "-log softmax(y)[t]; y are logits, t class indices or probabilities",
+    "nll": "-y[t]; y are log-probabilities, t class indices",
+    "binary_cross_entropy": "-t log y - (1 - t) log(1 - y); y are probabilities",
+    "binary_cross_entropy_with_logits": "the same of sigmoid(y); y are logits",
+    "poisson_nll": "exp(y) - t y; y is the log of the rate",
+    "hinge": "max(0, 1 - t y), with t = -1 or 1",
+    "kl_div": "t (log t - y); y are log-probabilities, t probabilities",
+}
+_ALIASES = {
+    "l2": "mse",
+    "mean_squared_error": "mse",
+    "l1": "mae",
+    "mean_absolute_error": "mae",
+    "bce": "binary_cross_entropy",
+    "bce_with_logits": "binary_cross_entropy_with_logits",
+}
+IGNORED = -100  # a class index that marks an element as absent, as in torch
+
+
+def loss_named(name: str) -> str:
+    """Return the canonical name of a loss.
+
+    Raises:
+        ConfigError: not in :data:`LOSSES`.
+    """
+    canonical = _ALIASES.get(name, name)
+    if canonical not in LOSSES:
+        raise ConfigError(
+            f"loss={name!r} is not known; choose one of {', '.join(LOSSES)}, or pass a function "
+            f"(prediction, target) -> per-element losses"
+        )
+    return canonical
+
+
+def expand_mask_axes(
+    element_shape: tuple[int | None, ...], prediction_shape: tuple[int | None, ...]
+) -> tuple[int, ...] | None:
+    """Return where to insert axes so that a per-element mask broadcasts to the predictions.
+
+    Per-element losses often lack the predictions' class axis. Returns the axes to insert, in
+    ascending order (empty if the shapes are equal), or None if the two cannot be related.
+
+    >>> expand_mask_axes((8,), (8, 10)), expand_mask_axes((8, 5), (8, 10, 5))
+    ((1,), (1,))
+    """
+
+    def same(a: tuple[int | None, ...], b: tuple[int | None, ...]) -> bool:
+        return len(a) == len(b) and all(m == n or m is None or n is None for m, n in zip(a, b, strict=True))
+
+    e, p = element_shape, prediction_shape
+    if same(e, p):
+        return ()
+    if len(p) > len(e) and same(e, p[: len(e)]):
+        return tuple(range(len(e), len(p)))
+    if len(p) == len(e) + 1 and len(p) > 1 and same(e, p[:1] + p[2:]):
+        return (1,)
+    return None
+
+
+Row = TypeVar("Row", contravariant=True)
+
+
+class Listener(Protocol[Row]):
+    """An optimizer that wants to know what weight each backward pass has."""
+
+    def backward_began(self, row: Row) -> None:
+        """Take note that a backward pass goes through a call of the objective with this ledger row."""
+
+
+class ObjectiveBase(Generic[Row]):
+    """Arguments and listeners of an objective, for any framework.
+
+    Args:
+        loss: a name from :data:`LOSSES`, or a callable ``(prediction, target) -> per-element losses``.
+        reduction: see :mod:`hvdloss.reduction`.
+        terms: communication and skew terms; none are available yet.
+        process_set: the Horovod process set whose ranks share the step; None for all.
+
+    Raises:
+        ConfigError: any argument that cannot be used.
+    """
+
+    def __init__(
+        self,
+        loss: str | Callable[..., Any],
+        *,
+        reduction: str = "mean",
+        terms: tuple[Any, ...] = (),
+        process_set: Any = None,
+    ) -> None:
+        self.reduction = check_reduction(reduction)
+        self.name: str
+        self._function: Callable[..., Any]
+        if isinstance(loss, str):
+            self.name = loss_named(loss)
+            self._function = self._named_losses()[self.name]
+        elif callable(loss):
+            self.name = getattr(loss, "__qualname__", type(loss).__name__)
+            own = getattr(loss, "reduction", "none")  # torch and Keras losses have one
+            if own not in ("none", None):
+                raise ConfigError(
+                    f"loss={self.name} reduces by itself (reduction={own!r}); "
+                    f'construct it with reduction="none", so that it returns per-element losses'
+                )
+            self._function = loss
+        else:
+            raise ConfigError(f"loss={loss!r} is neither the name of a loss nor a function")
+        if tuple(terms):
+            raise ConfigError(f"terms={tuple(terms)!r}: this version has no terms yet; pass terms=()")
+        self.terms: tuple[Any, ...] = ()
+        self.process_set = process_set
+        self._listeners: list[weakref.ref[Any]] = []
+        self.passes = 1  # backward passes per step, as the optimizers that listen declare
+
+    def _named_losses(self) -> Mapping[str, Callable[..., Any]]:
+        """Return the framework's functions for :data:`LOSSES`."""
+        raise NotImplementedError
+
+    def attach(self, listener: Listener[Row], passes: int = 1) -> None:
+        """Have `listener` told of each backward pass; holds it weakly."""
+        self._listeners = [ref for ref in self._listeners if ref() is not None]
+        self._listeners.append(weakref.ref(listener))
+        self.passes = passes
+
+    def announce(self, row: Row) -> None:
+        """Tell all listeners that a backward pass begins whose ledger row is `row`."""
+        for ref in self._listeners:
+            listener = ref()
+            if listener is not None:
+                listener.backward_began(row)
+
+    def settings(self) -> dict[str, Any]:
+        """Return what must be equal on all ranks, for the agreement of the first step."""
+        return {"objective": self.name, "reduction": self.reduction}
+
+    def __repr__(self) -> str:
+        """Return the call that made it, nearly."""
+        return f"{type(self).__name__}({self.name!r}, reduction={self.reduction!r})"

@@ -1,0 +1,234 @@
+"""How per-element losses become one number: the reductions, each written once for every framework.
+
+A reduction maps losses ``l`` and weights ``w`` (same shape) to two sums, a *numerator* and a
+*denominator*, such that the loss over any collection of elements is the ratio of their sums
+(:func:`finish`). Because sums merge by adding, micro-batches, ranks and steps are all the same
+operation, and no way of splitting the elements changes the result.
+
+========================  =====================================  ==============================
+reduction                 numerator                              denominator
+========================  =====================================  ==============================
+``"mean"``                sum of w l                             sum of w
+``"batch_mean"``          sum of w l                             number of elements with w != 0
+``"sequence_mean"``       sum over sequences of (sum_t w l /     number of sequences with some
+                          sum_t w)                               weight
+``"sum"``                 sum of w l                             1 (shared by the contributions)
+========================  =====================================  ==============================
+
+An element of weight zero is absent: its loss may be NaN, and it is not counted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from hvdloss.errors import ConfigError, ShapeError
+
+__all__ = ["REDUCTIONS", "ArrayOps", "Contribution", "check_reduction", "contribution", "finish"]
+
+REDUCTIONS = ("mean", "sum", "batch_mean", "sequence_mean")
+
+
+class ArrayOps(Protocol):
+    """The array operations a framework lends to the core.
+
+    ``Any`` stands for the framework's array or tensor. All of them must be differentiable where the
+    framework's own operation is, and none may wait for a device.
+    """
+
+    def shape(self, x: Any) -> tuple[int | None, ...]:
+        """Return the static shape of `x` (a number's is empty); None for an axis known at run time."""
+
+    def losses(self, x: Any) -> Any:
+        """Return `x` in a dtype fit for sums: float64 stays, everything else becomes float32."""
+
+    def weights_like(self, w: Any, losses: Any) -> Any:
+        """Return `w` (a number or an array) broadcast to the shape of `losses`, in its dtype.
+
+        The result carries no gradient: weights are data.
+        """
+
+    def ones_like(self, losses: Any) -> Any:
+        """Return ones of the shape and dtype of `losses`."""
+
+    def where(self, condition: Any, x: Any, y: Any) -> Any:
+        """Return `x` where `condition` holds, else `y`; no gradient flows to what is not taken."""
+
+    def zeros_like(self, x: Any) -> Any:
+        """Return zeros of the shape and dtype of `x`."""
+
+    def count(self, condition: Any) -> Any:
+        """Return the number of true entries of `condition`, a float64 scalar."""
+
+    def isfinite(self, x: Any) -> Any:
+        """Return where `x` is neither NaN nor infinite."""
+
+    def total(self, x: Any) -> Any:
+        """Return the sum of all entries of `x`, in its dtype."""
+
+    def total64(self, x: Any) -> Any:
+        """Return the sum of all entries of `x`, a float64 scalar without gradient."""
+
+    def total_rows(self, x: Any) -> Any:
+        """Return the sum over every axis but the first, of shape ``x.shape[:1]``."""
+
+    def scalar64(self, value: float, like: Any) -> Any:
+        """Return `value` as a float64 scalar on the device of `like`."""
+
+    def cast_like(self, x: Any, like: Any) -> Any:
+        """Return `x` in the dtype of `like`."""
+
+    def row64(self, scalars: list[Any]) -> Any:
+        """Return float64 scalars, without their gradient, as one vector."""
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """What the elements of one call add to a step: scalars of the framework.
+
+    `numerator` has the dtype of the losses and carries the gradient; the others are float64 and carry
+    none. `negative` and `nonfinite` count bad weights.
+    """
+
+    numerator: Any
+    denominator: Any
+    weight: Any
+    elements: Any
+    negative: Any
+    nonfinite: Any
+
+    def mean(self, ops: ArrayOps) -> Any:
+        """Return the local loss (numerator over denominator); 0, with gradient 0, without weight.
+
+        In the dtype of the losses; what the user sees and differentiates.
+        """
+        one = ops.scalar64(1.0, self.numerator)
+        safe = ops.where(self.denominator != 0, self.denominator, one)
+        return self.numerator / ops.cast_like(safe, self.numerator)
+
+    def row(self, ops: ArrayOps) -> Any:
+        """Return this call as one micro-batch's ledger: a float64 vector of :data:`MEASURED` sums.
+
+        In the order of the first fields of :class:`hvdloss.ledger.Ledger`. A numerator that is not
+        finite travels as 0 and is counted, since NaN would spread over a whole sum.
+        """
+        numerator = ops.total64(self.numerator)
+        good = ops.isfinite(numerator)
+        return ops.row64(
+            [
+                ops.where(good, numerator, ops.zeros_like(numerator)),
+                ops.where(
+                    ops.isfinite(self.denominator),
+                    self.denominator,
+                    ops.zeros_like(self.denominator),
+                ),
+                ops.where(ops.isfinite(self.weight), self.weight, ops.zeros_like(self.weight)),
+                self.elements,
+                ops.scalar64(1.0, numerator),
+                self.negative,
+                self.nonfinite,
+                ops.count(~good),
+            ]
+        )
+
+
+MEASURED = 8  # length of a row: the fields of a ledger that the tensors themselves tell
+
+
+def check_reduction(reduction: str) -> str:
+    """Return `reduction` if it is one of :data:`REDUCTIONS`, else raise ConfigError."""
+    if reduction not in REDUCTIONS:
+        raise ConfigError(
+            f"reduction={reduction!r} is not known; choose one of {', '.join(map(repr, REDUCTIONS))}"
+        )
+    return reduction
+
+
+def broadcast_error(
+    weight_shape: tuple[int | None, ...], loss_shape: tuple[int | None, ...], rank: int
+) -> ShapeError | None:
+    """Return the error for a weight that does not broadcast to the losses, or None if it does.
+
+    NumPy's rule, with one direction only: the losses never grow.
+    """
+    fits = len(weight_shape) <= len(loss_shape) and all(
+        w in (1, n) or w is None or n is None
+        for w, n in zip(reversed(weight_shape), reversed(loss_shape), strict=False)
+    )
+    if fits:
+        return None
+    hint = ""
+    if weight_shape and loss_shape and weight_shape[0] == loss_shape[0]:
+        ones = ", ".join(["None"] * (len(loss_shape) - len(weight_shape)))
+        hint = f"; for one weight per sample pass weight[:, {ones}]" if ones else ""
+    return ShapeError(
+        f"weight of shape {weight_shape} does not broadcast to the per-element losses of shape "
+        f"{loss_shape} (rank {rank}){hint}"
+    )
+
+
+def contribution(
+    ops: ArrayOps, losses: Any, weight: Any, reduction: str, *, share: float = 1.0, rank: int = 0
+) -> Contribution:
+    """Reduce per-element losses of one call to the sums that the step needs.
+
+    Args:
+        ops: the framework's operations.
+        losses: per-element losses, any shape; ``(N, T, ...)`` for ``"sequence_mean"``.
+        weight: None, a number, or an array that broadcasts to `losses`.
+        reduction: one of :data:`REDUCTIONS`.
+        share: the denominator of ``"sum"``: this call's share of all the step's calls.
+        rank: for messages.
+
+    Raises:
+        ShapeError: `weight` does not broadcast, or ``"sequence_mean"`` got losses without a token axis.
+
+    Collectives: none.
+    """
+    losses = ops.losses(losses)
+    shape = ops.shape(losses)
+    if reduction == "sequence_mean" and len(shape) < 2:
+        raise ShapeError(
+            f'reduction="sequence_mean" needs per-element losses of shape (sequences, tokens), '
+            f"got {shape} (rank {rank})"
+        )
+    zero = ops.scalar64(0.0, losses)
+    if weight is None:
+        w = ops.ones_like(losses)
+        weighted = losses
+        negative = nonfinite = zero
+        elements = total_weight = ops.total64(w)
+    else:
+        error = broadcast_error(ops.shape(weight), shape, rank)
+        if error:
+            raise error
+        w = ops.weights_like(weight, losses)
+        present = w != 0  # NaN counts as present, and as not finite
+        weighted = ops.where(present, losses * w, ops.zeros_like(losses))
+        negative, nonfinite = ops.count(w < 0), ops.count(~ops.isfinite(w))
+        elements, total_weight = ops.count(present), ops.total64(w)
+    if reduction == "sequence_mean":
+        rows = ops.total_rows(w)
+        counted = rows != 0
+        safe = ops.where(counted, rows, ops.ones_like(rows))
+        numerator = ops.total(ops.where(counted, ops.total_rows(weighted) / safe, ops.zeros_like(rows)))
+        denominator = ops.count(counted)
+    else:
+        numerator = ops.total(weighted)
+        denominator = {
+            "mean": total_weight,
+            "batch_mean": elements,
+            "sum": ops.scalar64(share, losses),
+        }[reduction]
+    return Contribution(numerator, denominator, total_weight, elements, negative, nonfinite)
+
+
+def finish(reduction: str, numerator: float, denominator: float) -> float:
+    """Return the loss of merged sums: a ratio, or the numerator itself for ``"sum"``.
+
+    A ratio over no weight at all is NaN.
+    """
+    if reduction == "sum":
+        return numerator
+    return numerator / denominator if denominator else float("nan")

@@ -1,0 +1,87 @@
+"""The global view of a finished step."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from hvdloss.ledger import Ledger
+from hvdloss.reduction import finish
+
+__all__ = ["RankReport", "StepReport"]
+
+
+@dataclass(frozen=True)
+class RankReport:
+    """One rank's part of a step.
+
+    Attributes:
+        rank: within the optimizer's process set.
+        loss: of the rank's own elements; NaN if it had none.
+        weight: sum of its weights.
+        elements: number of its elements with a weight other than zero.
+        micro_batches: backward passes it made.
+        communication: seconds it was held up by communication in the step before this one.
+        skew: divergence of its data from the global distribution; None where nothing measures it.
+    """
+
+    rank: int
+    loss: float
+    weight: float
+    elements: int
+    micro_batches: int
+    communication: float
+    skew: float | None = None
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What all ranks together did in one step; equal on every rank.
+
+    Attributes:
+        step: counted from 1.
+        loss: the loss of all elements of the step, as the reduction defines it.
+        weight: sum of all weights.
+        elements: number of elements with a weight other than zero.
+        objective_value: the loss plus the priced terms.
+        ranks: one :class:`RankReport` per rank.
+    """
+
+    step: int
+    loss: float
+    weight: float
+    elements: int
+    objective_value: float
+    ranks: list[RankReport]
+
+    @classmethod
+    def of(cls, step: int, ledgers: list[Ledger], reduction: str) -> StepReport:
+        """Return the report of the step whose ranks' ledgers these are."""
+        whole = Ledger.zero()
+        for ledger in ledgers:
+            whole = whole.merge(ledger)
+        loss = whole.finish(reduction)
+        return cls(
+            step=step,
+            loss=loss,
+            weight=whole.weight,
+            elements=round(whole.elements),
+            objective_value=loss,
+            ranks=[
+                RankReport(
+                    rank=rank,
+                    loss=finish(reduction, one.numerator, one.denominator)
+                    if one.denominator
+                    else float("nan"),
+                    weight=one.weight,
+                    elements=round(one.elements),
+                    micro_batches=round(one.micro_batches),
+                    communication=one.communication,
+                )
+                for rank, one in enumerate(ledgers)
+            ],
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the report as plain numbers, lists and dicts, ready for JSON."""
+        return asdict(self)
