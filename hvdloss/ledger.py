@@ -23,7 +23,7 @@ from hvdloss.errors import (
 )
 from hvdloss.reduction import finish
 
-__all__ = ["WIDTH", "Ledger", "judge", "pack", "unpack"]
+__all__ = ["FAULTS", "WIDTH", "Ledger", "judge", "pack", "unpack"]
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,8 @@ class Ledger:
 
 
 WIDTH = len(fields(Ledger))
+# The columns in which anything above zero makes a step unsound (see `judge`); so does no denominator.
+FAULTS = slice(5, 9)
 
 
 def pack(ledger: Ledger, rank: int, size: int) -> npt.NDArray[np.float64]:

@@ -16,7 +16,7 @@ from hvdloss.torch.optimizer import DistributedOptimizer
 __all__ = ["Compression", "DistributedOptimizer", "Objective", "RankReport", "StepReport"]
 
 # Horovod has no list of its names; what its module shows is public.
-_THEIRS = [name for name in vars(_backend.hvd) if not name.startswith("_") and name not in __all__]
-globals().update({name: getattr(_backend.hvd, name) for name in _THEIRS})
-
-__all__ += _THEIRS
+_names = getattr(_backend.hvd, "__all__", None) or [n for n in vars(_backend.hvd) if not n.startswith("_")]
+_theirs = [name for name in _names if name not in __all__]
+globals().update({name: getattr(_backend.hvd, name) for name in _theirs})
+__all__ += _theirs

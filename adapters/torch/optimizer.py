@@ -80,7 +80,7 @@ class _Engine:
         self.name = f"hvdloss.{next(_counters[getattr(process_set, 'process_set_id', 0)])}"
         self._plain_wire = Wire(process_set, Compression.none)  # for ledgers
         self._held_up = 0.0
-        self._exponent = 0
+        self._reference = 1.0
         self._active = False
         self._rows: list[torch.Tensor] = []
         self._hooked: dict[int, Any] = {}
@@ -246,7 +246,7 @@ class _Engine:
         if self._scale is None:
             scale = self._rows[0][1]
             if self.objective.reduction != "sum":
-                scale = scale * 2.0**-self._exponent
+                scale = scale / self._reference
             self._scale = float(scale) if scale.device.type == "cpu" else scale
         return self._scale
 
@@ -349,7 +349,7 @@ class _Engine:
             denominator = (
                 1.0
                 if self.objective.reduction == "sum"
-                else math.fsum(one.denominator for one in ledgers) * 2.0**-self._exponent
+                else math.fsum(one.denominator for one in ledgers) / self._reference
             )
             for slot in (*self.buckets, *self.sparse):
                 slot.finish(denominator)
@@ -360,7 +360,7 @@ class _Engine:
         for p in self._densified:
             if p.grad is not None:
                 p.grad = p.grad.to_sparse(1)
-        self._choose_exponent(ledgers)
+        self._choose_reference(ledgers)
         self.ledgers = ledgers
         self.step_count += 1
         self._begin_step()
@@ -400,7 +400,7 @@ class _Engine:
             name=f"{self.name}.agree",
         )
         self._launch_ledger()
-        self._choose_exponent(self._judged_ledgers())
+        self._choose_reference(self._judged_ledgers())
 
         infos = agreed.parameters
         if self.sparse_as_dense:
@@ -429,7 +429,7 @@ class _Engine:
         self._slot = {id(p): bucket for bucket in self.buckets for p in bucket.parameters}
         self._slot.update({id(slot.parameter): slot for slot in self.sparse})
 
-        factor = 2.0**-self._exponent
+        factor = 1.0 / self._reference
         self._scale_sum = self._scale_sum * factor
         for key, held in self._gathered.items():
             self._slot[key].put(key, held * factor)
@@ -437,18 +437,19 @@ class _Engine:
         self._planned = True
         self._planned_size = self.process_set.size()
 
-    def _choose_exponent(self, ledgers: list[Ledger]) -> None:
-        """Keep scaled gradients near their own size where they travel as float16.
+    def _choose_reference(self, ledgers: list[Ledger]) -> None:
+        """Choose what the next step's weights are measured in: this step's total weight.
 
-        Weights are divided by a power of two near the last step's mean weight per rank, which rounds
-        nothing but keeps products in range. Equal on all ranks, as the ledgers are.
+        Equal on all ranks, as the ledgers are, and of no effect but on rounding. When a step weighs as
+        much as the one before, its gradients arrive already divided, which saves a pass over them; and
+        scaled gradients are never far from their own size, so that float16 can carry them. There the
+        mean weight per rank is the measure, or `gradient_predivide_factor` times that.
         """
-        if self.objective.reduction == "sum" or not any(
-            self.wire.is_half(dtype) for dtype in {p.dtype for p in self.parameters()}
-        ):
+        if self.objective.reduction == "sum":
             return
-        mean = math.fsum(one.denominator for one in ledgers) / len(ledgers)
-        self._exponent = round(math.log2(mean * self.predivide))
+        self._reference = math.fsum(one.denominator for one in ledgers)
+        if any(self.wire.is_half(dtype) for dtype in {p.dtype for p in self.parameters()}):
+            self._reference *= self.predivide / len(ledgers)
 
     def abandon(self) -> None:
         """Finish what is under way, drop it, and be ready for a fresh step."""
