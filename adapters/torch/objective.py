@@ -75,7 +75,6 @@ class Objective(ObjectiveBase[torch.Tensor]):
         group = self.process_set or hvd.global_process_set
         return (group.rank(), group.size()) if group.included() else (0, 1)
 
-    @torch.compiler.disable
     def __call__(self, prediction: Any, target: Any, weight: Any = None) -> torch.Tensor:
         """Return the local loss of these elements, a scalar tensor (float32, or float64 for float64).
 
@@ -91,6 +90,13 @@ class Objective(ObjectiveBase[torch.Tensor]):
 
         Collectives: none.
         """
+        if torch.compiler.is_compiling():
+            # Inside a compiled function: announcing a backward pass is not for the compiler to trace.
+            # (The decorator on this method would load the compiler, a second, for everyone.)
+            return torch.compiler.disable(self._measure)(prediction, target, weight)
+        return self._measure(prediction, target, weight)
+
+    def _measure(self, prediction: Any, target: Any, weight: Any) -> torch.Tensor:
         rank, size = self._ranks()
         holder: list[torch.Tensor] = []
         given = prediction

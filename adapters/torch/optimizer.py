@@ -84,10 +84,12 @@ class _Engine:
         self._active = False
         self._rows: list[torch.Tensor] = []
         self._hooked: dict[int, Any] = {}
-        self._hook_parameters()
+        self._frozen: list[torch.nn.Parameter] = []
         self._forget_plan()
         self._begin_step()
-        objective.attach(self, passes)
+        if process_set.included():  # others keep their own gradients, as with Horovod
+            self._hook_parameters()
+            objective.attach(self, passes)
 
     # -- parameters and plan ----------------------------------------------------------------------
 
@@ -142,7 +144,8 @@ class _Engine:
         for i, group in enumerate(optimizer.param_groups[old:], start=old):
             for j, p in enumerate(group["params"]):
                 self.names.setdefault(id(p), f"parameter.{i}.{j}")
-        self._hook_parameters()
+        if self.process_set.included():
+            self._hook_parameters()
         self._forget_plan()
 
     def _forget_plan(self) -> None:
@@ -180,6 +183,7 @@ class _Engine:
         self._frozen = [p for p in self.parameters() if id(p) not in self._hooked]
 
     def _begin_step(self) -> None:
+        self._active = False  # also after a backward pass that ended in an exception
         self.passes_done = 0
         self._row_sum: torch.Tensor | None = None
         self._strays = 0
@@ -340,6 +344,9 @@ class _Engine:
             return
         began = time.perf_counter()
         try:
+            if self._active:  # a backward pass ended in an exception: its gradients are not whole
+                self._active = False
+                self._strays += 1
             if not self.passes_done:
                 self._refresh()
             if not self._planned:
