@@ -11,9 +11,8 @@ peer's ratio to Horovod's with a 95 % bootstrap interval. One thread per rank.
 from __future__ import annotations
 
 import argparse
-import json
+import itertools
 import os
-import socket
 import statistics
 import time
 from collections.abc import Callable
@@ -21,10 +20,9 @@ from collections.abc import Callable
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import horovod.torch as horovod
-import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
+from _common import environment, join_torch_distributed, ratio_interval, rotated, write_json
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -59,7 +57,7 @@ def mlp() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
     """1024-4096-4096-2048-1024: 30 M parameters, batch 8."""
     sizes = [1024, 4096, 4096, 2048, 1024]
     layers: list[nn.Module] = []
-    for a, b in zip(sizes, sizes[1:], strict=False):
+    for a, b in itertools.pairwise(sizes):
         layers += [nn.Linear(a, b), nn.ReLU()]
     return nn.Sequential(*layers[:-1]), torch.randn(8, 1024), torch.randn(8, 1024)
 
@@ -117,8 +115,7 @@ def measure(names: list[str], workload: str, rounds: int, steps: int) -> dict[st
             step()
     times: dict[str, list[float]] = {name: [] for name in names}
     for number in range(rounds):
-        turned = names[number % len(names) :] + names[: number % len(names)]
-        for name in turned:
+        for name in rotated(names, number):
             hvd.barrier()
             began = time.perf_counter()
             for _ in range(steps):
@@ -126,29 +123,6 @@ def measure(names: list[str], workload: str, rounds: int, steps: int) -> dict[st
             hvd.barrier()
             times[name].append((time.perf_counter() - began) / steps * 1e3)
     return times
-
-
-def ratio_interval(a: list[float], b: list[float]) -> tuple[float, float, float]:
-    """Return median(a) / median(b) with a 95 % bootstrap interval over paired rounds."""
-    rng = np.random.default_rng(0)
-    pairs = np.stack([a, b], axis=1)
-    draws = pairs[rng.integers(0, len(pairs), (2000, len(pairs)))]
-    ratios = np.median(draws[..., 0], axis=1) / np.median(draws[..., 1], axis=1)
-    low, high = np.percentile(ratios, [2.5, 97.5])
-    return statistics.median(a) / statistics.median(b), float(low), float(high)
-
-
-def join_torch_distributed() -> None:
-    """Start torch.distributed over Gloo among the same ranks."""
-    port = 0
-    if hvd.rank() == 0:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-    port = int(hvd.broadcast(torch.tensor([port]), root_rank=0).item())
-    dist.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=hvd.rank(), world_size=hvd.size()
-    )
 
 
 def main() -> None:
@@ -162,7 +136,7 @@ def main() -> None:
     hvd.init()
     torch.set_num_threads(1)
     if "ddp" in args.peers:
-        join_torch_distributed()
+        join_torch_distributed(hvd)
     console = Console(quiet=hvd.rank() != 0, width=110)
     out: dict[str, dict[str, list[float]]] = {}
     for workload in WORKLOADS if args.workload == "all" else [args.workload]:
@@ -182,9 +156,8 @@ def main() -> None:
                     cells.append("")
             table.add_row(name, *cells)
         console.print(table)
-    if args.json and hvd.rank() == 0:
-        with open(args.json, "w") as file:
-            json.dump({"size": hvd.size(), "ms_per_step": out}, file, indent=1)
+    if hvd.rank() == 0:
+        write_json(args.json, {"environment": environment(hvd), "ms_per_step": out})
 
 
 if __name__ == "__main__":

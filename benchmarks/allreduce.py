@@ -1,0 +1,112 @@
+"""All-reduce by size: Horovod beside torch.distributed and this machine's memory copy.
+
+    horovodrun --gloo -np 2 python benchmarks/allreduce.py [--json out.json]
+
+For each size the median time of one in-place float32 sum, interleaved over rounds, and the bandwidth
+(payload bytes per second). The copy is the same payload copied once by every rank at the same time: no
+all-reduce through memory can be faster. The last lines fit t = alpha + bytes / beta to each (weighted so
+that every size counts alike).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Callable
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from _common import environment, join_torch_distributed, rotated, write_json
+from rich.console import Console
+from rich.table import Table
+
+import hvdloss.torch as hvd
+
+
+def fit(sizes: list[int], seconds: list[float]) -> tuple[float, float]:
+    """Return (alpha in seconds, beta in bytes per second) of t = alpha + bytes / beta.
+
+    Least squares on relative errors, with neither below zero (Hockney 1994 has the model).
+    """
+    t = np.array(seconds)
+    columns = np.stack([np.ones(len(t)), np.array(sizes, dtype=float)], axis=1) / t[:, None]
+    (alpha, inverse), *_ = np.linalg.lstsq(columns, np.ones(len(t)), rcond=None)
+    if alpha < 0:
+        alpha, inverse = 0.0, float(np.median(t / np.array(sizes)))
+    return float(alpha), float(1.0 / max(inverse, 1e-15))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--largest", type=int, default=64, help="MiB")
+    parser.add_argument("--json", help="write all numbers to this file")
+    args = parser.parse_args()
+    hvd.init()
+    torch.set_num_threads(1)
+    join_torch_distributed(hvd)
+
+    def horovod_sum(x: torch.Tensor) -> None:
+        hvd.allreduce_(x, op=hvd.Sum, name=f"bench.{x.numel()}")
+
+    def distributed_sum(x: torch.Tensor) -> None:
+        dist.all_reduce(x)
+
+    spare = torch.zeros(args.largest * 2**18)
+
+    def copy(x: torch.Tensor) -> None:
+        spare[: x.numel()].copy_(x)
+
+    peers: dict[str, Callable[[torch.Tensor], None]] = {
+        "horovod": horovod_sum,
+        "torch.distributed": distributed_sum,
+        "copy": copy,
+    }
+    sizes = [4 * 4**k for k in range(1, 20) if 4 * 4**k <= args.largest * 2**20]
+    times: dict[str, dict[int, list[float]]] = {name: {n: [] for n in sizes} for name in peers}
+    for size in sizes:
+        x = torch.zeros(size // 4)
+        repeats = max(1, min(50, 2**22 // size))
+        for function in peers.values():
+            function(x)
+        for number in range(args.rounds):
+            for name in rotated(list(peers), number):
+                hvd.barrier()
+                began = time.perf_counter()
+                for _ in range(repeats):
+                    peers[name](x)
+                times[name][size].append((time.perf_counter() - began) / repeats)
+    console = Console(quiet=hvd.rank() != 0, width=110)
+    table = Table(title=f"all-reduce of float32, {hvd.size()} ranks, {environment(hvd)['controller']}")
+    table.add_column("payload", justify="right")
+    for name in peers:
+        table.add_column(f"{name}, ms", justify="right")
+        table.add_column("GB/s", justify="right")
+    medians = {name: [statistics.median(times[name][n]) for n in sizes] for name in peers}
+    for i, size in enumerate(sizes):
+        label = f"{size / 2**20:.0f} MiB" if size >= 2**20 else f"{size / 2**10:.3g} KiB"
+        cells = [f"{x:.3g}" for n in peers for x in (medians[n][i] * 1e3, size / medians[n][i] / 1e9)]
+        table.add_row(label, *cells)
+    console.print(table)
+    fits = {name: fit(sizes, medians[name]) for name in peers}
+    for name, (alpha, beta) in fits.items():
+        console.print(f"{name}: alpha {alpha * 1e6:.0f} us, beta {beta / 1e9:.2f} GB/s", highlight=False)
+    if hvd.rank() == 0:
+        write_json(
+            args.json,
+            {
+                "environment": environment(hvd),
+                "sizes": sizes,
+                "seconds": {name: [times[name][n] for n in sizes] for name in peers},
+                "fit": {n: {"alpha_s": a, "beta_bytes_per_s": b} for n, (a, b) in fits.items()},
+            },
+        )
+
+
+if __name__ == "__main__":
+    main()
