@@ -13,6 +13,7 @@ from typing import Any
 
 from hvdloss.communicator import Communicator
 from hvdloss.errors import AgreementError
+from hvdloss.guard import ranks_apart
 from hvdloss.plan import ParameterInfo
 
 __all__ = ["Agreed", "agree"]
@@ -96,10 +97,10 @@ def agree(
                     f"{_differing(values)}. Build the same model, in the same order, on every rank."
                 )
         values = [r["checksums"][i] for r in ranks]
-        if any(value != values[0] for value in values):
-            apart = [str(r) for r, value in enumerate(values) if value != values[0]]
+        if apart := ranks_apart(values):
             raise AgreementError(
-                f"parameter {i} ({mine_p['name']}) has other values on rank(s) {', '.join(apart)} than "
+                f"parameter {i} ({mine_p['name']}) has other values on rank(s) "
+                f"{', '.join(map(str, apart))} than "
                 f"on rank 0, so the ranks would train different models. Call "
                 f"hvd.broadcast_parameters(model.state_dict(), root_rank=0) before the first step."
             )

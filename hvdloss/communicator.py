@@ -6,6 +6,7 @@ adapter gives them over Horovod; :class:`OneProcess` and :class:`SimulatedRank` 
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
@@ -84,7 +85,7 @@ class SimulatedRank:
     def sum(self, array: Array, name: str) -> Array:
         """Return the sum over ranks, added in rank order, so equal to the last bit on all."""
         parts = self._room.exchange(self.rank, f"sum {name}", np.array(array, dtype=np.float64))
-        return np.asarray(np.sum(np.stack(parts), axis=0))
+        return np.asarray(functools.reduce(np.add, parts))
 
     def gather(self, data: bytes, name: str) -> list[bytes]:
         """Return every rank's bytes."""
@@ -112,6 +113,7 @@ def simulate(size: int, work: Callable[[SimulatedRank], Result]) -> list[Result]
     def run(rank: int) -> None:
         try:
             results[rank] = work(SimulatedRank(room, rank))
+            room.exchange(rank, "end", None)  # a rank that leaves early is told, not waited for
         except BaseException as error:  # handed to the caller below
             errors.append((rank, error))
             room.barrier.abort()

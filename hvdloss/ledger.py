@@ -98,7 +98,13 @@ def unpack(table: npt.ArrayLike) -> list[Ledger]:
     Raises:
         ConfigError: not a matrix of that width, or with entries that are not finite.
     """
-    array = np.asarray(table, dtype=np.float64)
+    try:
+        array = np.asarray(table)
+        if array.dtype.kind not in "fiu":
+            raise TypeError(f"dtype {array.dtype}")
+        array = array.astype(np.float64)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ConfigError(f"a ledger table is a matrix of real numbers: {error}") from error
     if array.ndim != 2 or array.shape[1] != WIDTH:
         raise ConfigError(f"a ledger table has shape (ranks, {WIDTH}), got {array.shape}")
     if not np.isfinite(array).all():

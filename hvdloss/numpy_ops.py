@@ -55,7 +55,7 @@ class NumpyOps:
 
     def total_rows(self, x: Any) -> Any:
         """Sum over all axes but the first."""
-        return x.reshape(x.shape[0], -1).sum(axis=1)
+        return x.sum(axis=tuple(range(1, x.ndim)))
 
     def scalar64(self, value: float, like: Any) -> Any:
         """Return a float64 scalar."""

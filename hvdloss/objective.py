@@ -57,15 +57,25 @@ def loss_named(name: str) -> str:
 
 
 def expand_mask_axes(
-    element_shape: tuple[int | None, ...], prediction_shape: tuple[int | None, ...]
+    element_shape: tuple[int | None, ...],
+    prediction_shape: tuple[int | None, ...],
+    class_axis: int | None = None,
 ) -> tuple[int, ...] | None:
     """Return where to insert axes so that a per-element mask broadcasts to the predictions.
 
     Per-element losses often lack the predictions' class axis. Returns the axes to insert, in
-    ascending order (empty if the shapes are equal), or None if the two cannot be related.
+    ascending order (empty if the shapes are equal), or None if the two cannot be related, or in more
+    than one way: a mask on the wrong axis would silence elements that count.
+
+    Args:
+        element_shape: of the losses.
+        prediction_shape: of the predictions.
+        class_axis: the predictions' axis that the losses lack, where that is known.
 
     >>> expand_mask_axes((8,), (8, 10)), expand_mask_axes((8, 5), (8, 10, 5))
     ((1,), (1,))
+    >>> expand_mask_axes((8, 5), (8, 5, 5)), expand_mask_axes((8, 5), (8, 5, 5), class_axis=1)
+    (None, (1,))
     """
 
     def same(a: tuple[int | None, ...], b: tuple[int | None, ...]) -> bool:
@@ -74,11 +84,15 @@ def expand_mask_axes(
     e, p = element_shape, prediction_shape
     if same(e, p):
         return ()
+    if class_axis is not None:
+        axis = class_axis % len(p) if p else 0
+        return (axis,) if same(e, p[:axis] + p[axis + 1 :]) else None
+    places = []
     if len(p) > len(e) and same(e, p[: len(e)]):
-        return tuple(range(len(e), len(p)))
-    if len(p) == len(e) + 1 and len(p) > 1 and same(e, p[:1] + p[2:]):
-        return (1,)
-    return None
+        places.append(tuple(range(len(e), len(p))))
+    if len(p) == len(e) + 1 and len(p) > 2 and same(e, p[:1] + p[2:]):
+        places.append((1,))
+    return places[0] if len(places) == 1 else None
 
 
 Row = TypeVar("Row", contravariant=True)
@@ -129,8 +143,8 @@ class ObjectiveBase(Generic[Row]):
             self._function = loss
         else:
             raise ConfigError(f"loss={loss!r} is neither the name of a loss nor a function")
-        if tuple(terms):
-            raise ConfigError(f"terms={tuple(terms)!r}: this version has no terms yet; pass terms=()")
+        if terms is None or tuple(terms):
+            raise ConfigError(f"terms={terms!r}: this version has no terms yet; pass terms=()")
         self.terms: tuple[Any, ...] = ()
         self.process_set = process_set
         self._listeners: list[weakref.ref[Any]] = []
@@ -143,7 +157,8 @@ class ObjectiveBase(Generic[Row]):
     def attach(self, listener: Listener[Row], passes: int = 1) -> None:
         """Have `listener` told of each backward pass; holds it weakly."""
         self._listeners = [ref for ref in self._listeners if ref() is not None]
-        self._listeners.append(weakref.ref(listener))
+        if all(ref() is not listener for ref in self._listeners):
+            self._listeners.append(weakref.ref(listener))
         self.passes = passes
 
     def announce(self, row: Row) -> None:

@@ -8,8 +8,10 @@ small so that communication starts early (Li et al., "PyTorch Distributed", VLDB
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from hvdloss.errors import ConfigError
 
@@ -104,46 +106,51 @@ def plan_buckets(
     seen = set(order)
     full = [*order, *(i for i in range(len(parameters)) if i not in seen)]
     full = [i for i in full if not parameters[i].sparse]
-    forced: dict[int, int] = {}
-    if isinstance(groups, int):
-        if groups > 0:
-            total = sum(parameters[i].numel * parameters[i].itemsize for i in full)
-            bucket_bytes = first_bytes = max(1, -(-total // groups))
-    elif groups is not None:
-        for number, group in enumerate(groups):
-            forced.update(dict.fromkeys(group, number))
+    forced = _forced_groups(groups, len(parameters))
+    if isinstance(groups, int) and groups > 0:
+        total = sum(parameters[i].numel * parameters[i].itemsize for i in full)
+        bucket_bytes = first_bytes = max(1, -(-total // groups))
 
-    closed: list[Bucket] = []
+    def key_of(i: int) -> tuple[str, int | None]:
+        return parameters[i].kind, forced.get(i)
+
+    waiting = Counter(key_of(i) for i in full)  # members of each forced group yet to come
     open_members: dict[tuple[str, int | None], list[int]] = {}
+    held: Counter[tuple[str, int | None]] = Counter()
     begun: set[str] = set()
-
-    def close(key: tuple[str, int | None]) -> None:
-        members, start = [], 0
-        for i in open_members.pop(key):
-            stop = start + parameters[i].numel
-            members.append(Member(i, start, stop))
-            start = stop
-        closed.append(Bucket(key[0], tuple(members)))
-
-    remaining: dict[tuple[str, int | None], int] = {
-        (parameters[i].kind, g): sum(
-            1 for j in full if forced.get(j) == g and parameters[j].kind == parameters[i].kind
-        )
-        for i, g in forced.items()
-        if i in set(full)
-    }
+    layouts: list[tuple[str, list[int]]] = []
     for i in full:
-        info = parameters[i]
-        key = (info.kind, forced.get(i))
+        key = key_of(i)
         open_members.setdefault(key, []).append(i)
-        if key[1] is not None:
-            done = len(open_members[key]) == remaining[key]
-        else:
-            held = sum(parameters[j].numel * info.itemsize for j in open_members[key])
-            done = held >= (bucket_bytes if info.kind in begun else first_bytes)
-        if done:
-            begun.add(info.kind)
-            close(key)
-    for key in list(open_members):
-        close(key)
-    return closed
+        held[key] += parameters[i].numel * parameters[i].itemsize
+        waiting[key] -= 1
+        limit = bucket_bytes if key[0] in begun else first_bytes
+        if not waiting[key] if key[1] is not None else held[key] >= limit:
+            begun.add(key[0])
+            layouts.append((key[0], open_members.pop(key)))
+            held[key] = 0
+    layouts += [(key[0], members) for key, members in open_members.items()]
+    # A bucket fills when its last member is ready.
+    position = {i: n for n, i in enumerate(full)}
+    layouts.sort(key=lambda layout: position[layout[1][-1]])
+    return [_lay_out(kind, members, parameters) for kind, members in layouts]
+
+
+def _forced_groups(groups: int | Sequence[Sequence[int]] | None, count: int) -> dict[int, int]:
+    """Return the group number of each parameter that lists of indices force into one."""
+    if isinstance(groups, int):
+        if groups < 0:
+            raise ConfigError(f"groups={groups} must be at least 0, or lists of parameters")
+        return {}
+    named = [i for group in groups or () for i in group]
+    if len(set(named)) != len(named) or any(not 0 <= i < count for i in named):
+        raise ConfigError(
+            f"groups={[list(group) for group in groups or ()]} names a parameter twice or one that is "
+            f"not there"
+        )
+    return {i: number for number, group in enumerate(groups or ()) for i in group}
+
+
+def _lay_out(kind: str, members: list[int], parameters: Sequence[ParameterInfo]) -> Bucket:
+    ends = list(accumulate(parameters[i].numel for i in members))
+    return Bucket(kind, tuple(Member(i, s, e) for i, s, e in zip(members, [0, *ends], ends, strict=False)))

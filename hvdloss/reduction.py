@@ -110,22 +110,16 @@ class Contribution:
     def row(self, ops: ArrayOps) -> Any:
         """Return this call as one micro-batch's ledger: a float64 vector of :data:`MEASURED` sums.
 
-        In the order of the first fields of :class:`hvdloss.ledger.Ledger`. A numerator that is not
-        finite travels as 0 and is counted, since NaN would spread over a whole sum.
+        In the order of the first fields of :class:`hvdloss.ledger.Ledger`. Sums that are not finite (a
+        NaN loss, weights whose sum overflows) travel as 0 and are counted, for NaN would spread.
         """
-        numerator = ops.total64(self.numerator)
-        good = ops.isfinite(numerator)
+        sums = [ops.total64(self.numerator), self.denominator, self.weight]
+        good = ops.isfinite(sums[0]) & ops.isfinite(sums[1]) & ops.isfinite(sums[2])
         return ops.row64(
             [
-                ops.where(good, numerator, ops.zeros_like(numerator)),
-                ops.where(
-                    ops.isfinite(self.denominator),
-                    self.denominator,
-                    ops.zeros_like(self.denominator),
-                ),
-                ops.where(ops.isfinite(self.weight), self.weight, ops.zeros_like(self.weight)),
+                *(ops.where(ops.isfinite(x), x, ops.zeros_like(x)) for x in sums),
                 self.elements,
-                ops.scalar64(1.0, numerator),
+                ops.scalar64(1.0, sums[0]),
                 self.negative,
                 self.nonfinite,
                 ops.count(~good),
@@ -159,9 +153,10 @@ def broadcast_error(
     if fits:
         return None
     hint = ""
-    if weight_shape and loss_shape and weight_shape[0] == loss_shape[0]:
-        ones = ", ".join(["None"] * (len(loss_shape) - len(weight_shape)))
-        hint = f"; for one weight per sample pass weight[:, {ones}]" if ones else ""
+    if weight_shape and weight_shape == loss_shape[: len(weight_shape)]:
+        axes = [":"] * len(weight_shape) + ["None"] * (len(loss_shape) - len(weight_shape))
+        what = "sample" if len(weight_shape) == 1 else "leading entry"
+        hint = f"; for one weight per {what} pass weight[{', '.join(axes)}]"
     return ShapeError(
         f"weight of shape {weight_shape} does not broadcast to the per-element losses of shape "
         f"{loss_shape} (rank {rank}){hint}"

@@ -101,11 +101,8 @@ class Objective(ObjectiveBase[torch.Tensor]):
         holder: list[torch.Tensor] = []
         given = prediction
         absent = None
-        if (
-            self.name in ("cross_entropy", "nll")
-            and isinstance(target, torch.Tensor)
-            and not target.is_floating_point()
-        ):
+        classes = self.name in ("cross_entropy", "nll")
+        if classes and isinstance(target, torch.Tensor) and not target.is_floating_point():
             absent = target == IGNORED
             if absent.device.type == "cpu" and not absent.any():
                 absent = None
@@ -125,7 +122,8 @@ class Objective(ObjectiveBase[torch.Tensor]):
             rank=rank,
         )
         if weight is not None and isinstance(given, torch.Tensor):
-            self._set_gate(holder, losses, given, weight)
+            class_axis = min(1, given.dim() - 1) if classes else None
+            self._set_gate(holder, losses, given, weight, class_axis)
         loss = part.mean(_OPS)
         if loss.requires_grad and self._listeners:
             row = part.row(_OPS)
@@ -134,10 +132,14 @@ class Objective(ObjectiveBase[torch.Tensor]):
 
     @staticmethod
     def _set_gate(
-        holder: list[torch.Tensor], losses: torch.Tensor, prediction: torch.Tensor, weight: Any
+        holder: list[torch.Tensor],
+        losses: torch.Tensor,
+        prediction: torch.Tensor,
+        weight: Any,
+        class_axis: int | None,
     ) -> None:
         """Let the gate hold back the gradient of absent elements, where the shapes tell which they are."""
-        axes = expand_mask_axes(tuple(losses.shape), tuple(prediction.shape))
+        axes = expand_mask_axes(tuple(losses.shape), tuple(prediction.shape), class_axis)
         if axes is None:
             return
         mask = torch.as_tensor(weight, device=losses.device).detach().expand_as(losses) == 0

@@ -61,7 +61,7 @@ class TorchOps:
 
     def total_rows(self, x: torch.Tensor) -> torch.Tensor:
         """Sum over all axes but the first."""
-        return x.flatten(1).sum(1)
+        return x.sum(dim=tuple(range(1, x.dim())))
 
     def scalar64(self, value: float, like: torch.Tensor) -> torch.Tensor:
         """Return a float64 scalar."""

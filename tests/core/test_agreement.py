@@ -1,0 +1,211 @@
+"""The agreement of the first step: all ranks go on alike, or all raise the same error."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hvdloss.agreement import Agreed, agree
+from hvdloss.communicator import OneProcess, simulate
+from hvdloss.errors import AgreementError
+from hvdloss.plan import ParameterInfo
+
+MODEL = [
+    ParameterInfo("embedding.weight", (10, 4), "float32 cpu", 4),
+    ParameterInfo("linear.weight", (4, 1), "float32 cpu", 4),
+    ParameterInfo("linear.bias", (1,), "float64 cpu", 8),
+    ParameterInfo("scale", (), "float32 cpu", 4),
+]
+SETTINGS = {"objective": "mse", "reduction": "mean", "passes": 1, "groups": None}
+
+
+def outcomes(size, *, parameters=None, checksums=None, order=None, settings=None):
+    """Return what each rank gets: :class:`Agreed`, or the message of its AgreementError.
+
+    Each argument maps a rank to what it holds; left out, all hold the same.
+    """
+
+    def work(c):
+        mine = parameters(c.rank) if parameters else MODEL
+        sums = checksums(c.rank) if checksums else [11, 22, 33, 44][: len(mine)]
+        try:
+            return agree(
+                c,
+                mine,
+                lambda: sums,
+                order(c.rank) if order else [],
+                settings(c.rank) if settings else SETTINGS,
+                name="agreement",
+            )
+        except AgreementError as error:
+            return str(error)
+
+    return simulate(size, work)
+
+
+def the_message(results):
+    """Return the one message that all ranks raised."""
+    assert all(isinstance(result, str) for result in results), results
+    assert len(set(results)) == 1
+    return results[0]
+
+
+def on(ranks, value, other):
+    return lambda rank: value if rank in ranks else other
+
+
+# Agreeing
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_equal_ranks_agree(size):
+    assert outcomes(size, order=lambda rank: [3, 2, 1, 0]) == [Agreed(MODEL, [3, 2, 1, 0])] * size
+
+
+def test_one_process_agrees_with_itself():
+    agreed = agree(OneProcess(), MODEL, lambda: [1, 2, 3, 4], [1, 0], SETTINGS, name="agreement")
+    assert agreed == Agreed(MODEL, [1, 0])
+
+
+def test_nothing_to_agree_on():
+    assert outcomes(2, parameters=lambda rank: [], settings=lambda rank: {}) == [Agreed([], [])] * 2
+
+
+@settings(max_examples=30)
+@given(st.lists(st.lists(st.booleans(), min_size=4, max_size=4), min_size=1, max_size=4))
+def test_a_gradient_that_is_sparse_anywhere_is_sparse_everywhere(seen):
+    def parameters(rank):
+        return [replace(p, sparse=s) for p, s in zip(MODEL, seen[rank], strict=True)]
+
+    union = [replace(p, sparse=any(rank[i] for rank in seen)) for i, p in enumerate(MODEL)]
+    assert outcomes(len(seen), parameters=parameters) == [Agreed(union, [])] * len(seen)
+
+
+@settings(max_examples=30)
+@given(st.lists(st.permutations(range(4)), min_size=1, max_size=4), st.data())
+def test_the_longest_order_wins_and_of_equals_the_first(orders, data):
+    orders = [order[: data.draw(st.integers(0, 4))] for order in orders]
+    longest = next(order for order in orders if len(order) == max(map(len, orders)))
+    for agreed in outcomes(len(orders), order=lambda rank: orders[rank]):
+        assert agreed.order == longest
+
+
+def test_checksums_are_whole_numbers_of_any_size():
+    big = [2**64 - 1, 2**63, -(2**63), 0]
+    assert outcomes(2, checksums=lambda rank: big) == [Agreed(MODEL, [])] * 2
+    apart = outcomes(2, checksums=on({1}, [2**64 - 2, *big[1:]], big))
+    assert "embedding.weight" in the_message(apart)
+
+
+def test_it_costs_one_gather():
+    calls = []
+
+    class Counting(OneProcess):
+        def gather(self, data, name):
+            calls.append(("gather", name))
+            return super().gather(data, name)
+
+        def sum(self, array, name):
+            calls.append(("sum", name))
+            return super().sum(array, name)
+
+    agree(Counting(), MODEL, lambda: [1, 2, 3, 4], [], SETTINGS, name="first step")
+    assert calls == [("gather", "first step")]
+
+
+# Differing
+
+rank_sets = st.sets(st.integers(1, 3), min_size=1)
+changes = {
+    "name": {"name": "other"},
+    "shape": {"shape": (7, 7)},
+    "kind": {"kind": "float16 cpu", "itemsize": 2},
+}
+
+
+@pytest.mark.parametrize("field", changes)
+@pytest.mark.parametrize("index", range(4))
+@pytest.mark.parametrize("ranks", [{1}, {2, 3}])
+def test_a_parameter_that_differs_is_named_on_every_rank(field, index, ranks):
+    changed = [replace(p, **changes[field]) if i == index else p for i, p in enumerate(MODEL)]
+    message = the_message(outcomes(4, parameters=on(ranks, changed, MODEL)))
+    assert f"parameter {index} ({MODEL[index].name})" in message
+    assert field in message
+    assert f"rank {min(ranks)} has" in message
+    assert "rank 0 has" in message
+    assert ("1 more rank" in message) == (len(ranks) == 2)
+
+
+def test_the_difference_is_shown_from_both_sides():
+    changed = [replace(MODEL[0], shape=(10, 5)), *MODEL[1:]]
+    message = the_message(outcomes(2, parameters=on({1}, changed, MODEL)))
+    assert "10, 5" in message
+    assert "10, 4" in message
+
+
+@settings(max_examples=30)
+@given(rank_sets, st.integers(0, 3))
+def test_other_values_are_named_with_their_ranks(ranks, index):
+    sums = [11, 22, 33, 44]
+    other = [*sums[:index], 99, *sums[index + 1 :]]
+    message = the_message(outcomes(4, checksums=on(ranks, other, sums)))
+    assert f"parameter {index} ({MODEL[index].name})" in message
+    named = re.search(r"on rank\(s\) ([\d, ]+) than", message)
+    assert named
+    assert [int(rank) for rank in named[1].split(", ")] == sorted(ranks)
+    assert "broadcast_parameters" in message
+
+
+def test_when_rank_0_is_the_odd_one_all_others_are_named():
+    message = the_message(outcomes(3, checksums=on({0}, [0, 22, 33, 44], [11, 22, 33, 44])))
+    assert "rank(s) 1, 2 " in message
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 5])
+def test_another_number_of_parameters_is_named(count):
+    others = [*MODEL, ParameterInfo("extra", (1,), "float32 cpu", 4)][:count]
+
+    def checksums(rank):
+        return [1] * (count if rank == 2 else 4)
+
+    message = the_message(outcomes(3, parameters=on({2}, others, MODEL), checksums=checksums))
+    assert "number of parameters" in message
+    assert f"rank 2 has {count}, rank 0 has 4" in message
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("objective", "mae"), ("reduction", "sum"), ("passes", 2), ("groups", [[0, 1]]), ("groups", 0)],
+)
+def test_a_setting_that_differs_is_named_on_every_rank(key, value):
+    message = the_message(outcomes(3, settings=on({1}, {**SETTINGS, key: value}, SETTINGS)))
+    assert message.startswith(f"{key} differs")
+    assert f"rank 1 has {value!r}, rank 0 has {SETTINGS[key]!r}" in message
+
+
+@pytest.mark.parametrize(("ranks", "named"), [({0, 1}, "rank 2"), ({1, 2}, "rank 1"), ({2}, "rank 2")])
+def test_a_setting_that_only_some_ranks_have_is_named(ranks, named):
+    message = the_message(outcomes(3, settings=on(ranks, {**SETTINGS, "compression": "fp16"}, SETTINGS)))
+    assert message.startswith("compression differs")
+    assert named in message
+
+
+def test_settings_are_compared_before_parameters_and_parameters_before_values():
+    def parameters(rank):
+        return [replace(MODEL[0], name="x"), *MODEL[1:]] if rank else MODEL
+
+    def checksums(rank):
+        return [rank] * 4
+
+    everything = outcomes(
+        2,
+        parameters=parameters,
+        checksums=checksums,
+        settings=on({1}, {**SETTINGS, "reduction": "sum"}, SETTINGS),
+    )
+    assert "reduction differs" in the_message(everything)
+    assert "its name differs" in the_message(outcomes(2, parameters=parameters, checksums=checksums))

@@ -1,0 +1,277 @@
+"""The laws of ledgers: merging is a commutative monoid, packing loses nothing, judging is a function."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import astuple, fields, replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from hvdloss.errors import (
+    ConfigError,
+    HvdlossError,
+    NonFiniteLossError,
+    NoWeightError,
+    UsageError,
+    WeightError,
+)
+from hvdloss.ledger import WIDTH, Ledger, judge, pack, unpack
+from hvdloss.reduction import MEASURED
+
+NAMES = [field.name for field in fields(Ledger)]
+whole_numbers = st.integers(-(2**40), 2**40).map(float)
+finite = st.floats(-1e100, 1e100)
+
+
+def ledgers_of(numbers):
+    return st.lists(numbers, min_size=WIDTH, max_size=WIDTH).map(lambda row: Ledger(*row))
+
+
+counts = st.integers(0, 5).map(float)
+sound_ledgers = st.builds(
+    Ledger,
+    numerator=st.floats(-1e6, 1e6),
+    denominator=st.floats(0, 1e6),
+    weight=st.floats(0, 1e6),
+    elements=counts,
+    micro_batches=counts,
+    communication=st.floats(0, 10),
+)
+
+
+# Merging
+
+
+@given(ledgers_of(whole_numbers), ledgers_of(whole_numbers), ledgers_of(whole_numbers))
+def test_merging_is_associative(a, b, c):
+    assert a.merge(b).merge(c) == a.merge(b.merge(c))
+
+
+@given(ledgers_of(finite), ledgers_of(finite), ledgers_of(finite))
+def test_merging_is_associative_to_rounding(a, b, c):
+    left, right = astuple(a.merge(b).merge(c)), astuple(a.merge(b.merge(c)))
+    scale = [sum(map(abs, three)) for three in zip(astuple(a), astuple(b), astuple(c), strict=True)]
+    for x, y, s in zip(left, right, scale, strict=True):
+        assert abs(x - y) <= 1e-15 * s
+
+
+@given(ledgers_of(finite), ledgers_of(finite))
+def test_merging_is_commutative(a, b):
+    assert a.merge(b) == b.merge(a)
+
+
+@given(ledgers_of(finite))
+def test_zero_is_neutral(a):
+    assert a.merge(Ledger.zero()) == a == Ledger.zero().merge(a)
+
+
+@given(ledgers_of(whole_numbers), ledgers_of(whole_numbers))
+def test_merging_adds_each_field(a, b):
+    merged = a.merge(b)
+    for name in NAMES:
+        assert getattr(merged, name) == getattr(a, name) + getattr(b, name)
+
+
+def test_a_ledger_cannot_be_changed():
+    with pytest.raises(AttributeError):
+        Ledger().weight = 1.0  # type: ignore[misc]
+
+
+@given(st.lists(finite, min_size=MEASURED, max_size=MEASURED), st.floats(0, 5), st.floats(0, 5))
+def test_a_row_becomes_the_first_fields(row, strays, communication):
+    ledger = Ledger.of_row(np.array(row), strays=strays, communication=communication)
+    assert astuple(ledger) == (*row, strays, communication)
+    assert all(type(value) is float for value in astuple(ledger))
+
+
+# Packing
+
+
+@given(st.lists(ledgers_of(finite), min_size=1, max_size=6))
+def test_unpack_inverts_the_sum_of_packs(ledgers):
+    table = sum(pack(ledger, rank, len(ledgers)) for rank, ledger in enumerate(ledgers))
+    assert unpack(table) == ledgers
+
+
+@given(ledgers_of(finite), st.integers(1, 6), st.data())
+def test_pack_fills_its_own_row_only(ledger, size, data):
+    rank = data.draw(st.integers(0, size - 1))
+    table = pack(ledger, rank, size)
+    assert table.shape == (size, WIDTH)
+    assert table.dtype == np.float64
+    assert tuple(table[rank]) == astuple(ledger)
+    assert not np.delete(table, rank, axis=0).any()
+
+
+@pytest.mark.parametrize(("rank", "size"), [(-1, 2), (2, 2), (0, 0)])
+def test_pack_refuses_a_rank_out_of_range(rank, size):
+    with pytest.raises(ConfigError, match=f"rank={rank}"):
+        pack(Ledger(), rank, size)
+
+
+def accepted_or_refused(table):
+    """Return the ledgers, or None if `table` was refused in the one way that is allowed."""
+    try:
+        return unpack(table)
+    except ConfigError:
+        return None
+
+
+numeric = st.one_of(hnp.boolean_dtypes(), hnp.integer_dtypes(), hnp.floating_dtypes(sizes=(16, 32, 64)))
+
+
+@given(hnp.arrays(numeric, hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=WIDTH + 1)))
+def test_unpack_of_any_numbers_is_ledgers_or_a_config_error(table):
+    ledgers = accepted_or_refused(table)
+    good = table.ndim == 2 and table.shape[1] == WIDTH and bool(np.isfinite(table).all())
+    assert (ledgers is not None) == good
+    if ledgers is not None:
+        assert [astuple(one) for one in ledgers] == [tuple(row) for row in table.astype(float).tolist()]
+
+
+@given(
+    hnp.arrays(np.float64, st.tuples(st.integers(1, 4), st.just(WIDTH)), elements=finite),
+    st.sampled_from([math.nan, math.inf, -math.inf]),
+    st.data(),
+)
+def test_unpack_refuses_one_bad_entry(table, bad, data):
+    table[data.draw(st.integers(0, len(table) - 1)), data.draw(st.integers(0, WIDTH - 1))] = bad
+    with pytest.raises(ConfigError, match="NaN or infinity"):
+        unpack(table)
+
+
+JUNK = {
+    "None": None,
+    "text": "ledger",
+    "bytes": b"ledger",
+    "number": 3.0,
+    "dict": {},
+    "object": object(),
+    "empty list": [],
+    "list of an empty list": [[]],
+    "ragged rows": [[1.0] * WIDTH, [1.0]],
+    "row of text": [["x"] * WIDTH],
+    "row of None": [[None] * WIDTH],
+    "row of dicts": [[{}] * WIDTH],
+    "integers beyond float64": [[10**400] * WIDTH],
+    "too wide": np.ones((2, WIDTH + 1)),
+    "too narrow": np.ones((2, WIDTH - 1)),
+    "one dimension": np.ones(WIDTH),
+    "three dimensions": np.ones((1, 1, WIDTH)),
+    "array of text": np.full((1, WIDTH), "1.0 kg"),
+    "array of objects": np.full((1, WIDTH), object()),
+    "complex numbers": np.full((1, WIDTH), 1j),
+}
+
+
+@pytest.mark.parametrize("junk", JUNK.values(), ids=JUNK)
+@pytest.mark.filterwarnings("error")
+def test_unpack_refuses_junk(junk):
+    with pytest.raises(ConfigError, match="ledger table"):
+        unpack(junk)
+
+
+scalars = st.one_of(
+    st.none(), st.text(max_size=4), st.binary(max_size=4), st.floats(), st.integers(), st.booleans()
+)
+junk_tables = st.one_of(
+    scalars,
+    st.recursive(scalars, lambda inner: st.lists(inner, max_size=WIDTH), max_leaves=3 * WIDTH),
+    st.lists(st.lists(scalars, min_size=WIDTH, max_size=WIDTH), max_size=3),
+    st.dictionaries(st.text(max_size=2), st.floats(), max_size=3),
+)
+
+
+@given(junk_tables)
+def test_unpack_of_anything_is_ledgers_or_a_config_error(junk):
+    ledgers = accepted_or_refused(junk)
+    if ledgers is not None:
+        assert all(math.isfinite(value) for one in ledgers for value in astuple(one))
+
+
+# Judging
+
+FAULTS = [  # in order of precedence
+    ("negative_weights", WeightError, "below zero"),
+    ("nonfinite_weights", WeightError, "NaN or infinite"),
+    ("nonfinite_losses", NonFiniteLossError, "loss is NaN or infinite"),
+    ("strays", UsageError, "without passing through"),
+]
+
+
+def ranks_named(message):
+    """Return the ranks after "on rank" or "on ranks"."""
+    found = re.search(r"on ranks? (\d+(?:, \d+)*)", message)
+    assert found, message
+    return [int(rank) for rank in found[1].split(", ")]
+
+
+@given(st.lists(sound_ledgers, min_size=1, max_size=5), st.integers(1, 10**6))
+def test_a_step_with_weight_and_without_faults_is_sound(ledgers, step):
+    ledgers[-1] = replace(ledgers[-1], denominator=ledgers[-1].denominator + 1.0)
+    assert judge(ledgers, step) is None
+
+
+@pytest.mark.parametrize(("field", "kind", "words"), FAULTS)
+@pytest.mark.parametrize("ranks", [[0], [2], [0, 2], [0, 1, 2]])
+def test_each_fault_is_named_with_its_step_and_ranks(field, kind, words, ranks):
+    sound = Ledger(numerator=1.0, denominator=2.0, weight=2.0, elements=2.0, micro_batches=1.0)
+    ledgers = [replace(sound, **{field: 1.0}) if rank in ranks else sound for rank in range(3)]
+    error = judge(ledgers, 17)
+    assert type(error) is kind
+    assert "step 17" in str(error)
+    assert words in str(error)
+    assert ranks_named(str(error)) == ranks
+
+
+@given(
+    st.lists(sound_ledgers, min_size=1, max_size=4),
+    st.dictionaries(
+        st.sampled_from([field for field, _, _ in FAULTS]),
+        st.sets(st.integers(0, 3), min_size=1),
+        min_size=1,
+    ),
+)
+def test_of_several_faults_the_first_cause_is_told(ledgers, faults):
+    expected = None
+    for field, kind, _ in FAULTS:
+        ranks = sorted(rank for rank in faults.get(field, ()) if rank < len(ledgers))
+        for rank in ranks:
+            ledgers[rank] = replace(ledgers[rank], **{field: 2.0})
+        if ranks and expected is None:
+            expected = (kind, ranks)
+    error = judge(ledgers, 1)
+    if expected is None:
+        assert error is None or type(error) is NoWeightError
+    else:
+        assert (type(error), ranks_named(str(error))) == expected
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_no_weight_anywhere_is_an_error(size):
+    error = judge([Ledger(micro_batches=1.0)] * size, 3)
+    assert type(error) is NoWeightError
+    assert "step 3" in str(error)
+    assert f"{size} rank(s)" in str(error)
+
+
+def test_one_rank_with_weight_is_enough():
+    assert judge([Ledger(), Ledger(denominator=0.25), Ledger()], 1) is None
+
+
+@given(st.lists(ledgers_of(st.sampled_from([0.0, 0.0, 1.0, 2.0])), min_size=1, max_size=4))
+def test_judging_depends_on_its_arguments_only(ledgers):
+    """What makes the ranks agree: every rank judges its own copy of the same table."""
+    size = len(ledgers)
+    verdicts = []
+    for _ in range(size):
+        table = sum(pack(ledger, rank, size) for rank, ledger in enumerate(ledgers))
+        verdicts.append(judge(unpack(table), 5))
+        judge([Ledger(strays=1.0)], 6)  # what was judged in between leaves no trace
+    assert len({(type(verdict), str(verdict)) for verdict in verdicts}) == 1
+    assert verdicts[0] is None or isinstance(verdicts[0], HvdlossError)

@@ -1,0 +1,81 @@
+"""The report of a step: the numbers of the ledgers, plain enough for JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hvdloss.ledger import Ledger
+from hvdloss.reduction import REDUCTIONS
+from hvdloss.report import RankReport, StepReport
+
+LEDGERS = [
+    Ledger(numerator=6.0, denominator=4.0, weight=4.0, elements=5.0, micro_batches=2.0, communication=0.25),
+    Ledger(),
+    Ledger(numerator=3.0, denominator=0.5, weight=0.5, elements=1.0, micro_batches=1.0, communication=0.5),
+]
+
+
+def test_a_worked_example():
+    report = StepReport.of(7, LEDGERS, "mean")
+    assert (report.step, report.loss, report.objective_value) == (7, 2.0, 2.0)
+    assert (report.weight, report.elements) == (4.5, 6)
+    first, empty, last = report.ranks
+    assert first == RankReport(0, 1.5, 4.0, 5, 2, 0.25)
+    assert last == RankReport(2, 6.0, 0.5, 1, 1, 0.5)
+    assert math.isnan(empty.loss)
+    assert (empty.rank, empty.weight, empty.elements, empty.micro_batches) == (1, 0.0, 0, 0)
+    assert [one.skew for one in report.ranks] == [None] * 3
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_a_sum_adds_and_the_others_divide(reduction):
+    report = StepReport.of(1, LEDGERS, reduction)
+    assert report.loss == (9.0 if reduction == "sum" else 2.0)
+    assert report.ranks[0].loss == (6.0 if reduction == "sum" else 1.5)
+    assert math.isnan(report.ranks[1].loss)
+
+
+counts = st.integers(0, 1000).map(float)
+ledgers = st.builds(
+    Ledger,
+    numerator=st.floats(-1e9, 1e9),
+    denominator=st.one_of(st.just(0.0), st.floats(1e-3, 1e9)),
+    weight=st.floats(0, 1e9),
+    elements=counts,
+    micro_batches=counts,
+    communication=st.floats(0, 100),
+)
+
+
+@given(st.integers(1, 10**9), st.lists(ledgers, min_size=1, max_size=5), st.sampled_from(REDUCTIONS))
+def test_a_report_goes_through_json(step, parts, reduction):
+    report = StepReport.of(step, parts, reduction)
+    record = json.loads(json.dumps(report.as_dict()))
+    assert record.keys() == {"step", "loss", "weight", "elements", "objective_value", "ranks"}
+    assert len(record["ranks"]) == len(parts)
+    for rank, (one, ledger) in enumerate(zip(record["ranks"], parts, strict=True)):
+        assert one["rank"] == rank
+        assert math.isnan(one["loss"]) == (ledger.denominator == 0)
+        assert one["elements"] == ledger.elements
+        assert type(one["elements"]) is type(one["micro_batches"]) is int
+    assert type(record["elements"]) is int
+    assert record["elements"] == sum(ledger.elements for ledger in parts)
+    assert record["weight"] == pytest.approx(math.fsum(ledger.weight for ledger in parts))
+
+
+@given(st.lists(ledgers, min_size=1, max_size=5), st.sampled_from(REDUCTIONS))
+def test_the_loss_is_that_of_the_merged_ledgers(parts, reduction):
+    numerator = math.fsum(ledger.numerator for ledger in parts)
+    denominator = math.fsum(ledger.denominator for ledger in parts)
+    loss = StepReport.of(1, parts, reduction).loss
+    if reduction != "sum" and not denominator:
+        assert math.isnan(loss)
+    else:
+        divisor = 1.0 if reduction == "sum" else denominator
+        scale = math.fsum(abs(ledger.numerator) for ledger in parts) / divisor
+        assert abs(loss - numerator / divisor) <= 1e-12 * scale + 1e-300
