@@ -1,0 +1,38 @@
+# `make` alone lists the targets. Every target that needs the environment sets it up first.
+
+PYTHON_BIN := .venv/bin/python
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format bench clean distclean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: ## make .venv with the frameworks, hvdloss and Horovod (quick when up to date)
+	@./scripts/setup.sh
+
+demo: setup ## train on real data on several Horovod ranks, against one process
+	$(PYTHON_BIN) examples/demo.py
+
+test: setup ## run the tests
+	$(PYTHON_BIN) -m pytest
+
+lint: setup ## check style and types
+	$(PYTHON_BIN) -m ruff check .
+	$(PYTHON_BIN) -m ruff format --check .
+	$(PYTHON_BIN) -m mypy
+
+format: setup ## put the code into the project's format
+	$(PYTHON_BIN) -m ruff check --fix .
+	$(PYTHON_BIN) -m ruff format .
+
+bench: setup ## measure step and all-reduce times on two ranks (results under runs/)
+	mkdir -p runs
+	.venv/bin/horovodrun --gloo -np 2 $(PYTHON_BIN) benchmarks/step.py --json runs/bench-step.json
+	.venv/bin/horovodrun --gloo -np 2 $(PYTHON_BIN) benchmarks/allreduce.py --json runs/bench-allreduce.json
+
+clean: ## remove what building, testing and running left (not .venv)
+	rm -rf build dist *.egg-info runs .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+distclean: clean ## clean, and remove .venv too
+	rm -rf .venv

@@ -1,0 +1,62 @@
+"""The command line: ``hvdloss install``, ``hvdloss doctor``.
+
+Subcommands are imported when they are asked for, so that ``hvdloss --help`` and
+``hvdloss --version`` answer at once and no command pays for another's imports.
+
+Exit statuses, the same for every subcommand (`hvdloss.cli.errors` names them):
+
+=====  =====================================================================
+0      done; for ``doctor``: training can start
+1      ``doctor``: training cannot start
+2      the command line itself is wrong
+3      something needed is missing; nothing was changed
+4      Horovod's source could not be had (network, or a hash that differs)
+5      the build failed; nothing was installed
+6      the wheel could not be installed, or what was installed does not work
+130    interrupted (Ctrl-C); 143: terminated
+=====  =====================================================================
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import click
+
+from hvdloss._version import __version__
+
+#: Subcommand -> (module, attribute, one line for ``--help`` so that it need not import them).
+_COMMANDS = {
+    "doctor": ("hvdloss.cli.doctor", "doctor", "Say whether training can start, and what to do."),
+    "install": ("hvdloss.cli.install", "install", "Build and install Horovod for this Python."),
+}
+
+
+class _LazyGroup(click.Group):
+    """A click group that imports a subcommand's module on first use."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        module, attribute, _ = _COMMANDS[cmd_name]
+        command: click.Command = getattr(importlib.import_module(module), attribute)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, _COMMANDS[name][2]) for name in sorted(_COMMANDS)])
+
+
+@click.command(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="hvdloss")
+def cli() -> None:
+    """The exact global loss over Horovod: install it, check it."""
+
+
+def main(args: list[str] | None = None) -> Any:
+    """Run the command line; `args` defaults to the process's own."""
+    return cli.main(args=args, prog_name="hvdloss")
