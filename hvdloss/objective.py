@@ -13,7 +13,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from hvdloss.errors import ConfigError
 from hvdloss.reduction import check_reduction
 
-__all__ = ["LOSSES", "Listener", "ObjectiveBase", "expand_mask_axes", "loss_named"]
+__all__ = ["CLASS_LOSSES", "IGNORED", "LOSSES", "Listener", "ObjectiveBase", "expand_mask_axes", "loss_named"]
 
 # Every loss that has a name, with its formula for one element: prediction y, target t. The adapters map
 # each name to their framework's own function; a test checks that both know all of them and agree.
@@ -38,6 +38,7 @@ _ALIASES = {
     "bce": "binary_cross_entropy",
     "bce_with_logits": "binary_cross_entropy_with_logits",
 }
+CLASS_LOSSES = ("cross_entropy", "nll")  # their predictions have a class axis that the losses lack
 IGNORED = -100  # a class index that marks an element as absent, as in torch
 
 

@@ -25,7 +25,7 @@ from typing import Any, Protocol
 
 from hvdloss.errors import ConfigError, ShapeError
 
-__all__ = ["REDUCTIONS", "ArrayOps", "Contribution", "check_reduction", "contribution", "finish"]
+__all__ = ["REDUCTIONS", "ArrayOps", "Contribution", "check_reduction", "contribution", "finish", "weights_for"]
 
 REDUCTIONS = ("mean", "sum", "batch_mean", "sequence_mean")
 
@@ -163,6 +163,18 @@ def broadcast_error(
     )
 
 
+def weights_for(ops: ArrayOps, weight: Any, losses: Any, rank: int) -> Any:
+    """Return `weight` broadcast to `losses`, without gradient.
+
+    Raises:
+        ShapeError: it does not broadcast.
+    """
+    error = broadcast_error(ops.shape(weight), ops.shape(losses), rank)
+    if error:
+        raise error
+    return ops.weights_like(weight, losses)
+
+
 def contribution(
     ops: ArrayOps, losses: Any, weight: Any, reduction: str, *, share: float = 1.0, rank: int = 0
 ) -> Contribution:
@@ -195,10 +207,7 @@ def contribution(
         negative = nonfinite = zero
         elements = total_weight = ops.total64(w)
     else:
-        error = broadcast_error(ops.shape(weight), shape, rank)
-        if error:
-            raise error
-        w = ops.weights_like(weight, losses)
+        w = weights_for(ops, weight, losses, rank)
         present = w != 0  # NaN counts as present, and as not finite
         weighted = ops.where(present, losses * w, ops.zeros_like(losses))
         negative, nonfinite = ops.count(w < 0), ops.count(~ops.isfinite(w))

@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-
 from hvdloss.communicator import OneProcess
 from hvdloss.guard import checksum, compare
 from hvdloss.torch._backend import hvd

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from hvdloss.objective import IGNORED, ObjectiveBase, expand_mask_axes
-from hvdloss.reduction import contribution
+from hvdloss.objective import CLASS_LOSSES, IGNORED, ObjectiveBase, expand_mask_axes
+from hvdloss.reduction import contribution, weights_for
 from hvdloss.torch._backend import hvd
 from hvdloss.torch.ops import NAMED_LOSSES, TorchOps
 
@@ -101,7 +101,7 @@ class Objective(ObjectiveBase[torch.Tensor]):
         holder: list[torch.Tensor] = []
         given = prediction
         absent = None
-        classes = self.name in ("cross_entropy", "nll")
+        classes = self.name in CLASS_LOSSES
         if classes and isinstance(target, torch.Tensor) and not target.is_floating_point():
             absent = target == IGNORED
             if absent.device.type == "cpu" and not absent.any():
@@ -112,7 +112,7 @@ class Objective(ObjectiveBase[torch.Tensor]):
         losses = self._function(prediction, target)
         if absent is not None:
             present = (~absent).to(_OPS.losses(losses).dtype)
-            weight = present if weight is None else present * _OPS.weights_like(weight, present)
+            weight = present if weight is None else present * weights_for(_OPS, weight, present, rank)
         part = contribution(
             _OPS,
             losses,

@@ -186,6 +186,7 @@ class _Engine:
         self._active = False  # also after a backward pass that ended in an exception
         self.passes_done = 0
         self._row_sum: torch.Tensor | None = None
+        self._kept: dict[int, torch.Tensor] = {}
         self._strays = 0
         self._scale_sum: Any = 0.0
         self._table: torch.Tensor | None = None
@@ -215,12 +216,27 @@ class _Engine:
         self.synchronized = False
         if not self.passes_done:
             self._refresh()
+            self._set_aside()
         self._active = True
         self._reached = False
         self._rows = []
         self._scale: Any = None
         # Runs when the outermost backward pass is over; a reentrant one inside belongs to it.
         torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
+
+    def _set_aside(self) -> None:
+        """Keep gradients that were not cleared since the last step: they add to this step's, once.
+
+        With one pass per step they may stay where they are, since weighted averaging leaves what is
+        equal on all ranks as it is; with several passes only the first one's gradient would hold them.
+        """
+        if self.passes == 1:
+            return
+        for p in self.parameters():
+            if p.grad is not None:
+                # A copy, as it is a view of the bucket that this step overwrites.
+                self._kept[id(p)] = p.grad.detach().clone()
+                p.grad = None
 
     def _gradient_ready(self, p: torch.nn.Parameter) -> None:
         if not self._active:
@@ -349,6 +365,7 @@ class _Engine:
                 self._strays += 1
             if not self.passes_done:
                 self._refresh()
+                self._set_aside()
             if not self._planned:
                 self._make_plan()
             self._launch()
@@ -364,6 +381,10 @@ class _Engine:
             self.abandon()
             raise
         self._held_up = time.perf_counter() - began
+        if self._kept:
+            for p in self.parameters():
+                if (kept := self._kept.get(id(p))) is not None:
+                    p.grad = kept if p.grad is None else p.grad + kept
         for p in self._densified:
             if p.grad is not None:
                 p.grad = p.grad.to_sparse(1)
@@ -407,6 +428,7 @@ class _Engine:
             name=f"{self.name}.agree",
         )
         self._launch_ledger()
+        measured_in = self._reference  # of the gradients held so far; 1 unless this is a new plan
         self._choose_reference(self._judged_ledgers())
 
         infos = agreed.parameters
@@ -436,7 +458,7 @@ class _Engine:
         self._slot = {id(p): bucket for bucket in self.buckets for p in bucket.parameters}
         self._slot.update({id(slot.parameter): slot for slot in self.sparse})
 
-        factor = 1.0 / self._reference
+        factor = measured_in / self._reference
         self._scale_sum = self._scale_sum * factor
         for key, held in self._gathered.items():
             self._slot[key].put(key, held * factor)
