@@ -3,7 +3,8 @@
 #
 # Run by `make demo`, `make test` and `make lint`; does nothing when all is up to date.
 # Asks no questions. Debian and Ubuntu packages are installed when this is root or has a
-# password-less sudo; otherwise what is missing is named in one line.
+# password-less sudo; otherwise what is missing is named in one line. MPI and a system CMake are
+# not needed to go on: Horovod is then built without MPI, with a CMake from PyPI.
 #
 #   PYTHON=python3.12 make test      another Python than the one found first
 #   TORCH_INDEX=URL make test        another index for torch (an empty one: PyPI's own build)
@@ -17,12 +18,13 @@ stamp=$venv/.setup-stamp
 torch=$(grep -E '^torch==' constraints.txt)
 tensorflow=$(grep -E '^tensorflow_cpu==' constraints.txt)
 
-say() { printf '\033[1msetup:\033[0m %s\n' "$*" >&2; }
+if [ -t 2 ]; then bold=$'\033[1m' plain=$'\033[0m'; else bold='' plain=''; fi
+say() { printf '%ssetup:%s %s\n' "$bold" "$plain" "$*" >&2; }
 die() { printf 'setup: %s\n' "$*" >&2; exit 1; }
 
-# What the environment is made from. An edit of the sources needs no new setup: the package
-# is installed editable.
-state=$(cat constraints.txt pyproject.toml scripts/setup.sh hvdloss/cli/install/recipe.py | sha256sum | cut -d' ' -f1)
+# What the environment is made from, and where. An edit of the sources needs no new setup: the
+# package is installed editable.
+state=$(pwd -P | cat - constraints.txt pyproject.toml scripts/setup.sh hvdloss/cli/install/recipe.py | sha256sum | cut -d' ' -f1)
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$state" ] && "$venv/bin/python" -c '' 2>/dev/null; then
     exit 0
 fi
@@ -43,39 +45,52 @@ find_python() {
 python=$(find_python)
 
 # 2. System packages: only what is really missing.
-missing=()
+needed=()
+useful=()
 if [ -z "$python" ]; then
     [ -z "${PYTHON:-}" ] || die "PYTHON=$PYTHON is not a Python 3.11, 3.12 or 3.13."
-    missing+=(python3 python3-venv python3-dev)
+    needed+=(python3 python3-venv python3-dev)
 else
-    "$python" -c 'import ensurepip, venv' 2>/dev/null || missing+=(python3-venv)
-    "$python" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))' || missing+=(python3-dev)
+    name=$("$python" -c 'import sys; print("python%d.%d" % sys.version_info[:2])')
+    "$python" -c 'import ensurepip, venv' 2>/dev/null || needed+=("$name-venv")
+    "$python" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))' || needed+=("$name-dev")
 fi
-command -v c++ >/dev/null || missing+=(g++)
-command -v make >/dev/null || missing+=(make)
-command -v cmake >/dev/null || missing+=(cmake)
-command -v mpicxx >/dev/null || missing+=(libopenmpi-dev)
-command -v mpirun >/dev/null || missing+=(openmpi-bin)
-command -v ssh >/dev/null || missing+=(openssh-client)
-if [ ${#missing[@]} -gt 0 ]; then
-    sudo=()
-    if [ "$(id -u)" != 0 ]; then
-        if command -v sudo >/dev/null && sudo -n true 2>/dev/null; then sudo=(sudo -n); else sudo=(false); fi
-    fi
-    if [ -z "${NO_APT:-}" ] && command -v apt-get >/dev/null && [ "${sudo[0]:-}" != false ]; then
-        say "installing ${missing[*]} (apt-get)"
-        "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive sh -c \
-            "apt-get update -qq && apt-get install -y -qq --no-install-recommends ${missing[*]}" >&2 ||
-            die "apt-get could not install: ${missing[*]}"
-    else
-        die "missing: ${missing[*]}. Install them (Debian, Ubuntu: sudo apt-get install ${missing[*]}) and run this again."
-    fi
-    python=${python:-$(find_python)}
-    [ -n "$python" ] || die "no Python 3.11, 3.12 or 3.13 was found. Name one: PYTHON=/path/to/python3 make ..."
-fi
+command -v c++ >/dev/null || needed+=(g++)
+command -v make >/dev/null || needed+=(make)
+command -v cmake >/dev/null || useful+=(cmake)
+command -v mpicxx >/dev/null || useful+=(libopenmpi-dev)
+command -v mpirun >/dev/null || useful+=(openmpi-bin)
+command -v ssh >/dev/null || useful+=(openssh-client) # Open MPI looks for it even on one machine
 
-# 3. The virtual environment. One that is broken or of an unsupported Python is made again.
-if ! "$venv/bin/python" -c "$good; import pip" 2>/dev/null; then
+# What apt-get prints is shown only if it fails. A new machine may be updating itself: wait for the lock.
+apt_install() {
+    local log sudo=()
+    [ -z "${NO_APT:-}" ] && command -v apt-get >/dev/null || return 1
+    if [ "$(id -u)" != 0 ]; then
+        command -v sudo >/dev/null && sudo -n true 2>/dev/null || return 1
+        sudo=(sudo -n)
+    fi
+    say "installing $* (apt-get)"
+    log=$(mktemp)
+    if "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive sh -c 'apt-get update -qq &&
+        apt-get -o DPkg::Lock::Timeout=600 install -y -qq --no-install-recommends "$@"' sh "$@" >"$log" 2>&1; then
+        rm -f "$log"
+    else
+        tail -n 20 "$log" >&2
+        say "apt-get failed; all it printed is in $log"
+        return 1
+    fi
+}
+if [ $((${#needed[@]} + ${#useful[@]})) -gt 0 ] && ! apt_install "${needed[@]}" "${useful[@]}"; then
+    [ ${#needed[@]} -eq 0 ] || die "missing: ${needed[*]}. Install them (Debian, Ubuntu: sudo apt-get install ${needed[*]} ${useful[*]}) and run this again."
+    say "going on without ${useful[*]}"
+fi
+python=${python:-$(find_python)}
+[ -n "$python" ] || die "no Python 3.11, 3.12 or 3.13 was found. Name one: PYTHON=/path/to/python3 make ..."
+
+# 3. The virtual environment. One that is broken, of an unsupported Python, or was moved here with
+# its scripts still naming the old place, is made again.
+if ! "$venv/bin/python" -c "$good; import pip" 2>/dev/null || ! grep -qsF "$(pwd -P)/$venv" "$venv/bin/activate"; then
     say "making $venv with $("$python" --version)"
     rm -rf "$venv"
     "$python" -m venv "$venv"
@@ -86,10 +101,10 @@ pip=("$venv/bin/python" -m pip --disable-pip-version-check --no-input)
 # GPU the CPU build of the same version does the same.
 index=()
 if [ -n "${TORCH_INDEX-unset}" ] && ! command -v nvidia-smi >/dev/null; then
-    resolved=$("${pip[@]}" install --quiet --dry-run --ignore-installed --no-deps --report - "$torch" 2>/dev/null |
-        "$venv/bin/python" -c 'import json, sys; print(json.load(sys.stdin)["install"][0]["metadata"]["version"])' 2>/dev/null || true)
-    case $resolved in
-        *+cpu) ;;
+    # Asked without downloading anything: pip 23's --dry-run would fetch the whole wheel.
+    versions=$("${pip[@]}" index versions torch 2>/dev/null || true)
+    case $versions in
+        *" ${torch#torch==}+cpu"*) ;; # pip is set up here with an index that has it
         *) index=(--extra-index-url "${TORCH_INDEX:-https://download.pytorch.org/whl/cpu}") ;;
     esac
 elif [ -n "${TORCH_INDEX:-}" ]; then

@@ -205,7 +205,7 @@ class _Engine:
         if not any(row is other for other in self._rows):
             self._rows.append(row)
 
-    def _begin_backward(self) -> None:
+    def _begin_backward(self, arrived: torch.nn.Parameter | None = None) -> None:
         if self.launched:
             raise UsageError(
                 f"a backward pass began although the gradients of this step's backward_passes_per_step="
@@ -216,7 +216,7 @@ class _Engine:
         self.synchronized = False
         if not self.passes_done:
             self._refresh()
-            self._set_aside()
+            self._set_aside(arrived)
         self._active = True
         self._reached = False
         self._rows = []
@@ -224,7 +224,7 @@ class _Engine:
         # Runs when the outermost backward pass is over; a reentrant one inside belongs to it.
         torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
 
-    def _set_aside(self) -> None:
+    def _set_aside(self, arrived: torch.nn.Parameter | None = None) -> None:
         """Keep gradients that were not cleared since the last step: they add to this step's, once.
 
         With one pass per step they may stay where they are, since weighted averaging leaves what is
@@ -233,14 +233,14 @@ class _Engine:
         if self.passes == 1:
             return
         for p in self.parameters():
-            if p.grad is not None:
+            if p.grad is not None and p is not arrived:  # whose gradient is already this pass's
                 # A copy, as it is a view of the bucket that this step overwrites.
                 self._kept[id(p)] = p.grad.detach().clone()
                 p.grad = None
 
     def _gradient_ready(self, p: torch.nn.Parameter) -> None:
         if not self._active:
-            self._begin_backward()
+            self._begin_backward(p)
         self._reached = True
         slot = self._slot.get(id(p))
         if isinstance(slot, FlatBucket):
@@ -278,9 +278,10 @@ class _Engine:
         stray = not rows or any(bool(row[1] != rows[0][1]) for row in rows[1:])
         scale = 0.0 if stray else self._current_scale()
         for slot in (*self.buckets, *self.sparse):
-            slot.absorb(scale)
+            if not stray:  # a backward pass of something else leaves its gradients to be looked at
+                slot.absorb(scale)
             slot.begin_pass()
-        if not self._planned:
+        if not self._planned and not stray:
             self._gather(scale)
         self.passes_done += 1
         if stray:

@@ -1,0 +1,27 @@
+"""PyTorch under real ranks: 2, 3 and 4 over Gloo, 2 and 3 over MPI."""
+
+from __future__ import annotations
+
+from ranks import Case, parallel_cases
+
+LAUNCHES = [("gloo", 2), ("gloo", 3), ("gloo", 4), ("mpi", 2), ("mpi", 3)]
+
+
+@parallel_cases("torch_exact", LAUNCHES, group="torch")
+def test_exact(case: Case, request):
+    case.check(request)
+
+
+@parallel_cases("torch_training", LAUNCHES, group="torch")
+def test_training(case: Case, request):
+    case.check(request)
+
+
+@parallel_cases("torch_faults", LAUNCHES, group="torch")
+def test_faults(case: Case, request):
+    case.check(request)
+
+
+@parallel_cases("torch_compiled", [("gloo", 2)], group="torch")
+def test_compiled(case: Case, request):
+    case.check(request)
