@@ -21,11 +21,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import torch
 import torch.distributed as dist
-from _common import environment, join_torch_distributed, rotated, write_json
 from rich.console import Console
 from rich.table import Table
 
 import hvdloss.torch as hvd
+from _common import environment, join_torch_distributed, rotated, write_json
 
 
 def fit(sizes: list[int], seconds: list[float]) -> tuple[float, float]:

@@ -22,12 +22,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import horovod.torch as horovod
 import torch
 import torch.nn.functional as F
-from _common import environment, join_torch_distributed, ratio_interval, rotated, write_json
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
 import hvdloss.torch as hvd
+from _common import environment, join_torch_distributed, ratio_interval, rotated, write_json
 
 
 def many_small() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:

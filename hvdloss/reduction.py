@@ -25,7 +25,15 @@ from typing import Any, Protocol
 
 from hvdloss.errors import ConfigError, ShapeError
 
-__all__ = ["REDUCTIONS", "ArrayOps", "Contribution", "check_reduction", "contribution", "finish", "weights_for"]
+__all__ = [
+    "REDUCTIONS",
+    "ArrayOps",
+    "Contribution",
+    "check_reduction",
+    "contribution",
+    "finish",
+    "weights_for",
+]
 
 REDUCTIONS = ("mean", "sum", "batch_mean", "sequence_mean")
 

@@ -62,17 +62,17 @@ command -v mpicxx >/dev/null || useful+=(libopenmpi-dev)
 command -v mpirun >/dev/null || useful+=(openmpi-bin)
 command -v ssh >/dev/null || useful+=(openssh-client) # Open MPI looks for it even on one machine
 
+as_root() {
+    if [ "$(id -u)" = 0 ]; then "$@"; else command -v sudo >/dev/null && sudo -n "$@"; fi
+}
+
 # What apt-get prints is shown only if it fails. A new machine may be updating itself: wait for the lock.
 apt_install() {
-    local log sudo=()
-    [ -z "${NO_APT:-}" ] && command -v apt-get >/dev/null || return 1
-    if [ "$(id -u)" != 0 ]; then
-        command -v sudo >/dev/null && sudo -n true 2>/dev/null || return 1
-        sudo=(sudo -n)
-    fi
+    local log
+    [ -z "${NO_APT:-}" ] && command -v apt-get >/dev/null && as_root true 2>/dev/null || return 1
     say "installing $* (apt-get)"
     log=$(mktemp)
-    if "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive sh -c 'apt-get update -qq &&
+    if as_root env DEBIAN_FRONTEND=noninteractive sh -c 'apt-get update -qq &&
         apt-get -o DPkg::Lock::Timeout=600 install -y -qq --no-install-recommends "$@"' sh "$@" >"$log" 2>&1; then
         rm -f "$log"
     else
@@ -87,6 +87,15 @@ if [ $((${#needed[@]} + ${#useful[@]})) -gt 0 ] && ! apt_install "${needed[@]}" 
 fi
 python=${python:-$(find_python)}
 [ -n "$python" ] || die "no Python 3.11, 3.12 or 3.13 was found. Name one: PYTHON=/path/to/python3 make ..."
+
+# Gloo looks up the machine's own name. Installers write it into /etc/hosts; bare images may not have it.
+for entry in "127.0.0.1 localhost" "127.0.1.1 $(uname -n)"; do
+    if ! getent hosts "${entry#* }" >/dev/null; then
+        say "adding '$entry' to /etc/hosts: the name does not resolve, and Horovod needs it"
+        printf '%s\n' "$entry" | as_root tee -a /etc/hosts >/dev/null 2>&1 ||
+            say "could not; without that line no ranks can start over Gloo"
+    fi
+done
 
 # 3. The virtual environment. One that is broken, of an unsupported Python, or was moved here with
 # its scripts still naming the old place, is made again.

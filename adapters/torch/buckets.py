@@ -15,7 +15,7 @@ __all__ = ["FlatBucket", "SparseSlot"]
 
 # Horovod sums these dtypes; others travel as a wider one.
 _WIDER = {torch.bfloat16: torch.float32}
-_POLL_SECONDS = 5e-5
+_FIRST_LOOK, _LAST_LOOK = 5e-5, 1e-3  # seconds
 
 
 def _scaled(tensor: torch.Tensor, scale: Any) -> bool:
@@ -24,9 +24,15 @@ def _scaled(tensor: torch.Tensor, scale: Any) -> bool:
 
 
 def _wait(handle: int) -> Any:
-    """Return the result of an asynchronous call; looks more often than Horovod's once a millisecond."""
+    """Return the result of an asynchronous call.
+
+    Looks soon at first, where Horovod looks once a millisecond; then less and less often, since ranks
+    that share cores need them more than this one.
+    """
+    delay = _FIRST_LOOK
     while not hvd.poll(handle):
-        time.sleep(_POLL_SECONDS)
+        time.sleep(delay)
+        delay = min(2 * delay, _LAST_LOOK)
     return hvd.synchronize(handle)
 
 

@@ -9,6 +9,7 @@ import os
 import platform
 import runpy
 import shutil
+import socket
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -105,7 +106,18 @@ def examine() -> Report:
     built = _horovod(report, answers)
     _launchers(report, built)
     _hardware(report)
+    _name(report)
     return report
+
+
+def _name(report: Report) -> None:
+    """Gloo looks up this machine's own name; where that fails, every rank aborts."""
+    name = socket.gethostname()
+    try:
+        socket.getaddrinfo(name, None)
+    except OSError as error:
+        way_out = f"add the line '127.0.1.1 {name}' to /etc/hosts"
+        report.add("host name", "problem", f"{name!r} does not resolve ({error.strerror})", way_out)
 
 
 def try_ranks(report: Report) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import sys
 from pathlib import Path
 
@@ -121,3 +122,14 @@ def test_scripts_stand_alone():
     """They run by path: nothing in them may import hvdloss."""
     for path in Path(machine.SCRIPTS).glob("*.py"):
         assert "import hvdloss" not in path.read_text()
+
+
+def test_a_host_name_that_does_not_resolve_is_a_problem_with_its_way_out(monkeypatch):
+    def fail(*args):
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(doctor_module.socket, "getaddrinfo", fail)
+    report = Report()
+    doctor_module._name(report)
+    assert not report.ok
+    assert f"127.0.1.1 {socket.gethostname()}" in report.findings[0].way_out
