@@ -1,0 +1,58 @@
+"""``import hvdloss.keras as hvd`` stands in for ``import horovod.keras as hvd``, for Keras 3.
+
+Every public name of Horovod's module is here, and those of ``horovod.tensorflow.keras``. New are
+:class:`Objective`, a loss of Keras; a :func:`DistributedOptimizer` that reduces gradients under Keras 3,
+exactly; and :func:`check_synchronized`. Importing it puts a layer around ``compile``, ``fit`` and
+``evaluate`` that acts on models whose optimizer is distributed (see :mod:`hvdloss.keras.training`).
+"""
+
+from __future__ import annotations
+
+from hvdloss.keras import _backend, callbacks, training
+from hvdloss.keras.functions import (
+    allgather,
+    allreduce,
+    broadcast,
+    broadcast_global_variables,
+    load_model,
+    reducescatter,
+)
+from hvdloss.keras.losses import Objective
+from hvdloss.keras.metrics import merged_results
+from hvdloss.keras.optimizer import DistributedOptimizer, PartialDistributedOptimizer
+from hvdloss.keras.training import SynchronizationCallback
+from hvdloss.report import RankReport, StepReport
+from hvdloss.tensorflow.guard import check_synchronized
+
+__all__ = [
+    "DistributedOptimizer",
+    "Objective",
+    "PartialDistributedOptimizer",
+    "RankReport",
+    "StepReport",
+    "SynchronizationCallback",
+    "allgather",
+    "allreduce",
+    "broadcast",
+    "broadcast_global_variables",
+    "callbacks",
+    "check_synchronized",
+    "load_model",
+    "merged_results",
+    "reducescatter",
+]
+
+# What Horovod's modules for Keras show: basics, operations, process sets.
+_THEIRS = [
+    name
+    for name in vars(_backend.hvd)
+    if not name.startswith("_") and name not in __all__ and name not in ("DistributedGradientTape",)
+]
+globals().update({name: getattr(_backend.hvd, name) for name in _THEIRS})
+
+if "KerasState" not in vars(globals()["elastic"]):
+    globals()["elastic"] = _backend.elastic()
+
+__all__ += _THEIRS
+
+training.install()

@@ -1,0 +1,348 @@
+"""Losses that know what they stand for: the objective, and whatever ``compile`` was given.
+
+A batch's loss alone does not say what it must be weighted with. Here every loss of a model tells its
+numerator and denominator (:mod:`hvdloss.reduction`): an :class:`Objective` by its reduction, a loss of
+Keras by Keras's own rule, so that ``loss="mse"`` is exact too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import tensorflow as tf
+
+import keras
+from hvdloss.errors import ConfigError
+from hvdloss.keras._backend import CompileLoss, get_keras_mask, squeeze_or_expand_to_same_rank
+from hvdloss.reduction import Contribution
+from hvdloss.report import StepReport
+from hvdloss.tensorflow.books import Books
+from hvdloss.tensorflow.exchange import Exchange
+from hvdloss.tensorflow.objective import Objective as TensorFlowObjective
+from hvdloss.tensorflow.ops import TensorFlowOps
+
+__all__ = ["ExactCompileLoss", "ExactMean", "Objective"]
+
+_OPS = TensorFlowOps()
+
+# The loss of Keras that says nearly the same as a named objective, for saved models.
+_PLAIN: dict[str, Callable[..., keras.losses.Loss]] = {
+    "mse": keras.losses.MeanSquaredError,
+    "mae": keras.losses.MeanAbsoluteError,
+    "huber": keras.losses.Huber,
+    "log_cosh": keras.losses.LogCosh,
+    "binary_cross_entropy": keras.losses.BinaryCrossentropy,
+    "binary_cross_entropy_with_logits": lambda **o: keras.losses.BinaryCrossentropy(from_logits=True, **o),
+    "hinge": keras.losses.Hinge,
+}
+
+
+class _SampleWise(TensorFlowObjective):
+    """An objective whose weights follow Keras's rule: one per sample, or one per element."""
+
+    #: entries of the per-element losses of the last call
+    entries: Any = None
+
+    def _fit(self, weight: Any, losses: tf.Tensor) -> Any:
+        self.entries = tf.cast(tf.size(losses), tf.float64)
+        self.losses_shape = tf.shape(losses)
+        return None if weight is None else _fitted(weight, losses)
+
+
+def _fitted(weight: Any, losses: tf.Tensor) -> tf.Tensor:
+    """Return `weight` with axes such that it broadcasts to `losses`."""
+    weight = tf.convert_to_tensor(weight)
+    rank, losses_rank = len(weight.shape), len(losses.shape)
+    while rank > losses_rank and weight.shape[-1] == 1:
+        weight, rank = tf.squeeze(weight, -1), rank - 1
+    fits = rank > 1 and all(
+        w in (1, n) or w is None or n is None
+        for w, n in zip(reversed(weight.shape), reversed(losses.shape), strict=False)
+    )
+    if 0 < rank < losses_rank and not (fits and weight.shape[0] in (None, 1) and rank == losses_rank):
+        # Weights lead with the sample axis, unlike NumPy's rule.
+        for _ in range(losses_rank - rank):
+            weight = tf.expand_dims(weight, -1)
+    return weight
+
+
+def _with_mask(sample_weight: Any, prediction: Any) -> Any:
+    """Return the weight of each element, from the weights given and the prediction's Keras mask."""
+    mask = get_keras_mask(prediction) if tf.is_tensor(prediction) else None
+    if mask is None:
+        return sample_weight
+    mask = tf.cast(mask, tf.float64 if keras.config.floatx() == "float64" else tf.float32)
+    if sample_weight is None:
+        return mask
+    weight = tf.cast(sample_weight, mask.dtype)
+    return _fitted(weight, mask) * mask
+
+
+class Objective(keras.losses.Loss):
+    """The weighted loss of all elements of a step, as a loss of Keras.
+
+    Passed to ``compile``, or called in a loop of your own, it gives this rank's local mean. With
+    :func:`hvdloss.keras.DistributedOptimizer` the step's gradient is that of all ranks' elements:
+    sum w l / sum w over ranks and, with ``gradient_accumulation_steps``, over micro-batches.
+
+    Unlike Keras's own losses, whose weighted mean divides by the number of samples, reduction "mean"
+    divides by the sum of the weights.
+
+    Args:
+        loss: a name from ``hvdloss.objective.LOSSES``, or a callable
+            ``(y_true, y_pred) -> per-element losses``, in Keras's order; a loss of Keras must have been
+            constructed with ``reduction=None``.
+        reduction: ``"mean"``, ``"sum"``, ``"batch_mean"`` or ``"sequence_mean"``, see
+            :class:`hvdloss.tensorflow.Objective`.
+        terms: none yet.
+        process_set: the Horovod process set whose ranks share the step; None for all.
+        name: of the loss in Keras.
+
+    Raises:
+        ConfigError: an argument that cannot be used.
+    """
+
+    def __init__(
+        self,
+        loss: str | Callable[..., Any],
+        *,
+        reduction: str = "mean",
+        terms: tuple[Any, ...] = (),
+        process_set: Any = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(name=name or "objective", reduction=None)
+        self._given = loss
+        function = _swapped(loss) if callable(loss) else loss
+        if isinstance(loss, keras.losses.Loss):
+            if loss.reduction not in (None, "none"):
+                raise ConfigError(
+                    f"loss={loss.name} reduces by itself (reduction={loss.reduction!r}); "
+                    f"construct it with reduction=None, so that it returns per-element losses"
+                )
+            function = _swapped(loss.call)
+        self._exact = _SampleWise(function, reduction=reduction, terms=terms, process_set=process_set)
+        self.reduction = self._exact.reduction
+        self.books = self._exact.books
+
+    @property
+    def process_set(self) -> Any:
+        """The ranks that share the step; None for all."""
+        return self._exact.process_set
+
+    @property
+    def last_step(self) -> StepReport | None:
+        """The report of the last reduced step, equal on all ranks; None before the first."""
+        return self._exact.last_step
+
+    def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> tf.Tensor:
+        """Return the local loss of these elements, a scalar tensor.
+
+        Args:
+            y_true: targets; class indices of -100 mark absent elements.
+            y_pred: predictions; the class axis is the last. Their Keras mask counts as a weight.
+            sample_weight: None, or one weight per sample or element. An element of weight zero is
+                absent: its loss may be NaN.
+
+        Raises:
+            ShapeError: `sample_weight` does not fit, or no token axis for ``"sequence_mean"``.
+
+        Collectives: none.
+        """
+        part = self.contribute(y_true, y_pred, sample_weight)
+        return self.books.announced(part.mean(_OPS), part.row(_OPS))
+
+    def contribute(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Contribution:
+        """Return what these elements add to a step, without telling anybody. Collectives: none."""
+        weight = _with_mask(sample_weight, y_pred)
+        y_pred, y_true = tf.convert_to_tensor(y_pred), tf.convert_to_tensor(y_true)
+        y_pred = _OPS.losses(y_pred)
+        if self._exact.name in ("cross_entropy", "nll"):
+            if len(y_true.shape) == len(y_pred.shape) and y_true.shape[-1] == 1 != y_pred.shape[-1]:
+                y_true = tf.squeeze(y_true, -1)
+            if len(y_true.shape) < len(y_pred.shape) and y_true.dtype.is_floating:
+                y_true = tf.cast(y_true, tf.int64)  # class indices that came as floats
+        else:
+            y_pred, y_true = squeeze_or_expand_to_same_rank(y_pred, y_true)
+        return self._exact.contribute(y_pred, y_true, weight)
+
+    def plain(self, y_true_dtype: Any = None) -> Any:
+        """Return a loss of Keras that says nearly the same, for saved models, or None."""
+        if not isinstance(self._given, str):
+            return self._given
+        reduction = {"mean": "mean_with_sample_weight", "sum": "sum"}.get(self.reduction)
+        if self._exact.name == "cross_entropy":
+            return keras.losses.SparseCategoricalCrossentropy(
+                from_logits=True, ignore_class=-100, reduction=reduction or "sum_over_batch_size"
+            )
+        make = _PLAIN.get(self._exact.name)
+        return None if make is None else make(reduction=reduction or "sum_over_batch_size")
+
+    def get_config(self) -> dict[str, Any]:
+        """Return what :meth:`from_config` takes."""
+        return {"loss": self._given, "reduction": self.reduction, "name": self.name}
+
+
+def _swapped(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function of (prediction, target) from Keras's (y_true, y_pred)."""
+
+    def per_element(prediction: Any, target: Any) -> Any:
+        return function(target, prediction)
+
+    per_element.__qualname__ = getattr(function, "__qualname__", type(function).__name__)
+    return per_element
+
+
+class _Leaf:
+    """One loss of a model inside :class:`ExactCompileLoss`: keeps what each call contributed."""
+
+    def __init__(self, loss: Any, number: int, owner: ExactCompileLoss) -> None:
+        self.loss, self.number, self.owner = loss, number, owner
+        self.name = loss.name
+        if not isinstance(loss, Objective):
+            self._exact = _SampleWise(self._per_element)
+
+    def _per_element(self, prediction: Any, target: Any) -> tf.Tensor:
+        losses = self.loss.call(target, prediction)
+        if len(losses.shape) == 0:  # already one number for the batch: it stands for its samples
+            losses = tf.fill(tf.shape(prediction)[:1], losses)
+        return losses
+
+    def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> tf.Tensor:
+        if isinstance(self.loss, Objective):
+            part = self.loss.contribute(y_true, y_pred, sample_weight)
+        else:
+            part = self._contribute(y_true, y_pred, sample_weight)
+        return self.owner.collect(self.number, part)
+
+    def _contribute(self, y_true: Any, y_pred: Any, sample_weight: Any) -> Contribution:
+        """Return numerator and denominator as ``keras.losses.Loss`` would divide them."""
+        loss = self.loss
+        mask = get_keras_mask(y_pred) if tf.is_tensor(y_pred) else None
+        weight = _with_mask(sample_weight, y_pred)
+        y_pred = keras.tree.map_structure(lambda x: keras.ops.convert_to_tensor(x, dtype=loss.dtype), y_pred)
+        y_true = keras.tree.map_structure(lambda x: keras.ops.convert_to_tensor(x, dtype=loss.dtype), y_true)
+        part = self._exact.contribute(y_pred, y_true, weight)
+        if loss.reduction == "mean_with_sample_weight":
+            return part
+        if loss.reduction in (None, "none", "sum"):
+            return dataclasses.replace(part, denominator=_OPS.scalar64(1.0 / self.owner.size, y_pred))
+        entries = self._exact.entries
+        if mask is not None:
+            counted = tf.cast(mask, tf.float64)
+            entries *= tf.reduce_sum(counted) / tf.cast(tf.size(mask), tf.float64)
+        return dataclasses.replace(part, denominator=entries)
+
+
+class ExactCompileLoss(CompileLoss):
+    """What ``compile`` makes of a model's losses, telling each batch's weight.
+
+    With one loss its denominator is the weight of the backward pass, and rides along with the
+    gradients. Several losses have several denominators; those of all ranks are summed in one small
+    all-reduce, which depends on weights and masks only and so starts before the forward pass ends, and
+    each loss's gradient is scaled to its share. A penalty is not scaled, and counts once.
+    """
+
+    def __init__(self, like: CompileLoss, exchange: Exchange) -> None:
+        super().__init__(like._user_loss, like._user_loss_weights, output_names=like.output_names)
+        self.books = Books()
+        self.exchange = exchange
+        self.denominator: Any = None  # of the last call, while it is traced
+        self._parts: list[Contribution] = []
+
+    @property
+    def size(self) -> int:
+        """How many ranks share a step."""
+        return self.exchange.size
+
+    @property
+    def several(self) -> int:
+        """The number of losses if there is more than one, else 0; known once built."""
+        count = len(self._flat_losses or ())
+        return count if count > 1 else 0
+
+    def build(self, y_true: Any, y_pred: Any) -> None:
+        """Resolve names of losses, as Keras does, and make each tell its denominator."""
+        super().build(y_true, y_pred)
+        self._flat_losses = [
+            one._replace(loss=_Leaf(one.loss, number, self)) for number, one in enumerate(self._flat_losses)
+        ]
+        for number, metric in enumerate(self.metrics):
+            self.metrics[number] = ExactMean(self, name=metric.name)
+
+    def collect(self, number: int, part: Contribution) -> tf.Tensor:
+        """Take what one loss contributed; return its local value, scaled in the backward pass."""
+        value = part.mean(_OPS)
+        self._parts.append(part)
+        self.denominator = part.denominator
+        if not self.several:
+            return value
+        shares = self._shares
+
+        @tf.custom_gradient
+        def scaled(x: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor], tf.Tensor]]:
+            return tf.identity(x), lambda upstream: upstream * tf.cast(shares()[number], upstream.dtype)
+
+        return scaled(value)
+
+    def call(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
+        """Return the local total loss, as Keras does."""
+        parts = self._parts = []
+        self._shares = self._sharing(parts)
+        total = super().call(y_true, y_pred, sample_weight)
+        if not parts:
+            return total
+        if not self.several:
+            return self.books.announced(total, parts[0].row(_OPS))
+        self.denominator = None
+        return self.books.announced(total, lambda: self._combined(parts))
+
+    def _sharing(self, parts: list[Contribution]) -> Callable[[], list[tf.Tensor]]:
+        """Return a function of the backward pass that gives each loss's factor and its global inverse."""
+        found: list[Any] = []
+
+        def shares() -> list[tf.Tensor]:
+            if not found:
+                mine = tf.stack([*(p.denominator for p in parts), tf.ones((), tf.float64)])
+                mine = tf.where(tf.math.is_finite(mine), mine, tf.zeros_like(mine))
+                sums = tf.reduce_sum(self.normalisers(mine), 0)
+                inverse = tf.math.divide_no_nan(sums[-1], sums[:-1])  # active ranks / global denominator
+                found.append(([mine[i] * inverse[i] for i in range(len(parts))], inverse))
+            return found[0][0]
+
+        self._inverse = lambda: (shares(), found[0][1])[1]
+        return shares
+
+    def normalisers(self, mine: tf.Tensor) -> tf.Tensor:
+        """Return all ranks' denominators and activity, ``(size, losses + 1)``. One small all-reduce."""
+        return self.exchange.sum_table(mine, "normalisers")
+
+    def _combined(self, parts: list[Contribution]) -> tf.Tensor:
+        """Return the ledger row of all losses together: their exact total, of denominator 1."""
+        inverse = self._inverse()
+        rows = [part.row(_OPS) for part in parts]
+        weights = [1.0 if one.loss_weights is None else one.loss_weights for one in self._flat_losses]
+        numerator = tf.add_n(
+            [c * row[0] * inverse[i] for i, (c, row) in enumerate(zip(weights, rows, strict=True))]
+        )
+        one = tf.ones((), tf.float64)
+        total = tf.add_n(rows)
+        return tf.stack([numerator, one, total[2], total[3], one, total[5], total[6], total[7]])
+
+
+class ExactMean(keras.metrics.Mean):
+    """The mean of a loss over batches, each weighted with what its loss divides by.
+
+    Keras weights batches by their number of samples, which is wrong for weighted losses.
+    """
+
+    def __init__(self, source: ExactCompileLoss, name: str) -> None:
+        super().__init__(name=name)
+        self._source = [source]  # in a list, since Keras tracks attributes
+
+    def update_state(self, values: Any, sample_weight: Any = None) -> None:
+        """Add one batch."""
+        denominator = self._source[0].denominator
+        super().update_state(values, sample_weight if denominator is None else denominator)

@@ -1,0 +1,417 @@
+"""The exact distributed optimizer for Keras 3: gradients of all ranks weighted by what each rank saw."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import tensorflow as tf
+
+import keras
+from hvdloss.errors import ConfigError
+from hvdloss.keras._backend import hvd
+from hvdloss.keras.losses import ExactCompileLoss, Objective
+from hvdloss.ledger import WIDTH
+from hvdloss.report import StepReport
+from hvdloss.tensorflow.books import Books
+from hvdloss.tensorflow.exchange import Exchange, check_options, scaled, tied
+from hvdloss.tensorflow.objective import Objective as TensorFlowObjective
+
+__all__ = ["DistributedOptimizer", "PartialDistributedOptimizer", "engine_of"]
+
+# Optimizers are told apart on the wire by the order of their construction.
+_counter: Iterator[int] = itertools.count()
+_classes: dict[type, type] = {}
+
+
+class _Engine:
+    """What an exact optimizer does between the backward pass and the update.
+
+    Within a step Keras calls ``_backend_apply_gradients`` with the local gradients of one backward pass
+    and, when an update is due, ``_clip_gradients`` with what is to be clipped and applied: there the
+    reduction belongs, since clipping must act on the gradient of all ranks.
+    """
+
+    def __init__(self, objective: Any, exchange: Exchange, op: Any, scale_local: bool) -> None:
+        self.objective = objective
+        self.exchange = exchange
+        self.op = op
+        self.scale_local = scale_local
+        self.local: set[int] = set()
+        # Without an objective or a compiled loss every backward pass weighs the same, as in Horovod.
+        self.books = Books() if objective is None else objective.books
+        self.lenient = objective is None
+        self.compile_loss: ExactCompileLoss | None = None
+        self.window: tf.Variable | None = None
+        self.idle: Any = None  # the empty row, while a step is traced to which this rank adds nothing
+        self.ending = False  # and which is dropped if no rank adds anything
+        self.ended: tf.Variable | None = None
+        self.idle_steps: dict[Any, Any] = {}  # traced
+        self.sparse: dict[int, tf.DType] = {}  # places of sparse gradients, once known
+        self.places: list[int] | None = None  # of all that have a gradient
+        # Of the step being traced:
+        self.row: Any = None
+        self.factor: Any = None
+        self.variables: list[Any] = []
+        self.reduced: Any = None
+        self.done = 0
+
+    def listen(self, compile_loss: ExactCompileLoss | None) -> None:
+        """Have the compiled loss of a model tell the weight of each backward pass."""
+        self.compile_loss = compile_loss
+        if compile_loss is not None:
+            self.books, self.lenient = compile_loss.books, False
+
+    @property
+    def included(self) -> bool:
+        """Whether this rank shares the steps."""
+        return self.exchange.process_set.included()
+
+    def took(self, optimizer: Any, gradients: list[Any], variables: Sequence[Any]) -> list[Any]:
+        """Take the gradients of one backward pass; return them as Keras is to add them up."""
+        row = self.books.take(lenient=self.lenient) if self.idle is None else self.idle
+        self.row, self.factor = row, None
+        self.variables = list(variables)
+        if self.idle is None:
+            self.places = [optimizer._get_variable_index(v) for v in variables]
+            self.sparse = {
+                place: g.dtype
+                for place, g in zip(self.places, gradients, strict=True)
+                if isinstance(g, tf.IndexedSlices)
+            }
+        steps = optimizer.gradient_accumulation_steps
+        if steps:
+            if self.window is None:
+                with tf.init_scope():
+                    self.window = tf.Variable(
+                        tf.zeros(WIDTH, tf.float64), trainable=False, name="hvdloss_window"
+                    )
+            self.window.assign_add(row)
+            self.row = self.window.read_value()
+            # Keras divides what it adds up by the number of passes.
+            self.factor = float(steps)
+            gradients = [scaled(g, row[1]) for g in gradients]
+        return gradients
+
+    def reduce(self, optimizer: Any, gradients: list[Any]) -> tuple[list[Any], tf.Tensor]:
+        """Return the gradients of all ranks' elements, and the table of their ledgers."""
+        place_of = optimizer._get_variable_index
+        shared = [i for i, v in enumerate(self.variables) if place_of(v) not in self.local]
+        reduced, table = self.exchange.reduce(
+            [gradients[i] for i in shared],
+            [self.variables[i] for i in shared],
+            self.row,
+            factor=self.factor,
+            places=[place_of(self.variables[i]) for i in shared],
+        )
+        total = tf.reduce_sum(table[:, 1])
+        factor = self.row[1] if self.factor is None else self.factor
+        share = tf.math.divide_no_nan(tf.cast(factor, tf.float64), total)
+        alone = tf.math.divide_no_nan(tf.cast(factor, tf.float64), self.row[1])
+        out = [
+            scaled(g, share if self.scale_local else alone) if place_of(v) in self.local else g
+            for g, v in zip(gradients, self.variables, strict=True)
+        ]
+        for i, g in zip(shared, reduced, strict=True):
+            out[i] = g
+        if self.op == hvd.Sum and self.lenient:
+            out = [scaled(g, tf.cast(self.exchange.size, tf.float64)) for g in out]
+        return out, table
+
+    def settle(self, gradients: list[Any], table: tf.Tensor) -> list[Any]:
+        """Judge the step and keep its report; return gradients that cannot be used before that."""
+        after = self.books.close(table)
+        if self.window is not None:
+            with tf.control_dependencies([*after, self.row]):
+                done = self.window.assign(tf.zeros(WIDTH, tf.float64))
+            after = after and [*after, done.op]
+        return tied(gradients, after)
+
+
+class _Exact:
+    """The methods that make an optimizer of Keras exact; :func:`DistributedOptimizer` mixes them in."""
+
+    _hvd: _Engine
+    _base: type
+
+    @property
+    def __class__(self) -> type:
+        # Keras writes an object's class into saved models: let that be its own, plain one.
+        return type(self)._base
+
+    def apply(self, grads: Any, trainable_variables: Any = None) -> None:
+        """Reduce the gradients, or add them to those of the step, and update. See Keras."""
+        grads = list(grads)
+        # What needs no gradient (counting the step, weight decay) must still not happen when a batch
+        # turns out not to exist, at the end of data of unknown length: in Keras it does. One gradient is
+        # waited for, the one that is ready first, so that reductions start while others are computed.
+        first = next((g for g in reversed(grads) if g is not None), None)
+        with tf.control_dependencies([] if first is None or tf.executing_eagerly() else [_values(first)]):
+            self._base.apply(self, grads, trainable_variables)
+
+    def _backend_apply_gradients(self, grads: list[Any], trainable_variables: list[Any]) -> None:
+        engine = self._hvd
+        if not engine.included:
+            self._base._backend_apply_gradients(self, grads, trainable_variables)
+            return
+        grads = engine.took(self, list(grads), trainable_variables)
+        if engine.ending:
+            self._end(grads, trainable_variables)
+        else:
+            self._base._backend_apply_gradients(self, grads, trainable_variables)
+
+    def _clip_gradients(self, grads: list[Any]) -> list[Any]:
+        engine = self._hvd
+        if not engine.included:
+            return self._base._clip_gradients(self, grads)
+        if engine.reduced is None:
+            reduced, table = engine.reduce(self, list(grads))
+            grads = engine.settle(reduced, table)
+        return self._base._clip_gradients(self, grads)
+
+    def _end(self, grads: list[Any], trainable_variables: list[Any]) -> None:
+        """Do a step to which this rank adds nothing, unless no rank adds anything."""
+        engine = self._hvd
+        steps = self.gradient_accumulation_steps  # type: ignore[has-type]
+        if steps:
+            grads = [
+                (g + self._accumulated_gradients[self._get_variable_index(v)]) / steps  # type: ignore[attr-defined]
+                for g, v in zip(grads, trainable_variables, strict=True)
+            ]
+        reduced, table = engine.reduce(self, grads)
+        anything = tf.reduce_sum(table[:, 4]) > 0
+        assert engine.ended is not None
+        engine.ended.assign(~anything)
+
+        def update() -> tf.Tensor:
+            engine.reduced = engine.settle(reduced, table)
+            self.gradient_accumulation_steps = None
+            try:
+                self._base._backend_apply_gradients(self, engine.reduced, trainable_variables)
+            finally:
+                engine.reduced = None
+                self.gradient_accumulation_steps = steps
+            if steps:
+                self._backend_reset_gradient_accumulators()  # type: ignore[attr-defined]
+            return tf.constant(True)
+
+        tf.cond(anything, update, lambda: tf.constant(False))
+
+    @property
+    def last_step(self) -> StepReport | None:
+        """The report of the last reduced step, equal on all ranks; None before the first."""
+        return self._hvd.books.report("mean")
+
+    @property
+    def objective(self) -> Any:
+        """The objective it was given."""
+        return self._hvd.objective
+
+    def register_local_var(self, variable: Any) -> None:
+        """Have `variable` keep this rank's own gradient; call after the optimizer is built."""
+        if not self.built:  # type: ignore[attr-defined]
+            raise ConfigError(
+                "register_local_var needs a built optimizer: call optimizer.build(variables) first"
+            )
+        self._hvd.local.add(self._get_variable_index(variable))  # type: ignore[attr-defined]
+
+
+class _ExactScale:
+    """The same for ``LossScaleOptimizer``, whose inner optimizer reduces: ranks agree on what is finite."""
+
+    _base: type
+
+    @property
+    def __class__(self) -> type:
+        return type(self)._base
+
+    @property
+    def _hvd(self) -> _Engine:
+        return self.inner_optimizer._hvd  # type: ignore[attr-defined]
+
+    def check_finite(self, grads: list[Any]) -> tf.Tensor:
+        """Return whether the gradients of all ranks are finite. One small all-reduce."""
+        finite = self._base.check_finite(self, grads)
+        engine = self._hvd
+        if not engine.included or engine.exchange.size == 1:
+            return finite
+        bad = engine.exchange.sum_table(tf.cast([~finite], tf.float64), "finite")
+        return tf.equal(tf.reduce_sum(bad), 0.0)
+
+    def _stateful_handle_non_finite_grads(self) -> None:
+        self._hvd.books.forget()
+        self._base._stateful_handle_non_finite_grads(self)
+
+    last_step = _Exact.last_step
+    objective = _Exact.objective
+
+    def register_local_var(self, variable: Any) -> None:
+        """Have `variable` keep this rank's own gradient; call after the optimizer is built."""
+        self.inner_optimizer.register_local_var(variable)  # type: ignore[attr-defined]
+
+
+def _values(g: Any) -> tf.Tensor:
+    return g.values if isinstance(g, tf.IndexedSlices) else g
+
+
+def engine_of(optimizer: Any) -> _Engine | None:
+    """Return the engine of a distributed optimizer, or None for any other."""
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        return engine_of(optimizer.inner_optimizer)
+    return getattr(optimizer, "_hvd", None) if issubclass(type(optimizer), _Exact) else None
+
+
+def as_exact_class(optimizer: Any) -> None:
+    """Give `optimizer` the methods of an exact one; it stays the same object, with its state."""
+    base = type(optimizer)
+    if issubclass(base, _Exact | _ExactScale):
+        return
+    if base not in _classes:
+        mixin = _ExactScale if issubclass(base, keras.optimizers.LossScaleOptimizer) else _Exact
+        _classes[base] = type(
+            base.__name__,
+            (mixin, base),
+            {"_base": base, "__module__": base.__module__, "__doc__": base.__doc__},
+        )
+    optimizer.__class__ = _classes[base]
+
+
+def DistributedOptimizer(
+    optimizer: keras.optimizers.Optimizer,
+    objective: Any = None,
+    *,
+    name: str | None = None,
+    device_dense: str = "",
+    device_sparse: str = "",
+    compression: Any = hvd.Compression.none,
+    sparse_as_dense: bool = False,
+    gradient_predivide_factor: float = 1.0,
+    op: Any = hvd.Average,
+    num_groups: int = 0,
+    groups: Any = None,
+    process_set: Any = None,
+    backward_passes_per_step: int = 1,
+    average_aggregated_gradients: bool = True,
+    scale_local_gradients: bool = True,
+) -> keras.optimizers.Optimizer:
+    """Make an optimizer of Keras use the gradient of all ranks' elements.
+
+    In a compiled model nothing else is needed: each loss given to ``compile``, an :class:`Objective` or
+    one of Keras's own, by name or not, tells its weight, and the step is exactly that of one process
+    that saw every sample. In a loop of your own pass the `objective` whose loss you differentiate;
+    without one every backward pass weighs the same on each rank, as in Horovod.
+
+    Args:
+        optimizer: any optimizer of Keras, built or not; a ``LossScaleOptimizer`` as well. Options like
+            ``clipnorm``, ``use_ema``, ``weight_decay`` act on the reduced gradient, and with
+            ``gradient_accumulation_steps`` micro-batches are weighted by what they held.
+        objective: an :class:`Objective`, of this module or of ``hvdloss.tensorflow``, for loops without
+            ``compile``.
+        name: of the messages; by order of construction if None.
+        device_dense, device_sparse: where collectives run.
+        compression: ``Compression.none`` or ``fp16``: what travels, not what is computed.
+        sparse_as_dense: reduce sparse gradients as dense ones.
+        gradient_predivide_factor: shifts the range of what travels, as in Horovod.
+        op: ``Average``; ``Sum`` only without an objective.
+        num_groups: Horovod's old name for an integer `groups`.
+        groups: a number of groups, or lists of variables; a group travels as one message.
+        process_set: the ranks that share the step; None for the objective's, or all.
+        backward_passes_per_step: Horovod's name for ``gradient_accumulation_steps``.
+        average_aggregated_gradients: must stay True where passes are accumulated.
+        scale_local_gradients: scale gradients of local variables to this rank's share of the step.
+
+    Returns:
+        `optimizer` itself, which now reduces: its state, and its class as far as saving and
+        ``isinstance`` see it, are what they were. It has ``last_step``, a :class:`hvdloss.StepReport`.
+
+    Raises:
+        ConfigError: an argument that cannot be used.
+
+    Collectives per step: one all-reduce per dense gradient (or per group), two all-gathers per sparse
+    one, one all-reduce of the ranks' ledgers (``size`` x 10 float64), all under way together; one small
+    one more for a model of several losses, and for a ``LossScaleOptimizer``.
+    """
+    if groups is None and num_groups:
+        groups = num_groups
+    if not isinstance(optimizer, keras.optimizers.Optimizer):
+        raise ConfigError(f"optimizer={optimizer!r} is not a keras.optimizers.Optimizer")
+    if engine_of(optimizer) is not None:
+        raise ConfigError("optimizer is already distributed by hvdloss.keras.DistributedOptimizer")
+    if objective is not None and not isinstance(objective, Objective | TensorFlowObjective):
+        raise ConfigError(
+            f"objective={objective!r} is not an hvdloss.keras.Objective; wrap the loss function in one"
+        )
+    if objective is None and op == hvd.Sum:
+        check_options(hvd.Average, gradient_predivide_factor, groups)
+    else:
+        check_options(op, gradient_predivide_factor, groups)
+    ours = None if objective is None else objective.process_set
+    if process_set is not None and ours is not None and process_set is not ours:
+        raise ConfigError("objective and optimizer were given different process sets")
+    inner = optimizer
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        inner = optimizer.inner_optimizer
+    if backward_passes_per_step != 1:
+        if not isinstance(backward_passes_per_step, int) or backward_passes_per_step < 1:
+            raise ConfigError(
+                f"backward_passes_per_step={backward_passes_per_step!r} must be an integer of at least 1"
+            )
+        if not average_aggregated_gradients:
+            raise ConfigError(
+                "average_aggregated_gradients=False cannot be exact: an average weighted by what each "
+                "pass held is taken over all passes and ranks"
+            )
+        if inner.built or inner.gradient_accumulation_steps not in (None, backward_passes_per_step):
+            raise ConfigError(
+                "backward_passes_per_step must be set before the optimizer is built, and agree with its "
+                "gradient_accumulation_steps; construct the optimizer with gradient_accumulation_steps"
+            )
+        inner.gradient_accumulation_steps = backward_passes_per_step
+    if objective is not None:
+        exact = objective._exact if isinstance(objective, Objective) else objective
+        exact.process_set = process_set or ours
+        exact.passes = inner.gradient_accumulation_steps or 1
+    exchange = Exchange(
+        f"hvdloss.keras.{name or next(_counter)}",
+        process_set=process_set or ours,
+        compression=compression,
+        sparse_as_dense=sparse_as_dense,
+        predivide=gradient_predivide_factor,
+        groups=groups,
+        device_dense=device_dense,
+        device_sparse=device_sparse,
+    )
+    inner._hvd = _Engine(objective, exchange, op, scale_local_gradients)
+    as_exact_class(inner)
+    if inner is not optimizer:
+        as_exact_class(optimizer)
+    return optimizer
+
+
+def PartialDistributedOptimizer(
+    optimizer: keras.optimizers.Optimizer,
+    objective: Any = None,
+    *,
+    local_layers: Any = None,
+    **options: Any,
+) -> keras.optimizers.Optimizer:
+    """Like :func:`DistributedOptimizer`, but layers in `local_layers` keep this rank's gradients.
+
+    Args:
+        optimizer: built on the model's trainable variables: ``optimizer.build(model.trainable_variables)``.
+        objective, options: see :func:`DistributedOptimizer`.
+        local_layers: a Keras layer or a list of them.
+
+    Raises:
+        ConfigError: an argument that cannot be used.
+    """
+    layers = local_layers if isinstance(local_layers, list | tuple) else [local_layers]
+    out = DistributedOptimizer(optimizer, objective, **options)
+    for layer in layers:
+        if layer is not None:
+            if not isinstance(layer, keras.layers.Layer):
+                raise ConfigError(f"local_layers={local_layers!r} must hold Keras layers")
+            for variable in layer.trainable_weights:
+                out.register_local_var(variable)
+    return out

@@ -1,0 +1,386 @@
+"""What ``compile``, ``fit`` and ``evaluate`` do beyond Keras's own for a distributed optimizer.
+
+Importing :mod:`hvdloss.keras` puts a layer around these methods of Keras's models. It acts only where
+the model's optimizer is one of ours; every other model is left alone.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import tensorflow as tf
+
+import keras
+from hvdloss.agreement import agree
+from hvdloss.communicator import OneProcess
+from hvdloss.errors import ConfigError
+from hvdloss.guard import due
+from hvdloss.keras._backend import TensorFlowTrainer, Trainer
+from hvdloss.keras.losses import ExactCompileLoss, ExactMean, Objective
+from hvdloss.keras.optimizer import as_exact_class, engine_of
+from hvdloss.plan import ParameterInfo
+from hvdloss.tensorflow.books import fault
+from hvdloss.tensorflow.exchange import empty_row
+from hvdloss.tensorflow.guard import check_synchronized, checksums
+from hvdloss.tensorflow.ops import HorovodCommunicator
+
+__all__ = ["SynchronizationCallback", "install", "run_idle_step"]
+
+
+# -- compile ------------------------------------------------------------------------------------------
+
+
+def _check_jit(arguments: dict[str, Any]) -> None:
+    """Choose what works for ``jit_compile="auto"``; refuse True, which would fail inside XLA."""
+    asked = arguments.get("jit_compile", "auto")
+    if asked == "auto":
+        arguments["jit_compile"] = False
+    elif asked and not arguments.get("run_eagerly"):
+        raise ConfigError(
+            "jit_compile=True: Horovod's operations cannot be compiled by XLA here, and the training step "
+            'holds them. Compile the model with jit_compile="auto" or False, and put what should be '
+            "compiled into a layer whose call is decorated with @tf.function(jit_compile=True)."
+        )
+
+
+class _PlainConfig:
+    """A model's compile arguments as a saved model names them: plain ones, that load without hvdloss."""
+
+    def __init__(self, original: Any) -> None:
+        self._original = original
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The arguments, with every objective replaced by the loss of Keras nearest to it."""
+        config = dict(self._original.config)
+        config["loss"] = keras.tree.map_structure(
+            lambda loss: loss.plain() if isinstance(loss, Objective) else loss, config.get("loss")
+        )
+        return config
+
+    def serialize(self) -> Any:
+        """Return them for a saved model."""
+        return type(self._original)(**self.config).serialize()
+
+
+def _compiled(model: Any) -> None:
+    """Make a model that was just compiled with a distributed optimizer exact."""
+    engine = engine_of(model.optimizer)
+    if engine is None:
+        return
+    if isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer):
+        as_exact_class(model.optimizer)  # compile wraps optimizers for mixed precision by itself
+    if model._compile_loss is not None:
+        losses = keras.tree.flatten(model.loss)
+        sets = {id(x.process_set): x.process_set for x in losses if isinstance(x, Objective)}
+        for process_set in sets.values():
+            if process_set is not None and process_set is not engine.exchange.process_set:
+                raise ConfigError("objective and optimizer were given different process sets")
+        for loss in losses:
+            if isinstance(loss, Objective):
+                loss._exact.process_set = engine.exchange.process_set
+                loss._exact.passes = _passes(model.optimizer)
+        with keras.src.utils.tracking.DotNotTrackScope():
+            model._compile_loss = ExactCompileLoss(model._compile_loss, engine.exchange)
+            model._loss_tracker = ExactMean(model._compile_loss, name="loss")
+            model._compile_config = _PlainConfig(model._compile_config)
+        engine.listen(model._compile_loss)
+
+
+def _passes(optimizer: Any) -> int:
+    inner = getattr(optimizer, "inner_optimizer", optimizer)
+    return inner.gradient_accumulation_steps or 1
+
+
+# -- fit ----------------------------------------------------------------------------------------------
+
+
+def run_idle_step(model: Any, *, ending: bool = False) -> bool:
+    """Take part in one training step of the other ranks without adding anything to it.
+
+    The update is the same on this rank as on the others. With `ending`, a step to which no rank adds
+    anything is dropped; returns whether it was.
+
+    Collectives: those of a training step.
+    """
+    optimizer = model.optimizer
+    engine = engine_of(optimizer)
+    assert engine is not None
+    inner = getattr(optimizer, "inner_optimizer", optimizer)
+    if not inner.built:
+        optimizer.build(model.trainable_variables)
+    if engine.ended is None:
+        engine.ended = tf.Variable(False, trainable=False, name="hvdloss_ended")
+    steps = _passes(optimizer)
+    before = int(inner._iterations)  # `iterations` counts updates
+    skipped = steps - 1 - before % steps if ending else 0
+    several = engine.compile_loss.several if engine.compile_loss is not None else 0
+    if several:
+        # In a function, since Horovod names an eager operation differently than the same one in a graph.
+        exchange_nothing = engine.idle_steps.setdefault(
+            "normalisers", tf.function(engine.compile_loss.normalisers, autograph=False)
+        )
+        for _ in range(skipped + 1):
+            exchange_nothing(tf.zeros(several + 1, tf.float64))
+    inner._iterations.assign_add(skipped)
+
+    key = (ending, tuple(engine.sparse), tuple(engine.places or ()))
+    if key not in engine.idle_steps:
+        variables = list(inner._trainable_variables)
+        if engine.places is not None:
+            variables = [variables[place] for place in engine.places]
+
+        def step(gradients: list[Any], row: tf.Tensor) -> None:
+            engine.idle, engine.ending = row, ending
+            try:
+                optimizer.apply(gradients, variables)
+            finally:
+                engine.idle, engine.ending = None, False
+
+        # Zeros are passed in: made inside they would be constants, whose sum TensorFlow takes once only.
+        nothing = [_nothing(v, engine, inner) for v in variables]
+        engine.idle_steps[key] = tf.function(step, autograph=False), nothing
+    function, nothing = engine.idle_steps[key]
+    function(nothing, empty_row())
+    ended = ending and bool(engine.ended)
+    if ended:
+        inner._iterations.assign(before)
+    return ended
+
+
+def _nothing(variable: Any, engine: Any, inner: Any) -> Any:
+    """Return a gradient of zero, sparse where the variable's gradients are."""
+    if inner._get_variable_index(variable) in engine.sparse:
+        shape = tuple(variable.shape)
+        return tf.IndexedSlices(
+            tf.zeros((0, *shape[1:]), engine.sparse[inner._get_variable_index(variable)]),
+            tf.zeros((0,), tf.int32),
+            tf.constant(shape, tf.int32),
+        )
+    return tf.zeros(variable.shape, variable.dtype)
+
+
+class _Begin(keras.callbacks.Callback):
+    """The first callback of every ``fit``: ranks agree, and those that run out of batches stay in step."""
+
+    async_safe = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: list[int | None] = []
+        self.done = 0
+        self.training = False
+        self.agreed = False
+
+    @property
+    def engine(self) -> Any:
+        return engine_of(self.model.optimizer)
+
+    def communicator(self) -> Any:
+        group = self.engine.exchange.process_set
+        return HorovodCommunicator(group) if group.size() > 1 else OneProcess()
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        # Keras builds it with the first batch, which this rank may never have.
+        if self.model.built and not self.model.optimizer.built:
+            self.model.optimizer.build(self.model.trainable_variables)
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        self.done, self.training = 0, True
+        if self.agreed or not self.engine.included:
+            return
+        self.agreed = True
+        model = self.model
+        settings = {
+            "epochs": self.params.get("epochs"),
+            "initial_epoch": epoch,
+            "gradient_accumulation_steps": _passes(model.optimizer),
+            "optimizer": model.optimizer.__class__.__name__,
+        }
+        _agree_on_model(self.communicator(), model, settings)
+        steps = self.params.get("steps")
+        counts = self.communicator().gather(str(-1 if steps is None else steps).encode(), "hvdloss.steps")
+        self.counts = [None if int(text) < 0 else int(text) for text in counts]
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        self.done = batch + 1
+
+    def on_test_begin(self, logs: Any = None) -> None:
+        if self.training:  # validation at the end of an epoch
+            self._stay_in_step()
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        if self.training:
+            self._stay_in_step()
+
+    def _stay_in_step(self) -> None:
+        """Do this epoch's remaining steps of the other ranks."""
+        self.training = False
+        if not self.engine.included or len(self.counts) < 2:
+            return
+        known = [count for count in self.counts if count is not None]
+        if len(known) == len(self.counts):
+            for _ in range(max(known) - self.done):
+                run_idle_step(self.model)
+        else:
+            while not run_idle_step(self.model, ending=True):
+                pass
+
+
+def _agree_on_model(communicator: Any, model: Any, settings: dict[str, Any]) -> None:
+    """Check before the first step that all ranks train the same model."""
+    variables = list(model.trainable_variables)
+    infos = [ParameterInfo(v.path, tuple(v.shape), str(v.dtype), 0) for v in variables]
+    agree(communicator, infos, lambda: checksums(variables), [], settings, name="hvdloss.fit")
+
+
+class SynchronizationCallback(keras.callbacks.Callback):
+    """Checks that all ranks hold the same weights; raises on every rank if they do not.
+
+    One of these is part of every ``fit`` with a distributed optimizer, checking at the end of each
+    epoch. Pass your own to check more often, or, with ``at_epoch_end=False``, not at all.
+
+    Args:
+        every: check after every so many batches too; None for not. Ranks must have equally many.
+        at_epoch_end: check at the end of each epoch.
+
+    Raises:
+        AgreementError: in ``fit``, naming the first weight and the ranks that differ.
+
+    Collectives: one gather of a few bytes per weight and check.
+    """
+
+    def __init__(self, every: int | None = None, at_epoch_end: bool = True) -> None:
+        super().__init__()
+        due(1, every)
+        self.every, self.at_epoch_end = every, at_epoch_end
+        self.seen = 0
+
+    def _check(self, when: str) -> None:
+        engine = engine_of(self.model.optimizer)
+        group = None if engine is None else engine.exchange.process_set
+        shared = self.model.trainable_variables
+        if engine is not None and engine.local:
+            inner = getattr(self.model.optimizer, "inner_optimizer", self.model.optimizer)
+            shared = [v for v in shared if inner._get_variable_index(v) not in engine.local]
+        check_synchronized(shared, process_set=group, when=when)
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        """Check if due."""
+        self.seen += 1
+        if due(self.seen, self.every):
+            self._check(f"after batch {self.seen}")
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        """Check."""
+        if self.at_epoch_end:
+            self._check(f"after epoch {epoch + 1}")
+
+
+class _End(keras.callbacks.Callback):
+    """The last callback of every ``fit``: ranks stop together."""
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        engine = engine_of(self.model.optimizer)
+        if engine is None or not engine.included or engine.exchange.size == 1:
+            return
+        stop = engine.exchange.sum_table(tf.constant([float(self.model.stop_training)], tf.float64), "stop")
+        self.model.stop_training = bool(tf.reduce_sum(stop) > 0)
+
+
+def _with_ours(model: Any, callbacks: Any) -> Any:
+    """Return the callbacks of a ``fit``, ours around the user's."""
+    if isinstance(callbacks, keras.callbacks.CallbackList):
+        given = callbacks.callbacks
+    else:
+        given = keras.tree.flatten(callbacks) if callbacks else []
+    first = [_Begin()]
+    last: list[Any] = [_End()]
+    if not any(isinstance(one, SynchronizationCallback) for one in given):
+        last.insert(0, SynchronizationCallback())
+    if isinstance(callbacks, keras.callbacks.CallbackList):
+        for one in (*first, *last):
+            one.set_model(model)
+            one.set_params(callbacks.params)
+        callbacks.callbacks[:] = [*first, *given, *last]
+        return callbacks
+    return [*first, *given, *last]
+
+
+# -- the layer around Keras's methods -----------------------------------------------------------------
+
+
+def _translated(function: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call, and raise our own error for one that crossed a TensorFlow graph."""
+    fault()
+    try:
+        return function(*args, **kwargs)
+    except tf.errors.OpError:
+        ours = fault()
+        if ours is None:
+            raise
+        raise ours from None
+
+
+def install() -> None:
+    """Put the layer around Keras's methods; once."""
+    if hasattr(Trainer.compile, "_hvdloss"):
+        return
+    plain_compile, plain_fit = Trainer.compile, TensorFlowTrainer.fit
+    plain_train, plain_evaluate = TensorFlowTrainer.train_on_batch, TensorFlowTrainer.evaluate
+
+    @functools.wraps(plain_compile)
+    def compile(self: Any, optimizer: Any = "rmsprop", *args: Any, **kwargs: Any) -> None:
+        if engine_of(optimizer) is None:
+            plain_compile(self, optimizer, *args, **kwargs)
+            return
+        names = ("loss", "loss_weights", "metrics", "weighted_metrics", "run_eagerly")
+        names += ("steps_per_execution", "jit_compile", "auto_scale_loss")
+        arguments = {**dict(zip(names, args, strict=False)), **kwargs}
+        # What Horovod's examples pass so that Keras 2 calls its optimizer; Keras 3 does not know it.
+        arguments.pop("experimental_run_tf_function", None)
+        _check_jit(arguments)
+        plain_compile(self, optimizer, **arguments)
+        _compiled(self)
+
+    @functools.wraps(plain_fit)
+    def fit(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if engine_of(self.optimizer) is None:
+            return plain_fit(self, *args, **kwargs)
+        if len(args) > 5:  # x, y, batch_size, epochs, verbose, callbacks
+            args, kwargs["callbacks"] = (*args[:5], None, *args[6:]), args[5]
+            args = args[:5] if len(args) == 6 else args
+            if len(args) > 5:
+                raise ConfigError("pass the arguments of fit after `verbose` by name")
+        kwargs["callbacks"] = _with_ours(self, kwargs.get("callbacks"))
+        return _translated(plain_fit, self, *args, **kwargs)
+
+    @functools.wraps(plain_train)
+    def train_on_batch(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if engine_of(self.optimizer) is None:
+            return plain_train(self, *args, **kwargs)
+        return _translated(plain_train, self, *args, **kwargs)
+
+    @functools.wraps(plain_evaluate)
+    def evaluate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        from hvdloss.keras.callbacks import MetricAverageCallback
+        from hvdloss.keras.metrics import merged_results
+
+        results = plain_evaluate(self, *args, **kwargs)
+        callbacks = kwargs.get("callbacks") or (args[6] if len(args) > 6 else None)
+        if kwargs.get("_use_cached_eval_dataset") or isinstance(callbacks, keras.callbacks.CallbackList):
+            return results
+        if not any(isinstance(one, MetricAverageCallback) for one in keras.tree.flatten(callbacks or [])):
+            return results
+        logs = merged_results(self)
+        return logs if isinstance(results, dict) else self._flatten_metrics_in_order(logs)
+
+    for owner, method in (
+        (Trainer, compile),
+        (TensorFlowTrainer, fit),
+        (TensorFlowTrainer, train_on_batch),
+        (TensorFlowTrainer, evaluate),
+    ):
+        method._hvdloss = True  # type: ignore[attr-defined]
+        setattr(owner, method.__name__, method)

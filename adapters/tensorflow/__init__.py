@@ -1,0 +1,35 @@
+"""``import hvdloss.tensorflow as hvd`` stands in for ``import horovod.tensorflow as hvd``.
+
+Every public name of Horovod's module is here. New are :class:`Objective`, the exact
+:func:`DistributedGradientTape` (with an objective; without one it is Horovod's), a
+:func:`DistributedOptimizer` that reduces under Keras 3 as well, :func:`check_synchronized`, and
+:class:`StepReport`. Without Horovod installed the same names run one process.
+"""
+
+from __future__ import annotations
+
+from hvdloss.report import RankReport, StepReport
+from hvdloss.tensorflow import _backend
+from hvdloss.tensorflow._compat import let_variables_be_called
+from hvdloss.tensorflow.guard import check_synchronized
+from hvdloss.tensorflow.objective import Objective
+from hvdloss.tensorflow.optimizer import DistributedOptimizer
+from hvdloss.tensorflow.tape import DistributedGradientTape, PartialDistributedGradientTape
+
+__all__ = [
+    "DistributedGradientTape",
+    "DistributedOptimizer",
+    "Objective",
+    "PartialDistributedGradientTape",
+    "RankReport",
+    "StepReport",
+    "check_synchronized",
+]
+
+# Horovod has no list of its names; what its module shows is public.
+_THEIRS = [name for name in vars(_backend.hvd) if not name.startswith("_") and name not in __all__]
+globals().update({name: getattr(_backend.hvd, name) for name in _THEIRS})
+
+__all__ += _THEIRS
+
+let_variables_be_called()

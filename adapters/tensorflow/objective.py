@@ -1,0 +1,156 @@
+"""The objective: a loss with its reduction, exact over all elements of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import tensorflow as tf
+from hvdloss.objective import CLASS_LOSSES, IGNORED, ObjectiveBase, expand_mask_axes
+from hvdloss.reduction import Contribution, contribution, weights_for
+from hvdloss.report import StepReport
+from hvdloss.tensorflow._backend import hvd
+from hvdloss.tensorflow.books import Books
+from hvdloss.tensorflow.ops import NAMED_LOSSES, TensorFlowOps
+
+__all__ = ["Objective"]
+
+_OPS = TensorFlowOps()
+
+
+def _gate(prediction: tf.Tensor, holder: list[tf.Tensor]) -> tf.Tensor:
+    """Return `prediction`, with a gradient that is zero at absent elements, even where it would be NaN.
+
+    The mask is put into `holder` after the losses are known: only then is their shape.
+    """
+
+    @tf.custom_gradient
+    def gate(x: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor], tf.Tensor]]:
+        def grad(upstream: tf.Tensor) -> tf.Tensor:
+            return tf.where(holder[0], tf.zeros((), upstream.dtype), upstream) if holder else upstream
+
+        return tf.identity(x), grad
+
+    return gate(prediction)
+
+
+class Objective(ObjectiveBase[tf.Tensor]):
+    """The weighted loss of all elements of a step, however they fall on ranks and micro-batches.
+
+    Calling it gives this rank's local mean, an ordinary scalar tensor: ``tape.gradient`` does what it
+    always does, eagerly and in a ``tf.function``, and a penalty may be added. Passed to
+    :func:`hvdloss.tensorflow.DistributedGradientTape`, the gradient is that of
+
+        L = sum_k sum_i w l / sum_k sum_i w        (reduction "mean")
+
+    over ranks k and elements i, plus the penalty, once. With
+    :func:`hvdloss.tensorflow.DistributedOptimizer` the sums also run over micro-batches.
+
+    Args:
+        loss: a name from ``hvdloss.objective.LOSSES``, or a callable
+            ``(prediction, target) -> per-element losses``.
+        reduction: ``"mean"`` (sum wl / sum w), ``"sum"``, ``"batch_mean"`` (sum wl / number of elements
+            with w != 0), or ``"sequence_mean"`` (losses of shape (N, T): the mean over sequences of each
+            one's weighted token mean). With ``"sum"`` a call gives size x passes x its local sum, its
+            estimate of the global sum, so that a penalty added to it keeps its proportion.
+        terms: none yet.
+        process_set: the Horovod process set whose ranks share the step; None for all.
+
+    Raises:
+        ConfigError: an argument that cannot be used.
+
+    >>> import tensorflow as tf
+    >>> from hvdloss.tensorflow import Objective
+    >>> objective = Objective("mse")
+    >>> y, t = tf.constant([1.0, 2.0, 5.0]), tf.constant([0.0, 0.0, 0.0])
+    >>> objective(y, t, weight=tf.constant([1.0, 1.0, 0.0])).numpy().item()
+    2.5
+    """
+
+    def __init__(
+        self,
+        loss: str | Callable[..., Any],
+        *,
+        reduction: str = "mean",
+        terms: tuple[Any, ...] = (),
+        process_set: Any = None,
+    ) -> None:
+        super().__init__(loss, reduction=reduction, terms=terms, process_set=process_set)
+        self.books = Books()
+
+    def _named_losses(self) -> Mapping[str, Callable[..., tf.Tensor]]:
+        return NAMED_LOSSES
+
+    def _ranks(self) -> tuple[int, int]:
+        """Return (rank, size) of the process set, or (0, 1) before ``init``."""
+        if not hvd.is_initialized():
+            return 0, 1
+        group = self.process_set or hvd.global_process_set
+        return (group.rank(), group.size()) if group.included() else (0, 1)
+
+    @property
+    def last_step(self) -> StepReport | None:
+        """The report of the last reduced step, equal on all ranks; None before the first."""
+        return self.books.report(self.reduction)
+
+    def __call__(self, prediction: Any, target: Any, weight: Any = None) -> tf.Tensor:
+        """Return the local loss of these elements, a scalar tensor (float32, or float64 for float64).
+
+        Args:
+            prediction: what the loss takes; ``(N, ..., C)`` logits for ``"cross_entropy"``: TensorFlow
+                has the class axis last.
+            target: what the loss takes. Class indices of -100 mark absent elements.
+            weight: None, a number or a tensor that broadcasts (NumPy's rule) to the per-element losses.
+                An element of weight zero is absent: its loss may be NaN. A negative, NaN or infinite
+                weight raises WeightError on every rank when the gradients are reduced.
+
+        Raises:
+            ShapeError: `weight` does not broadcast to the losses, or no token axis.
+
+        Collectives: none.
+        """
+        part = self.contribute(prediction, target, weight)
+        return self.books.announced(part.mean(_OPS), part.row(_OPS))
+
+    def contribute(self, prediction: Any, target: Any, weight: Any = None) -> Contribution:
+        """Return what these elements add to a step, without telling anybody.
+
+        For callers that combine several losses before they announce one backward pass. The arguments
+        and errors are those of calling the objective. Collectives: none.
+        """
+        rank, size = self._ranks()
+        given = prediction
+        absent = None
+        if self.name in CLASS_LOSSES:
+            target = tf.convert_to_tensor(target)
+            if not target.dtype.is_floating:
+                absent = target == IGNORED
+        holder: list[tf.Tensor] = []
+        if (weight is not None or absent is not None) and tf.is_tensor(prediction):
+            prediction = _gate(prediction, holder)
+        losses = self._function(prediction, target)
+        weight = self._fit(weight, losses)
+        if absent is not None:
+            present = tf.cast(~absent, _OPS.losses(losses).dtype)
+            weight = present if weight is None else present * weights_for(_OPS, weight, present, rank)
+        part = contribution(_OPS, losses, weight, self.reduction, share=1.0 / (size * self.passes), rank=rank)
+        if weight is not None and tf.is_tensor(given):
+            self._set_gate(holder, losses, given, weight)
+        return part
+
+    def _fit(self, weight: Any, losses: tf.Tensor) -> Any:
+        """Return `weight` as this kind of objective means it; here as it is."""
+        return weight
+
+    def _set_gate(
+        self, holder: list[tf.Tensor], losses: tf.Tensor, prediction: tf.Tensor, weight: Any
+    ) -> None:
+        """Let the gate hold back the gradient of absent elements, where the shapes tell which they are."""
+        class_axis = -1 if self.name in CLASS_LOSSES else None
+        axes = expand_mask_axes(tuple(losses.shape), tuple(prediction.shape), class_axis)
+        if axes is None:
+            return
+        mask = _OPS.weights_like(weight, _OPS.losses(losses)) == 0
+        for axis in axes:
+            mask = tf.expand_dims(mask, axis)
+        holder.append(mask)

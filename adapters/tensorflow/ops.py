@@ -1,0 +1,185 @@
+"""TensorFlow's side of the core: array operations, named losses, and exchanges over Horovod."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+import tensorflow as tf
+from hvdloss.errors import ShapeError
+from hvdloss.objective import IGNORED
+from hvdloss.tensorflow._backend import hvd
+
+__all__ = ["NAMED_LOSSES", "HorovodCommunicator", "TensorFlowOps"]
+
+
+class TensorFlowOps:
+    """:class:`hvdloss.reduction.ArrayOps` for TensorFlow tensors, eager or in a graph."""
+
+    def shape(self, x: Any) -> tuple[int | None, ...]:
+        """Return the static shape; a number's is empty, an axis known only at run time is None."""
+        return tuple(x.shape) if tf.is_tensor(x) else tuple(np.shape(x))
+
+    def losses(self, x: tf.Tensor) -> tf.Tensor:
+        """Return at least float32, as mixed precision does for losses."""
+        return x if x.dtype in (tf.float32, tf.float64) else tf.cast(x, tf.float32)
+
+    def weights_like(self, w: Any, losses: tf.Tensor) -> tf.Tensor:
+        """Broadcast and cast; weights are data, so no gradient."""
+        w = tf.cast(w if tf.is_tensor(w) else np.asarray(w), losses.dtype)
+        return tf.broadcast_to(tf.stop_gradient(w), tf.shape(losses))
+
+    def ones_like(self, losses: tf.Tensor) -> tf.Tensor:
+        """Return ones."""
+        return tf.ones_like(losses)
+
+    def zeros_like(self, x: tf.Tensor) -> tf.Tensor:
+        """Return one zero, which broadcasts."""
+        return tf.zeros((), x.dtype)
+
+    def where(self, condition: tf.Tensor, x: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
+        """Choose."""
+        return tf.where(condition, x, y)
+
+    def count(self, condition: tf.Tensor) -> tf.Tensor:
+        """Count."""
+        return tf.reduce_sum(tf.cast(condition, tf.float64))
+
+    def isfinite(self, x: tf.Tensor) -> tf.Tensor:
+        """Tell what is finite."""
+        return tf.math.is_finite(x)
+
+    def total(self, x: tf.Tensor) -> tf.Tensor:
+        """Sum all."""
+        return tf.reduce_sum(x)
+
+    def total64(self, x: tf.Tensor) -> tf.Tensor:
+        """Sum all in float64."""
+        return tf.reduce_sum(tf.cast(tf.stop_gradient(x), tf.float64))
+
+    def total_rows(self, x: tf.Tensor) -> tf.Tensor:
+        """Sum over all axes but the first."""
+        return tf.reduce_sum(x, axis=list(range(1, len(x.shape))))
+
+    def scalar64(self, value: float, like: tf.Tensor) -> tf.Tensor:
+        """Return a float64 scalar."""
+        return tf.constant(value, tf.float64)
+
+    def cast_like(self, x: tf.Tensor, like: tf.Tensor) -> tf.Tensor:
+        """Cast."""
+        return tf.cast(x, like.dtype)
+
+    def row64(self, scalars: list[tf.Tensor]) -> tf.Tensor:
+        """Stack."""
+        return tf.stack([tf.stop_gradient(s) for s in scalars])
+
+
+def _elementwise(formula: Callable[..., tf.Tensor]) -> Callable[..., tf.Tensor]:
+    """Return `formula` for a prediction and a target of one shape, both in the prediction's dtype."""
+
+    def elements(prediction: Any, target: Any) -> tf.Tensor:
+        y = tf.convert_to_tensor(prediction)
+        t = tf.cast(target if tf.is_tensor(target) else np.asarray(target), y.dtype)
+        if not y.shape.is_compatible_with(t.shape):
+            raise ShapeError(
+                f"prediction of shape {tuple(y.shape)} and target of shape {tuple(t.shape)} must have "
+                f"the same shape"
+            )
+        return formula(y, t)
+
+    return elements
+
+
+def _huber(y: tf.Tensor, t: tf.Tensor) -> tf.Tensor:
+    d = tf.abs(y - t)
+    return tf.where(d <= 1, d * d / 2, d - 0.5)
+
+
+def _log_cosh(y: tf.Tensor, t: tf.Tensor) -> tf.Tensor:
+    # log(cosh d) = |d| + log(1 + exp(-2|d|)) - log 2 does not overflow.
+    d = tf.abs(y - t)
+    return d + tf.math.softplus(-2.0 * d) - math.log(2.0)
+
+
+def _binary_cross_entropy(y: tf.Tensor, t: tf.Tensor) -> tf.Tensor:
+    # Logarithms are held above -100, as torch does, so that a sure and wrong prediction stays finite.
+    least = tf.constant(-100.0, y.dtype)
+    log_y, log_not_y = tf.maximum(tf.math.log(y), least), tf.maximum(tf.math.log1p(-y), least)
+    return -(t * log_y + (1 - t) * log_not_y)
+
+
+def _wide(logits: Any) -> tf.Tensor:
+    """Return logits in at least float32."""
+    return TensorFlowOps().losses(tf.convert_to_tensor(logits))
+
+
+def _cross_entropy(prediction: Any, target: Any) -> tf.Tensor:
+    """Class axis last; `target` holds class indices, or probabilities in the prediction's shape."""
+    y, t = _wide(prediction), tf.convert_to_tensor(target)
+    if t.dtype.is_floating:
+        return tf.nn.softmax_cross_entropy_with_logits(labels=tf.cast(t, y.dtype), logits=y)
+    return tf.nn.sparse_softmax_cross_entropy_with_logits(labels=_indices(t), logits=y)
+
+
+def _nll(prediction: Any, target: Any) -> tf.Tensor:
+    y, t = _wide(prediction), tf.convert_to_tensor(target)
+    return -tf.gather(y, _indices(t), batch_dims=len(t.shape))
+
+
+def _indices(t: tf.Tensor) -> tf.Tensor:
+    """Return class indices with the absent ones replaced by class 0; their weight is zero."""
+    t = t if t.dtype in (tf.int32, tf.int64) else tf.cast(t, tf.int64)
+    return tf.where(t == IGNORED, tf.zeros((), t.dtype), t)
+
+
+NAMED_LOSSES: dict[str, Callable[..., tf.Tensor]] = {
+    "mse": _elementwise(lambda y, t: tf.math.squared_difference(y, t)),
+    "mae": _elementwise(lambda y, t: tf.abs(y - t)),
+    "huber": _elementwise(_huber),
+    "log_cosh": _elementwise(_log_cosh),
+    "cross_entropy": _cross_entropy,
+    "nll": _nll,
+    "binary_cross_entropy": _elementwise(_binary_cross_entropy),
+    "binary_cross_entropy_with_logits": _elementwise(
+        lambda y, t: tf.nn.sigmoid_cross_entropy_with_logits(labels=t, logits=y)
+    ),
+    "poisson_nll": _elementwise(lambda y, t: tf.exp(y) - t * y),
+    "hinge": _elementwise(lambda y, t: tf.maximum(1 - t * y, 0)),
+    "kl_div": _elementwise(lambda y, t: tf.math.xlogy(t, t) - t * y),
+}
+
+
+class HorovodCommunicator:
+    """:class:`hvdloss.communicator.Communicator` over Horovod, for a process set. Eager only."""
+
+    def __init__(self, process_set: Any = None) -> None:
+        self._process_set = process_set or hvd.global_process_set
+
+    @property
+    def rank(self) -> int:
+        """This process's number in the process set."""
+        return self._process_set.rank()
+
+    @property
+    def size(self) -> int:
+        """How many ranks the process set has."""
+        return self._process_set.size()
+
+    def sum(self, array: np.ndarray, name: str) -> np.ndarray:
+        """Sum over ranks; one all-reduce."""
+        tensor = tf.constant(np.asarray(array, dtype=np.float64))
+        with tf.init_scope():
+            out = hvd.allreduce(tensor, name=name, op=hvd.Sum, process_set=self._process_set)
+        return out.numpy()
+
+    def gather(self, data: bytes, name: str) -> list[bytes]:
+        """Gather bytes, never pickles; two all-gathers."""
+        mine = tf.constant(np.frombuffer(data, dtype=np.uint8))
+        length = tf.constant([len(data)], tf.int64)
+        lengths = hvd.allgather(length, name=f"{name}.lengths", process_set=self._process_set).numpy()
+        flat = hvd.allgather(mine, name=f"{name}.bytes", process_set=self._process_set).numpy().tobytes()
+        ends = np.cumsum(lengths)
+        return [flat[end - n : end] for end, n in zip(ends.tolist(), lengths.tolist(), strict=True)]

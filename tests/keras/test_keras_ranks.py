@@ -1,0 +1,40 @@
+"""The Keras cases of tests/parallel, under real ranks."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("tensorflow")
+
+from ranks import Case, parallel_cases
+
+# What must hold for every number of ranks and both controllers; the rest runs on two ranks.
+EVERYWHERE = [
+    "a_string_loss_and_a_regularizer",
+    "an_objective",
+    "float32",
+    "several_outputs_with_their_own_losses_and_weights",
+    "gradient_accumulation",
+    "a_rank_that_has_fewer_batches_of_unknown_number",
+    "without_our_reduction_the_guard_raises",
+]
+
+
+@parallel_cases("keras_fit", [("gloo", 2)], group="keras")
+def test_fit(case: Case, request: pytest.FixtureRequest) -> None:
+    case.check(request)
+
+
+@parallel_cases("keras_callbacks", [("gloo", 2)], group="keras")
+def test_callbacks(case: Case, request: pytest.FixtureRequest) -> None:
+    case.check(request)
+
+
+@parallel_cases("keras_fit", [("gloo", 3), ("gloo", 4), ("mpi", 2)], cases=EVERYWHERE)
+def test_fit_everywhere(case: Case, request: pytest.FixtureRequest) -> None:
+    case.check(request)
+
+
+@parallel_cases("keras_callbacks", [("gloo", 3)], cases=["metrics_are_those_of_one_process"])
+def test_metrics(case: Case, request: pytest.FixtureRequest) -> None:
+    case.check(request)

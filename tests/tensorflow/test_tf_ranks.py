@@ -1,0 +1,33 @@
+"""The TensorFlow cases of tests/parallel, under real ranks."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("tensorflow")
+
+from ranks import Case, parallel_cases
+
+# What must hold for every number of ranks and both controllers; the rest runs on two and three ranks.
+EVERYWHERE = [
+    "random_splits_eager",
+    "random_splits_in_a_function",
+    "random_splits_float32",
+    "a_rank_whose_weights_are_all_zero",
+    "a_penalty_counts_once",
+    "embeddings_sparse_and_dense",
+    "process_sets",
+    "errors_are_the_same_on_every_rank",
+    "without_our_reduction_the_guard_raises",
+    "parity_with_torch",
+]
+
+
+@parallel_cases("tf_tape", [("gloo", 2), ("gloo", 3)])
+def test_tape(case: Case, request: pytest.FixtureRequest) -> None:
+    case.check(request)
+
+
+@parallel_cases("tf_tape", [("gloo", 4), ("mpi", 2)], cases=EVERYWHERE)
+def test_tape_everywhere(case: Case, request: pytest.FixtureRequest) -> None:
+    case.check(request)
