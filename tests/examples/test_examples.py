@@ -84,8 +84,10 @@ def test_under_horovodrun_hvdloss_is_one_process_and_plain_averaging_is_not(scri
     exact, plain = by_name["hvdloss"], by_name["plain averaging"]
     assert data["exact"] is True
     assert data["size"] == size
-    assert 0 <= exact["gradient_error"] <= 1e-12
-    assert plain["gradient_error"] > 1e-3
+    # `fit` shows no gradient of a step; there the trained parameters tell.
+    measure = "parameter_error" if exact["gradient_error"] is None else "gradient_error"
+    assert 0 <= exact[measure] <= 1e-12
+    assert plain[measure] > 1e-3
     assert exact["curve"] == pytest.approx(by_name["one process"]["curve"], rel=1e-9)
     samples = [one["samples"] for one in data["ranks"]]
     assert len(set(samples)) == size, "the shards are meant to be uneven"
