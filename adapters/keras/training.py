@@ -22,7 +22,7 @@ from hvdloss.keras.optimizer import as_exact_class, engine_of
 from hvdloss.plan import ParameterInfo
 from hvdloss.tensorflow.books import fault
 from hvdloss.tensorflow.exchange import empty_row
-from hvdloss.tensorflow.guard import check_synchronized, checksums
+from hvdloss.tensorflow.guard import check_synchronized, checksums, parameter_name
 from hvdloss.tensorflow.ops import HorovodCommunicator
 
 __all__ = ["SynchronizationCallback", "install", "run_idle_step"]
@@ -231,7 +231,7 @@ class _Begin(keras.callbacks.Callback):
 def _agree_on_model(communicator: Any, model: Any, settings: dict[str, Any]) -> None:
     """Check before the first step that all ranks train the same model."""
     variables = list(model.trainable_variables)
-    infos = [ParameterInfo(v.path, tuple(v.shape), str(v.dtype), 0) for v in variables]
+    infos = [ParameterInfo(parameter_name(v), tuple(v.shape), str(v.dtype), 0) for v in variables]
     agree(communicator, infos, lambda: checksums(variables), [], settings, name="hvdloss.fit")
 
 

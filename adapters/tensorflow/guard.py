@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,7 +13,16 @@ from hvdloss.guard import checksum, compare
 from hvdloss.tensorflow._backend import hvd
 from hvdloss.tensorflow.ops import HorovodCommunicator
 
-__all__ = ["check_synchronized", "checksums"]
+__all__ = ["check_synchronized", "checksums", "parameter_name"]
+
+
+def parameter_name(variable: Any) -> str:
+    """Return a variable's name, equal on ranks that build the same model.
+
+    Keras numbers layers (``dense_4/kernel``) by how many the process has built, which may be more on one
+    rank than on another; the numbers are left out.
+    """
+    return re.sub(r"_\d+(?=/|$)", "", getattr(variable, "path", variable.name))
 
 
 def checksums(variables: Iterable[Any]) -> list[int]:
@@ -43,6 +53,6 @@ def check_synchronized(
     group = process_set or hvd.global_process_set
     if not group.included():
         return
-    names = [getattr(v, "path", v.name) for v in variables]  # a Keras variable's name is not unique
+    names = [parameter_name(v) for v in variables]
     communicator = HorovodCommunicator(group) if group.size() > 1 else OneProcess()
     compare(communicator, names, checksums(variables), name="hvdloss.guard", when=when)

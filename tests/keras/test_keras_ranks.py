@@ -11,10 +11,8 @@ from ranks import Case, parallel_cases
 # What must hold for every number of ranks and both controllers; the rest runs on two ranks.
 EVERYWHERE = [
     "a_string_loss_and_a_regularizer",
-    "an_objective",
     "float32",
     "several_outputs_with_their_own_losses_and_weights",
-    "gradient_accumulation",
     "a_rank_that_has_fewer_batches_of_unknown_number",
     "without_our_reduction_the_guard_raises",
 ]

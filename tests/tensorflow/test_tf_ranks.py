@@ -8,7 +8,7 @@ pytest.importorskip("tensorflow")
 
 from ranks import Case, parallel_cases
 
-# What must hold for every number of ranks and both controllers; the rest runs on two and three ranks.
+# What must hold for every number of ranks and both controllers; the rest runs on two ranks.
 EVERYWHERE = [
     "random_splits_eager",
     "random_splits_in_a_function",
@@ -23,11 +23,11 @@ EVERYWHERE = [
 ]
 
 
-@parallel_cases("tf_tape", [("gloo", 2), ("gloo", 3)])
+@parallel_cases("tf_tape", [("gloo", 2)])
 def test_tape(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)
 
 
-@parallel_cases("tf_tape", [("gloo", 4), ("mpi", 2)], cases=EVERYWHERE)
+@parallel_cases("tf_tape", [("gloo", 3), ("gloo", 4), ("mpi", 2)], cases=EVERYWHERE)
 def test_tape_everywhere(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)
