@@ -1,11 +1,11 @@
 """All-reduce by size: Horovod beside torch.distributed and this machine's memory copy.
 
-    horovodrun --gloo -np 2 python benchmarks/allreduce.py [--json out.json]
+    horovodrun --gloo -np 2 python -m hvdloss.benchmarks.allreduce --json out.json
 
 For each size the median time of one in-place float32 sum, interleaved over rounds, and the bandwidth
 (payload bytes per second). The copy is the same payload copied once by every rank at the same time: no
 all-reduce through memory can be faster. The last lines fit t = alpha + bytes / beta to each (weighted so
-that every size counts alike).
+that every size counts alike). ``hvdloss bench allreduce`` runs this and shows it.
 """
 
 from __future__ import annotations
@@ -21,11 +21,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import torch
 import torch.distributed as dist
-from rich.console import Console
-from rich.table import Table
 
 import hvdloss.torch as hvd
-from _common import environment, join_torch_distributed, rotated, write_json
+from hvdloss.benchmarks.common import (
+    environment,
+    join_torch_distributed,
+    progress,
+    rotated,
+    write_json,
+)
 
 
 def fit(sizes: list[int], seconds: list[float]) -> tuple[float, float]:
@@ -81,21 +85,9 @@ def main() -> None:
                 for _ in range(repeats):
                     peers[name](x)
                 times[name][size].append((time.perf_counter() - began) / repeats)
-    console = Console(quiet=hvd.rank() != 0, width=110)
-    table = Table(title=f"all-reduce of float32, {hvd.size()} ranks, {environment(hvd)['controller']}")
-    table.add_column("payload", justify="right")
-    for name in peers:
-        table.add_column(f"{name}, ms", justify="right")
-        table.add_column("GB/s", justify="right")
+        progress(hvd, f"{size / 2**10:.3g} KiB", sizes.index(size) + 1, len(sizes))
     medians = {name: [statistics.median(times[name][n]) for n in sizes] for name in peers}
-    for i, size in enumerate(sizes):
-        label = f"{size / 2**20:.0f} MiB" if size >= 2**20 else f"{size / 2**10:.3g} KiB"
-        cells = [f"{x:.3g}" for n in peers for x in (medians[n][i] * 1e3, size / medians[n][i] / 1e9)]
-        table.add_row(label, *cells)
-    console.print(table)
     fits = {name: fit(sizes, medians[name]) for name in peers}
-    for name, (alpha, beta) in fits.items():
-        console.print(f"{name}: alpha {alpha * 1e6:.0f} us, beta {beta / 1e9:.2f} GB/s", highlight=False)
     if hvd.rank() == 0:
         write_json(
             args.json,

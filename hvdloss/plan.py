@@ -19,6 +19,8 @@ __all__ = ["Bucket", "Member", "ParameterInfo", "plan_buckets"]
 
 BUCKET_BYTES = 25 * 2**20
 FIRST_BUCKET_BYTES = 2**20
+# From this size on, a copy into a bucket costs more than a message of its own (docs/performance.md).
+ALONE_BYTES = 4 * 2**20
 
 
 @dataclass(frozen=True)
@@ -62,11 +64,13 @@ class Bucket:
     """A flat buffer's layout: its members' entries, then one flag per member.
 
     A flag counts the ranks on which that parameter had a gradient in the step, so that a parameter
-    that none of them used keeps no gradient, as in one process.
+    that none of them used keeps no gradient, as in one process. A bucket that is `alone` is no buffer:
+    its one member's gradient travels as it lies, and its flag goes elsewhere.
     """
 
     kind: str
     members: tuple[Member, ...]
+    alone: bool = False
 
     @property
     def numel(self) -> int:
@@ -76,7 +80,7 @@ class Bucket:
     @property
     def length(self) -> int:
         """Number of entries of the buffer, flags included."""
-        return self.numel + len(self.members)
+        return self.numel if self.alone else self.numel + len(self.members)
 
 
 def plan_buckets(
@@ -85,6 +89,7 @@ def plan_buckets(
     *,
     bucket_bytes: int = BUCKET_BYTES,
     first_bytes: int = FIRST_BUCKET_BYTES,
+    alone_bytes: int | None = None,
     groups: int | Sequence[Sequence[int]] | None = None,
 ) -> list[Bucket]:
     """Return the buckets of all dense `parameters`, in the order in which they will fill.
@@ -94,13 +99,18 @@ def plan_buckets(
         order: indices into `parameters`, first ready first; those it leaves out come last.
         bucket_bytes: a bucket is closed when it holds at least this many bytes.
         first_bytes: the same for the first bucket of each kind.
+        alone_bytes: a parameter of at least this many bytes is alone in its bucket; None for not, as with
+            `groups`.
         groups: like Horovod's: a number of buckets to aim at, or lists of indices that must share one.
 
     Raises:
         ConfigError: sizes below 1, or an index twice or out of range.
     """
-    if bucket_bytes < 1 or first_bytes < 1:
-        raise ConfigError(f"bucket_bytes={bucket_bytes} and first_bytes={first_bytes} must be at least 1")
+    if min(bucket_bytes, first_bytes, alone_bytes or 1) < 1:
+        raise ConfigError(
+            f"bucket_bytes={bucket_bytes}, first_bytes={first_bytes} and alone_bytes={alone_bytes} must be "
+            f"at least 1"
+        )
     if len(set(order)) != len(order) or any(not 0 <= i < len(parameters) for i in order):
         raise ConfigError(f"order={list(order)} names a parameter twice or one that is not there")
     seen = set(order)
@@ -118,22 +128,27 @@ def plan_buckets(
     open_members: dict[tuple[str, int | None], list[int]] = {}
     held: Counter[tuple[str, int | None]] = Counter()
     begun: set[str] = set()
-    layouts: list[tuple[str, list[int]]] = []
+    layouts: list[tuple[str, list[int], bool]] = []
     for i in full:
         key = key_of(i)
+        size = parameters[i].numel * parameters[i].itemsize
+        if alone_bytes is not None and not groups and size >= alone_bytes:
+            begun.add(key[0])
+            layouts.append((key[0], [i], True))
+            continue
         open_members.setdefault(key, []).append(i)
-        held[key] += parameters[i].numel * parameters[i].itemsize
+        held[key] += size
         waiting[key] -= 1
         limit = bucket_bytes if key[0] in begun else first_bytes
         if not waiting[key] if key[1] is not None else held[key] >= limit:
             begun.add(key[0])
-            layouts.append((key[0], open_members.pop(key)))
+            layouts.append((key[0], open_members.pop(key), False))
             held[key] = 0
-    layouts += [(key[0], members) for key, members in open_members.items()]
+    layouts += [(key[0], members, False) for key, members in open_members.items()]
     # A bucket fills when its last member is ready.
     position = {i: n for n, i in enumerate(full)}
     layouts.sort(key=lambda layout: position[layout[1][-1]])
-    return [_lay_out(kind, members, parameters) for kind, members in layouts]
+    return [_lay_out(kind, members, parameters, alone) for kind, members, alone in layouts]
 
 
 def _forced_groups(groups: int | Sequence[Sequence[int]] | None, count: int) -> dict[int, int]:
@@ -151,6 +166,7 @@ def _forced_groups(groups: int | Sequence[Sequence[int]] | None, count: int) -> 
     return {i: number for number, group in enumerate(groups or ()) for i in group}
 
 
-def _lay_out(kind: str, members: list[int], parameters: Sequence[ParameterInfo]) -> Bucket:
+def _lay_out(kind: str, members: list[int], parameters: Sequence[ParameterInfo], alone: bool) -> Bucket:
     ends = list(accumulate(parameters[i].numel for i in members))
-    return Bucket(kind, tuple(Member(i, s, e) for i, s, e in zip(members, [0, *ends], ends, strict=False)))
+    places = (Member(i, s, e) for i, s, e in zip(members, [0, *ends], ends, strict=False))
+    return Bucket(kind, tuple(places), alone)

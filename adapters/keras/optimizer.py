@@ -103,7 +103,6 @@ class _Engine:
             [self.variables[i] for i in shared],
             self.row,
             factor=self.factor,
-            places=[place_of(self.variables[i]) for i in shared],
         )
         total = tf.reduce_sum(table[:, 1])
         factor = self.row[1] if self.factor is None else self.factor
@@ -315,7 +314,7 @@ def DistributedOptimizer(
         gradient_predivide_factor: shifts the range of what travels, as in Horovod.
         op: ``Average``; ``Sum`` only without an objective.
         num_groups: Horovod's old name for an integer `groups`.
-        groups: a number of groups, or lists of variables; a group travels as one message.
+        groups: a number of messages to aim at, or lists of variables that must share one.
         process_set: the ranks that share the step; None for the objective's, or all.
         backward_passes_per_step: Horovod's name for ``gradient_accumulation_steps``.
         average_aggregated_gradients: must stay True where passes are accumulated.
@@ -328,7 +327,7 @@ def DistributedOptimizer(
     Raises:
         ConfigError: an argument that cannot be used.
 
-    Collectives per step: one all-reduce per dense gradient (or per group), two all-gathers per sparse
+    Collectives per step: one all-reduce per bucket of dense gradients, two all-gathers per sparse
     one, one all-reduce of the ranks' ledgers (``size`` x 10 float64), all under way together; one small
     one more for a model of several losses, and for a ``LossScaleOptimizer``.
     """

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import tensorflow as tf
 from hvdloss.errors import ConfigError
 from hvdloss.ledger import WIDTH
+from hvdloss.plan import ParameterInfo, plan_buckets
 from hvdloss.tensorflow._backend import hvd
+from hvdloss.tuning import choose
 
 __all__ = ["Exchange", "check_options", "empty_row", "scaled", "tied"]
 
@@ -35,6 +36,19 @@ def check_options(op: Any, gradient_predivide_factor: float, groups: Any) -> Non
         raise ConfigError(f"groups={groups!r} must be at least 0, or lists of variables")
 
 
+def as_numbers(table: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
+    """Return a float64 tensor as a vector of numbers of 16 bits, four per entry.
+
+    Where all but one rank add zeros, their sum in float32 is exact, which that of the entries is not.
+    """
+    return tf.reshape(tf.cast(tf.bitcast(table, tf.uint16), dtype), [-1])
+
+
+def from_numbers(numbers: tf.Tensor, shape: Sequence[int]) -> tf.Tensor:
+    """Return the float64 tensor of this shape that :func:`as_numbers` wrote."""
+    return tf.bitcast(tf.reshape(tf.cast(numbers, tf.uint16), [*shape, 4]), tf.float64)
+
+
 def wire_name(text: str) -> str:
     """Return `text` as TensorFlow allows it in an operation's name."""
     return re.sub(r"[^A-Za-z0-9_.]", "_", text)
@@ -49,7 +63,7 @@ class Exchange:
         compression: of dense gradients on the wire.
         sparse_as_dense: reduce ``tf.IndexedSlices`` as dense tensors.
         predivide: shifts the range of what travels, as Horovod's ``gradient_predivide_factor``.
-        groups: a number of groups, or lists of variables that travel together.
+        groups: a number of buckets to aim at, or lists of variables that must share one.
         device_dense, device_sparse: where the collectives run.
 
     Gradients in 16 bits, or compressed to 16 bits, are divided by the step's weight before they travel,
@@ -75,6 +89,7 @@ class Exchange:
         self.sparse_as_dense = sparse_as_dense
         self.predivide = predivide
         self.groups = groups
+        self.tuning = choose()
         self.device_dense, self.device_sparse = device_dense, device_sparse
         self._eager: dict[Any, Any] = {}
         self._zero: tf.Variable | None = None
@@ -91,14 +106,17 @@ class Exchange:
         """
         if self.size == 1:
             return rows[tf.newaxis]
+        return self._sum(self._own_row(rows), f"{self.name}.{name}")
+
+    def _own_row(self, rows: tf.Tensor) -> tf.Tensor:
+        """Return a table of which this rank's row is filled, for summing."""
         # TensorFlow takes Horovod's operations for pure functions, so it would compute one of constants
         # (weights may be) once, while tracing, and never send it again. A variable is no constant.
         if self._zero is None:
             with tf.init_scope():
                 self._zero = tf.Variable(0.0, trainable=False, dtype=tf.float64, name="hvdloss_zero")
         rows += self._zero
-        mine = tf.one_hot(self.process_set.rank(), self.size, dtype=tf.float64)[:, tf.newaxis] * rows
-        return self._sum(mine, f"{self.name}.{name}")
+        return tf.scatter_nd([[self.process_set.rank()]], rows[tf.newaxis], [self.size, *rows.shape])
 
     def _sum(self, x: tf.Tensor, name: str, predivide: float = 1.0) -> tf.Tensor:
         with tf.device(self.device_dense):
@@ -119,111 +137,139 @@ class Exchange:
         row: tf.Tensor,
         *,
         factor: tf.Tensor | float | None = None,
-        places: Sequence[int] | None = None,
+        judged: Callable[[tf.Tensor], Sequence[tf.Operation]] = lambda table: (),
     ) -> tuple[list[Gradient], tf.Tensor]:
         """Return the step's gradients, and the table of all ranks' ledgers.
 
         Args:
             gradients: this rank's, dense or sparse; none of them None.
-            variables: theirs, for names.
+            variables: theirs; `groups` may name them.
             row: this rank's ledger, ``WIDTH`` float64; its denominator scales the gradients.
             factor: what scales them instead, for gradients that were summed already.
-            places: the variables' numbers on the wire; their order if None.
+            judged: called once with the table; the gradients cannot be used before the operations it
+                returns are done.
 
         Returns:
             sum_k D_k g_k / sum_k D_k in each gradient's dtype, and ``(size, WIDTH)`` float64. Gradients
             of one rank alone are returned as they are.
 
-        Collectives: one all-reduce per dense gradient (or per group and dtype), two all-gathers per
-        sparse one, one all-reduce of ``size x WIDTH`` float64; none with one rank.
+        Collectives: one all-reduce per bucket of dense gradients (:func:`hvdloss.plan.plan_buckets`), two
+        all-gathers per sparse one, one all-reduce of ``size x WIDTH`` float64; none with one rank.
         """
-        names = tuple(
-            wire_name(f"{self.name}.{i}.{getattr(v, 'name', 'tensor')}")
-            for i, v in zip(places or range(len(variables)), variables, strict=True)
-        )
         if factor is not None:
             factor = tf.convert_to_tensor(factor, tf.float64)
         if self.size == 1:
             if factor is not None:
                 share = tf.math.divide_no_nan(factor, row[1])
                 gradients = [scaled(g, share) for g in gradients]
-            return list(gradients), self.sum_table(row)
+            table = self.sum_table(row)
+            return tied(gradients, judged(table)), table
         factor = row[1] if factor is None else factor
-        groups = self._grouping(variables)
+        if self.sparse_as_dense:
+            gradients = [tf.convert_to_tensor(g) for g in gradients]
+        plan = self._plan(gradients, variables)
         if not tf.executing_eagerly():
-            return self._reduce(list(gradients), row, factor, names, groups)
+            return self._reduce(list(gradients), row, factor, plan, judged)
         # One function, so that the messages are under way together; eager calls would wait for each.
-        key = (names, groups, self.size, self.process_set.process_set_id)
+        # One for each shape of the gradients, so that their sizes are known inside.
+        shapes = tuple(g.dtype if isinstance(g, tf.IndexedSlices) else (g.dtype, *g.shape) for g in gradients)
+        key = (plan, shapes, self.size, self.process_set.process_set_id)
         if key not in self._eager:
 
             def together(gradients: list[Gradient], row: tf.Tensor, factor: tf.Tensor) -> Any:
-                return self._reduce(gradients, row, factor, names, groups)
+                return self._reduce(gradients, row, factor, plan)
 
             self._eager[key] = tf.function(together, autograph=False, reduce_retracing=True)
-        return self._eager[key](list(gradients), row, factor)
+        summed, table = self._eager[key](list(gradients), row, factor)
+        judged(table)
+        return summed, table
 
-    def _grouping(self, variables: Sequence[Any]) -> tuple[tuple[int, ...], ...]:
-        """Return indices of variables that travel together; the others travel alone."""
-        if not self.groups:
-            return ()
-        indices = range(len(variables))
-        if isinstance(self.groups, int):
-            count = min(self.groups, len(variables))
-            bounds = [len(variables) * i // count for i in range(count + 1)] if count else [0]
-            return tuple(tuple(indices[a:b]) for a, b in itertools.pairwise(bounds))
-        place = {id(v): i for i, v in enumerate(variables)}
-        return tuple(tuple(place[id(v)] for v in group if id(v) in place) for group in self.groups)
+    def _plan(self, gradients: Sequence[Gradient], variables: Sequence[Any]) -> tuple[tuple[int, ...], ...]:
+        """Return which gradients travel together as one message; sparse ones travel alone."""
+        infos = [
+            ParameterInfo(
+                name=str(i),
+                shape=tuple(n or 0 for n in g.shape),
+                kind=g.dtype.name,
+                itemsize=g.dtype.size,
+                # Such a one shares no message: nobody knows its size yet.
+                sparse=isinstance(g, tf.IndexedSlices) or not g.shape.is_fully_defined(),
+            )
+            for i, g in enumerate(gradients)
+        ]
+        groups = self.groups
+        if groups is not None and not isinstance(groups, int):
+            place = {id(v): i for i, v in enumerate(variables)}
+            groups = [[place[id(v)] for v in group if id(v) in place] for group in groups]
+        # Gradients become ready about in the reverse of the order in which variables are used.
+        backwards = range(len(gradients))[::-1]
+        layouts = plan_buckets(
+            infos,
+            backwards,
+            bucket_bytes=self.tuning.bucket_bytes,
+            first_bytes=self.tuning.first_bytes,
+            alone_bytes=self.tuning.alone_bytes,
+            groups=groups,
+        )
+        dense = [tuple(member.index for member in layout.members) for layout in layouts]
+        return (*dense, *((i,) for i, info in enumerate(infos) if info.sparse))
 
     def _reduce(
         self,
         gradients: list[Gradient],
         row: tf.Tensor,
         factor: tf.Tensor,
-        names: tuple[str, ...],
-        groups: tuple[tuple[int, ...], ...],
+        plan: tuple[tuple[int, ...], ...],
+        judged: Callable[[tf.Tensor], Sequence[tf.Operation]] = lambda table: (),
     ) -> tuple[list[Gradient], tf.Tensor]:
-        gradients = [
-            tf.convert_to_tensor(g) if self.sparse_as_dense and isinstance(g, tf.IndexedSlices) else g
-            for g in gradients
-        ]
         ahead = self.compression is not hvd.Compression.none or any(g.dtype in _HALF for g in gradients)
-        table = self.sum_table(row)
-        total = tf.reduce_sum(table[:, 1])
-        scale = tf.math.divide_no_nan(factor, total) if ahead else factor
+        # The ledgers ride in the first bucket that is a copy anyway, and needs no message of their own.
+        carrier = None if ahead else next((n for n, members in enumerate(plan) if len(members) > 1), None)
+        sums: list[Gradient] = [None] * len(plan)
+        mine = self._own_row(row)
+        if carrier is None:
+            table = self._sum(mine, f"{self.name}.ledger")
+        total = tf.reduce_sum(table[:, 1]) if ahead else None
+        scale = factor if total is None else tf.math.divide_no_nan(factor, total)
+        for number, members in enumerate(plan):
+            name = f"{self.name}.{number}"
+            first = gradients[members[0]]
+            if isinstance(first, tf.IndexedSlices):
+                sums[number] = self._gather_sparse(first, scale, name)
+            elif len(members) == 1:
+                sums[number] = self._sum_scaled(first, scale, name)
+            else:
+                # Side by side in one message: few messages, one pass to scale and one to divide.
+                flat = tf.concat([tf.reshape(gradients[i], [-1]) for i in members], 0)
+                if number != carrier:
+                    sums[number] = self._sum_scaled(flat, scale, name)
+                    continue
+                numbers = as_numbers(mine, flat.dtype)
+                flat = self._sum(tf.concat([scaled(flat, scale), numbers], 0), name, self.predivide)
+                sums[number], numbers = tf.split(flat, [-1, numbers.shape[0]])
+                table = from_numbers(tf.round(numbers), mine.shape)
+        after = judged(table)
+        total = None if ahead else tf.reduce_sum(table[:, 1])
         summed: list[Gradient] = [None] * len(gradients)
-        grouped = {i for group in groups for i in group}
-        for group in (*groups, *((i,) for i in range(len(gradients)) if i not in grouped)):
-            dense = [i for i in group if not isinstance(gradients[i], tf.IndexedSlices)]
-            for dtype in dict.fromkeys(gradients[i].dtype for i in dense):
-                alike = [i for i in dense if gradients[i].dtype == dtype]
-                out = self._sum_dense([scaled(gradients[i], scale) for i in alike], [names[i] for i in alike])
-                for i, x in zip(alike, out, strict=True):
-                    summed[i] = x
-            for i in set(group) - set(dense):
-                summed[i] = self._gather_sparse(gradients[i], scale, names[i])
-        if not ahead:
-            summed = [_divided(g, total) for g in summed]
+        for members, out in zip(plan, sums, strict=True):
+            with tf.control_dependencies(after):
+                out = _divided(out, total)
+            if len(members) == 1:
+                summed[members[0]] = out
+                continue
+            pieces = tf.split(out, [gradients[i].shape.num_elements() for i in members])
+            for i, piece in zip(members, pieces, strict=True):
+                summed[i] = tf.reshape(piece, gradients[i].shape)
         return summed, table
 
-    def _sum_dense(self, tensors: list[tf.Tensor], names: list[str]) -> list[tf.Tensor]:
-        """Return sums over ranks of tensors of one dtype; as one message where there are several."""
-        dtype = tensors[0].dtype
+    def _sum_scaled(self, x: tf.Tensor, scale: tf.Tensor, name: str) -> tf.Tensor:
+        """Return sum_k scale_k x_k."""
+        x = scaled(x, scale)
         # Horovod's TensorFlow operations do not know bfloat16.
-        tensors = [tf.cast(x, tf.float32) if x.dtype == tf.bfloat16 else x for x in tensors]
-        small, contexts = zip(*(self.compression.compress(x) for x in tensors), strict=True)
-        if len(small) == 1:
-            out = [self._sum(small[0], names[0], self.predivide)]
-        else:
-            with tf.device(self.device_dense):
-                out = hvd.grouped_allreduce(
-                    list(small),
-                    op=hvd.Sum,
-                    process_set=self.process_set,
-                    prescale_factor=1.0 / self.predivide,
-                    postscale_factor=self.predivide,
-                    ignore_name_scope=True,
-                )
-        return [tf.cast(self.compression.decompress(x, c), dtype) for x, c in zip(out, contexts, strict=True)]
+        wide = tf.cast(x, tf.float32) if x.dtype == tf.bfloat16 else x
+        small, context = self.compression.compress(wide)
+        out = self.compression.decompress(self._sum(small, name, self.predivide), context)
+        return tf.cast(out, x.dtype)
 
     def _gather_sparse(self, g: tf.IndexedSlices, scale: tf.Tensor, name: str) -> tf.IndexedSlices:
         """Return the rows of all ranks one after another, which is their sum."""
@@ -244,10 +290,11 @@ def scaled(g: Gradient, factor: tf.Tensor) -> Gradient:
     return tf.cast(tf.math.multiply_no_nan(wide, tf.cast(factor, wide.dtype)), g.dtype)
 
 
-def _divided(g: Gradient, total: tf.Tensor) -> Gradient:
+def _divided(g: Gradient, total: tf.Tensor | None) -> Gradient:
+    """Return ``g / total``; `g` itself, but not before the operations it is tied to, if `total` is None."""
     if isinstance(g, tf.IndexedSlices):
         return tf.IndexedSlices(_divided(g.values, total), g.indices, g.dense_shape)
-    return g / tf.cast(total, g.dtype)
+    return tf.identity(g) if total is None else g / tf.cast(total, g.dtype)
 
 
 def tied(gradients: Sequence[Gradient], after: Sequence[tf.Operation]) -> list[Gradient]:

@@ -8,7 +8,7 @@ import tensorflow as tf
 from hvdloss.errors import ConfigError
 from hvdloss.report import StepReport
 from hvdloss.tensorflow._backend import hvd
-from hvdloss.tensorflow.exchange import Exchange, check_options, tied
+from hvdloss.tensorflow.exchange import Exchange, check_options
 from hvdloss.tensorflow.objective import Objective
 
 __all__ = ["DistributedOptimizer"]
@@ -35,8 +35,10 @@ class _ExactV1(tf.compat.v1.train.Optimizer):
         if not self._exchange.process_set.included():
             return pairs
         there = [(g, v) for g, v in pairs if g is not None]
-        reduced, table = self._exchange.reduce([g for g, _ in there], [v for _, v in there], row)
-        done = iter(tied(reduced, books.close(table)))
+        reduced, _ = self._exchange.reduce(
+            [g for g, _ in there], [v for _, v in there], row, judged=books.close
+        )
+        done = iter(reduced)
         return [(g if g is None else next(done), v) for g, v in pairs]
 
     def apply_gradients(self, *args: Any, **kwargs: Any) -> Any:

@@ -12,7 +12,7 @@ import tensorflow as tf
 from hvdloss.errors import ConfigError
 from hvdloss.report import StepReport
 from hvdloss.tensorflow._backend import hvd
-from hvdloss.tensorflow.exchange import Exchange, check_options, scaled, tied
+from hvdloss.tensorflow.exchange import Exchange, check_options, scaled
 from hvdloss.tensorflow.objective import Objective
 
 __all__ = ["DistributedGradientTape", "PartialDistributedGradientTape"]
@@ -88,15 +88,14 @@ class _Exact:
         local = [id(source) in self._hvd_local for source in flat_sources]
         there = [i for i, g in enumerate(flat) if g is not None and not local[i]]
         reduced, table = self._hvd_exchange().reduce(
-            [flat[i] for i in there], [flat_sources[i] for i in there], row
+            [flat[i] for i in there], [flat_sources[i] for i in there], row, judged=books.close
         )
-        after = books.close(table)
         if self._hvd_scale_local:
             share = tf.math.divide_no_nan(row[1], tf.reduce_sum(table[:, 1]))
             for i, g in enumerate(flat):
                 if g is not None and local[i]:
                     flat[i] = scaled(g, share)
-        for i, g in zip(there, tied(reduced, after), strict=True):
+        for i, g in zip(there, reduced, strict=True):
             flat[i] = g
         return tf.nest.pack_sequence_as(gradients, flat)
 
@@ -179,7 +178,7 @@ def DistributedGradientTape(
         op: with an objective only ``Average``: the objective says how to combine.
         gradient_predivide_factor: shifts the range of what travels, as in Horovod.
         num_groups: Horovod's old name for an integer `groups`.
-        groups: a number of groups, or lists of variables; a group travels as one message.
+        groups: a number of messages to aim at, or lists of variables that must share one.
         process_set: the ranks that share the step; None for the objective's, or all.
         scale_local_gradients: scale gradients of local sources to this rank's share of the step.
 

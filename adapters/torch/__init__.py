@@ -1,8 +1,8 @@
 """``import hvdloss.torch as hvd`` stands in for ``import horovod.torch as hvd``.
 
 Every public name of Horovod's module is here. New are :class:`Objective`, the exact
-:func:`DistributedOptimizer` (with an objective; without one it is Horovod's), ``Compression.bf16``, and
-:class:`StepReport`. Without Horovod installed the same names run one process.
+:func:`DistributedOptimizer` (with an objective; without one it is Horovod's), ``Compression.bf16``,
+:func:`check_synchronized`, and :class:`StepReport`. Without Horovod installed the same names run one process.
 """
 
 from __future__ import annotations
@@ -10,13 +10,22 @@ from __future__ import annotations
 from hvdloss.report import RankReport, StepReport
 from hvdloss.torch import _backend
 from hvdloss.torch.compression import Compression
+from hvdloss.torch.guard import check_synchronized
 from hvdloss.torch.objective import Objective
 from hvdloss.torch.optimizer import DistributedOptimizer
 
-__all__ = ["Compression", "DistributedOptimizer", "Objective", "RankReport", "StepReport"]
+__all__ = [
+    "Compression",
+    "DistributedOptimizer",
+    "Objective",
+    "RankReport",
+    "StepReport",
+    "check_synchronized",
+]
 
-# Horovod has no list of its names; what its module shows is public.
+# Horovod has no list of its names; what its module shows is public. Modules of our own stay ours, so that
+# `import hvdloss.torch.optimizer as m` means what it says.
 _names = getattr(_backend.hvd, "__all__", None) or [n for n in vars(_backend.hvd) if not n.startswith("_")]
-_theirs = [name for name in _names if name not in __all__]
+_theirs = [name for name in _names if name not in __all__ and name not in ("compression", "optimizer")]
 globals().update({name: getattr(_backend.hvd, name) for name in _theirs})
 __all__ += _theirs

@@ -11,7 +11,7 @@ from hvdloss.plan import Bucket
 from hvdloss.torch._backend import hvd
 from hvdloss.torch.compression import BF16Compressor
 
-__all__ = ["FlatBucket", "SparseSlot"]
+__all__ = ["FlatBucket", "LoneGradient", "SparseSlot", "Wire", "as_numbers", "from_numbers"]
 
 # Horovod sums these dtypes; others travel as a wider one.
 _WIDER = {torch.bfloat16: torch.float32}
@@ -36,23 +36,40 @@ def _wait(handle: int) -> Any:
     return hvd.synchronize(handle)
 
 
+def as_numbers(table: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return a float64 vector as numbers of 16 bits each, four per entry.
+
+    Where all but one rank add zeros, their sum in float32 is exact, which that of the entries is not.
+    """
+    return table.view(torch.int16).to(dtype)
+
+
+def from_numbers(numbers: torch.Tensor) -> torch.Tensor:
+    """Return the float64 vector that :func:`as_numbers` wrote."""
+    return numbers.to(torch.int16).view(torch.float64)
+
+
 class FlatBucket:
     """The gradients of some parameters of one dtype and device, side by side in one buffer.
 
     Holds, between the backward passes of a step, sum_m scale_m * gradient_m; then travels as one
-    message; then is what the parameters' ``.grad`` are views of. The buffer ends with one flag per
-    parameter that counts the ranks which had a gradient for it.
+    message; then is what the parameters' ``.grad`` are views of. After them come one flag per parameter,
+    which counts the ranks that had a gradient for it, and a `tail` of so many entries for whoever else
+    wants sums.
     """
 
-    def __init__(self, layout: Bucket, parameters: list[torch.nn.Parameter], name: str) -> None:
+    def __init__(
+        self, layout: Bucket, parameters: list[torch.nn.Parameter], name: str, tail: int = 0
+    ) -> None:
         self.layout = layout
         self.name = name
         self.parameters = [parameters[m.index] for m in layout.members]
         self.place = {id(p): i for i, p in enumerate(self.parameters)}
         like = self.parameters[0]
-        self.flat = torch.zeros(layout.length, dtype=like.dtype, device=like.device)
+        self.flat = torch.zeros(layout.length + tail, dtype=like.dtype, device=like.device)
         self.body = self.flat[: layout.numel]
-        self.flags = self.flat[layout.numel :]
+        self.flags = self.flat[layout.numel : layout.length]
+        self.tail = self.flat[layout.length :]
         self.views = [
             self.body[m.start : m.stop].view(p.shape)
             for m, p in zip(layout.members, self.parameters, strict=True)
@@ -61,7 +78,6 @@ class FlatBucket:
         self._fused = layout.numel >= 2**14 * len(self.parameters)
         self._finish: Callable[[], None] | None = None
         self.begin_step()
-        self.begin_pass()
 
     def begin_step(self) -> None:
         """Forget what the last step wrote; the buffer itself is overwritten later, not cleared."""
@@ -69,15 +85,15 @@ class FlatBucket:
         self.written_count = 0
         self.launched = False
         self._finish = None
+        self.begin_pass()
 
     def begin_pass(self) -> None:
         """Expect every parameter's gradient once more."""
         self.fired = [False] * len(self.parameters)
         self.fired_count = 0
 
-    def fire(self, p: torch.nn.Parameter) -> bool:
-        """Note that the gradient of `p` is ready; return whether all of the bucket's are."""
-        i = self.place[id(p)]
+    def fire(self, i: int) -> bool:
+        """Note that the gradient of parameter `i` is ready; return whether all of the bucket's are."""
         if not self.fired[i]:
             self.fired[i] = True
             self.fired_count += 1
@@ -98,16 +114,16 @@ class FlatBucket:
         `scale` is a float, or a 0-dim tensor on a device that nobody should wait for.
         """
         views, grads = [], []
+        strided = torch.strided
         for i, p in enumerate(self.parameters):
             grad = p.grad
-            if not self.fired[i] or grad is None:
+            if grad is None or not self.fired[i]:
                 continue
             view = self.views[i]
             p.grad = None
-            if grad.layout is not torch.strided:
+            if grad.layout is not strided:
                 grad = grad.to_dense()
             if self.written[i]:
-                grad = grad.detach()
                 if isinstance(scale, float):
                     view.add_(grad, alpha=scale)
                 else:
@@ -115,12 +131,12 @@ class FlatBucket:
                 continue
             self.written[i] = True
             self.written_count += 1
-            if grad.data_ptr() == view.data_ptr() and grad.is_contiguous():
+            if grad is view:  # it was not set to None, so autograd has added to what lay here
                 if _scaled(view, scale):
                     view.mul_(scale)
             else:
                 views.append(view)
-                grads.append(grad.detach())
+                grads.append(grad)
         if not views:
             return
         if not _scaled(self.body, scale):
@@ -165,6 +181,96 @@ class FlatBucket:
             used = self.flags.tolist()
         for i, p in enumerate(self.parameters):
             p.grad = self.views[i] if used is None or used[i] else None
+
+    def drain(self) -> None:
+        """Wait for the reduction, if it is under way, and drop its result."""
+        if self._finish is not None:
+            finish, self._finish = self._finish, None
+            finish()
+
+
+class LoneGradient:
+    """The gradient of one large parameter, which travels as it lies: a copy would cost a pass over it.
+
+    A :class:`FlatBucket` of one parameter without a buffer. How many ranks had a gradient for it goes
+    with the ledgers; `used` is to be set before :meth:`finish`.
+    """
+
+    def __init__(self, layout: Bucket, parameters: list[torch.nn.Parameter], name: str) -> None:
+        self.name = name
+        self.parameters = [parameters[layout.members[0].index]]
+        self.place = {id(self.parameters[0]): 0}
+        self.used = True
+        self._finish: Callable[[], None] | None = None
+        self.begin_step()
+
+    def begin_step(self) -> None:
+        """Let go of the last step's gradient, which is now the parameter's."""
+        self._held: torch.Tensor | None = None
+        self.launched = False
+        self._finish = None
+        self.begin_pass()
+
+    def begin_pass(self) -> None:
+        """Expect the gradient once more."""
+        self.fired_count = 0
+
+    def fire(self, i: int) -> bool:
+        """Note that the gradient is ready; return True, as it is all there is."""
+        self.fired_count = 1
+        return True
+
+    @property
+    def there(self) -> bool:
+        """Whether this rank has a gradient in this step."""
+        return self._held is not None or self.parameters[0].grad is not None
+
+    @torch.no_grad()
+    def put(self, key: int, gradient: torch.Tensor) -> None:
+        """Hold an already scaled gradient."""
+        p = self.parameters[0]
+        dense = gradient.to_dense() if gradient.layout is not torch.strided else gradient
+        self._held = dense.to(p.dtype).contiguous()
+
+    @torch.no_grad()
+    def absorb(self, scale: Any) -> None:
+        """Add ``scale * grad`` if the gradient came in this pass, and set ``.grad`` None."""
+        p = self.parameters[0]
+        grad = p.grad
+        if not self.fired_count or grad is None:
+            return
+        p.grad = None
+        if grad.layout is not torch.strided:
+            grad = grad.to_dense()
+        if self._held is None:
+            # Its own memory, which nobody else sees: autograd gives a parameter such a tensor.
+            kept = grad.contiguous() if not grad.requires_grad else grad.detach().clone()
+            self._held = kept.mul_(scale) if _scaled(kept, scale) else kept
+        elif isinstance(scale, float):
+            self._held.add_(grad, alpha=scale)
+        else:
+            self._held.addcmul_(grad, scale.to(grad.dtype))
+
+    @torch.no_grad()
+    def launch(self, leftover: Any, wire: Wire) -> None:
+        """Start the reduction; a gradient that no backward pass touched goes along, or zero."""
+        p = self.parameters[0]
+        if self._held is None:
+            self.fired_count = 1
+            self.absorb(leftover)
+        if self._held is None:
+            self._held = torch.zeros_like(p, memory_format=torch.contiguous_format)
+        self.launched = True
+        self._finish = wire.send(self._held.view(-1), self.name)
+
+    @torch.no_grad()
+    def finish(self, denominator: float) -> None:
+        """Wait for the sum, divide, and hand the gradient to the parameter."""
+        self.drain()
+        assert self._held is not None
+        if denominator != 1.0:
+            self._held.div_(denominator)
+        self.parameters[0].grad = self._held if self.used else None
 
     def drain(self) -> None:
         """Wait for the reduction, if it is under way, and drop its result."""
@@ -255,6 +361,11 @@ class Wire:
     def size(self) -> int:
         """How many ranks take part."""
         return self._process_set.size()
+
+    def is_exact(self, dtype: torch.dtype) -> bool:
+        """Return whether whole numbers of 16 bits arrive as they were, beside gradients of `dtype`."""
+        probe, _ = self._compression.compress(torch.zeros(1, dtype=dtype))
+        return self._compression is not BF16Compressor and probe.dtype in (torch.float32, torch.float64)
 
     def is_half(self, dtype: torch.dtype) -> bool:
         """Return whether values of `dtype` travel as float16, whose range is small."""

@@ -11,7 +11,17 @@ from hvdloss.guard import checksum, compare
 from hvdloss.torch._backend import hvd
 from hvdloss.torch.ops import HorovodCommunicator
 
-__all__ = ["check_synchronized"]
+__all__ = ["check_synchronized", "checksums"]
+
+
+def checksums(tensors: Iterable[torch.Tensor]) -> list[int]:
+    """Return one integer per tensor that changes with (nearly) any bit of it."""
+    return [
+        checksum(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        if t.numel()
+        else checksum(b"")
+        for t in tensors
+    ]
 
 
 def check_synchronized(
@@ -39,9 +49,7 @@ def check_synchronized(
     group = process_set or hvd.global_process_set
     if not group.included():
         return
-    names, sums = [], []
-    for name, tensor in named:
-        names.append(name)
-        sums.append(checksum(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+    pairs = list(named)
     communicator = HorovodCommunicator(group) if group.size() > 1 else OneProcess()
-    compare(communicator, names, sums, name="hvdloss.guard", when=when)
+    sums = checksums(tensor for _, tensor in pairs)
+    compare(communicator, [name for name, _ in pairs], sums, name="hvdloss.guard", when=when)

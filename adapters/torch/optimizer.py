@@ -18,30 +18,23 @@ import torch
 from hvdloss.agreement import agree
 from hvdloss.communicator import Communicator, OneProcess
 from hvdloss.errors import ConfigError, UsageError
-from hvdloss.ledger import Ledger, judge, pack, unpack
-from hvdloss.plan import ParameterInfo, plan_buckets
+from hvdloss.guard import due
+from hvdloss.ledger import WIDTH, Ledger, judge, pack, unpack
+from hvdloss.plan import Bucket, ParameterInfo, plan_buckets
 from hvdloss.reduction import MEASURED
 from hvdloss.report import StepReport
 from hvdloss.torch._backend import hvd
-from hvdloss.torch.buckets import FlatBucket, SparseSlot, Wire
+from hvdloss.torch.buckets import FlatBucket, LoneGradient, SparseSlot, Wire, as_numbers, from_numbers
 from hvdloss.torch.compression import Compression
+from hvdloss.torch.guard import check_synchronized, checksums
 from hvdloss.torch.objective import Objective
 from hvdloss.torch.ops import HorovodCommunicator
+from hvdloss.tuning import Tuning, choose
 
 __all__ = ["DistributedOptimizer"]
 
 # Optimizers are told apart on the wire by the order of their construction in a process set.
 _counters: defaultdict[Any, Iterator[int]] = defaultdict(itertools.count)
-
-
-def _checksum(p: torch.Tensor) -> int:
-    """Return an integer that changes with (nearly) any bit of the values."""
-    data = p.detach().contiguous()
-    if data.is_complex():
-        data = torch.view_as_real(data)
-    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    bits = data.view(kinds[data.element_size()]).flatten().to(torch.int64)
-    return int(bits.sum() + 3 * bits[1::2].sum())
 
 
 class _Engine:
@@ -62,7 +55,11 @@ class _Engine:
         groups: Any,
         sparse_as_dense: bool,
         process_set: Any,
+        check_every: int | None,
+        tuning: Tuning,
     ) -> None:
+        self.tuning = tuning
+        self.check_every = check_every
         self.optimizer = weakref.ref(optimizer)
         self.objective = objective
         self.passes = passes
@@ -150,9 +147,12 @@ class _Engine:
 
     def _forget_plan(self) -> None:
         """Plan again at the next step, from what that step sees."""
-        self.buckets: list[FlatBucket] = []
+        self.buckets: list[FlatBucket | LoneGradient] = []
+        self.lone: list[LoneGradient] = []  # of the buckets
+        self.carrier: FlatBucket | None = None  # the bucket in whose tail the ledgers travel
         self.sparse: list[SparseSlot] = []
-        self._slot: dict[int, FlatBucket | SparseSlot] = {}
+        self._slot: dict[int, FlatBucket | LoneGradient | SparseSlot] = {}
+        self._place: dict[int, tuple[FlatBucket | LoneGradient, int]] = {}  # of those in buckets
         self._densified: list[torch.nn.Parameter] = []
         self._planned = False
         self._planned_size = 0
@@ -173,9 +173,15 @@ class _Engine:
         me = weakref.ref(self)
 
         def hook(p: torch.nn.Parameter) -> None:
+            # Runs once per parameter and pass: what is rare happens in the methods it calls.
             engine = me()
-            if engine is not None:
+            if engine is None:
+                return
+            place = engine._place.get(id(p)) if engine._active else None
+            if place is None:
                 engine._gradient_ready(p)
+            elif place[0].fire(place[1]) and engine._rows:
+                engine._bucket_full(place[0], p)
 
         for p in self.parameters():
             if p.requires_grad and id(p) not in self._hooked:
@@ -191,6 +197,7 @@ class _Engine:
         self._scale_sum: Any = 0.0
         self._table: torch.Tensor | None = None
         self._table_ready: Callable[[], None] | None = None
+        self._judged: list[Ledger] | None = None
         for slot in (*self.buckets, *self.sparse):
             slot.begin_step()
         self._gathered.clear()
@@ -239,24 +246,30 @@ class _Engine:
                 p.grad = None
 
     def _gradient_ready(self, p: torch.nn.Parameter) -> None:
+        """Take note of the first gradient of a pass, and of one that no bucket waits for."""
         if not self._active:
             self._begin_backward(p)
         self._reached = True
-        slot = self._slot.get(id(p))
-        if isinstance(slot, FlatBucket):
-            if slot.launched:
-                raise UsageError(
-                    f"the gradient of {self.names[id(p)]} came twice in one backward pass (reentrant "
-                    f"checkpointing does that): pass use_reentrant=False to checkpoint, or a larger "
-                    f"backward_passes_per_step."
-                )
-            if slot.fire(p) and self._rows:
-                slot.absorb(self._current_scale())
-                if self.passes_done + 1 == self.passes and not self._strays:
-                    slot.launch(self._scale_sum + self._scale, self.wire)
-        elif slot is None:
+        place = self._place.get(id(p))
+        if place is not None:
+            if place[0].fire(place[1]) and self._rows:
+                self._bucket_full(place[0], p)
+        elif id(p) not in self._slot:
             self._fired.add(id(p))
             self._order[id(p)] = None
+
+    def _bucket_full(self, bucket: FlatBucket | LoneGradient, p: torch.nn.Parameter) -> None:
+        """Take in a bucket's gradients, all of which are ready, and start its reduction if it can."""
+        if bucket.launched:
+            raise UsageError(
+                f"the gradient of {self.names[id(p)]} came twice in one backward pass (reentrant "
+                f"checkpointing does that): pass use_reentrant=False to checkpoint, or a larger "
+                f"backward_passes_per_step."
+            )
+        bucket.absorb(self._current_scale())
+        last = self.passes_done + 1 == self.passes and not self._strays
+        if last and self.tuning.overlap.value and bucket is not self.carrier:
+            bucket.launch(self._scale_sum + self._scale, self.wire)
 
     def _current_scale(self) -> Any:
         """Return what this pass's gradients are multiplied with: the denominator of its loss.
@@ -272,7 +285,8 @@ class _Engine:
 
     def _end_backward(self) -> None:
         self._active = False
-        if not self._reached:  # autograd.grad, say: no parameter's gradient was touched
+        reached = self._reached or any(bucket.fired_count for bucket in self.buckets)
+        if not reached:  # autograd.grad, say: no parameter's gradient was touched
             return
         rows = self._rows
         stray = not rows or any(bool(row[1] != rows[0][1]) for row in rows[1:])
@@ -321,7 +335,7 @@ class _Engine:
         return OneProcess() if self.process_set.size() == 1 else HorovodCommunicator(self.process_set)
 
     def _launch(self) -> None:
-        """Start every reduction that has not started, the ledgers' first."""
+        """Start every reduction that has not started."""
         self._launch_ledger()
         for bucket in self.buckets:
             if not bucket.launched:
@@ -335,23 +349,41 @@ class _Engine:
             return
         rank, size = self.process_set.rank(), self.process_set.size()
         own = Ledger(strays=float(self._strays), communication=self._held_up)
-        table = torch.from_numpy(pack(own, rank, size))
+        table = torch.from_numpy(pack(own, rank, size).reshape(-1))
         if self._row_sum is not None:
             table = table.to(self._row_sum.device)
-            table[rank, :MEASURED] = self._row_sum
-        self._table = table
-        self._table_ready = self._plain_wire.send(table, f"{self.name}.ledger")
+            table[rank * WIDTH : rank * WIDTH + MEASURED] = self._row_sum
+        there = torch.tensor([float(lone.there) for lone in self.lone], dtype=torch.float64)
+        if self.carrier is None:
+            self._table = torch.cat([table, there.to(table.device)])
+            self._table_ready = self._plain_wire.send(self._table, f"{self.name}.ledger")
+            return
+        self._table = tail = self.carrier.tail
+        tail[: 4 * len(table)] = as_numbers(table, tail.dtype)
+        tail[4 * len(table) :] = there
+        self._table_ready = self.carrier.drain
 
     def _judged_ledgers(self) -> list[Ledger]:
         """Wait for all ranks' ledgers; raise, on every rank alike, what they show to be wrong."""
+        if self._judged is not None:  # in the step that made the plan
+            return self._judged
         assert self._table is not None
         if self._table_ready is not None:
-            self._table_ready()
-            self._table_ready = None
-        ledgers = unpack(self._table.cpu().numpy())
+            ready, self._table_ready = self._table_ready, None
+            ready()
+        size = self.process_set.size()
+        entries = size * WIDTH * (1 if self.carrier is None else 4)
+        table, there = self._table[:entries].cpu(), self._table[entries:].tolist()
+        if self.carrier is not None:
+            table = from_numbers(table)
+        ledgers = unpack(table.view(size, WIDTH).numpy())
         error = judge(ledgers, self.step_count + 1)
         if error is not None:
             raise error
+        if there:
+            for lone, count in zip(self.lone, there, strict=True):
+                lone.used = bool(count)
+        self._judged = ledgers
         return ledgers
 
     def synchronize(self) -> None:
@@ -416,7 +448,7 @@ class _Engine:
                 )
                 for p in parameters
             ],
-            lambda: [_checksum(p) for p in parameters],
+            lambda: checksums(parameters),
             [index[key] for key in self._order],
             {
                 **self.objective.settings(),
@@ -425,6 +457,9 @@ class _Engine:
                 "gradient_predivide_factor": self.predivide,
                 "sparse_as_dense": self.sparse_as_dense,
                 "groups": self.groups if isinstance(self.groups, int) else bool(self.groups),
+                "bucket_cap_mb": self.tuning.bucket_cap_mb.value,
+                "first_bucket_mb": self.tuning.first_bucket_mb.value,
+                "alone_mb": self.tuning.alone_mb.value,
             },
             name=f"{self.name}.agree",
         )
@@ -446,11 +481,12 @@ class _Engine:
         layouts = plan_buckets(
             [infos[i] for i in trained],
             [position[i] for i in agreed.order if i in position],
+            bucket_bytes=self.tuning.bucket_bytes,
+            first_bytes=self.tuning.first_bytes,
+            alone_bytes=self.tuning.alone_bytes,
             groups=groups,
         )
-        self.buckets = [
-            FlatBucket(layout, members, f"{self.name}.bucket.{n}") for n, layout in enumerate(layouts)
-        ]
+        self._lay_out(layouts, members)
         self.sparse = [
             SparseSlot(parameters[i], f"{self.name}.sparse.{i}", self.wire)
             for i in trained
@@ -458,14 +494,41 @@ class _Engine:
         ]
         self._slot = {id(p): bucket for bucket in self.buckets for p in bucket.parameters}
         self._slot.update({id(slot.parameter): slot for slot in self.sparse})
+        self._place = {key: (bucket, i) for bucket in self.buckets for key, i in bucket.place.items()}
 
         factor = measured_in / self._reference
         self._scale_sum = self._scale_sum * factor
         for key, held in self._gathered.items():
             self._slot[key].put(key, held * factor)
         self._gathered.clear()
+        if self.lone:  # this step's ledgers are under way without them
+            there = np.array([float(lone.there) for lone in self.lone])
+            for lone, count in zip(
+                self.lone, self.communicator().sum(there, f"{self.name}.lone"), strict=True
+            ):
+                lone.used = bool(count)
         self._planned = True
         self._planned_size = self.process_set.size()
+
+    def _lay_out(self, layouts: list[Bucket], members: list[torch.nn.Parameter]) -> None:
+        """Make the buckets. The last one that can takes the ledgers along, which saves a message."""
+        carriers = [
+            n
+            for n, layout in enumerate(layouts)
+            if not layout.alone and self.wire.is_exact(members[layout.members[0].index].dtype)
+        ]
+        tail = self.process_set.size() * WIDTH * 4 + sum(layout.alone for layout in layouts)
+        self.buckets = []
+        for n, layout in enumerate(layouts):
+            name = f"{self.name}.bucket.{n}"
+            if layout.alone:
+                self.lone.append(LoneGradient(layout, members, name))
+                self.buckets.append(self.lone[-1])
+            elif carriers and n == carriers[-1]:
+                self.carrier = FlatBucket(layout, members, name, tail)
+                self.buckets.append(self.carrier)
+            else:
+                self.buckets.append(FlatBucket(layout, members, name))
 
     def _choose_reference(self, ledgers: list[Ledger]) -> None:
         """Choose what the next step's weights are measured in: this step's total weight.
@@ -480,6 +543,14 @@ class _Engine:
         self._reference = math.fsum(one.denominator for one in ledgers)
         if any(self.wire.is_half(dtype) for dtype in {p.dtype for p in self.parameters()}):
             self._reference *= self.predivide / len(ledgers)
+
+    def updated(self) -> None:
+        """After an update, compare the parameters of all ranks if that is due."""
+        if due(self.step_count, self.check_every) and self.step_count:
+            named = [(self.names[id(p)], p) for p in self.parameters()]
+            check_synchronized(
+                named, process_set=self.process_set, when=f"{self.name} after step {self.step_count}"
+            )
 
     def abandon(self) -> None:
         """Finish what is under way, drop it, and be ready for a fresh step."""
@@ -563,9 +634,11 @@ class _Exact:
                 return engine.global_value(value)
 
             try:
-                return self._base.step(self, global_closure)  # type: ignore[arg-type]
+                out = self._base.step(self, global_closure)  # type: ignore[arg-type]
             finally:
                 engine.synchronized = False
+            engine.updated()
+            return out
         if engine.should_synchronize:
             engine.synchronize()
         elif not engine.synchronized:
@@ -574,7 +647,9 @@ class _Exact:
                 "gradients of the ranks have not been reduced"
             )
         engine.synchronized = False
-        return self._base.step(self)  # type: ignore[arg-type]
+        out = self._base.step(self)  # type: ignore[arg-type]
+        engine.updated()
+        return out
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients, and what backward passes of an unfinished step have added."""
@@ -641,6 +716,9 @@ def DistributedOptimizer(
     groups: Any = None,
     sparse_as_dense: bool = False,
     process_set: Any = None,
+    check_every: int | None = None,
+    bucket_cap_mb: float | None = None,
+    overlap: bool | None = None,
 ) -> Any:
     """Wrap a torch optimizer so that each step uses the gradient of all ranks' elements.
 
@@ -662,6 +740,12 @@ def DistributedOptimizer(
         groups: a number of buckets to aim at, or lists of parameters that must share one.
         sparse_as_dense: reduce sparse gradients as dense ones.
         process_set: the ranks that share the step; None for the objective's, or all.
+        check_every: with an objective, compare the parameters of all ranks, bit for bit, after every so
+            many steps (:func:`hvdloss.torch.check_synchronized`); None for never.
+        bucket_cap_mb: close a bucket of gradients when it holds so many MiB; None for what
+            ``HVDLOSS_BUCKET_CAP_MB`` says, or 25.
+        overlap: start a bucket's reduction while the backward pass goes on (True), or after it (False);
+            None for what ``HVDLOSS_OVERLAP`` says, or :func:`hvdloss.tuning.choose` finds.
 
     Returns:
         An instance of a subclass of the optimizer's class, with ``synchronize()``,
@@ -670,9 +754,10 @@ def DistributedOptimizer(
     Raises:
         ConfigError: an argument that cannot be used.
 
-    Collectives per step: one asynchronous all-reduce per bucket and one for the ranks' ledgers
-    (``size`` x 10 float64), waited for together. Buckets follow Li et al., "PyTorch Distributed"
-    (VLDB 2020).
+    Collectives per step: one asynchronous all-reduce per bucket, all under way together; the ranks'
+    ledgers (``size`` x 10 numbers) ride in the last float32 or float64 bucket, and need a message of
+    their own only where there is none (compression, 16-bit parameters). Buckets follow Li et al.,
+    "PyTorch Distributed" (VLDB 2020).
     """
     if groups is None and num_groups:
         groups = num_groups
@@ -712,6 +797,8 @@ def DistributedOptimizer(
     if process_set is not None and ours is not None and process_set is not ours:
         raise ConfigError("objective and optimizer were given different process sets")
     process_set = process_set or ours or hvd.global_process_set
+    tuning = choose(bucket_cap_mb=bucket_cap_mb, overlap=overlap)
+    due(1, check_every)
     objective.process_set = process_set
 
     base = type(optimizer)
@@ -736,6 +823,8 @@ def DistributedOptimizer(
         groups,
         sparse_as_dense,
         process_set,
+        check_every,
+        tuning,
     )
     return wrapped
 

@@ -1,4 +1,4 @@
-"""The command line: ``hvdloss install``, ``hvdloss doctor``.
+"""The command line: ``hvdloss install``, ``hvdloss doctor``, ``hvdloss bench``.
 
 Subcommands are imported when they are asked for, so that ``hvdloss --help`` and
 ``hvdloss --version`` answer at once and no command pays for another's imports.
@@ -13,6 +13,7 @@ Exit statuses, the same for every subcommand (`hvdloss.cli.errors` names them):
 4      Horovod's source could not be had (network, or a hash that differs)
 5      the build failed; nothing was installed
 6      the wheel could not be installed, or what was installed does not work
+7      ranks that were started failed
 130    interrupted (Ctrl-C); 143: terminated
 =====  =====================================================================
 """
@@ -28,6 +29,7 @@ from hvdloss._version import __version__
 
 #: Subcommand -> (module, attribute, one line for ``--help`` so that it need not import them).
 _COMMANDS = {
+    "bench": ("hvdloss.cli.bench", "bench", "Measure steps and all-reduces beside their peers."),
     "doctor": ("hvdloss.cli.doctor", "doctor", "Say whether training can start, and what to do."),
     "install": ("hvdloss.cli.install", "install", "Build and install Horovod for this Python."),
 }
@@ -54,7 +56,7 @@ class _LazyGroup(click.Group):
 @click.command(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="hvdloss")
 def cli() -> None:
-    """The exact global loss over Horovod: install it, check it."""
+    """The exact global loss over Horovod: install it, check it, measure it."""
 
 
 def main(args: list[str] | None = None) -> Any:

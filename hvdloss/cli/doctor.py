@@ -26,8 +26,8 @@ from hvdloss._version import __version__
 from hvdloss.cli import machine
 from hvdloss.cli.errors import Exit, InstallError, Interrupted
 from hvdloss.cli.install.probe import FRAMEWORKS
-from hvdloss.cli.install.process import Log, interruptible
 from hvdloss.cli.install.prove import run_job
+from hvdloss.cli.process import Log, interruptible
 
 _MARKS = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "problem": ("✗", "red"), "info": ("·", "dim")}
 _INSTALL = "hvdloss install"

@@ -18,6 +18,7 @@ class Exit(IntEnum):
     SOURCE = 4
     BUILD = 5
     INSTALL = 6
+    RANKS = 7
 
 
 class InstallError(HvdlossError):

@@ -17,8 +17,8 @@ from hvdloss.cli.install.build import build_wheel, first_errors
 from hvdloss.cli.install.cache import Cache, sha256_of
 from hvdloss.cli.install.plan import make_plan
 from hvdloss.cli.install.probe import Framework, Mpi, Probe, Tool
-from hvdloss.cli.install.process import Log, interruptible, uninterrupted
 from hvdloss.cli.install.progress import Reporter
+from hvdloss.cli.process import Log, interruptible, uninterrupted
 
 from .conftest import ROOT, command, run_cli
 

@@ -19,8 +19,8 @@ from hvdloss.cli.install import probe as probe_module
 from hvdloss.cli.install.cache import Cache
 from hvdloss.cli.install.plan import make_plan
 from hvdloss.cli.install.probe import Cuda, Framework, Mpi, Nccl, Probe, Tool, require_python, require_tools
-from hvdloss.cli.install.process import Log
 from hvdloss.cli.install.prove import check, jobs
+from hvdloss.cli.process import Log
 
 from .conftest import ROOT, run_cli
 

@@ -365,3 +365,43 @@ def case_errors_inside_a_process_set_name_its_ranks():
             same_on_all_ranks(flat(model.parameters()).tolist(), group)
     finally:
         hvd.remove_process_set(group)
+
+
+def case_the_guard_names_the_parameter_and_the_ranks_that_drifted():
+    g = generator(19)
+    model = network(g)
+    hvd.check_synchronized(model)
+    with torch.no_grad():
+        if hvd.rank() == last():
+            parameter = list(model.parameters())[2]
+            parameter.view(-1)[0] = torch.nextafter(parameter.view(-1)[0], torch.tensor(9.0).to(parameter))
+    name = list(dict(model.named_parameters()))[2]
+    raises_everywhere(AgreementError, lambda: hvd.check_synchronized(model), name, f"rank(s) {last()}")
+    half = [(n, p.detach().to(torch.bfloat16)) for n, p in model.named_parameters()]
+    hvd.check_synchronized(half)  # the last bit of a float64 is not there
+
+
+def case_the_guard_notices_that_nothing_is_reduced():
+    g = generator(20)
+    model = network(g)
+    objective = hvd.Objective("mse")
+    optimizer = hvd.DistributedOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1), model.named_parameters(), objective, check_every=2
+    )
+
+    def step():
+        (b,) = regression(g, uneven())[hvd.rank()]
+        optimizer.zero_grad()
+        objective(model(b.x), b.y, weight=b.weight).backward()
+        optimizer.step()
+
+    for _ in range(4):
+        step()
+    for bucket in optimizer._hvdloss.buckets:
+        bucket.launch = lambda leftover, wire, bucket=bucket: setattr(bucket, "launched", True)
+    step()
+    raises_everywhere(AgreementError, step, "after step 6", "rank(s) " + ", ".join(map(str, others())))
+
+
+def others():
+    return range(1, hvd.size())

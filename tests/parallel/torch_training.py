@@ -585,13 +585,14 @@ def counted():
 
 
 def case_collectives_of_a_steady_step():
-    """One asynchronous all-reduce per bucket and one for the ledgers; nothing that blocks."""
+    """One asynchronous all-reduce per bucket, the ledgers in one of them; nothing that blocks."""
     g = generator(19)
-    for expected, passes in ((1, 1), (3, 2)):
+    for expected, passes, half in ((1, 1, False), (3, 2, False), (1, 1, True)):
         model = network(g)
         first, second, *rest = model.parameters()
-        groups = [[first, second], rest[:1], rest[1:]] if expected == 3 else None
-        trial = Trial(model, groups=groups, passes=passes)
+        groups = [[first, second], rest[:1], rest[1:]] if expected == 3 else [[first, second, *rest]]
+        options = {"compression": hvd.Compression.fp16} if half else {}
+        trial = Trial(model, groups=groups, passes=passes, tolerance=1e-2 if half else None, **options)
         trial.step(regression(g, uneven(micro=passes)))
         buckets = len(trial.optimizer._hvdloss.buckets)
         assert buckets == expected, buckets
@@ -604,9 +605,10 @@ def case_collectives_of_a_steady_step():
                 trial.optimizer.zero_grad()
                 trial.backward(step)
                 trial.optimizer.step()
-            assert dict(calls) == {"allreduce_async_": buckets + 1}, calls
+            # Rounded to 16 bits the ledgers would not be exact: they go by themselves.
+            assert dict(calls) == {"allreduce_async_": buckets + half}, calls
             trial.compare(step, plain=False)
-    return {"collectives of a step, one bucket": 2}
+    return {"collectives of a step, one bucket": 1}
 
 
 # -- process sets --------------------------------------------------------------------------------------

@@ -28,9 +28,9 @@ from hvdloss.cli.install.cache import (
 )
 from hvdloss.cli.install.plan import Plan, make_plan
 from hvdloss.cli.install.probe import FRAMEWORKS, Probe, look, require_python, require_tools
-from hvdloss.cli.install.process import Log, interruptible, uninterrupted
 from hvdloss.cli.install.progress import Reporter
 from hvdloss.cli.install.prove import Proof, prove
+from hvdloss.cli.process import Log, interruptible, uninterrupted
 
 __all__ = ["install"]
 

@@ -16,8 +16,8 @@ from hvdloss.cli.install.cache import Cache, CachedWheel
 from hvdloss.cli.install.pip import with_tools
 from hvdloss.cli.install.plan import Plan, build_environment
 from hvdloss.cli.install.probe import Probe
-from hvdloss.cli.install.process import Log
 from hvdloss.cli.install.progress import Reporter
+from hvdloss.cli.process import Log
 
 _PERCENT = re.compile(r"^\[\s*(\d+)%\]")
 #: ``file:line:column: error: message`` of gcc and clang, ``file(line): error: ...`` of nvcc.

@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 from hvdloss.cli.errors import Exit, InstallError
 from hvdloss.cli.install import recipe
 from hvdloss.cli.install.cache import Cache, check_source
-from hvdloss.cli.install.process import Ended, Log
+from hvdloss.cli.process import Ended, Log
 
 _QUIET = ("--disable-pip-version-check", "--no-input", "--retries", "1", "--timeout", "20")
 #: What pip says when it cannot reach an index.

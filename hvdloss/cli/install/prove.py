@@ -13,8 +13,8 @@ from pathlib import Path
 
 from hvdloss.cli import machine
 from hvdloss.cli.errors import Exit, InstallError
-from hvdloss.cli.install.process import Log
 from hvdloss.cli.install.progress import Reporter
+from hvdloss.cli.process import Log
 
 RANKS = 2
 TIMEOUT = 180.0

@@ -1,0 +1,132 @@
+"""Choices that depend on the machine and not on the mathematics: how gradients travel.
+
+Each can be given as an argument or in an environment variable; otherwise a rule decides, which
+``docs/performance.md`` gives reasons for. What was chosen, and by what, stands in the StepReport, and
+``hvdloss doctor`` shows what would be chosen.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hvdloss.errors import ConfigError
+from hvdloss.plan import ALONE_BYTES, BUCKET_BYTES, FIRST_BUCKET_BYTES
+
+__all__ = ["Choice", "Tuning", "choose"]
+
+MIB = 2**20
+#: By environment variable: what it chooses.
+VARIABLES = {
+    "HVDLOSS_BUCKET_CAP_MB": "a bucket of gradients is closed when it holds so many MiB",
+    "HVDLOSS_FIRST_BUCKET_MB": "the same for the first bucket of a step",
+    "HVDLOSS_ALONE_MB": "a gradient of so many MiB travels as it lies, not in a bucket; inf: none does",
+    "HVDLOSS_OVERLAP": "1: a bucket travels while the backward pass goes on; 0: after it",
+}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A value, and what decided: ``"argument"``, an environment variable's name, or ``"rule"``."""
+
+    value: float
+    by: str
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How gradients travel.
+
+    Attributes:
+        bucket_cap_mb: a bucket is closed when it holds this many MiB.
+        first_bucket_mb: the same for the first bucket of a step, so that communication starts early.
+        alone_mb: a gradient of this many MiB is sent as it lies: a copy into a bucket would cost more than
+            a message of its own.
+        overlap: 1 if buckets travel while the backward pass goes on, 0 if after it.
+    """
+
+    bucket_cap_mb: Choice
+    first_bucket_mb: Choice
+    alone_mb: Choice
+    overlap: Choice
+
+    @property
+    def bucket_bytes(self) -> int:
+        """The bucket's size in bytes, at least 1."""
+        return max(1, round(self.bucket_cap_mb.value * MIB))
+
+    @property
+    def first_bytes(self) -> int:
+        """The first bucket's size in bytes, at least 1."""
+        return max(1, round(self.first_bucket_mb.value * MIB))
+
+    @property
+    def alone_bytes(self) -> int | None:
+        """The size in bytes from which a gradient travels alone; None for never."""
+        return None if math.isinf(self.alone_mb.value) else max(1, round(self.alone_mb.value * MIB))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return value and decider of each choice, as plain values."""
+        return {
+            name: {"value": choice.value, "by": choice.by}
+            for name, choice in vars(self).items()
+            if isinstance(choice, Choice)
+        }
+
+
+def choose(
+    *,
+    bucket_cap_mb: float | None = None,
+    overlap: bool | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> Tuning:
+    """Return the choices for this process.
+
+    Args:
+        bucket_cap_mb: MiB above 0, or None to leave it to the environment or the rule.
+        overlap: likewise.
+        environ: the environment; the process's own if None.
+
+    Raises:
+        ConfigError: a value that cannot be used, naming the argument or the variable.
+    """
+    environ = os.environ if environ is None else environ
+    bucket = _choice(bucket_cap_mb, "bucket_cap_mb", "HVDLOSS_BUCKET_CAP_MB", BUCKET_BYTES / MIB, environ)
+    first = _choice(None, "", "HVDLOSS_FIRST_BUCKET_MB", min(FIRST_BUCKET_BYTES / MIB, bucket.value), environ)
+    alone = _choice(None, "", "HVDLOSS_ALONE_MB", ALONE_BYTES / MIB, environ, most=math.inf)
+    asked = None if overlap is None else float(overlap)
+    overlapping = _choice(asked, "overlap", "HVDLOSS_OVERLAP", 1.0, environ, switch=True)
+    return Tuning(bucket, first, alone, overlapping)
+
+
+def _choice(
+    argument: float | None,
+    name: str,
+    variable: str,
+    rule: float,
+    environ: Mapping[str, str],
+    *,
+    switch: bool = False,
+    most: float = 1e6,
+) -> Choice:
+    if argument is not None:
+        return Choice(_checked(argument, f"{name}={argument!r}", switch, most), "argument")
+    text = environ.get(variable, "").strip()
+    if text:
+        return Choice(_checked(text, f"{variable}={text!r}", switch, most), variable)
+    return Choice(rule, "rule")
+
+
+def _checked(value: Any, shown: str, switch: bool, most: float) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if switch and number not in (0.0, 1.0):
+        raise ConfigError(f"{shown} must be 0 or 1")
+    if not switch and not 0 < number <= most:
+        raise ConfigError(f"{shown} must be a number of MiB above 0")
+    return number
