@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from hvdloss.ledger import Ledger
@@ -45,6 +46,8 @@ class StepReport:
         elements: number of elements with a weight other than zero.
         objective_value: the loss plus the priced terms.
         ranks: one :class:`RankReport` per rank.
+        choices: how gradients travelled: value and decider of every choice of
+            :class:`hvdloss.tuning.Tuning`, and the number of messages, as this rank has them.
     """
 
     step: int
@@ -53,9 +56,12 @@ class StepReport:
     elements: int
     objective_value: float
     ranks: list[RankReport]
+    choices: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
-    def of(cls, step: int, ledgers: list[Ledger], reduction: str) -> StepReport:
+    def of(
+        cls, step: int, ledgers: list[Ledger], reduction: str, choices: Mapping[str, Any] | None = None
+    ) -> StepReport:
         """Return the report of the step whose ranks' ledgers these are."""
         whole = Ledger.zero()
         for ledger in ledgers:
@@ -80,6 +86,7 @@ class StepReport:
                 )
                 for rank, one in enumerate(ledgers)
             ],
+            choices=dict(choices or {}),
         )
 
     def as_dict(self) -> dict[str, Any]:

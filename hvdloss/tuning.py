@@ -69,9 +69,9 @@ class Tuning:
         return None if math.isinf(self.alone_mb.value) else max(1, round(self.alone_mb.value * MIB))
 
     def as_dict(self) -> dict[str, Any]:
-        """Return value and decider of each choice, as plain values."""
+        """Return value and decider of each choice, as plain values; None stands for infinity."""
         return {
-            name: {"value": choice.value, "by": choice.by}
+            name: {"value": None if math.isinf(choice.value) else choice.value, "by": choice.by}
             for name, choice in vars(self).items()
             if isinstance(choice, Choice)
         }

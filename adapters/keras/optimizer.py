@@ -104,6 +104,7 @@ class _Engine:
             self.row,
             factor=self.factor,
         )
+        self.books.choices = self.exchange.choices
         total = tf.reduce_sum(table[:, 1])
         factor = self.row[1] if self.factor is None else self.factor
         share = tf.math.divide_no_nan(tf.cast(factor, tf.float64), total)

@@ -46,6 +46,7 @@ class Books:
 
     def __init__(self) -> None:
         self._variables: tuple[tf.Variable, tf.Variable, tf.Variable] | None = None
+        self.choices: dict[str, Any] = {}  # of how gradients travel, for the report
 
     def _of(self, which: int) -> tf.Variable:
         if self._variables is None:
@@ -137,7 +138,7 @@ class Books:
         """Return the last step's report; None before the first. Eager only."""
         if self._variables is None or not int(self._of(2)):
             return None
-        return StepReport.of(int(self._of(2)), unpack(self._of(1).numpy()), reduction)
+        return StepReport.of(int(self._of(2)), unpack(self._of(1).numpy()), reduction, self.choices)
 
 
 def _raising(table: tf.Tensor, step: tf.Tensor) -> tf.Tensor:

@@ -17,6 +17,7 @@ __all__ = ["Exchange", "check_options", "empty_row", "scaled", "tied"]
 
 Gradient = Any  # tf.Tensor or tf.IndexedSlices
 _HALF = (tf.float16, tf.bfloat16)
+_LARGE = 2**18  # entries; a branch in a graph costs more than dividing fewer
 
 
 def check_options(op: Any, gradient_predivide_factor: float, groups: Any) -> None:
@@ -91,8 +92,10 @@ class Exchange:
         self.groups = groups
         self.tuning = choose()
         self.device_dense, self.device_sparse = device_dense, device_sparse
+        self.choices: dict[str, Any] = self.tuning.as_dict()
         self._eager: dict[Any, Any] = {}
         self._zero: tf.Variable | None = None
+        self._measured: tf.Variable | None = None
 
     @property
     def size(self) -> int:
@@ -107,6 +110,13 @@ class Exchange:
         if self.size == 1:
             return rows[tf.newaxis]
         return self._sum(self._own_row(rows), f"{self.name}.{name}")
+
+    def _measure(self) -> tf.Tensor:
+        """Return what this step's weights are measured in: the last one's total, 1 in the first."""
+        if self._measured is None:
+            with tf.init_scope():
+                self._measured = tf.Variable(1.0, trainable=False, dtype=tf.float64, name="hvdloss_measure")
+        return self._measured.read_value()
 
     def _own_row(self, rows: tf.Tensor) -> tf.Tensor:
         """Return a table of which this rank's row is filled, for summing."""
@@ -143,7 +153,7 @@ class Exchange:
 
         Args:
             gradients: this rank's, dense or sparse; none of them None.
-            variables: theirs; `groups` may name them.
+            variables: theirs, which know the gradients' shapes; `groups` may name them.
             row: this rank's ledger, ``WIDTH`` float64; its denominator scales the gradients.
             factor: what scales them instead, for gradients that were summed already.
             judged: called once with the table; the gradients cannot be used before the operations it
@@ -167,7 +177,9 @@ class Exchange:
         factor = row[1] if factor is None else factor
         if self.sparse_as_dense:
             gradients = [tf.convert_to_tensor(g) for g in gradients]
+        gradients = [_of_shape(g, v) for g, v in zip(gradients, variables, strict=True)]
         plan = self._plan(gradients, variables)
+        self.choices["messages"] = self._messages(gradients, plan)
         if not tf.executing_eagerly():
             return self._reduce(list(gradients), row, factor, plan, judged)
         # One function, so that the messages are under way together; eager calls would wait for each.
@@ -214,6 +226,21 @@ class Exchange:
         dense = [tuple(member.index for member in layout.members) for layout in layouts]
         return (*dense, *((i,) for i, info in enumerate(infos) if info.sparse))
 
+    def _ahead(self, gradients: Sequence[Gradient]) -> bool:
+        """Return whether ledgers must be known before gradients travel, which are then divided before."""
+        return self.compression is not hvd.Compression.none or any(g.dtype in _HALF for g in gradients)
+
+    def _carrier(self, gradients: Sequence[Gradient], plan: tuple[tuple[int, ...], ...]) -> int | None:
+        """Return the bucket in which the ledgers ride: the first that is a copy anyway. None: in none."""
+        if self._ahead(gradients):
+            return None
+        return next((n for n, members in enumerate(plan) if len(members) > 1), None)
+
+    def _messages(self, gradients: Sequence[Gradient], plan: tuple[tuple[int, ...], ...]) -> int:
+        """Return how many messages a step sends."""
+        sparse = sum(isinstance(g, tf.IndexedSlices) for g in gradients)
+        return len(plan) + sparse + (self._carrier(gradients, plan) is None)
+
     def _reduce(
         self,
         gradients: list[Gradient],
@@ -222,15 +249,17 @@ class Exchange:
         plan: tuple[tuple[int, ...], ...],
         judged: Callable[[tf.Tensor], Sequence[tf.Operation]] = lambda table: (),
     ) -> tuple[list[Gradient], tf.Tensor]:
-        ahead = self.compression is not hvd.Compression.none or any(g.dtype in _HALF for g in gradients)
-        # The ledgers ride in the first bucket that is a copy anyway, and needs no message of their own.
-        carrier = None if ahead else next((n for n, members in enumerate(plan) if len(members) > 1), None)
+        ahead = self._ahead(gradients)
+        carrier = self._carrier(gradients, plan)
         sums: list[Gradient] = [None] * len(plan)
         mine = self._own_row(row)
         if carrier is None:
             table = self._sum(mine, f"{self.name}.ledger")
         total = tf.reduce_sum(table[:, 1]) if ahead else None
-        scale = factor if total is None else tf.math.divide_no_nan(factor, total)
+        # Weights are measured in the last step's total: where it is this step's as well, what arrives is
+        # divided already, and needs no further pass.
+        measure = self._measure()
+        scale = tf.math.divide_no_nan(factor, total if ahead else measure)
         for number, members in enumerate(plan):
             name = f"{self.name}.{number}"
             first = gradients[members[0]]
@@ -249,11 +278,16 @@ class Exchange:
                 sums[number], numbers = tf.split(flat, [-1, numbers.shape[0]])
                 table = from_numbers(tf.round(numbers), mine.shape)
         after = judged(table)
-        total = None if ahead else tf.reduce_sum(table[:, 1])
+        with tf.control_dependencies(after):
+            if ahead:
+                sums = [_untouched(g) for g in sums]
+            else:
+                total = tf.reduce_sum(table[:, 1])
+                sums = [_divided(g, total / measure) for g in sums]
+                sound = tf.math.is_finite(total) & (total > 0)  # what is judged to be bad leaves no trace
+                self._measured.assign(tf.where(sound, total, measure))
         summed: list[Gradient] = [None] * len(gradients)
         for members, out in zip(plan, sums, strict=True):
-            with tf.control_dependencies(after):
-                out = _divided(out, total)
             if len(members) == 1:
                 summed[members[0]] = out
                 continue
@@ -290,11 +324,33 @@ def scaled(g: Gradient, factor: tf.Tensor) -> Gradient:
     return tf.cast(tf.math.multiply_no_nan(wide, tf.cast(factor, wide.dtype)), g.dtype)
 
 
-def _divided(g: Gradient, total: tf.Tensor | None) -> Gradient:
-    """Return ``g / total``; `g` itself, but not before the operations it is tied to, if `total` is None."""
-    if isinstance(g, tf.IndexedSlices):
-        return tf.IndexedSlices(_divided(g.values, total), g.indices, g.dense_shape)
-    return tf.identity(g) if total is None else g / tf.cast(total, g.dtype)
+def _of_shape(g: Gradient, variable: Any) -> Gradient:
+    """Return a dense gradient that knows its shape, as far as its variable (or source tensor) does.
+
+    Ranks must plan alike, though one of them may not have had a batch and so no traced backward pass.
+    """
+    if isinstance(g, tf.IndexedSlices) or g.shape.is_fully_defined():
+        return g
+    return tf.ensure_shape(g, variable.shape)
+
+
+def _untouched(g: Gradient) -> Gradient:
+    """Return `g`, which is not to be used before what is under control here."""
+    return tf.nest.map_structure(tf.identity, g, expand_composites=True)
+
+
+def _divided(g: Gradient, by: tf.Tensor) -> Gradient:
+    """Return ``g / by``; a large one is not touched where that would change nothing."""
+
+    def quotient() -> Gradient:
+        if isinstance(g, tf.IndexedSlices):
+            return tf.IndexedSlices(g.values / tf.cast(by, g.dtype), g.indices, g.dense_shape)
+        return g / tf.cast(by, g.dtype)
+
+    size = g.shape.num_elements()
+    if size is None or size < _LARGE or tf.executing_eagerly():
+        return quotient()
+    return tf.cond(tf.equal(by, 1.0), lambda: _untouched(g), quotient)
 
 
 def tied(gradients: Sequence[Gradient], after: Sequence[tf.Operation]) -> list[Gradient]:

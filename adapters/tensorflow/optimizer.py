@@ -38,6 +38,7 @@ class _ExactV1(tf.compat.v1.train.Optimizer):
         reduced, _ = self._exchange.reduce(
             [g for g, _ in there], [v for _, v in there], row, judged=books.close
         )
+        books.choices = self._exchange.choices
         done = iter(reduced)
         return [(g if g is None else next(done), v) for g, v in pairs]
 

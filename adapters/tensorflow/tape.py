@@ -87,9 +87,11 @@ class _Exact:
         flat = tf.nest.flatten(gradients)
         local = [id(source) in self._hvd_local for source in flat_sources]
         there = [i for i, g in enumerate(flat) if g is not None and not local[i]]
-        reduced, table = self._hvd_exchange().reduce(
+        exchange = self._hvd_exchange()
+        reduced, table = exchange.reduce(
             [flat[i] for i in there], [flat_sources[i] for i in there], row, judged=books.close
         )
+        books.choices = exchange.choices
         if self._hvd_scale_local:
             share = tf.math.divide_no_nan(row[1], tf.reduce_sum(table[:, 1]))
             for i, g in enumerate(flat):

@@ -686,7 +686,9 @@ class _Exact:
         engine = self._hvdloss
         if engine.ledgers is None:
             return None
-        return StepReport.of(engine.step_count, engine.ledgers, engine.objective.reduction)
+        messages = len(engine.buckets) + 2 * len(engine.sparse) + (engine.carrier is None)
+        choices = {**engine.tuning.as_dict(), "messages": messages}
+        return StepReport.of(engine.step_count, engine.ledgers, engine.objective.reduction, choices)
 
     @property
     def objective(self) -> Objective:

@@ -28,6 +28,8 @@ from hvdloss.cli.errors import Exit, InstallError, Interrupted
 from hvdloss.cli.install.probe import FRAMEWORKS
 from hvdloss.cli.install.prove import run_job
 from hvdloss.cli.process import Log, interruptible
+from hvdloss.errors import ConfigError
+from hvdloss.tuning import choose
 
 _MARKS = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "problem": ("✗", "red"), "info": ("·", "dim")}
 _INSTALL = "hvdloss install"
@@ -107,7 +109,34 @@ def examine() -> Report:
     _launchers(report, built)
     _hardware(report)
     _name(report)
+    _choices(report)
     return report
+
+
+def _choices(report: Report) -> None:
+    """How gradients would travel, and what decided it; a controller that suits one machine."""
+    try:
+        tuning = choose()
+    except ConfigError as error:
+        report.add("choices", "problem", str(error), "unset the variable, or correct it")
+        return
+    report.facts["choices"] = tuning.as_dict()
+    deciders = {choice["by"] for choice in tuning.as_dict().values()} - {"rule"}
+    text = (
+        f"buckets of {tuning.bucket_cap_mb.value:g} MiB, the first of {tuning.first_bucket_mb.value:g}; from "
+        f"{tuning.alone_mb.value:g} MiB on gradients travel as they lie; "
+        f"{'while' if tuning.overlap.value else 'after'} the backward pass"
+    )
+    by = f" ({', '.join(sorted(deciders))})" if deciders else ""
+    report.add("choices", "info", text + by)
+    cycle = os.environ.get("HOROVOD_CYCLE_TIME")
+    report.facts["choices"]["cycle_time_ms"] = {
+        "value": cycle or "1",
+        "by": "HOROVOD_CYCLE_TIME" if cycle else "rule",
+    }
+    built = report.facts["horovod"]["built"]
+    if built["gloo"] and built["mpi"] and report.facts["launchers"]["mpirun"]:
+        report.add("controller", "info", "on one machine --mpi is faster for large models than --gloo")
 
 
 def _name(report: Report) -> None:

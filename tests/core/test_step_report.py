@@ -56,7 +56,7 @@ ledgers = st.builds(
 def test_a_report_goes_through_json(step, parts, reduction):
     report = StepReport.of(step, parts, reduction)
     record = json.loads(json.dumps(report.as_dict()))
-    assert record.keys() == {"step", "loss", "weight", "elements", "objective_value", "ranks"}
+    assert record.keys() == {"step", "loss", "weight", "elements", "objective_value", "ranks", "choices"}
     assert len(record["ranks"]) == len(parts)
     for rank, (one, ledger) in enumerate(zip(record["ranks"], parts, strict=True)):
         assert one["rank"] == rank
@@ -79,3 +79,10 @@ def test_the_loss_is_that_of_the_merged_ledgers(parts, reduction):
         divisor = 1.0 if reduction == "sum" else denominator
         scale = math.fsum(abs(ledger.numerator) for ledger in parts) / divisor
         assert abs(loss - numerator / divisor) <= 1e-12 * scale + 1e-300
+
+
+def test_choices_are_shown_but_do_not_tell_reports_apart():
+    some = LEDGERS[:1]  # a rank without samples has a loss of NaN, unlike itself
+    plain, chosen = StepReport.of(1, some, "mean"), StepReport.of(1, some, "mean", {"messages": 3})
+    assert plain == chosen
+    assert chosen.as_dict()["choices"] == {"messages": 3}
