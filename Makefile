@@ -25,10 +25,9 @@ format: setup ## put the code into the project's format
 	$(PYTHON_BIN) -m ruff check --fix .
 	$(PYTHON_BIN) -m ruff format .
 
-bench: setup ## measure step and all-reduce times on two ranks (results under runs/)
-	mkdir -p runs
-	.venv/bin/horovodrun --gloo -np 2 $(PYTHON_BIN) benchmarks/step.py --json runs/bench-step.json
-	.venv/bin/horovodrun --gloo -np 2 $(PYTHON_BIN) benchmarks/allreduce.py --json runs/bench-allreduce.json
+bench: setup ## measure steps and all-reduces on 2 and 4 ranks, Gloo and MPI (results under runs/bench)
+	.venv/bin/hvdloss bench step -np 2 -np 4 --controller both --out runs/bench
+	.venv/bin/hvdloss bench allreduce -np 2 --controller both --out runs/bench
 
 clean: ## remove what building, testing and running left (not .venv)
 	rm -rf build dist *.egg-info runs .pytest_cache .hypothesis .mypy_cache .ruff_cache

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -81,15 +81,20 @@ def make_step(peer: str, workload: str) -> tuple[Callable[[], Any], Any]:
 
 def messages(graph: Any) -> dict[str, int]:
     """Return how many messages of how many bytes a step of this graph hands to Horovod."""
-    inputs = [
-        [t for t in op.inputs if t.dtype != tf.int32 or "Allgather" in op.type]
-        for op in graph.get_operations()
-        if op.type.startswith("Horovod") and "Size" not in op.type and "Rank" not in op.type
-    ]
+    inputs = list(_reduced(graph))
     return {
         "messages": len(inputs),
         "bytes": sum((t.shape.num_elements() or 0) * t.dtype.size for ts in inputs for t in ts),
     }
+
+
+def _reduced(graph: Any) -> Iterator[list[Any]]:
+    """Yield the tensors of each of Horovod's exchanges in a graph and in the functions it calls."""
+    for op in graph.get_operations():
+        if op.type.startswith("Horovod") and not op.type.endswith(("Size", "Rank", "Included")):
+            yield [t for t in op.inputs if t.dtype.is_floating]
+        elif op.type.endswith("PartitionedCall"):
+            yield from _reduced(graph._get_function(op.get_attr("f").name).graph)
 
 
 def measure(peers: list[str], workload: str, rounds: int, steps: int) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any
 from hvdloss.errors import ConfigError
 from hvdloss.plan import ALONE_BYTES, BUCKET_BYTES, FIRST_BUCKET_BYTES
 
-__all__ = ["Choice", "Tuning", "choose"]
+__all__ = ["Choice", "Tuning", "choose", "launched"]
 
 MIB = 2**20
 #: By environment variable: what it chooses.
@@ -100,6 +100,26 @@ def choose(
     asked = None if overlap is None else float(overlap)
     overlapping = _choice(asked, "overlap", "HVDLOSS_OVERLAP", 1.0, environ, switch=True)
     return Tuning(bucket, first, alone, overlapping)
+
+
+def launched(hvd: Any, environ: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Return what the launch decided of how gradients travel, in the form of :meth:`Tuning.as_dict`.
+
+    Args:
+        hvd: a Horovod module, initialised.
+        environ: the environment; the process's own if None.
+    """
+    environ = os.environ if environ is None else environ
+    mpi, gloo = bool(hvd.mpi_enabled()), bool(hvd.gloo_enabled())
+    controller = "mpi" if mpi else "gloo" if gloo else "none"
+    cycle = environ.get("HOROVOD_CYCLE_TIME")
+    return {
+        "controller": {"value": controller, "by": "launch"},
+        "cycle_time_ms": {
+            "value": float(cycle) if cycle else 1.0,
+            "by": "HOROVOD_CYCLE_TIME" if cycle else "rule",
+        },
+    }
 
 
 def _choice(

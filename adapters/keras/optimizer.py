@@ -294,6 +294,7 @@ def DistributedOptimizer(
     backward_passes_per_step: int = 1,
     average_aggregated_gradients: bool = True,
     scale_local_gradients: bool = True,
+    bucket_cap_mb: float | None = None,
 ) -> keras.optimizers.Optimizer:
     """Make an optimizer of Keras use the gradient of all ranks' elements.
 
@@ -320,6 +321,8 @@ def DistributedOptimizer(
         backward_passes_per_step: Horovod's name for ``gradient_accumulation_steps``.
         average_aggregated_gradients: must stay True where passes are accumulated.
         scale_local_gradients: scale gradients of local variables to this rank's share of the step.
+        bucket_cap_mb: the size of a message of several gradients in MiB; None for what
+            ``HVDLOSS_BUCKET_CAP_MB`` says, or 25.
 
     Returns:
         `optimizer` itself, which now reduces: its state, and its class as far as saving and
@@ -381,6 +384,7 @@ def DistributedOptimizer(
         groups=groups,
         device_dense=device_dense,
         device_sparse=device_sparse,
+        bucket_cap_mb=bucket_cap_mb,
     )
     inner._hvd = _Engine(objective, exchange, op, scale_local_gradients)
     as_exact_class(inner)

@@ -11,7 +11,7 @@ from hvdloss.errors import ConfigError
 from hvdloss.ledger import WIDTH
 from hvdloss.plan import ParameterInfo, plan_buckets
 from hvdloss.tensorflow._backend import hvd
-from hvdloss.tuning import choose
+from hvdloss.tuning import choose, launched
 
 __all__ = ["Exchange", "check_options", "empty_row", "scaled", "tied"]
 
@@ -66,6 +66,7 @@ class Exchange:
         predivide: shifts the range of what travels, as Horovod's ``gradient_predivide_factor``.
         groups: a number of buckets to aim at, or lists of variables that must share one.
         device_dense, device_sparse: where the collectives run.
+        bucket_cap_mb: see :func:`hvdloss.tuning.choose`.
 
     Gradients in 16 bits, or compressed to 16 bits, are divided by the step's weight before they travel,
     since scaled ones would overflow; the ledgers then go ahead, in a small all-reduce of their own.
@@ -83,6 +84,7 @@ class Exchange:
         groups: Any = None,
         device_dense: str = "",
         device_sparse: str = "",
+        bucket_cap_mb: float | None = None,
     ) -> None:
         self.name = wire_name(name)
         self.process_set = process_set or hvd.global_process_set
@@ -90,9 +92,10 @@ class Exchange:
         self.sparse_as_dense = sparse_as_dense
         self.predivide = predivide
         self.groups = groups
-        self.tuning = choose()
+        self.tuning = choose(bucket_cap_mb=bucket_cap_mb)
         self.device_dense, self.device_sparse = device_dense, device_sparse
-        self.choices: dict[str, Any] = self.tuning.as_dict()
+        # A message starts when the graph has it ready: `overlap` is not ours to choose.
+        self.choices: dict[str, Any] = {k: v for k, v in self.tuning.as_dict().items() if k != "overlap"}
         self._eager: dict[Any, Any] = {}
         self._zero: tf.Variable | None = None
         self._measured: tf.Variable | None = None
@@ -179,7 +182,7 @@ class Exchange:
             gradients = [tf.convert_to_tensor(g) for g in gradients]
         gradients = [_of_shape(g, v) for g, v in zip(gradients, variables, strict=True)]
         plan = self._plan(gradients, variables)
-        self.choices["messages"] = self._messages(gradients, plan)
+        self.choices |= {**launched(hvd), "messages": self._messages(gradients, plan)}
         if not tf.executing_eagerly():
             return self._reduce(list(gradients), row, factor, plan, judged)
         # One function, so that the messages are under way together; eager calls would wait for each.

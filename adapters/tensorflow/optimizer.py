@@ -77,6 +77,7 @@ def DistributedOptimizer(
     groups: Any = None,
     process_set: Any = None,
     scale_local_gradients: bool = True,
+    bucket_cap_mb: float | None = None,
 ) -> Any:
     """Make an optimizer use the gradient of all ranks' elements.
 
@@ -94,7 +95,8 @@ def DistributedOptimizer(
             what they held.
         use_locking: accepted for Horovod's sake.
         name, device_dense, device_sparse, compression, sparse_as_dense, op, gradient_predivide_factor,
-        average_aggregated_gradients, num_groups, groups, process_set, scale_local_gradients: see
+        average_aggregated_gradients, num_groups, groups, process_set, scale_local_gradients,
+        bucket_cap_mb: see
             :func:`hvdloss.keras.DistributedOptimizer`.
 
     Raises:
@@ -119,6 +121,7 @@ def DistributedOptimizer(
             groups=groups,
             process_set=process_set,
             scale_local_gradients=scale_local_gradients,
+            bucket_cap_mb=bucket_cap_mb,
         )
     if not isinstance(optimizer, tf.compat.v1.train.Optimizer):
         raise ConfigError(
@@ -164,5 +167,6 @@ def DistributedOptimizer(
         groups=groups if groups is not None else (num_groups or None),
         device_dense=device_dense,
         device_sparse=device_sparse,
+        bucket_cap_mb=bucket_cap_mb,
     )
     return _ExactV1(optimizer, objective, exchange)

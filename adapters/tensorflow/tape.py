@@ -14,6 +14,7 @@ from hvdloss.report import StepReport
 from hvdloss.tensorflow._backend import hvd
 from hvdloss.tensorflow.exchange import Exchange, check_options, scaled
 from hvdloss.tensorflow.objective import Objective
+from hvdloss.tuning import choose
 
 __all__ = ["DistributedGradientTape", "PartialDistributedGradientTape"]
 
@@ -164,6 +165,7 @@ def DistributedGradientTape(
     groups: Any = None,
     process_set: Any = None,
     scale_local_gradients: bool = True,
+    bucket_cap_mb: float | None = None,
 ) -> tf.GradientTape:
     """Wrap a gradient tape so that ``gradient`` gives the gradient of all ranks' elements.
 
@@ -183,6 +185,8 @@ def DistributedGradientTape(
         groups: a number of messages to aim at, or lists of variables that must share one.
         process_set: the ranks that share the step; None for the objective's, or all.
         scale_local_gradients: scale gradients of local sources to this rank's share of the step.
+        bucket_cap_mb: with an objective, the size of a message of several gradients in MiB; None for what
+            ``HVDLOSS_BUCKET_CAP_MB`` says, or 25.
 
     Returns:
         A tape of a subclass of `gradtape`'s class, with ``last_step`` (a :class:`hvdloss.StepReport`).
@@ -217,6 +221,7 @@ def DistributedGradientTape(
     if hasattr(gradtape, "_hvd_objective"):
         raise ConfigError("gradtape is already wrapped by hvdloss.tensorflow.DistributedGradientTape")
     check_options(op, gradient_predivide_factor, groups)
+    choose(bucket_cap_mb=bucket_cap_mb)
     ours = objective.process_set
     if process_set is not None and ours is not None and process_set is not ours:
         raise ConfigError("objective and tape were given different process sets")
@@ -238,6 +243,7 @@ def DistributedGradientTape(
         "groups": groups,
         "device_dense": device_dense,
         "device_sparse": device_sparse,
+        "bucket_cap_mb": bucket_cap_mb,
     }
     tape._hvd_local = set()
     tape._hvd_scale_local = scale_local_gradients

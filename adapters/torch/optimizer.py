@@ -29,7 +29,7 @@ from hvdloss.torch.compression import Compression
 from hvdloss.torch.guard import check_synchronized, checksums
 from hvdloss.torch.objective import Objective
 from hvdloss.torch.ops import HorovodCommunicator
-from hvdloss.tuning import Tuning, choose
+from hvdloss.tuning import Tuning, choose, launched
 
 __all__ = ["DistributedOptimizer"]
 
@@ -687,7 +687,7 @@ class _Exact:
         if engine.ledgers is None:
             return None
         messages = len(engine.buckets) + 2 * len(engine.sparse) + (engine.carrier is None)
-        choices = {**engine.tuning.as_dict(), "messages": messages}
+        choices = {**engine.tuning.as_dict(), **launched(hvd), "messages": messages}
         return StepReport.of(engine.step_count, engine.ledgers, engine.objective.reduction, choices)
 
     @property

@@ -203,7 +203,7 @@ def step(
     if as_json:
         click.echo(json.dumps(numbers))
     elif results:
-        console = Console()
+        console = _console()
         for found in results:
             _show_steps(console, found)
         _show_goals(console, list(_goals(results)))
@@ -259,6 +259,11 @@ def _add_memory(jobs: _Jobs, controller: str, ranks: int, found: dict[str, Any])
             title = f"{ranks} ranks, {controller}: memory of {peer}, {name}"
             one = jobs.run(title, "hvdloss.benchmarks.step", ranks, controller, arguments)
             peaks[peer] = one["memory"]
+
+
+def _console() -> Console:
+    """Return where tables go; wide enough for them where nobody says how wide a line may be."""
+    return Console() if sys.stdout.isatty() or os.environ.get("COLUMNS") else Console(width=120)
 
 
 def _title(environment: dict[str, Any]) -> str:
@@ -363,7 +368,8 @@ def _draw(console: Console, results: list[dict[str, Any]], path: Path) -> None:
         axis.set_ylabel("step time / compute alone")
         axis.set_title(_title(found["environment"]), loc="left", fontsize=10)
         handles = dict(zip(*axis.get_legend_handles_labels()[::-1], strict=True))
-        axis.legend(handles.values(), handles.keys(), fontsize=8, ncols=5)
+        above = {"loc": "lower right", "bbox_to_anchor": (1, 1), "ncols": 5, "frameon": False}
+        axis.legend(handles.values(), handles.keys(), fontsize=8, **above)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
     console.print(f"Picture: {path}", markup=False, soft_wrap=True)
@@ -402,7 +408,7 @@ def allreduce(
         click.echo(json.dumps({"results": results}))
     else:
         for found in results:
-            _show_allreduce(Console(), found)
+            _show_allreduce(_console(), found)
     ctx.exit(jobs.status)
 
 

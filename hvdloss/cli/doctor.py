@@ -134,6 +134,7 @@ def _choices(report: Report) -> None:
         "value": cycle or "1",
         "by": "HOROVOD_CYCLE_TIME" if cycle else "rule",
     }
+    report.add("cycle time", "info", f"{cycle or 1} ms" + (" (HOROVOD_CYCLE_TIME)" if cycle else ""))
     built = report.facts["horovod"]["built"]
     if built["gloo"] and built["mpi"] and report.facts["launchers"]["mpirun"]:
         report.add("controller", "info", "on one machine --mpi is faster for large models than --gloo")

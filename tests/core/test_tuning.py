@@ -7,9 +7,10 @@ import math
 
 import pytest
 
+from hvdloss import single
 from hvdloss.errors import ConfigError
 from hvdloss.plan import ALONE_BYTES, BUCKET_BYTES, FIRST_BUCKET_BYTES
-from hvdloss.tuning import VARIABLES, Choice, choose
+from hvdloss.tuning import VARIABLES, Choice, choose, launched
 
 
 def test_the_rule_decides_where_nobody_else_does() -> None:
@@ -57,3 +58,12 @@ def test_nonsense_as_an_argument_is_named(value: object) -> None:
 
 def test_empty_variables_are_none() -> None:
     assert choose(environ=dict.fromkeys(VARIABLES, " ")) == choose(environ={})
+
+
+def test_what_the_launch_decided_is_told() -> None:
+    assert launched(single, {}) == {
+        "controller": {"value": "none", "by": "launch"},
+        "cycle_time_ms": {"value": 1.0, "by": "rule"},
+    }
+    told = launched(single, {"HOROVOD_CYCLE_TIME": "2.5"})["cycle_time_ms"]
+    assert told == {"value": 2.5, "by": "HOROVOD_CYCLE_TIME"}

@@ -31,3 +31,8 @@ def test_tape(case: Case, request: pytest.FixtureRequest) -> None:
 @parallel_cases("tf_tape", [("gloo", 3), ("gloo", 4), ("mpi", 2)], cases=EVERYWHERE)
 def test_tape_everywhere(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)
+
+
+@parallel_cases("tf_tape", [("gloo", 1)], cases=["parity_with_torch"])
+def test_parity_of_one_rank(case: Case, request: pytest.FixtureRequest) -> None:
+    case.check(request)
