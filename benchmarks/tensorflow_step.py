@@ -95,6 +95,9 @@ def _reduced(graph: Any) -> Iterator[list[Any]]:
             yield [t for t in op.inputs if t.dtype.is_floating]
         elif op.type.endswith("PartitionedCall"):
             yield from _reduced(graph._get_function(op.get_attr("f").name).graph)
+        elif op.type in ("If", "StatelessIf"):  # Horovod asks at run time whether there are other ranks
+            branches = [op.get_attr(name).name for name in ("then_branch", "else_branch")]
+            yield from max((list(_reduced(graph._get_function(name).graph)) for name in branches), key=len)
 
 
 def measure(peers: list[str], workload: str, rounds: int, steps: int) -> dict[str, Any]:

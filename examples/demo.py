@@ -208,6 +208,14 @@ class Bar:
             print(line, flush=True)
 
 
+def _difference(outcome: dict) -> str:
+    """Return an outcome's difference to one process for the table."""
+    if outcome.get("gradient_error") is not None:
+        return f"{outcome['gradient_error']:.1e}"
+    error = outcome.get("parameter_error")
+    return "-" if error is None else f"({error:.1e})"
+
+
 def summarise(results: list[Result], console: Console) -> None:
     """Print one table of all examples and the pictures' places."""
     table = Table(
@@ -218,15 +226,17 @@ def summarise(results: list[Result], console: Console) -> None:
         table.add_column(name, justify="right", no_wrap=True)
     for r in results:
         outcomes = {o["name"]: o for o in (r.numbers or {}).get("outcomes", [])}
-        errors = [(outcomes.get(name) or {}).get("gradient_error") for name in (EXACT, PLAIN)]
-        shown = ["-" if e is None else f"{e:.1e}" for e in errors]
+        shown = [_difference(outcomes.get(name) or {}) for name in (EXACT, PLAIN)]
         verdict = r.failure or "yes"
         style = "green" if not r.failure else "yellow" if r.failure.startswith("skipped") else "bold red"
         size = str(r.size) if r.size else "-"
         table.add_row(r.script, size, *shown, f"[{style}]{verdict}[/]", f"{r.seconds:.0f} s")
     print()
     console.print(table)
-    print("* largest relative difference to one process's gradient, of all steps")
+    print(
+        "* largest relative difference to one process's gradient, of all steps; where fit shows no gradient,"
+    )
+    print("  that of the trained parameters, in brackets")
     pictures = [(r.numbers or {}).get("picture") for r in results]
     if any(pictures):
         print("Pictures of the loss curves:")

@@ -136,6 +136,7 @@ class Job:
             steps_per_epoch=self.shards.steps,
             epochs=self.args.epochs,
             verbose=0,
+            shuffle=False,  # the batches are one generator's, shuffled already
             callbacks=callbacks,
         )
 

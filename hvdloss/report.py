@@ -47,7 +47,8 @@ class StepReport:
         objective_value: the loss plus the priced terms.
         ranks: one :class:`RankReport` per rank.
         choices: how gradients travelled: value and decider of every choice of
-            :class:`hvdloss.tuning.Tuning`, and the number of messages, as this rank has them.
+            :class:`hvdloss.tuning.Tuning` and of the launch, and as ``"travel"`` the numbers of messages,
+            of buckets, and of gradients that travelled alone or sparse, as this rank has them.
     """
 
     step: int

@@ -182,7 +182,7 @@ class Exchange:
             gradients = [tf.convert_to_tensor(g) for g in gradients]
         gradients = [_of_shape(g, v) for g, v in zip(gradients, variables, strict=True)]
         plan = self._plan(gradients, variables)
-        self.choices |= {**launched(hvd), "messages": self._messages(gradients, plan)}
+        self.choices |= {**launched(hvd), "travel": self._travel(gradients, plan)}
         if not tf.executing_eagerly():
             return self._reduce(list(gradients), row, factor, plan, judged)
         # One function, so that the messages are under way together; eager calls would wait for each.
@@ -239,10 +239,16 @@ class Exchange:
             return None
         return next((n for n, members in enumerate(plan) if len(members) > 1), None)
 
-    def _messages(self, gradients: Sequence[Gradient], plan: tuple[tuple[int, ...], ...]) -> int:
-        """Return how many messages a step sends."""
+    def _travel(self, gradients: Sequence[Gradient], plan: tuple[tuple[int, ...], ...]) -> dict[str, int]:
+        """Return how many messages a step sends, and what they hold."""
         sparse = sum(isinstance(g, tf.IndexedSlices) for g in gradients)
-        return len(plan) + sparse + (self._carrier(gradients, plan) is None)
+        buckets = sum(len(members) > 1 for members in plan)
+        return {
+            "messages": len(plan) + sparse + (self._carrier(gradients, plan) is None),
+            "buckets": buckets,
+            "alone": len(plan) - buckets - sparse,
+            "sparse": sparse,
+        }
 
     def _reduce(
         self,

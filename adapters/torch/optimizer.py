@@ -544,6 +544,15 @@ class _Engine:
         if any(self.wire.is_half(dtype) for dtype in {p.dtype for p in self.parameters()}):
             self._reference *= self.predivide / len(ledgers)
 
+    def travel(self) -> dict[str, int]:
+        """Return how many messages a step sends, and what they hold."""
+        return {
+            "messages": len(self.buckets) + 2 * len(self.sparse) + (self.carrier is None),
+            "buckets": len(self.buckets) - len(self.lone),
+            "alone": len(self.lone),
+            "sparse": len(self.sparse),
+        }
+
     def updated(self) -> None:
         """After an update, compare the parameters of all ranks if that is due."""
         if due(self.step_count, self.check_every) and self.step_count:
@@ -686,8 +695,7 @@ class _Exact:
         engine = self._hvdloss
         if engine.ledgers is None:
             return None
-        messages = len(engine.buckets) + 2 * len(engine.sparse) + (engine.carrier is None)
-        choices = {**engine.tuning.as_dict(), **launched(hvd), "messages": messages}
+        choices = {**engine.tuning.as_dict(), **launched(hvd), "travel": engine.travel()}
         return StepReport.of(engine.step_count, engine.ledgers, engine.objective.reduction, choices)
 
     @property

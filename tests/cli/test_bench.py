@@ -67,6 +67,20 @@ def test_steps_are_measured_counted_and_drawn(tmp_path: Path) -> None:
 
 
 @ranks
+def test_the_messages_of_tapes_are_counted(tmp_path: Path) -> None:
+    pytest.importorskip("tensorflow")
+    options = ["--workload", "tf-small", "--rounds", "2", "--steps", "1", "--json", "--out", str(tmp_path)]
+    done = run_cli("bench", "step", *options, "--peer", "horovod", "--peer", "hvdloss")
+    assert done.returncode == 0, done.stderr
+    (found,) = json.loads(done.stdout)["results"]
+    entries = 60 * (64 * 64 + 64)
+    assert found["workloads"]["tf-small"]["messages"] == {
+        "horovod": {"messages": 120, "bytes": 4 * entries},
+        "hvdloss": {"messages": 1, "bytes": 4 * (entries + 2 * 10 * 4)},
+    }
+
+
+@ranks
 def test_sums_are_measured_by_size(tmp_path: Path) -> None:
     done = run_cli("bench", "allreduce", "--rounds", "2", "--largest", "1", "--json", "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr

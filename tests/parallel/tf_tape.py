@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import tensorflow as tf
 from tf_support import (
@@ -248,6 +250,43 @@ def case_embeddings_sparse_and_dense():
             g = call(*map(tf.constant, (i, ys, ws)), as_dense)
             assert isinstance(g, tf.IndexedSlices) != as_dense
             assert difference([tf.convert_to_tensor(g)], expected) < 1e-12
+
+
+def case_large_gradients_alone_and_totals_that_come_again():
+    """From a size on a gradient travels as it lies, and is not divided where the total is the last one's."""
+    os.environ["HVDLOSS_ALONE_MB"] = "2"
+    try:
+        rng = np.random.default_rng(27)
+        big = tf.Variable(rng.normal(size=(512, 520)) / 20)
+        small = tf.Variable(rng.normal(size=520))
+        more = tf.Variable(rng.normal(size=520))
+        objective = hvd.Objective("mse")
+
+        def step(x, y, w):
+            with tf.GradientTape() as tape:
+                loss = objective(tf.tanh(x @ big) * small + more, y, w)
+            # A size that no other case asks for, so that the environment is asked again.
+            tape = hvd.DistributedGradientTape(tape, objective, bucket_cap_mb=24)
+            return tape.gradient(loss, [big, small, more])
+
+        worst = 0.0
+        for call in (step, tf.function(step, reduce_retracing=True)):
+            x, y, w = rng.normal(size=(6, 512)), rng.normal(size=(6, 520)), rng.uniform(0.5, 1.5, size=(6, 1))
+            # The same weights again, other ones, and a rank without any element.
+            for scale, where in ((1.0, [2]), (1.0, [4]), (3.0, [1]), (3.0, [0]), (0.1, [6])):
+                where = [0, *where * (hvd.size() - 1), 6]
+                g = call(*map(tf.constant, part((x, y, w * scale), where)))
+                expected = reference(
+                    lambda x=x, y=y, w=w: weighted_mse(tf.tanh(x @ big) * small + more, y, w),
+                    [big, small, more],
+                )
+                worst = max(worst, difference(g, expected))
+                assert worst < 1e-12, (scale, where)
+        travel = {"messages": 2, "buckets": 1, "alone": 1, "sparse": 0}
+        assert objective.last_step.choices["travel"] == travel
+        return {"relative error": worst}
+    finally:
+        del os.environ["HVDLOSS_ALONE_MB"]
 
 
 def case_groups_and_predivide():
