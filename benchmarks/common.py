@@ -8,11 +8,14 @@ import platform
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 __all__ = [
+    "WARM_UP",
     "environment",
     "join_torch_distributed",
+    "measured",
     "peak_above",
     "progress",
     "resident",
@@ -20,6 +23,9 @@ __all__ = [
     "timed_rounds",
     "write_json",
 ]
+
+
+WARM_UP = 5  # steps before any is timed
 
 
 def rotated(names: list[str], number: int) -> list[str]:
@@ -35,8 +41,6 @@ def timed_rounds(
 
     Every round times every peer, in an order that rotates, between two barriers.
     """
-    from time import perf_counter
-
     times: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(rounds):
         for name in rotated(list(steps), number):
@@ -48,6 +52,23 @@ def timed_rounds(
             times[name].append((perf_counter() - began) / per_round)
         progress(hvd, label, number + 1, rounds)
     return times
+
+
+def measured(
+    hvd: Any,
+    title: str | None,
+    steps: dict[str, Callable[[], Any]],
+    messages: Callable[[str], dict[str, int]],
+    rounds: int,
+    per_round: int,
+    label: str,
+) -> dict[str, Any]:
+    """Return a workload's numbers: seconds per step of each peer by round, and its messages."""
+    for step in steps.values():
+        for _ in range(WARM_UP):
+            step()
+    seconds = timed_rounds(hvd, steps, rounds, per_round, label)
+    return {"title": title, "seconds": seconds, "messages": {peer: messages(peer) for peer in steps}}
 
 
 def _meet(hvd: Any) -> None:

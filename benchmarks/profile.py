@@ -25,15 +25,13 @@ os.environ.setdefault("HOROVOD_TIMELINE", "DYNAMIC")
 
 import itertools
 
-import horovod.torch as horovod
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 
 import hvdloss.torch as hvd
 from hvdloss.benchmarks.common import join_torch_distributed, write_json
+from hvdloss.benchmarks.step import build
 from hvdloss.benchmarks.workloads import WORKLOADS
 
 PEERS = ("compute", "horovod", "ddp", "hvdloss")
@@ -44,18 +42,7 @@ class Stepper:
     """One peer's training step, its phases timed apart."""
 
     def __init__(self, peer: str, workload: str) -> None:
-        torch.manual_seed(0)
-        self.model, self.x, self.y = WORKLOADS[workload]()
-        self.loss_of: Any = F.mse_loss
-        self.optimizer: Any = torch.optim.SGD(self.model.parameters(), lr=1e-3)
-        named = list(self.model.named_parameters())
-        if peer == "horovod":
-            self.optimizer = horovod.DistributedOptimizer(self.optimizer, named)
-        elif peer == "ddp":
-            self.model = nn.parallel.DistributedDataParallel(self.model)
-        elif peer == "hvdloss":
-            self.loss_of = hvd.Objective("mse")
-            self.optimizer = hvd.DistributedOptimizer(self.optimizer, named, self.loss_of)
+        self.model, self.optimizer, self.loss_of, self.x, self.y = build(peer, workload)
 
     def step(self) -> list[float]:
         """Make a step; return the seconds of each phase."""

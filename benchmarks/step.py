@@ -26,25 +26,25 @@ from torch import nn
 
 import hvdloss.torch as hvd
 from hvdloss.benchmarks.common import (
+    WARM_UP,
     environment,
     join_torch_distributed,
+    measured,
     peak_above,
     resident,
-    timed_rounds,
     write_json,
 )
 from hvdloss.benchmarks.workloads import WORKLOADS
 
 PEERS = ("compute", "horovod", "ddp", "plain", "hvdloss")
-WARM_UP = 5
 
 
-def make_step(peer: str, workload: str) -> tuple[Callable[[], None], nn.Module]:
-    """Return a function that makes one training step of this peer, and its model."""
+def build(peer: str, workload: str) -> tuple[nn.Module, Any, Callable[..., torch.Tensor], Any, Any]:
+    """Return this peer's model, optimizer and loss, and the workload's input and target."""
     torch.manual_seed(0)
     model, x, y = WORKLOADS[workload]()
     optimizer: Any = torch.optim.SGD(model.parameters(), lr=1e-3)
-    loss_of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = F.mse_loss
+    loss_of: Callable[..., torch.Tensor] = F.mse_loss
     if peer == "horovod":
         optimizer = horovod.DistributedOptimizer(optimizer, model.named_parameters())
     elif peer == "ddp":
@@ -54,6 +54,12 @@ def make_step(peer: str, workload: str) -> tuple[Callable[[], None], nn.Module]:
     elif peer == "hvdloss":
         loss_of = hvd.Objective("mse")
         optimizer = hvd.DistributedOptimizer(optimizer, model.named_parameters(), loss_of)
+    return model, optimizer, loss_of, x, y
+
+
+def make_step(peer: str, workload: str) -> tuple[Callable[[], None], nn.Module]:
+    """Return a function that makes one training step of this peer, and its model."""
+    model, optimizer, loss_of, x, y = build(peer, workload)
 
     def step() -> None:
         optimizer.zero_grad()
@@ -102,15 +108,15 @@ def messages(peer: str, step: Callable[[], None], model: nn.Module) -> dict[str,
 def measure(peers: list[str], workload: str, rounds: int, steps: int) -> dict[str, Any]:
     """Return seconds per step of each peer, by round, and its messages."""
     made = {peer: make_step(peer, workload) for peer in peers}
-    for step, _ in made.values():
-        for _ in range(WARM_UP):
-            step()
-    seconds = timed_rounds(hvd, {peer: step for peer, (step, _) in made.items()}, rounds, steps, workload)
-    return {
-        "title": WORKLOADS[workload].__doc__,
-        "seconds": seconds,
-        "messages": {peer: messages(peer, *made[peer]) for peer in peers},
-    }
+    return measured(
+        hvd,
+        WORKLOADS[workload].__doc__,
+        {peer: step for peer, (step, _) in made.items()},
+        lambda peer: messages(peer, *made[peer]),
+        rounds,
+        steps,
+        workload,
+    )
 
 
 def memory(peer: str, workload: str) -> int:

@@ -21,10 +21,9 @@ import horovod.tensorflow as horovod
 import tensorflow as tf
 
 import hvdloss.tensorflow as hvd
-from hvdloss.benchmarks.common import environment, timed_rounds, write_json
+from hvdloss.benchmarks.common import environment, measured, write_json
 
 PEERS = ("compute", "horovod", "hvdloss")
-WARM_UP = 5
 
 
 def dense(sizes: list[int], batch: int) -> tuple[list[tf.Variable], Callable[[tf.Tensor], tf.Tensor], int]:
@@ -103,15 +102,15 @@ def _reduced(graph: Any) -> Iterator[list[Any]]:
 def measure(peers: list[str], workload: str, rounds: int, steps: int) -> dict[str, Any]:
     """Return seconds per step of each peer, by round, and its messages."""
     made = {peer: make_step(peer, workload) for peer in peers}
-    for step, _ in made.values():
-        for _ in range(WARM_UP):
-            step()
-    seconds = timed_rounds(hvd, {peer: step for peer, (step, _) in made.items()}, rounds, steps, workload)
-    return {
-        "title": WORKLOADS[workload][0],
-        "seconds": seconds,
-        "messages": {peer: messages(graph) for peer, (_, graph) in made.items()},
-    }
+    return measured(
+        hvd,
+        WORKLOADS[workload][0],
+        {peer: step for peer, (step, _) in made.items()},
+        lambda peer: messages(made[peer][1]),
+        rounds,
+        steps,
+        workload,
+    )
 
 
 def main() -> None:

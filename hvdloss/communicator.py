@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from hvdloss.errors import ConfigError, HvdlossError
 
-__all__ = ["Communicator", "OneProcess", "SimulatedRank", "simulate"]
+__all__ = ["Communicator", "OneProcess", "SimulatedRank", "rank_and_size", "simulate"]
 
 Result = TypeVar("Result")
 Array = npt.NDArray[np.float64]
@@ -53,6 +53,21 @@ class OneProcess:
     def gather(self, data: bytes, name: str) -> list[bytes]:
         """Return ``[data]``."""
         return [data]
+
+
+def rank_and_size(hvd: Any, process_set: Any = None) -> tuple[int, int]:
+    """Return this process's number in a process set, and how many ranks share it.
+
+    (0, 1) before Horovod is initialised, and for a process that is not in the set.
+
+    Args:
+        hvd: a Horovod module, or its one-process stand-in.
+        process_set: None for all ranks.
+    """
+    if not hvd.is_initialized():
+        return 0, 1
+    group = process_set or hvd.global_process_set
+    return (group.rank(), group.size()) if group.included() else (0, 1)
 
 
 class _Room:

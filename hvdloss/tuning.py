@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from hvdloss.errors import ConfigError
 from hvdloss.plan import ALONE_BYTES, BUCKET_BYTES, FIRST_BUCKET_BYTES
 
-__all__ = ["Choice", "Tuning", "choose", "launched"]
+__all__ = ["Choice", "Tuning", "choose", "cycle_time", "launched"]
 
 MIB = 2**20
 #: By environment variable: what it chooses.
@@ -68,12 +68,16 @@ class Tuning:
         """The size in bytes from which a gradient travels alone; None for never."""
         return None if math.isinf(self.alone_mb.value) else max(1, round(self.alone_mb.value * MIB))
 
+    def shared(self) -> dict[str, float]:
+        """Return what must be equal on all ranks, for the agreement of the first step."""
+        names = ("bucket_cap_mb", "first_bucket_mb", "alone_mb")
+        return {name: getattr(self, name).value for name in names}
+
     def as_dict(self) -> dict[str, Any]:
         """Return value and decider of each choice, as plain values; None stands for infinity."""
         return {
             name: {"value": None if math.isinf(choice.value) else choice.value, "by": choice.by}
             for name, choice in vars(self).items()
-            if isinstance(choice, Choice)
         }
 
 
@@ -109,17 +113,15 @@ def launched(hvd: Any, environ: Mapping[str, str] | None = None) -> dict[str, An
         hvd: a Horovod module, initialised.
         environ: the environment; the process's own if None.
     """
-    environ = os.environ if environ is None else environ
     mpi, gloo = bool(hvd.mpi_enabled()), bool(hvd.gloo_enabled())
     controller = "mpi" if mpi else "gloo" if gloo else "none"
-    cycle = environ.get("HOROVOD_CYCLE_TIME")
-    return {
-        "controller": {"value": controller, "by": "launch"},
-        "cycle_time_ms": {
-            "value": float(cycle) if cycle else 1.0,
-            "by": "HOROVOD_CYCLE_TIME" if cycle else "rule",
-        },
-    }
+    return {"controller": {"value": controller, "by": "launch"}, "cycle_time_ms": asdict(cycle_time(environ))}
+
+
+def cycle_time(environ: Mapping[str, str] | None = None) -> Choice:
+    """Return how often Horovod looks for work, in milliseconds, and what decided it."""
+    text = (os.environ if environ is None else environ).get("HOROVOD_CYCLE_TIME")
+    return Choice(float(text), "HOROVOD_CYCLE_TIME") if text else Choice(1.0, "rule")
 
 
 def _choice(

@@ -11,10 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from hvdloss.communicator import OneProcess
 from hvdloss.keras._backend import hvd, pythonify_logs
 from hvdloss.keras.optimizer import engine_of
-from hvdloss.tensorflow.ops import HorovodCommunicator
+from hvdloss.tensorflow.ops import communicator_of
 
 __all__ = ["merged_results", "states"]
 
@@ -40,9 +39,8 @@ def merged_results(model: Any, local: list[np.ndarray] | None = None) -> dict[st
     group = (engine and engine.exchange.process_set) or hvd.global_process_set
     if len(local) != len(variables) or not group.included():
         return pythonify_logs(model.get_metrics_result())
-    communicator = HorovodCommunicator(group) if group.size() > 1 else OneProcess()
     flat = np.concatenate([x.reshape(-1) for x in local]) if local else np.zeros(0)
-    summed = communicator.sum(flat, "hvdloss.metrics")
+    summed = communicator_of(group).sum(flat, "hvdloss.metrics")
     start = 0
     try:
         for variable, x in zip(variables, local, strict=True):

@@ -13,7 +13,6 @@ import tensorflow as tf
 
 import keras
 from hvdloss.agreement import agree
-from hvdloss.communicator import OneProcess
 from hvdloss.errors import ConfigError
 from hvdloss.guard import due
 from hvdloss.keras._backend import TensorFlowTrainer, Trainer
@@ -23,7 +22,7 @@ from hvdloss.plan import ParameterInfo
 from hvdloss.tensorflow.books import fault
 from hvdloss.tensorflow.exchange import empty_row
 from hvdloss.tensorflow.guard import check_synchronized, checksums, parameter_name
-from hvdloss.tensorflow.ops import HorovodCommunicator
+from hvdloss.tensorflow.ops import communicator_of
 
 __all__ = ["SynchronizationCallback", "install", "run_idle_step"]
 
@@ -178,8 +177,7 @@ class _Begin(keras.callbacks.Callback):
         return engine_of(self.model.optimizer)
 
     def communicator(self) -> Any:
-        group = self.engine.exchange.process_set
-        return HorovodCommunicator(group) if group.size() > 1 else OneProcess()
+        return communicator_of(self.engine.exchange.process_set)
 
     def on_train_begin(self, logs: Any = None) -> None:
         # Keras builds it with the first batch, which this rank may never have.
@@ -197,6 +195,7 @@ class _Begin(keras.callbacks.Callback):
             "initial_epoch": epoch,
             "gradient_accumulation_steps": _passes(model.optimizer),
             "optimizer": model.optimizer.__class__.__name__,
+            **self.engine.exchange.tuning.shared(),
         }
         _agree_on_model(self.communicator(), model, settings)
         steps = self.params.get("steps")

@@ -167,7 +167,8 @@ class Exchange:
             of one rank alone are returned as they are.
 
         Collectives: one all-reduce per bucket of dense gradients (:func:`hvdloss.plan.plan_buckets`), two
-        all-gathers per sparse one, one all-reduce of ``size x WIDTH`` float64; none with one rank.
+        all-gathers per sparse one; the ledgers ride in a bucket, or in one all-reduce of ``size x WIDTH``
+        float64 where there is none; none with one rank.
         """
         if factor is not None:
             factor = tf.convert_to_tensor(factor, tf.float64)
@@ -181,15 +182,17 @@ class Exchange:
         if self.sparse_as_dense:
             gradients = [tf.convert_to_tensor(g) for g in gradients]
         gradients = [_of_shape(g, v) for g, v in zip(gradients, variables, strict=True)]
-        plan = self._plan(gradients, variables)
-        self.choices |= {**launched(hvd), "travel": self._travel(gradients, plan)}
         if not tf.executing_eagerly():
+            plan = self._plan(gradients, variables)
             return self._reduce(list(gradients), row, factor, plan, judged)
         # One function, so that the messages are under way together; eager calls would wait for each.
         # One for each shape of the gradients, so that their sizes are known inside.
         shapes = tuple(g.dtype if isinstance(g, tf.IndexedSlices) else (g.dtype, *g.shape) for g in gradients)
-        key = (plan, shapes, self.size, self.process_set.process_set_id)
+        grouped = isinstance(self.groups, list | tuple)  # by variables, not by number
+        whose = tuple(map(id, variables)) if grouped else ()
+        key = (shapes, whose, self.size, self.process_set.process_set_id)
         if key not in self._eager:
+            plan = self._plan(gradients, variables)
 
             def together(gradients: list[Gradient], row: tf.Tensor, factor: tf.Tensor) -> Any:
                 return self._reduce(gradients, row, factor, plan)
@@ -200,7 +203,7 @@ class Exchange:
         return summed, table
 
     def _plan(self, gradients: Sequence[Gradient], variables: Sequence[Any]) -> tuple[tuple[int, ...], ...]:
-        """Return which gradients travel together as one message; sparse ones travel alone."""
+        """Return which gradients travel together as one message, and note it; sparse ones travel alone."""
         infos = [
             ParameterInfo(
                 name=str(i),
@@ -227,7 +230,9 @@ class Exchange:
             groups=groups,
         )
         dense = [tuple(member.index for member in layout.members) for layout in layouts]
-        return (*dense, *((i,) for i, info in enumerate(infos) if info.sparse))
+        plan = (*dense, *((i,) for i, info in enumerate(infos) if info.sparse))
+        self.choices |= {**launched(hvd), "travel": self._travel(gradients, plan)}
+        return plan
 
     def _ahead(self, gradients: Sequence[Gradient]) -> bool:
         """Return whether ledgers must be known before gradients travel, which are then divided before."""

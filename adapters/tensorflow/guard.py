@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from hvdloss.communicator import OneProcess
 from hvdloss.guard import checksum, compare
 from hvdloss.tensorflow._backend import hvd
-from hvdloss.tensorflow.ops import HorovodCommunicator
+from hvdloss.tensorflow.ops import communicator_of
 
 __all__ = ["check_synchronized", "checksums", "parameter_name"]
 
@@ -54,5 +53,4 @@ def check_synchronized(
     if not group.included():
         return
     names = [parameter_name(v) for v in variables]
-    communicator = HorovodCommunicator(group) if group.size() > 1 else OneProcess()
-    compare(communicator, names, checksums(variables), name="hvdloss.guard", when=when)
+    compare(communicator_of(group), names, checksums(variables), name="hvdloss.guard", when=when)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import tensorflow as tf
+from hvdloss.communicator import rank_and_size
 from hvdloss.objective import CLASS_LOSSES, IGNORED, ObjectiveBase, expand_mask_axes
 from hvdloss.reduction import Contribution, contribution, weights_for
 from hvdloss.report import StepReport
@@ -81,13 +82,6 @@ class Objective(ObjectiveBase[tf.Tensor]):
     def _named_losses(self) -> Mapping[str, Callable[..., tf.Tensor]]:
         return NAMED_LOSSES
 
-    def _ranks(self) -> tuple[int, int]:
-        """Return (rank, size) of the process set, or (0, 1) before ``init``."""
-        if not hvd.is_initialized():
-            return 0, 1
-        group = self.process_set or hvd.global_process_set
-        return (group.rank(), group.size()) if group.included() else (0, 1)
-
     @property
     def last_step(self) -> StepReport | None:
         """The report of the last reduced step, equal on all ranks; None before the first."""
@@ -118,7 +112,7 @@ class Objective(ObjectiveBase[tf.Tensor]):
         For callers that combine several losses before they announce one backward pass. The arguments
         and errors are those of calling the objective. Collectives: none.
         """
-        rank, size = self._ranks()
+        rank, size = rank_and_size(hvd, self.process_set)
         given = prediction
         absent = None
         if self.name in CLASS_LOSSES:

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 import tensorflow as tf
+from hvdloss.communicator import Communicator, OneProcess
 from hvdloss.errors import ShapeError
 from hvdloss.objective import IGNORED
 from hvdloss.tensorflow._backend import hvd
 
-__all__ = ["NAMED_LOSSES", "HorovodCommunicator", "TensorFlowOps"]
+__all__ = ["NAMED_LOSSES", "HorovodCommunicator", "TensorFlowOps", "communicator_of"]
 
 
 class TensorFlowOps:
@@ -183,3 +184,8 @@ class HorovodCommunicator:
         flat = hvd.allgather(mine, name=f"{name}.bytes", process_set=self._process_set).numpy().tobytes()
         ends = np.cumsum(lengths)
         return [flat[end - n : end] for end, n in zip(ends.tolist(), lengths.tolist(), strict=True)]
+
+
+def communicator_of(process_set: Any) -> Communicator:
+    """Return the exchange of small arrays among the ranks of a process set; one rank needs no Horovod."""
+    return HorovodCommunicator(process_set) if process_set.size() > 1 else OneProcess()

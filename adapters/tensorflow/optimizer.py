@@ -102,26 +102,26 @@ def DistributedOptimizer(
     Raises:
         ConfigError: an argument that cannot be used.
     """
+    if groups is None and num_groups:
+        groups = num_groups
+    options = {
+        "name": name,
+        "device_dense": device_dense,
+        "device_sparse": device_sparse,
+        "compression": compression,
+        "sparse_as_dense": sparse_as_dense,
+        "backward_passes_per_step": backward_passes_per_step,
+        "op": op,
+        "gradient_predivide_factor": gradient_predivide_factor,
+        "average_aggregated_gradients": average_aggregated_gradients,
+        "groups": groups,
+        "scale_local_gradients": scale_local_gradients,
+    }
     if isinstance(optimizer, tf.keras.optimizers.Optimizer):
         from hvdloss.keras import DistributedOptimizer as KerasOptimizer
 
         return KerasOptimizer(
-            optimizer,
-            objective,
-            name=name,
-            device_dense=device_dense,
-            device_sparse=device_sparse,
-            compression=compression,
-            sparse_as_dense=sparse_as_dense,
-            backward_passes_per_step=backward_passes_per_step,
-            op=op,
-            gradient_predivide_factor=gradient_predivide_factor,
-            average_aggregated_gradients=average_aggregated_gradients,
-            num_groups=num_groups,
-            groups=groups,
-            process_set=process_set,
-            scale_local_gradients=scale_local_gradients,
-            bucket_cap_mb=bucket_cap_mb,
+            optimizer, objective, process_set=process_set, bucket_cap_mb=bucket_cap_mb, **options
         )
     if not isinstance(optimizer, tf.compat.v1.train.Optimizer):
         raise ConfigError(
@@ -129,20 +129,7 @@ def DistributedOptimizer(
         )
     if objective is None:
         return hvd.DistributedOptimizer(
-            optimizer,
-            name=name,
-            use_locking=use_locking,
-            device_dense=device_dense,
-            device_sparse=device_sparse,
-            compression=compression,
-            sparse_as_dense=sparse_as_dense,
-            backward_passes_per_step=backward_passes_per_step,
-            op=op,
-            gradient_predivide_factor=gradient_predivide_factor,
-            average_aggregated_gradients=average_aggregated_gradients,
-            groups=groups if groups is not None else (num_groups or None),
-            process_set=process_set or hvd.global_process_set,
-            scale_local_gradients=scale_local_gradients,
+            optimizer, use_locking=use_locking, process_set=process_set or hvd.global_process_set, **options
         )
     if not isinstance(objective, Objective):
         raise ConfigError(
@@ -164,7 +151,7 @@ def DistributedOptimizer(
         compression=compression,
         sparse_as_dense=sparse_as_dense,
         predivide=gradient_predivide_factor,
-        groups=groups if groups is not None else (num_groups or None),
+        groups=groups,
         device_dense=device_dense,
         device_sparse=device_sparse,
         bucket_cap_mb=bucket_cap_mb,

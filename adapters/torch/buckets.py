@@ -49,7 +49,28 @@ def from_numbers(numbers: torch.Tensor) -> torch.Tensor:
     return numbers.to(torch.int16).view(torch.float64)
 
 
-class FlatBucket:
+def _add(held: torch.Tensor, gradient: torch.Tensor, scale: Any) -> None:
+    """Add ``scale * gradient`` in place; `scale` is a float, or a 0-dim tensor that nobody waits for."""
+    if isinstance(scale, float):
+        held.add_(gradient, alpha=scale)
+    else:
+        held.addcmul_(gradient, scale.to(held.dtype))
+
+
+class _Reduction:
+    """A sum over ranks that is under way, or not."""
+
+    _finish: Callable[[], None] | None = None
+    launched = False
+
+    def drain(self) -> None:
+        """Wait for the reduction, if it is under way, and drop its result."""
+        if self._finish is not None:
+            finish, self._finish = self._finish, None
+            finish()
+
+
+class FlatBucket(_Reduction):
     """The gradients of some parameters of one dtype and device, side by side in one buffer.
 
     Holds, between the backward passes of a step, sum_m scale_m * gradient_m; then travels as one
@@ -76,7 +97,6 @@ class FlatBucket:
         ]
         # One pass for copy and scale pays off for large gradients, one call for all of them for small.
         self._fused = layout.numel >= 2**14 * len(self.parameters)
-        self._finish: Callable[[], None] | None = None
         self.begin_step()
 
     def begin_step(self) -> None:
@@ -124,10 +144,7 @@ class FlatBucket:
             if grad.layout is not strided:
                 grad = grad.to_dense()
             if self.written[i]:
-                if isinstance(scale, float):
-                    view.add_(grad, alpha=scale)
-                else:
-                    view.addcmul_(grad, scale.to(view.dtype))
+                _add(view, grad, scale)
                 continue
             self.written[i] = True
             self.written_count += 1
@@ -182,14 +199,8 @@ class FlatBucket:
         for i, p in enumerate(self.parameters):
             p.grad = self.views[i] if used is None or used[i] else None
 
-    def drain(self) -> None:
-        """Wait for the reduction, if it is under way, and drop its result."""
-        if self._finish is not None:
-            finish, self._finish = self._finish, None
-            finish()
 
-
-class LoneGradient:
+class LoneGradient(_Reduction):
     """The gradient of one large parameter, which travels as it lies: a copy would cost a pass over it.
 
     A :class:`FlatBucket` of one parameter without a buffer. How many ranks had a gradient for it goes
@@ -201,7 +212,6 @@ class LoneGradient:
         self.parameters = [parameters[layout.members[0].index]]
         self.place = {id(self.parameters[0]): 0}
         self.used = True
-        self._finish: Callable[[], None] | None = None
         self.begin_step()
 
     def begin_step(self) -> None:
@@ -246,10 +256,8 @@ class LoneGradient:
             # Its own memory, which nobody else sees: autograd gives a parameter such a tensor.
             kept = grad.contiguous() if not grad.requires_grad else grad.detach().clone()
             self._held = kept.mul_(scale) if _scaled(kept, scale) else kept
-        elif isinstance(scale, float):
-            self._held.add_(grad, alpha=scale)
         else:
-            self._held.addcmul_(grad, scale.to(grad.dtype))
+            _add(self._held, grad, scale)
 
     @torch.no_grad()
     def launch(self, leftover: Any, wire: Wire) -> None:
@@ -271,12 +279,6 @@ class LoneGradient:
         if denominator != 1.0:
             self._held.div_(denominator)
         self.parameters[0].grad = self._held if self.used else None
-
-    def drain(self) -> None:
-        """Wait for the reduction, if it is under way, and drop its result."""
-        if self._finish is not None:
-            finish, self._finish = self._finish, None
-            finish()
 
 
 class SparseSlot:
@@ -362,17 +364,19 @@ class Wire:
         """How many ranks take part."""
         return self._process_set.size()
 
+    def _travels_as(self, dtype: torch.dtype) -> torch.dtype:
+        """Return the dtype in which values of `dtype` are summed."""
+        probe, _ = self._compression.compress(torch.zeros(1, dtype=dtype))
+        return probe.dtype
+
     def is_exact(self, dtype: torch.dtype) -> bool:
         """Return whether whole numbers of 16 bits arrive as they were, beside gradients of `dtype`."""
-        probe, _ = self._compression.compress(torch.zeros(1, dtype=dtype))
-        return self._compression is not BF16Compressor and probe.dtype in (torch.float32, torch.float64)
+        exact = self._travels_as(dtype) in (torch.float32, torch.float64)
+        return exact and self._compression is not BF16Compressor
 
     def is_half(self, dtype: torch.dtype) -> bool:
         """Return whether values of `dtype` travel as float16, whose range is small."""
-        if dtype is torch.float16:
-            return True
-        probe, _ = self._compression.compress(torch.zeros(1, dtype=dtype))
-        return probe.dtype is torch.float16
+        return dtype is torch.float16 or self._travels_as(dtype) is torch.float16
 
     def send(self, flat: torch.Tensor, name: str) -> Callable[[], None]:
         """Start summing `flat` over ranks in place; the result calls for the wait."""

@@ -6,10 +6,9 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from hvdloss.communicator import OneProcess
 from hvdloss.guard import checksum, compare
 from hvdloss.torch._backend import hvd
-from hvdloss.torch.ops import HorovodCommunicator
+from hvdloss.torch.ops import communicator_of
 
 __all__ = ["check_synchronized", "checksums"]
 
@@ -50,6 +49,5 @@ def check_synchronized(
     if not group.included():
         return
     pairs = list(named)
-    communicator = HorovodCommunicator(group) if group.size() > 1 else OneProcess()
     sums = checksums(tensor for _, tensor in pairs)
-    compare(communicator, [name for name, _ in pairs], sums, name="hvdloss.guard", when=when)
+    compare(communicator_of(group), [name for name, _ in pairs], sums, name="hvdloss.guard", when=when)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from hvdloss.communicator import rank_and_size
 from hvdloss.objective import CLASS_LOSSES, IGNORED, ObjectiveBase, expand_mask_axes
 from hvdloss.reduction import contribution, weights_for
 from hvdloss.torch._backend import hvd
@@ -68,13 +69,6 @@ class Objective(ObjectiveBase[torch.Tensor]):
     def _named_losses(self) -> Mapping[str, Callable[..., torch.Tensor]]:
         return NAMED_LOSSES
 
-    def _ranks(self) -> tuple[int, int]:
-        """Return (rank, size) of the process set, or (0, 1) before ``init``."""
-        if not hvd.is_initialized():
-            return 0, 1
-        group = self.process_set or hvd.global_process_set
-        return (group.rank(), group.size()) if group.included() else (0, 1)
-
     def __call__(self, prediction: Any, target: Any, weight: Any = None) -> torch.Tensor:
         """Return the local loss of these elements, a scalar tensor (float32, or float64 for float64).
 
@@ -97,7 +91,7 @@ class Objective(ObjectiveBase[torch.Tensor]):
         return self._measure(prediction, target, weight)
 
     def _measure(self, prediction: Any, target: Any, weight: Any) -> torch.Tensor:
-        rank, size = self._ranks()
+        rank, size = rank_and_size(hvd, self.process_set)
         holder: list[torch.Tensor] = []
         given = prediction
         absent = None

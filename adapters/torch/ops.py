@@ -9,10 +9,11 @@ import numpy as np
 
 import torch
 import torch.nn.functional as F
+from hvdloss.communicator import Communicator, OneProcess
 from hvdloss.objective import IGNORED
 from hvdloss.torch._backend import hvd
 
-__all__ = ["NAMED_LOSSES", "HorovodCommunicator", "TorchOps"]
+__all__ = ["NAMED_LOSSES", "HorovodCommunicator", "TorchOps", "communicator_of"]
 
 
 class TorchOps:
@@ -149,3 +150,8 @@ class HorovodCommunicator:
         flat = hvd.allgather(mine, name=f"{name}.bytes", process_set=self._process_set).numpy().tobytes()
         ends = np.cumsum(lengths.numpy())
         return [flat[end - length : end] for end, length in zip(ends, lengths.tolist(), strict=True)]
+
+
+def communicator_of(process_set: Any) -> Communicator:
+    """Return the exchange of small arrays among the ranks of a process set; one rank needs no Horovod."""
+    return HorovodCommunicator(process_set) if process_set.size() > 1 else OneProcess()

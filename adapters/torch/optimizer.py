@@ -16,7 +16,7 @@ import numpy as np
 
 import torch
 from hvdloss.agreement import agree
-from hvdloss.communicator import Communicator, OneProcess
+from hvdloss.communicator import Communicator
 from hvdloss.errors import ConfigError, UsageError
 from hvdloss.guard import due
 from hvdloss.ledger import WIDTH, Ledger, judge, pack, unpack
@@ -28,7 +28,7 @@ from hvdloss.torch.buckets import FlatBucket, LoneGradient, SparseSlot, Wire, as
 from hvdloss.torch.compression import Compression
 from hvdloss.torch.guard import check_synchronized, checksums
 from hvdloss.torch.objective import Objective
-from hvdloss.torch.ops import HorovodCommunicator
+from hvdloss.torch.ops import communicator_of
 from hvdloss.tuning import Tuning, choose, launched
 
 __all__ = ["DistributedOptimizer"]
@@ -332,7 +332,7 @@ class _Engine:
 
     def communicator(self) -> Communicator:
         """Return the exchange of small arrays among this optimizer's ranks."""
-        return OneProcess() if self.process_set.size() == 1 else HorovodCommunicator(self.process_set)
+        return communicator_of(self.process_set)
 
     def _launch(self) -> None:
         """Start every reduction that has not started."""
@@ -457,9 +457,7 @@ class _Engine:
                 "gradient_predivide_factor": self.predivide,
                 "sparse_as_dense": self.sparse_as_dense,
                 "groups": self.groups if isinstance(self.groups, int) else bool(self.groups),
-                "bucket_cap_mb": self.tuning.bucket_cap_mb.value,
-                "first_bucket_mb": self.tuning.first_bucket_mb.value,
-                "alone_mb": self.tuning.alone_mb.value,
+                **self.tuning.shared(),
             },
             name=f"{self.name}.agree",
         )

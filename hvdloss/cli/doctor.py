@@ -29,7 +29,7 @@ from hvdloss.cli.install.probe import FRAMEWORKS
 from hvdloss.cli.install.prove import run_job
 from hvdloss.cli.process import Log, interruptible
 from hvdloss.errors import ConfigError
-from hvdloss.tuning import choose
+from hvdloss.tuning import choose, cycle_time
 
 _MARKS = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "problem": ("✗", "red"), "info": ("·", "dim")}
 _INSTALL = "hvdloss install"
@@ -129,12 +129,10 @@ def _choices(report: Report) -> None:
     )
     by = f" ({', '.join(sorted(deciders))})" if deciders else ""
     report.add("choices", "info", text + by)
-    cycle = os.environ.get("HOROVOD_CYCLE_TIME")
-    report.facts["choices"]["cycle_time_ms"] = {
-        "value": cycle or "1",
-        "by": "HOROVOD_CYCLE_TIME" if cycle else "rule",
-    }
-    report.add("cycle time", "info", f"{cycle or 1} ms" + (" (HOROVOD_CYCLE_TIME)" if cycle else ""))
+    cycle = cycle_time()
+    report.facts["choices"]["cycle_time_ms"] = asdict(cycle)
+    by = "" if cycle.by == "rule" else f" ({cycle.by})"
+    report.add("cycle time", "info", f"{cycle.value:g} ms{by}")
     built = report.facts["horovod"]["built"]
     if built["gloo"] and built["mpi"] and report.facts["launchers"]["mpirun"]:
         report.add("controller", "info", "on one machine --mpi is faster for large models than --gloo")
