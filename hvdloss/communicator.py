@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from hvdloss.errors import ConfigError, HvdlossError
 
-__all__ = ["Communicator", "OneProcess", "SimulatedRank", "rank_and_size", "simulate"]
+__all__ = ["Communicator", "OneProcess", "SimulatedRank", "included", "rank_and_size", "simulate"]
 
 Result = TypeVar("Result")
 Array = npt.NDArray[np.float64]
@@ -67,7 +67,15 @@ def rank_and_size(hvd: Any, process_set: Any = None) -> tuple[int, int]:
     if not hvd.is_initialized():
         return 0, 1
     group = process_set or hvd.global_process_set
-    return (group.rank(), group.size()) if group.included() else (0, 1)
+    return (group.rank(), group.size()) if included(hvd, group) else (0, 1)
+
+
+def included(hvd: Any, process_set: Any) -> bool:
+    """Return whether this process is in a process set; it always is in the global one.
+
+    Horovod answers no for the global one where its other framework's module was imported as well.
+    """
+    return process_set is hvd.global_process_set or bool(process_set.included())
 
 
 class _Room:

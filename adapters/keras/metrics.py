@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from hvdloss.communicator import included
 from hvdloss.keras._backend import hvd, pythonify_logs
 from hvdloss.keras.optimizer import engine_of
 from hvdloss.tensorflow.ops import communicator_of
@@ -37,7 +38,7 @@ def merged_results(model: Any, local: list[np.ndarray] | None = None) -> dict[st
     local = states(model) if local is None else local
     engine = engine_of(model.optimizer)
     group = (engine and engine.exchange.process_set) or hvd.global_process_set
-    if len(local) != len(variables) or not group.included():
+    if len(local) != len(variables) or not included(hvd, group):
         return pythonify_logs(model.get_metrics_result())
     flat = np.concatenate([x.reshape(-1) for x in local]) if local else np.zeros(0)
     summed = communicator_of(group).sum(flat, "hvdloss.metrics")

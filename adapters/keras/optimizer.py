@@ -9,6 +9,7 @@ from typing import Any
 import tensorflow as tf
 
 import keras
+from hvdloss.communicator import included
 from hvdloss.errors import ConfigError
 from hvdloss.keras._backend import hvd
 from hvdloss.keras.losses import ExactCompileLoss, Objective
@@ -66,7 +67,7 @@ class _Engine:
     @property
     def included(self) -> bool:
         """Whether this rank shares the steps."""
-        return self.exchange.process_set.included()
+        return included(hvd, self.exchange.process_set)
 
     def took(self, optimizer: Any, gradients: list[Any], variables: Sequence[Any]) -> list[Any]:
         """Take the gradients of one backward pass; return them as Keras is to add them up."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import tensorflow as tf
+from hvdloss.communicator import included
 from hvdloss.errors import ConfigError
 from hvdloss.ledger import WIDTH
 from hvdloss.plan import ParameterInfo, plan_buckets
@@ -103,7 +104,7 @@ class Exchange:
     @property
     def size(self) -> int:
         """How many ranks share the step; 1 for a rank outside the process set."""
-        return self.process_set.size() if self.process_set.included() else 1
+        return self.process_set.size() if included(hvd, self.process_set) else 1
 
     def sum_table(self, rows: tf.Tensor, name: str = "ledger") -> tf.Tensor:
         """Return the rows of all ranks, ``(size, n)``, from this rank's vector of float64.

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from hvdloss.communicator import included
 from hvdloss.guard import checksum, compare
 from hvdloss.tensorflow._backend import hvd
 from hvdloss.tensorflow.ops import communicator_of
@@ -50,7 +51,7 @@ def check_synchronized(
     """
     variables = list(getattr(parameters, "trainable_variables", parameters))
     group = process_set or hvd.global_process_set
-    if not group.included():
+    if not included(hvd, group):
         return
     names = [parameter_name(v) for v in variables]
     compare(communicator_of(group), names, checksums(variables), name="hvdloss.guard", when=when)

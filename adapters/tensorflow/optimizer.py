@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import tensorflow as tf
+from hvdloss.communicator import included
 from hvdloss.errors import ConfigError
 from hvdloss.report import StepReport
 from hvdloss.tensorflow._backend import hvd
@@ -32,7 +33,7 @@ class _ExactV1(tf.compat.v1.train.Optimizer):
         books.forget()
         pairs = self._optimizer.compute_gradients(*args, **kwargs)
         row = books.take()
-        if not self._exchange.process_set.included():
+        if not included(hvd, self._exchange.process_set):
             return pairs
         there = [(g, v) for g, v in pairs if g is not None]
         reduced, _ = self._exchange.reduce(

@@ -9,6 +9,7 @@ from typing import Any
 import keras
 
 import tensorflow as tf
+from hvdloss.communicator import included
 from hvdloss.errors import ConfigError
 from hvdloss.report import StepReport
 from hvdloss.tensorflow._backend import hvd
@@ -82,7 +83,7 @@ class _Exact:
             target, sources, output_gradients, unconnected_gradients
         )
         row = books.take()
-        if not process_set.included():
+        if not included(hvd, process_set):
             return gradients
         flat_sources = tf.nest.flatten(sources)
         flat = tf.nest.flatten(gradients)

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from hvdloss.communicator import included
 from hvdloss.guard import checksum, compare
 from hvdloss.torch._backend import hvd
 from hvdloss.torch.ops import communicator_of
@@ -46,7 +47,7 @@ def check_synchronized(
     """
     named = parameters.named_parameters() if isinstance(parameters, torch.nn.Module) else parameters
     group = process_set or hvd.global_process_set
-    if not group.included():
+    if not included(hvd, group):
         return
     pairs = list(named)
     sums = checksums(tensor for _, tensor in pairs)

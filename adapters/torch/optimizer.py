@@ -16,7 +16,7 @@ import numpy as np
 
 import torch
 from hvdloss.agreement import agree
-from hvdloss.communicator import Communicator
+from hvdloss.communicator import Communicator, included
 from hvdloss.errors import ConfigError, UsageError
 from hvdloss.guard import due
 from hvdloss.ledger import WIDTH, Ledger, judge, pack, unpack
@@ -84,7 +84,7 @@ class _Engine:
         self._frozen: list[torch.nn.Parameter] = []
         self._forget_plan()
         self._begin_step()
-        if process_set.included():  # others keep their own gradients, as with Horovod
+        if included(hvd, process_set):  # others keep their own gradients, as with Horovod
             self._hook_parameters()
             objective.attach(self, passes)
 
@@ -141,7 +141,7 @@ class _Engine:
         for i, group in enumerate(optimizer.param_groups[old:], start=old):
             for j, p in enumerate(group["params"]):
                 self.names.setdefault(id(p), f"parameter.{i}.{j}")
-        if self.process_set.included():
+        if included(hvd, self.process_set):
             self._hook_parameters()
         self._forget_plan()
 
@@ -388,7 +388,7 @@ class _Engine:
 
     def synchronize(self) -> None:
         """Reduce what is not reduced, wait, judge the step, and set every ``.grad``."""
-        if not self.process_set.included() or self.synchronized:
+        if not included(hvd, self.process_set) or self.synchronized:
             self.synchronized = True
             return
         began = time.perf_counter()
@@ -575,7 +575,7 @@ class _Engine:
         Optimizers that search along a line decide by it, so it must be equal on all ranks.
         Collectives: one small blocking all-reduce.
         """
-        if value is None or self.ledgers is None or not self.process_set.included():
+        if value is None or self.ledgers is None or not included(hvd, self.process_set):
             return value
         denominator = self.ledgers[self.process_set.rank()].denominator
         local = float(value)
