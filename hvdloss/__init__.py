@@ -25,7 +25,10 @@ if TYPE_CHECKING:
     )
     from hvdloss.ledger import Ledger
     from hvdloss.reduction import REDUCTIONS
-    from hvdloss.report import RankReport, StepReport
+    from hvdloss.report import RankReport, StepReport, TermReport
+    from hvdloss.term import Batch, Closed, Term
+    from hvdloss.terms.communication import CommunicationCost
+    from hvdloss.terms.skew import DataSkew
 
 # Loaded on first use, so that importing the package costs a few milliseconds.
 _HOMES = {
@@ -42,14 +45,21 @@ _HOMES = {
     ),
     "ledger": ("Ledger",),
     "reduction": ("REDUCTIONS",),
-    "report": ("RankReport", "StepReport"),
+    "report": ("RankReport", "StepReport", "TermReport"),
+    "term": ("Batch", "Closed", "Term"),
+    "terms.communication": ("CommunicationCost",),
+    "terms.skew": ("DataSkew",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "REDUCTIONS",
     "AgreementError",
+    "Batch",
+    "Closed",
+    "CommunicationCost",
     "ConfigError",
+    "DataSkew",
     "HvdlossError",
     "Ledger",
     "NoWeightError",
@@ -59,6 +69,8 @@ __all__ = [
     "ShapeError",
     "SimulatedRank",
     "StepReport",
+    "Term",
+    "TermReport",
     "UsageError",
     "WeightError",
     "__version__",

@@ -23,7 +23,7 @@ from hvdloss.errors import (
 )
 from hvdloss.reduction import finish
 
-__all__ = ["FAULTS", "WIDTH", "Ledger", "judge", "pack", "unpack"]
+__all__ = ["COLUMN", "FAULTS", "WIDTH", "Ledger", "judge", "pack", "unpack"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,9 @@ class Ledger:
         strays: backward passes that reached parameters without passing through the objective, or
             through several calls of it with different weight sums.
         communication: seconds the rank was held up by communication in the step before.
+        computation: seconds between the ends of the two steps before in which it was not.
+        moved: after local steps, the squared length of the rank's move times its denominator.
+        together: squared length of the mean move of the exchange before, as this rank has it.
     """
 
     numerator: float = 0.0
@@ -54,6 +57,9 @@ class Ledger:
     nonfinite_losses: float = 0.0
     strays: float = 0.0
     communication: float = 0.0
+    computation: float = 0.0
+    moved: float = 0.0
+    together: float = 0.0
 
     @classmethod
     def zero(cls) -> Ledger:
@@ -74,21 +80,25 @@ class Ledger:
         return cls(*map(float, np.asarray(row, dtype=np.float64)), **more)
 
 
-WIDTH = len(fields(Ledger))
+#: By field of a ledger: its column in a table of ledgers.
+COLUMN = {field.name: number for number, field in enumerate(fields(Ledger))}
+WIDTH = len(COLUMN)
 # The columns in which anything above zero makes a step unsound (see `judge`); so does no denominator.
 FAULTS = slice(5, 9)
 
 
-def pack(ledger: Ledger, rank: int, size: int) -> npt.NDArray[np.float64]:
-    """Return the ``(size, WIDTH)`` float64 matrix whose row `rank` is `ledger`, zero elsewhere.
+def pack(ledger: Ledger, rank: int, size: int, more: int = 0) -> npt.NDArray[np.float64]:
+    """Return the ``(size, WIDTH + more)`` float64 matrix whose row `rank` begins with `ledger`, else zero.
+
+    The `more` columns are for what terms tell (:class:`hvdloss.term.Term`).
 
     Raises:
         ConfigError: a rank out of range.
     """
     if not 0 <= rank < size:
         raise ConfigError(f"rank={rank} is not in 0..{size - 1}")
-    table = np.zeros((size, WIDTH))
-    table[rank] = astuple(ledger)
+    table = np.zeros((size, WIDTH + more))
+    table[rank, :WIDTH] = astuple(ledger)
     return table
 
 

@@ -68,3 +68,60 @@ class NumpyOps:
     def row64(self, scalars: list[Any]) -> Any:
         """Stack."""
         return np.array(scalars, dtype=np.float64)
+
+    def join64(self, parts: list[Any]) -> Any:
+        """Join."""
+        return np.concatenate([np.asarray(part, dtype=np.float64).reshape(-1) for part in parts])
+
+    def zeros64(self, length: int, like: Any) -> Any:
+        """Return zeros."""
+        return np.zeros(length)
+
+    def integers(self, x: Any) -> Any:
+        """Cast."""
+        return np.asarray(x).astype(np.int64)
+
+    def spread(self, x: Any, like: Any) -> Any:
+        """Add trailing axes and broadcast."""
+        x = np.asarray(x)
+        return np.broadcast_to(x.reshape(x.shape + (1,) * (np.ndim(like) - x.ndim)), np.shape(like))
+
+    def last_axis(self, x: Any, axis: int) -> Any:
+        """Move."""
+        return np.moveaxis(np.asarray(x), axis, -1)
+
+    def bin_of(self, x: Any, edges: Any) -> Any:
+        """Search."""
+        return np.searchsorted(edges, np.asarray(x, dtype=np.float64), side="right")
+
+    def histogram(self, index: Any, weight: Any, bins: int) -> Any:
+        """Add up."""
+        inside = (index >= 0) & (index < bins)
+        return np.bincount(index[inside], weights=weight[inside].astype(np.float64), minlength=bins)
+
+    def class_totals(self, labels: Any, weight: Any) -> Any:
+        """Add up."""
+        product = np.asarray(labels, dtype=np.float64) * weight
+        return product.reshape(-1, product.shape[-1]).sum(0)
+
+    def take(self, table: Any, index: Any, bins: int) -> Any:
+        """Gather."""
+        return table[np.clip(index, 0, bins - 1)]
+
+    def blend(self, labels: Any, table: Any) -> Any:
+        """Blend."""
+        return 1.0 + np.asarray(labels, dtype=np.float64) * (table - 1.0)
+
+    def mixed(self, labels: Any, table: Any) -> Any:
+        """Average."""
+        labels = np.asarray(labels, dtype=np.float64)
+        total = labels.sum(-1)
+        safe = np.where(total > 0, total, 1.0)
+        return np.where(total > 0, (labels * table).sum(-1) / safe, 1.0)
+
+    def quantiles(self, x: Any, weight: Any, points: int) -> tuple[Any, Any]:
+        """Interpolate."""
+        some = np.asarray(x, dtype=np.float64)[np.asarray(weight) > 0]
+        if not some.size:
+            return np.zeros(points), np.zeros(1)
+        return np.quantile(some, np.linspace(0, 1, points)), np.array([float(some.size)])

@@ -10,8 +10,10 @@ import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, Generic, Protocol, TypeVar
 
+from hvdloss.controller import Controller
 from hvdloss.errors import ConfigError
-from hvdloss.reduction import check_reduction
+from hvdloss.reduction import ArrayOps, check_reduction, weights_for
+from hvdloss.term import Term
 
 __all__ = ["CLASS_LOSSES", "IGNORED", "LOSSES", "Listener", "ObjectiveBase", "expand_mask_axes", "loss_named"]
 
@@ -112,7 +114,7 @@ class ObjectiveBase(Generic[Row]):
     Args:
         loss: a name from :data:`LOSSES`, or a callable ``(prediction, target) -> per-element losses``.
         reduction: see :mod:`hvdloss.reduction`.
-        terms: communication and skew terms; none are available yet.
+        terms: what is measured, priced and acted on (:class:`hvdloss.term.Term`).
         process_set: the Horovod process set whose ranks share the step; None for all.
 
     Raises:
@@ -124,7 +126,7 @@ class ObjectiveBase(Generic[Row]):
         loss: str | Callable[..., Any],
         *,
         reduction: str = "mean",
-        terms: tuple[Any, ...] = (),
+        terms: tuple[Term, ...] = (),
         process_set: Any = None,
     ) -> None:
         self.reduction = check_reduction(reduction)
@@ -144,9 +146,8 @@ class ObjectiveBase(Generic[Row]):
             self._function = loss
         else:
             raise ConfigError(f"loss={loss!r} is neither the name of a loss nor a function")
-        if terms is None or tuple(terms):
-            raise ConfigError(f"terms={terms!r}: this version has no terms yet; pass terms=()")
-        self.terms: tuple[Any, ...] = ()
+        self.controller = Controller(terms)
+        self.terms = self.controller.terms
         self.process_set = process_set
         self._listeners: list[weakref.ref[Any]] = []
         self.passes = 1  # backward passes per step, as the optimizers that listen declare
@@ -171,7 +172,53 @@ class ObjectiveBase(Generic[Row]):
 
     def settings(self) -> dict[str, Any]:
         """Return what must be equal on all ranks, for the agreement of the first step."""
-        return {"objective": self.name, "reduction": self.reduction}
+        return {"objective": self.name, "reduction": self.reduction, **self.controller.settings()}
+
+    def consult(
+        self,
+        ops: ArrayOps,
+        *,
+        prediction: Any,
+        target: Any,
+        losses: Any,
+        weight: Any,
+        keys: Any,
+        state: Any,
+        class_axis: int | None,
+        rank: int,
+        size: int,
+    ) -> tuple[Any, Any, list[Any]]:
+        """Ask the terms about a batch; return its weights, a penalty or None, and the terms' sums.
+
+        Args:
+            ops: the framework's operations.
+            prediction, target, losses, weight, keys: of the batch; `weight` may be None.
+            state: the controller's :attr:`~hvdloss.controller.Controller.state`, as a tensor.
+            class_axis: of the prediction, where the losses lack it.
+            rank, size: this process's.
+
+        Raises:
+            ShapeError: `weight` does not broadcast to `losses`.
+        """
+        controller = self.controller
+        controller.begin(rank, size)
+        losses = ops.losses(losses)
+        given = ops.ones_like(losses) if weight is None else weights_for(ops, weight, losses, rank)
+        batches = controller.batches(
+            state,
+            ops=ops,
+            prediction=prediction,
+            target=target,
+            losses=losses,
+            weight=given,
+            keys=keys,
+            class_axis=class_axis,
+            rank=rank,
+        )
+        factor = controller.weigh(batches)
+        if factor is not None:
+            weight = given * factor
+        return weight, controller.penalty(batches), controller.observe(batches)
 
     def __repr__(self) -> str:
         """Return the call that made it, nearly."""

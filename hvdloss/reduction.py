@@ -90,6 +90,47 @@ class ArrayOps(Protocol):
     def row64(self, scalars: list[Any]) -> Any:
         """Return float64 scalars, without their gradient, as one vector."""
 
+    # What terms need (hvdloss.term); none of it carries a gradient.
+
+    def join64(self, parts: list[Any]) -> Any:
+        """Return scalars and vectors one after another as one float64 vector."""
+
+    def zeros64(self, length: int, like: Any) -> Any:
+        """Return float64 zeros on the device of `like`."""
+
+    def integers(self, x: Any) -> Any:
+        """Return `x` as int64."""
+
+    def spread(self, x: Any, like: Any) -> Any:
+        """Return `x` broadcast to the shape of `like`, whose leading axes are those of `x`."""
+
+    def last_axis(self, x: Any, axis: int) -> Any:
+        """Return `x` with `axis` moved to the end."""
+
+    def bin_of(self, x: Any, edges: Any) -> Any:
+        """Return how many of the ascending `edges` are at most `x`, elementwise, int64."""
+
+    def histogram(self, index: Any, weight: Any, bins: int) -> Any:
+        """Return the weight in each of `bins` bins, float64; indices outside are not counted."""
+
+    def class_totals(self, labels: Any, weight: Any) -> Any:
+        """Return sum of ``labels * weight`` over every axis but the last, float64."""
+
+    def take(self, table: Any, index: Any, bins: int) -> Any:
+        """Return the entries of `table` at `index`, clipped to 0..bins-1."""
+
+    def blend(self, labels: Any, table: Any) -> Any:
+        """Return ``1 + labels * (table - 1)``; `table` lies along the last axis."""
+
+    def mixed(self, labels: Any, table: Any) -> Any:
+        """Return the mean of `table` weighted with the labels along the last axis; 1 without any."""
+
+    def quantiles(self, x: Any, weight: Any, points: int) -> tuple[Any, Any]:
+        """Return quantiles of the `x` with weight above 0 at evenly spaced levels, and their number.
+
+        float64, of shape ``(points,)`` and ``(1,)``; zeros without any.
+        """
+
 
 @dataclass(frozen=True)
 class Contribution:

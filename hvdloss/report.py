@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from hvdloss.ledger import Ledger
 from hvdloss.reduction import finish
 
-__all__ = ["RankReport", "StepReport"]
+__all__ = ["RankReport", "StepReport", "TermReport"]
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class RankReport:
         micro_batches: backward passes it made.
         communication: seconds it was held up by communication in the step before this one.
         skew: divergence of its data from the global distribution; None where nothing measures it.
+        computation: seconds, up to the end of the step before this one, that it was not held up.
     """
 
     rank: int
@@ -33,6 +35,28 @@ class RankReport:
     micro_batches: int
     communication: float
     skew: float | None = None
+    computation: float = 0.0
+
+
+@dataclass(frozen=True)
+class TermReport:
+    """One term of the objective in one step.
+
+    Attributes:
+        unit: of the values.
+        price: of one unit, in units of the loss.
+        values: one per rank.
+        total: their sum.
+        priced: ``price * total``, its part of the objective.
+        details: what else the term tells; plain values.
+    """
+
+    unit: str
+    price: float
+    values: list[float]
+    total: float
+    priced: float
+    details: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -49,6 +73,7 @@ class StepReport:
         choices: how gradients travelled: value and decider of every choice of
             :class:`hvdloss.tuning.Tuning` and of the launch, and as ``"travel"`` the numbers of messages,
             of buckets, and of gradients that travelled alone or sparse, as this rank has them.
+        terms: by name, what the objective's terms came to (:class:`TermReport`).
     """
 
     step: int
@@ -58,22 +83,30 @@ class StepReport:
     objective_value: float
     ranks: list[RankReport]
     choices: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    terms: Mapping[str, TermReport] = field(default_factory=dict)
 
     @classmethod
     def of(
-        cls, step: int, ledgers: list[Ledger], reduction: str, choices: Mapping[str, Any] | None = None
+        cls,
+        step: int,
+        ledgers: list[Ledger],
+        reduction: str,
+        choices: Mapping[str, Any] | None = None,
+        terms: Mapping[str, TermReport] | None = None,
     ) -> StepReport:
         """Return the report of the step whose ranks' ledgers these are."""
         whole = Ledger.zero()
         for ledger in ledgers:
             whole = whole.merge(ledger)
         loss = whole.finish(reduction)
+        terms = dict(terms or {})
+        skew: Sequence[float | None] = terms["skew"].values if "skew" in terms else [None] * len(ledgers)
         return cls(
             step=step,
             loss=loss,
             weight=whole.weight,
             elements=round(whole.elements),
-            objective_value=loss,
+            objective_value=loss + math.fsum(term.priced for term in terms.values()),
             ranks=[
                 RankReport(
                     rank=rank,
@@ -84,10 +117,13 @@ class StepReport:
                     elements=round(one.elements),
                     micro_batches=round(one.micro_batches),
                     communication=one.communication,
+                    skew=skew[rank],
+                    computation=one.computation,
                 )
                 for rank, one in enumerate(ledgers)
             ],
             choices=dict(choices or {}),
+            terms=terms,
         )
 
     def as_dict(self) -> dict[str, Any]:

@@ -56,7 +56,16 @@ ledgers = st.builds(
 def test_a_report_goes_through_json(step, parts, reduction):
     report = StepReport.of(step, parts, reduction)
     record = json.loads(json.dumps(report.as_dict()))
-    assert record.keys() == {"step", "loss", "weight", "elements", "objective_value", "ranks", "choices"}
+    assert record.keys() == {
+        "step",
+        "loss",
+        "weight",
+        "elements",
+        "objective_value",
+        "ranks",
+        "choices",
+        "terms",
+    }
     assert len(record["ranks"]) == len(parts)
     for rank, (one, ledger) in enumerate(zip(record["ranks"], parts, strict=True)):
         assert one["rank"] == rank

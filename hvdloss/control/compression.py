@@ -1,0 +1,70 @@
+"""Compression where the fitted link says that bytes, not messages, take the time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from hvdloss.errors import ConfigError
+from hvdloss.term import Act, Closed, Decision
+
+__all__ = ["AdaptiveCompression"]
+
+
+class AdaptiveCompression(Act):
+    """Sends 16-bit numbers where the link is slow enough for that to pay.
+
+    On where, by the fit t = alpha messages + bytes / beta, bytes take longer than messages and half the
+    bytes would shorten a step by at least `gain`; off again where they would not save half of that.
+
+    Args:
+        gain: least predicted saving, as a share of the time of a step.
+        every: exchanges between two looks.
+
+    Raises:
+        ConfigError: an argument that cannot be used.
+    """
+
+    of = "communication"
+    needs_link = True
+
+    def __init__(self, gain: float = 0.1, *, every: int = 5) -> None:
+        if not 0 < gain < 1:
+            raise ConfigError(f"gain={gain!r} of AdaptiveCompression must lie between 0 and 1")
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise ConfigError(f"every={every!r} of AdaptiveCompression must be an integer of at least 1")
+        self.gain, self.every = gain, every
+        self.begin(0, 1)
+
+    def begin(self, rank: int, size: int) -> None:
+        """Start without compression."""
+        self.on = False
+        self._seen = 0
+
+    def close(self, term: Any, step: Closed) -> Sequence[Decision]:
+        """Decide, if it is time."""
+        self._seen += 1
+        fit, travel = term.link.fit(), term.travel
+        if self._seen % self.every or fit is None or not travel.full_bytes:
+            return ()
+        moving = travel.full_bytes / fit.beta
+        latency = fit.alpha * travel.messages
+        saved = moving / 2
+        if not travel.parameters and not self.on:
+            saved = min(saved, term.moving)  # what overlaps computation is not there to be saved
+        whole = float((term.computation + term.exposed).max()) + (saved if self.on else 0.0)
+        least = self.gain * whole * (0.5 if self.on else 1.0)
+        wanted = moving > latency and saved >= least
+        if wanted == self.on:
+            return ()
+        self.on = wanted
+        return [
+            Decision(
+                step.step,
+                "compression",
+                "none" if wanted else "fp16",
+                "fp16" if wanted else "none",
+                f"{travel.full_bytes} bytes take {moving:.3g} s, {travel.messages} messages {latency:.3g} s; "
+                f"half the bytes would save {saved:.3g} s of {whole:.3g} s",
+            )
+        ]

@@ -1,0 +1,234 @@
+"""Batch shares: more samples for faster ranks, at the same global batch."""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Iterator, Sequence
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hvdloss.control.period import SyncPeriod
+from hvdloss.errors import ConfigError, UsageError
+from hvdloss.term import Act, Closed, Decision
+
+__all__ = ["BatchShares", "SharedBatches", "apportion"]
+
+Array = npt.NDArray[np.float64]
+
+
+def apportion(total: int, shares: npt.ArrayLike, least: int = 0) -> npt.NDArray[np.int64]:
+    """Return whole numbers that add up to `total`, nearly in proportion to `shares`, none below `least`.
+
+    Hamilton's method of largest remainders on what lies above `least`; ties go to the lower rank.
+
+    >>> apportion(10, [1, 1, 2]).tolist(), apportion(7, [1, 0], least=2).tolist()
+    ([3, 2, 5], [5, 2])
+
+    Raises:
+        ConfigError: `total` below ``least * len(shares)``.
+    """
+    weights = np.asarray(shares, dtype=np.float64)
+    n = len(weights)
+    if total < least * n:
+        raise ConfigError(f"{total} samples cannot give each of {n} ranks at least {least}")
+    weights = np.full(n, 1.0) if weights.sum() <= 0 else weights
+    exact = np.maximum(total * weights / weights.sum(), least)
+    # Ranks held at `least` take from the others, in proportion.
+    for _ in range(n):
+        free = exact > least
+        rest = total - least * int((~free).sum())
+        if not free.any():
+            break
+        exact[free] = rest * weights[free] / weights[free].sum()
+        if (exact >= least).all():
+            break
+        exact = np.maximum(exact, least)
+    whole: npt.NDArray[np.int64] = np.floor(exact + 1e-9).astype(np.int64)
+    order = np.argsort(-(exact - whole), kind="stable")
+    whole[order[: total - int(whole.sum())]] += 1
+    return whole
+
+
+class BatchShares(Act):
+    """Gives each rank a share of every global batch in proportion to its measured speed.
+
+    Exact, because the contract holds for uneven shares: the step's gradient is that of the global batch
+    however it is split. Speed is samples per second of computation, the median over the last `every`
+    exchanges; what a rank waits for others does not count. A new plan is made only where it is predicted to
+    shorten the step by at least `gain` more than noise would feign, so that noise moves nothing.
+
+    Args:
+        batch_size: samples in a global batch, over all ranks; fixed.
+        every: exchanges between two looks.
+        gain: least predicted saving, as a share of the step's time without communication.
+        least: samples that each rank keeps.
+        delay: steps from a decision until it holds, at least as many as a loader prefetches:
+            ``num_workers * prefetch_factor`` of a PyTorch DataLoader.
+
+    Raises:
+        ConfigError: an argument that cannot be used.
+    """
+
+    of = "communication"
+
+    def __init__(
+        self, batch_size: int, *, every: int = 10, gain: float = 0.05, least: int = 1, delay: int = 0
+    ) -> None:
+        for name, value, low in (
+            ("batch_size", batch_size, 1),
+            ("every", every, 1),
+            ("least", least, 0),
+            ("delay", delay, 0),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int) or value < low:
+                raise ConfigError(f"{name}={value!r} of BatchShares must be an integer of at least {low}")
+        if not 0 <= gain < 1:
+            raise ConfigError(f"gain={gain!r} of BatchShares must lie in [0, 1)")
+        self.batch_size, self.every, self.gain = batch_size, every, gain
+        self.least, self.delay = least, delay
+        self.rank: int | None = None
+        self.step = 0  # the last closed one
+
+    def begin(self, rank: int, size: int) -> None:
+        """Start with even shares."""
+        self.rank = rank
+        self.step = 0
+        self._before = (0, 0)  # the closed ones before it
+        self._period: SyncPeriod | None = None
+        self._from = [0]
+        self._plans = [apportion(self.batch_size, np.ones(size), self.least)]
+        self._seconds: list[Array] = []
+
+    def sizes_at(self, step: int) -> npt.NDArray[np.int64]:
+        """Return each rank's samples in step number `step`, from 1; int64 ``(ranks,)``.
+
+        Raises:
+            UsageError: a step so far ahead that a decision may still change it.
+        """
+        if self.rank is None:
+            raise UsageError("the ranks are not known yet: make the DistributedOptimizer before the batches")
+        # Between two exchanges nothing is decided.
+        known = 1 if self._period is None else self._period.period
+        if step > self.step + known + self.delay:
+            raise UsageError(
+                f"the batch of step {step} was asked for after step {self.step}: a loader that reads ahead "
+                f"needs BatchShares(..., delay={step - self.step - known}) or more"
+            )
+        return self._at(step)
+
+    def _at(self, step: int) -> npt.NDArray[np.int64]:
+        return self._plans[bisect.bisect_right(self._from, step) - 1]
+
+    @property
+    def sizes(self) -> npt.NDArray[np.int64]:
+        """Each rank's samples in the next step."""
+        return self.sizes_at(self.step + 1)
+
+    def close(self, term: Any, step: Closed) -> Sequence[Decision]:
+        """Measure, and plan anew if it is time and worth it."""
+        computation = step.column("computation")  # of the step (or stretch) before this one
+        (start, end), self._before = self._before, (self.step, step.step)
+        self.step = step.step
+        self._period = next((act for act in term.acts if isinstance(act, SyncPeriod)), None)
+        # The first steps compile, allocate and connect.
+        if end < 3 or (computation <= 0).any():
+            return ()
+        samples = np.sum([self._at(one) for one in range(start + 1, end + 1)], axis=0)
+        self._seconds.append(computation / np.maximum(samples, 1))
+        if len(self._seconds) < self.every:
+            return ()
+        measured, self._seconds = np.array(self._seconds), []
+        per_sample = np.median(measured, axis=0)
+        current = self._plans[-1]
+        if self._from[-1] > step.step:  # a decision that does not hold yet
+            return ()
+        planned = apportion(self.batch_size, 1.0 / per_sample, self.least)
+        before, after = float((current * per_sample).max()), float((planned * per_sample).max())
+        least = self.gain + _by_chance(measured / per_sample)
+        if before - after < least * before or (planned == current).all():
+            return ()
+        self._from.append(step.step + 1 + self.delay)
+        self._plans.append(planned)
+        slowest = int(np.argmax(current * per_sample))
+        return [
+            Decision(
+                step.step,
+                "batch sizes",
+                current.tolist(),
+                planned.tolist(),
+                f"rank {slowest} computes {before:.4g} s a step, as long as any; in proportion to speed "
+                f"the longest takes {after:.4g} s ({1 - after / before:.0%} less)",
+            )
+        ]
+
+
+def _by_chance(relative: Array) -> float:
+    """Return by what share the largest of many ranks' medians lies too high by noise alone.
+
+    Of thousands of ranks some always look slow, and shares made from that would change at every look.
+
+    Args:
+        relative: measurements over their rank's median, ``(measurements, ranks)``.
+    """
+    count, ranks = relative.shape
+    scatter = 1.4826 * float(np.median(np.abs(relative - 1.0)))  # standard deviation, were it normal
+    of_median = 1.2533 * scatter / math.sqrt(count)
+    # The largest of so many standard normals is expected here (Blom 1958).
+    return of_median * NormalDist().inv_cdf((ranks - 0.375) / (ranks + 0.25))
+
+
+class SharedBatches:
+    """This rank's part of every global batch of one epoch, as lists of indices.
+
+    The same permutation on all ranks, cut into global batches, each cut by the shares that hold at its
+    step: together the ranks see every sample exactly once. Use it as ``batch_sampler`` of a PyTorch
+    DataLoader, or iterate over it. Iterating again is the next epoch.
+
+    Args:
+        samples: how many the data set has.
+        shares: the plan; its rank must be known (make the optimizer first).
+        shuffle: permute the samples, anew each epoch.
+        seed: of the permutation; equal on all ranks.
+        drop_last: leave out a last batch that is not whole.
+    """
+
+    def __init__(
+        self,
+        samples: int,
+        shares: BatchShares,
+        *,
+        shuffle: bool = True,
+        seed: int = 0,
+        drop_last: bool = False,
+    ) -> None:
+        if samples < 0:
+            raise ConfigError(f"samples={samples!r} must be at least 0")
+        self.samples, self.shares, self.shuffle, self.seed = samples, shares, shuffle, seed
+        self.drop_last = drop_last
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        """Return how many steps an epoch has."""
+        whole, rest = divmod(self.samples, self.shares.batch_size)
+        return whole + bool(rest and not self.drop_last)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Give this rank's indices, step by step."""
+        epoch, self.epoch = self.epoch, self.epoch + 1
+        order = np.arange(self.samples)
+        if self.shuffle:
+            order = np.random.default_rng([self.seed, epoch]).permutation(self.samples)
+        first = self.shares.step + 1
+        size = self.shares.batch_size
+        for number in range(len(self)):
+            batch = order[number * size : (number + 1) * size]
+            sizes = self.shares.sizes_at(first + number)
+            if len(batch) < size:
+                sizes = apportion(len(batch), sizes)
+            assert self.shares.rank is not None
+            start = int(sizes[: self.shares.rank].sum())
+            yield batch[start : start + int(sizes[self.shares.rank])].tolist()

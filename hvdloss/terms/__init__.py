@@ -1,0 +1,9 @@
+"""The terms that are measured per rank and priced: C(k), D(k), and what your own term builds on."""
+
+from __future__ import annotations
+
+from hvdloss.term import Act, Batch, Closed, Decision, Term, Travel
+from hvdloss.terms.communication import CommunicationCost
+from hvdloss.terms.skew import DataSkew
+
+__all__ = ["Act", "Batch", "Closed", "CommunicationCost", "DataSkew", "Decision", "Term", "Travel"]
