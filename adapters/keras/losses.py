@@ -16,12 +16,13 @@ import tensorflow as tf
 import keras
 from hvdloss.errors import ConfigError
 from hvdloss.keras._backend import CompileLoss, get_keras_mask, squeeze_or_expand_to_same_rank
-from hvdloss.reduction import Contribution
 from hvdloss.report import StepReport
 from hvdloss.tensorflow.books import Books
 from hvdloss.tensorflow.exchange import Exchange
 from hvdloss.tensorflow.objective import Objective as TensorFlowObjective
+from hvdloss.tensorflow.objective import Told
 from hvdloss.tensorflow.ops import TensorFlowOps
+from hvdloss.term import Term
 
 __all__ = ["ExactCompileLoss", "ExactMean", "Objective"]
 
@@ -96,7 +97,9 @@ class Objective(keras.losses.Loss):
             constructed with ``reduction=None``.
         reduction: ``"mean"``, ``"sum"``, ``"batch_mean"`` or ``"sequence_mean"``, see
             :class:`hvdloss.tensorflow.Objective`.
-        terms: none yet.
+        terms: what is measured per rank, priced and acted on: :class:`hvdloss.CommunicationCost`,
+            :class:`hvdloss.DataSkew`, your own subclasses of :class:`hvdloss.Term`. At most one of a
+            model's losses may have terms.
         process_set: the Horovod process set whose ranks share the step; None for all.
         name: of the loss in Keras.
 
@@ -109,7 +112,7 @@ class Objective(keras.losses.Loss):
         loss: str | Callable[..., Any],
         *,
         reduction: str = "mean",
-        terms: tuple[Any, ...] = (),
+        terms: tuple[Term, ...] = (),
         process_set: Any = None,
         name: str | None = None,
     ) -> None:
@@ -126,6 +129,7 @@ class Objective(keras.losses.Loss):
         self._exact = _SampleWise(function, reduction=reduction, terms=terms, process_set=process_set)
         self.reduction = self._exact.reduction
         self.books = self._exact.books
+        self.controller = self._exact.controller
 
     @property
     def process_set(self) -> Any:
@@ -137,7 +141,14 @@ class Objective(keras.losses.Loss):
         """The report of the last reduced step, equal on all ranks; None before the first."""
         return self._exact.last_step
 
-    def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> tf.Tensor:
+    def prepare(self) -> None:
+        """Let the terms measure what they need before the first step of a training loop of your own.
+
+        See :meth:`hvdloss.tensorflow.Objective.prepare`; ``fit`` calls it by itself.
+        """
+        self._exact.prepare()
+
+    def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None, *, keys: Any = None) -> tf.Tensor:
         """Return the local loss of these elements, a scalar tensor.
 
         Args:
@@ -145,16 +156,18 @@ class Objective(keras.losses.Loss):
             y_pred: predictions; the class axis is the last. Their Keras mask counts as a weight.
             sample_weight: None, or one weight per sample or element. An element of weight zero is
                 absent: its loss may be NaN.
+            keys: what terms may group elements by (``DataSkew(of="keys")``). ``fit`` has no place for
+                them: there ``DataSkew(label=...)`` finds them in the targets.
 
         Raises:
             ShapeError: `sample_weight` does not fit, or no token axis for ``"sequence_mean"``.
 
         Collectives: none.
         """
-        part = self.contribute(y_true, y_pred, sample_weight)
-        return self.books.announced(part.mean(_OPS), part.row(_OPS))
+        told = self.contribute(y_true, y_pred, sample_weight, keys=keys)
+        return self.books.announced(told.with_penalty(told.mean()), told.row())
 
-    def contribute(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Contribution:
+    def contribute(self, y_true: Any, y_pred: Any, sample_weight: Any = None, *, keys: Any = None) -> Told:
         """Return what these elements add to a step, without telling anybody. Collectives: none."""
         weight = _with_mask(sample_weight, y_pred)
         y_pred, y_true = tf.convert_to_tensor(y_pred), tf.convert_to_tensor(y_true)
@@ -166,7 +179,7 @@ class Objective(keras.losses.Loss):
                 y_true = tf.cast(y_true, tf.int64)  # class indices that came as floats
         else:
             y_pred, y_true = squeeze_or_expand_to_same_rank(y_pred, y_true)
-        return self._exact.contribute(y_pred, y_true, weight)
+        return self._exact.contribute(y_pred, y_true, weight, keys=keys)
 
     def plain(self, y_true_dtype: Any = None) -> Any:
         """Return a loss of Keras that says nearly the same, for saved models, or None."""
@@ -212,28 +225,28 @@ class _Leaf:
 
     def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> tf.Tensor:
         if isinstance(self.loss, Objective):
-            part = self.loss.contribute(y_true, y_pred, sample_weight)
+            told = self.loss.contribute(y_true, y_pred, sample_weight)
         else:
-            part = self._contribute(y_true, y_pred, sample_weight)
-        return self.owner.collect(self.number, part)
+            told = self._contribute(y_true, y_pred, sample_weight)
+        return self.owner.collect(self.number, told)
 
-    def _contribute(self, y_true: Any, y_pred: Any, sample_weight: Any) -> Contribution:
+    def _contribute(self, y_true: Any, y_pred: Any, sample_weight: Any) -> Told:
         """Return numerator and denominator as ``keras.losses.Loss`` would divide them."""
         loss = self.loss
         mask = get_keras_mask(y_pred) if tf.is_tensor(y_pred) else None
         weight = _with_mask(sample_weight, y_pred)
         y_pred = keras.tree.map_structure(lambda x: keras.ops.convert_to_tensor(x, dtype=loss.dtype), y_pred)
         y_true = keras.tree.map_structure(lambda x: keras.ops.convert_to_tensor(x, dtype=loss.dtype), y_true)
-        part = self._exact.contribute(y_pred, y_true, weight)
+        part = self._exact.contribute(y_pred, y_true, weight).part
         if loss.reduction == "mean_with_sample_weight":
-            return part
+            return Told(part)
         if loss.reduction in (None, "none", "sum"):
-            return dataclasses.replace(part, denominator=_OPS.scalar64(1.0 / self.owner.size, y_pred))
+            return Told(dataclasses.replace(part, denominator=_OPS.scalar64(1.0 / self.owner.size, y_pred)))
         entries = self._exact.entries
         if mask is not None:
             counted = tf.cast(mask, tf.float64)
             entries *= tf.reduce_sum(counted) / tf.cast(tf.size(mask), tf.float64)
-        return dataclasses.replace(part, denominator=entries)
+        return Told(dataclasses.replace(part, denominator=entries))
 
 
 class ExactCompileLoss(CompileLoss):
@@ -243,14 +256,19 @@ class ExactCompileLoss(CompileLoss):
     gradients. Several losses have several denominators; those of all ranks are summed in one small
     all-reduce, which depends on weights and masks only and so starts before the forward pass ends, and
     each loss's gradient is scaled to its share. A penalty is not scaled, and counts once.
+
+    Args:
+        like: what Keras made of the losses.
+        exchange: how normalisers travel.
+        acting: the loss among them that has terms, whose books then are the model's; or None.
     """
 
-    def __init__(self, like: CompileLoss, exchange: Exchange) -> None:
+    def __init__(self, like: CompileLoss, exchange: Exchange, acting: Objective | None = None) -> None:
         super().__init__(like._user_loss, like._user_loss_weights, output_names=like.output_names)
-        self.books = Books()
+        self.books = Books() if acting is None else acting.books
         self.exchange = exchange
         self.denominator: Any = None  # of the last call, while it is traced
-        self._parts: list[Contribution] = []
+        self._parts: list[Told] = []
 
     @property
     def size(self) -> int:
@@ -269,23 +287,25 @@ class ExactCompileLoss(CompileLoss):
         self._flat_losses = [
             one._replace(loss=_Leaf(one.loss, number, self)) for number, one in enumerate(self._flat_losses)
         ]
+        if self.several:  # whose combined rows are means
+            self.books.reduction = "mean"
         for number, metric in enumerate(self.metrics):
             self.metrics[number] = ExactMean(self, name=metric.name)
 
-    def collect(self, number: int, part: Contribution) -> tf.Tensor:
+    def collect(self, number: int, told: Told) -> tf.Tensor:
         """Take what one loss contributed; return its local value, scaled in the backward pass."""
-        value = part.mean(_OPS)
-        self._parts.append(part)
-        self.denominator = part.denominator
+        value = told.mean()
+        self._parts.append(told)
+        self.denominator = told.part.denominator
         if not self.several:
-            return value
+            return told.with_penalty(value)
         shares = self._shares
 
         @tf.custom_gradient
         def scaled(x: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor], tf.Tensor]]:
             return tf.identity(x), lambda upstream: upstream * tf.cast(shares()[number], upstream.dtype)
 
-        return scaled(value)
+        return told.with_penalty(scaled(value))
 
     def call(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
         """Return the local total loss, as Keras does."""
@@ -295,17 +315,17 @@ class ExactCompileLoss(CompileLoss):
         if not parts:
             return total
         if not self.several:
-            return self.books.announced(total, parts[0].row(_OPS))
+            return self.books.announced(total, parts[0].row())
         self.denominator = None
         return self.books.announced(total, lambda: self._combined(parts))
 
-    def _sharing(self, parts: list[Contribution]) -> Callable[[], list[tf.Tensor]]:
+    def _sharing(self, parts: list[Told]) -> Callable[[], list[tf.Tensor]]:
         """Return a function of the backward pass that gives each loss's factor and its global inverse."""
         found: list[Any] = []
 
         def shares() -> list[tf.Tensor]:
             if not found:
-                mine = tf.stack([*(p.denominator for p in parts), tf.ones((), tf.float64)])
+                mine = tf.stack([*(told.part.denominator for told in parts), tf.ones((), tf.float64)])
                 mine = tf.where(tf.math.is_finite(mine), mine, tf.zeros_like(mine))
                 sums = tf.reduce_sum(self.normalisers(mine), 0)
                 inverse = tf.math.divide_no_nan(sums[-1], sums[:-1])  # active ranks / global denominator
@@ -319,17 +339,20 @@ class ExactCompileLoss(CompileLoss):
         """Return all ranks' denominators and activity, ``(size, losses + 1)``. One small all-reduce."""
         return self.exchange.sum_table(mine, "normalisers")
 
-    def _combined(self, parts: list[Contribution]) -> tf.Tensor:
-        """Return the ledger row of all losses together: their exact total, of denominator 1."""
+    def _combined(self, parts: list[Told]) -> tf.Tensor:
+        """Return the row of all losses together: their exact total, of denominator 1."""
         inverse = self._inverse()
-        rows = [part.row(_OPS) for part in parts]
+        rows = [told.part.row(_OPS) for told in parts]
         weights = [1.0 if one.loss_weights is None else one.loss_weights for one in self._flat_losses]
         numerator = tf.add_n(
             [c * row[0] * inverse[i] for i, (c, row) in enumerate(zip(weights, rows, strict=True))]
         )
         one = tf.ones((), tf.float64)
         total = tf.add_n(rows)
-        return tf.stack([numerator, one, total[2], total[3], one, total[5], total[6], total[7]])
+        row = tf.stack([numerator, one, total[2], total[3], one, total[5], total[6], total[7]])
+        # One objective at most has terms; where it stands for several outputs their sums add up.
+        sums = [tf.concat(told.sums, 0) for told in parts if told.sums]
+        return tf.concat([row, tf.add_n(sums)], 0) if sums else row
 
 
 class ExactMean(keras.metrics.Mean):

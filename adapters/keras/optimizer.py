@@ -10,13 +10,14 @@ import tensorflow as tf
 
 import keras
 from hvdloss.communicator import included
+from hvdloss.control.period import SyncPeriod
 from hvdloss.errors import ConfigError
 from hvdloss.keras._backend import hvd
+from hvdloss.keras.local import Stretch, check_local
 from hvdloss.keras.losses import ExactCompileLoss, Objective
-from hvdloss.ledger import WIDTH
 from hvdloss.report import StepReport
 from hvdloss.tensorflow.books import Books
-from hvdloss.tensorflow.exchange import Exchange, check_options, scaled, tied
+from hvdloss.tensorflow.exchange import Exchange, check_acts, check_options, scaled, tied
 from hvdloss.tensorflow.objective import Objective as TensorFlowObjective
 
 __all__ = ["DistributedOptimizer", "PartialDistributedOptimizer", "engine_of"]
@@ -40,6 +41,7 @@ class _Engine:
         self.op = op
         self.scale_local = scale_local
         self.local: set[int] = set()
+        self.stretch: Stretch | None = None  # of local steps, where terms decide on their number
         # Without an objective or a compiled loss every backward pass weighs the same, as in Horovod.
         self.books = Books() if objective is None else objective.books
         self.lenient = objective is None
@@ -58,11 +60,42 @@ class _Engine:
         self.reduced: Any = None
         self.done = 0
 
-    def listen(self, compile_loss: ExactCompileLoss | None) -> None:
-        """Have the compiled loss of a model tell the weight of each backward pass."""
+    def listen(self, compile_loss: ExactCompileLoss, optimizer: Any) -> None:
+        """Have the compiled loss of a model tell the weight of each backward pass.
+
+        Raises:
+            ConfigError: terms of the optimizer's objective, which the model does not have; what terms do
+                about what they measure cannot be done here.
+        """
+        given = self.objective
+        if given is not None and given.controller.terms and given.books is not compile_loss.books:
+            raise ConfigError(
+                "the objective given to DistributedOptimizer has terms, but the model was compiled with "
+                "another loss, of which they would see nothing; compile the model with loss=objective"
+            )
         self.compile_loss = compile_loss
-        if compile_loss is not None:
-            self.books, self.lenient = compile_loss.books, False
+        self.books, self.lenient = compile_loss.books, False
+        # What was traced for another loss, and rows of another width, are of no use.
+        self.window, self.idle_steps = None, {}
+        self.follow(optimizer)
+
+    def follow(self, optimizer: Any) -> None:
+        """Prepare for what the objective's terms may decide.
+
+        Raises:
+            ConfigError: it cannot be done here.
+        """
+        controller = self.books.controller
+        check_acts(controller, self.exchange.compression)
+        self.stretch = None
+        if controller.act(SyncPeriod) is not None:
+            check_local(optimizer, self.local)
+            self.stretch = Stretch(self.books, self.exchange, optimizer.gradient_accumulation_steps or 1)
+
+    def begin(self) -> None:
+        """Have the terms start with the present ranks, unless they have."""
+        if self.books.controller.terms:
+            self.books.begin(self.exchange.process_set.rank(), self.exchange.size)
 
     @property
     def included(self) -> bool:
@@ -71,6 +104,9 @@ class _Engine:
 
     def took(self, optimizer: Any, gradients: list[Any], variables: Sequence[Any]) -> list[Any]:
         """Take the gradients of one backward pass; return them as Keras is to add them up."""
+        self.begin()
+        if self.stretch is not None:
+            self.stretch.build(optimizer)
         row = self.books.take(lenient=self.lenient) if self.idle is None else self.idle
         self.row, self.factor = row, None
         self.variables = list(variables)
@@ -86,7 +122,7 @@ class _Engine:
             if self.window is None:
                 with tf.init_scope():
                     self.window = tf.Variable(
-                        tf.zeros(WIDTH, tf.float64), trainable=False, name="hvdloss_window"
+                        tf.zeros(self.books.width, tf.float64), trainable=False, name="hvdloss_window"
                     )
             self.window.assign_add(row)
             self.row = self.window.read_value()
@@ -104,6 +140,7 @@ class _Engine:
             [self.variables[i] for i in shared],
             self.row,
             factor=self.factor,
+            compress=self.books.compress,
         )
         self.books.choices = self.exchange.choices
         total = tf.reduce_sum(table[:, 1])
@@ -122,12 +159,20 @@ class _Engine:
 
     def settle(self, gradients: list[Any], table: tf.Tensor) -> list[Any]:
         """Judge the step and keep its report; return gradients that cannot be used before that."""
-        after = self.books.close(table)
+        after = self.books.close(table, self.exchange.travel(self.books.compressing))
         if self.window is not None:
             with tf.control_dependencies([*after, self.row]):
-                done = self.window.assign(tf.zeros(WIDTH, tf.float64))
+                done = self.window.assign(tf.zeros_like(self.window))
             after = after and [*after, done.op]
         return tied(gradients, after)
+
+    def own(self, optimizer: Any, gradients: list[Any]) -> list[Any]:
+        """Return the gradient of this rank's elements alone, for a local step."""
+        assert self.stretch is not None
+        if self.factor is not None:
+            share = tf.math.divide_no_nan(tf.constant(self.factor, tf.float64), self.row[1])
+            gradients = [scaled(g, share) for g in gradients]
+        return self.stretch.pulled(gradients, [optimizer._get_variable_index(v) for v in self.variables])
 
 
 class _Exact:
@@ -150,6 +195,11 @@ class _Exact:
         first = next((g for g in reversed(grads) if g is not None), None)
         with tf.control_dependencies([] if first is None or tf.executing_eagerly() else [_values(first)]):
             self._base.apply(self, grads, trainable_variables)
+        stretch = self._hvd.stretch
+        if stretch is not None and stretch.built:
+            # Not before the step is counted, so that an error leaves it counted on every rank.
+            with tf.control_dependencies([tf.convert_to_tensor(self._iterations)]):  # type: ignore[attr-defined]
+                stretch.exchange_if_due()
 
     def _backend_apply_gradients(self, grads: list[Any], trainable_variables: list[Any]) -> None:
         engine = self._hvd
@@ -157,10 +207,28 @@ class _Exact:
             self._base._backend_apply_gradients(self, grads, trainable_variables)
             return
         grads = engine.took(self, list(grads), trainable_variables)
-        if engine.ending:
-            self._end(grads, trainable_variables)
-        else:
+        if engine.stretch is None and not engine.ending:
             self._base._backend_apply_gradients(self, grads, trainable_variables)
+            return
+        steps = self.gradient_accumulation_steps  # type: ignore[has-type]
+        if not steps:
+            self._step(grads, trainable_variables)
+            return
+        places = [self._get_variable_index(v) for v in trainable_variables]  # type: ignore[attr-defined]
+        gathered = [self._accumulated_gradients[place] for place in places]  # type: ignore[attr-defined]
+
+        def gather() -> tf.Tensor:
+            self._backend_increment_gradient_accumulators(grads, gathered)  # type: ignore[attr-defined]
+            return tf.constant(False)
+
+        def step() -> tf.Tensor:
+            whole = [(g + a) / steps for g, a in zip(grads, gathered, strict=True)]
+            return self._step(whole, trainable_variables)
+
+        if engine.ending:
+            step()
+        else:
+            tf.cond(tf.equal((self._iterations + 1) % steps, 0), step, gather)  # type: ignore[attr-defined]
 
     def _clip_gradients(self, grads: list[Any]) -> list[Any]:
         engine = self._hvd
@@ -171,33 +239,69 @@ class _Exact:
             grads = engine.settle(reduced, table)
         return self._base._clip_gradients(self, grads)
 
-    def _end(self, grads: list[Any], trainable_variables: list[Any]) -> None:
-        """Do a step to which this rank adds nothing, unless no rank adds anything."""
+    def _step(self, grads: list[Any], trainable_variables: list[Any]) -> tf.Tensor:
+        """Do a step with all of its gradients: together with the other ranks, or alone."""
+        engine, stretch = self._hvd, self._hvd.stretch
+
+        def together() -> tf.Tensor:
+            reduced, table = engine.reduce(self, grads)
+            if not engine.ending:
+                return self._update(engine.settle(reduced, table), trainable_variables)
+            # This rank adds nothing; neither does any other, and there is no step.
+            anything = tf.reduce_sum(table[:, 4]) > 0
+            assert engine.ended is not None
+            engine.ended.assign(~anything)
+            return tf.cond(
+                anything,
+                lambda: self._update(engine.settle(reduced, table), trainable_variables),
+                lambda: tf.constant(False),
+            )
+
+        def alone() -> tf.Tensor:
+            assert stretch is not None
+            sound = stretch.count(engine.row)
+            if engine.window is not None:
+                engine.window.assign(tf.zeros_like(engine.window))
+            return tf.cond(
+                sound,
+                lambda: self._update(engine.own(self, grads), trainable_variables),
+                lambda: self._forget(),
+            )
+
+        return together() if stretch is None else tf.cond(stretch.local, alone, together)
+
+    def _update(self, grads: list[Any], trainable_variables: list[Any]) -> tf.Tensor:
+        """Clip and apply gradients that are not to be reduced, or added up, any more."""
         engine = self._hvd
-        steps = self.gradient_accumulation_steps  # type: ignore[has-type]
-        if steps:
-            grads = [
-                (g + self._accumulated_gradients[self._get_variable_index(v)]) / steps  # type: ignore[attr-defined]
-                for g, v in zip(grads, trainable_variables, strict=True)
-            ]
-        reduced, table = engine.reduce(self, grads)
-        anything = tf.reduce_sum(table[:, 4]) > 0
-        assert engine.ended is not None
-        engine.ended.assign(~anything)
+        steps = self.gradient_accumulation_steps
+        engine.reduced, self.gradient_accumulation_steps = grads, None
+        try:
+            self._base._backend_apply_gradients(self, grads, trainable_variables)
+        finally:
+            engine.reduced, self.gradient_accumulation_steps = None, steps
+        return self._forget()
 
-        def update() -> tf.Tensor:
-            engine.reduced = engine.settle(reduced, table)
-            self.gradient_accumulation_steps = None
-            try:
-                self._base._backend_apply_gradients(self, engine.reduced, trainable_variables)
-            finally:
-                engine.reduced = None
-                self.gradient_accumulation_steps = steps
-            if steps:
-                self._backend_reset_gradient_accumulators()  # type: ignore[attr-defined]
-            return tf.constant(True)
+    def _forget(self) -> tf.Tensor:
+        """Drop gradients that were added up for this step."""
+        if self.gradient_accumulation_steps:
+            self._backend_reset_gradient_accumulators()  # type: ignore[attr-defined]
+        return tf.constant(True)
 
-        tf.cond(anything, update, lambda: tf.constant(False))
+    def exchange(self) -> None:
+        """Average the ranks' parameters now, after local steps; nothing where they are equal.
+
+        Before evaluating or saving a model in the middle of a stretch of local steps
+        (:class:`hvdloss.control.SyncPeriod`) in a loop of your own; ``fit`` does it at the end of every
+        epoch. All ranks must call it, eagerly, after the same step.
+
+        Raises:
+            WeightError, NoWeightError, NonFiniteLossError, UsageError, ConfigError: the same on every
+                rank; parameters are those of the last exchange again.
+
+        Collectives: one all-reduce of the parameters per dtype, and one of the ledgers before it.
+        """
+        if self._hvd.stretch is not None and self._hvd.included:
+            self._hvd.stretch.exchange()
 
     @property
     def last_step(self) -> StepReport | None:
@@ -215,7 +319,10 @@ class _Exact:
             raise ConfigError(
                 "register_local_var needs a built optimizer: call optimizer.build(variables) first"
             )
-        self._hvd.local.add(self._get_variable_index(variable))  # type: ignore[attr-defined]
+        place = self._get_variable_index(variable)  # type: ignore[attr-defined]
+        if self._hvd.stretch is not None:
+            check_local(self, {place})
+        self._hvd.local.add(place)
 
 
 class _ExactScale:
@@ -330,11 +437,15 @@ def DistributedOptimizer(
         ``isinstance`` see it, are what they were. It has ``last_step``, a :class:`hvdloss.StepReport`.
 
     Raises:
-        ConfigError: an argument that cannot be used.
+        ConfigError: an argument that cannot be used; terms whose acts cannot be followed here:
+            :class:`hvdloss.control.SyncPeriod` with a ``LossScaleOptimizer``, with ``use_ema``, or with
+            local variables, and ``AdaptiveCompression`` with `compression`.
 
     Collectives per step: one all-reduce per bucket of dense gradients, two all-gathers per sparse
-    one, one all-reduce of the ranks' ledgers (``size`` x 10 float64), all under way together; one small
-    one more for a model of several losses, and for a ``LossScaleOptimizer``.
+    one, one all-reduce of the ranks' ledgers (``size`` x 13 float64 and what terms tell), all under way
+    together; one small one more for a model of several losses, and for a ``LossScaleOptimizer``. After
+    local steps (``SyncPeriod``) instead, once per stretch: one all-reduce of the ledgers, then one of the
+    parameters per dtype.
     """
     if groups is None and num_groups:
         groups = num_groups
@@ -387,7 +498,9 @@ def DistributedOptimizer(
         device_sparse=device_sparse,
         bucket_cap_mb=bucket_cap_mb,
     )
-    inner._hvd = _Engine(objective, exchange, op, scale_local_gradients)
+    engine = _Engine(objective, exchange, op, scale_local_gradients)
+    engine.follow(optimizer)
+    inner._hvd = engine
     as_exact_class(inner)
     if inner is not optimizer:
         as_exact_class(optimizer)

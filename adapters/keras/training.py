@@ -19,7 +19,7 @@ from hvdloss.keras._backend import TensorFlowTrainer, Trainer
 from hvdloss.keras.losses import ExactCompileLoss, ExactMean, Objective
 from hvdloss.keras.optimizer import as_exact_class, engine_of
 from hvdloss.plan import ParameterInfo
-from hvdloss.tensorflow.books import fault
+from hvdloss.tensorflow.books import translated
 from hvdloss.tensorflow.exchange import empty_row
 from hvdloss.tensorflow.guard import check_synchronized, checksums, parameter_name
 from hvdloss.tensorflow.ops import communicator_of
@@ -76,15 +76,24 @@ def _compiled(model: Any) -> None:
         for process_set in sets.values():
             if process_set is not None and process_set is not engine.exchange.process_set:
                 raise ConfigError("objective and optimizer were given different process sets")
+        ours = {id(x): x for x in losses if isinstance(x, Objective)}.values()
+        acting = [loss for loss in ours if loss.controller.terms]
+        if len(acting) > 1:
+            raise ConfigError(
+                f"loss: {len(acting)} objectives of the model have terms, but a step is measured and decided "
+                f"on once; give terms= to one of them only"
+            )
         for loss in losses:
             if isinstance(loss, Objective):
                 loss._exact.process_set = engine.exchange.process_set
                 loss._exact.passes = _passes(model.optimizer)
         with keras.src.utils.tracking.DotNotTrackScope():
-            model._compile_loss = ExactCompileLoss(model._compile_loss, engine.exchange)
+            model._compile_loss = ExactCompileLoss(
+                model._compile_loss, engine.exchange, acting[0] if acting else None
+            )
             model._loss_tracker = ExactMean(model._compile_loss, name="loss")
             model._compile_config = _PlainConfig(model._compile_config)
-        engine.listen(model._compile_loss)
+        engine.listen(model._compile_loss, model.optimizer)
 
 
 def _passes(optimizer: Any) -> int:
@@ -109,8 +118,14 @@ def run_idle_step(model: Any, *, ending: bool = False) -> bool:
     inner = getattr(optimizer, "inner_optimizer", optimizer)
     if not inner.built:
         optimizer.build(model.trainable_variables)
+    engine.begin()
     if engine.ended is None:
         engine.ended = tf.Variable(False, trainable=False, name="hvdloss_ended")
+    engine.ended.assign(False)
+    stretch = engine.stretch
+    if stretch is not None:
+        stretch.build(inner)
+        stretch.surplus.assign(0)
     steps = _passes(optimizer)
     before = int(inner._iterations)  # `iterations` counts updates
     skipped = steps - 1 - before % steps if ending else 0
@@ -141,11 +156,16 @@ def run_idle_step(model: Any, *, ending: bool = False) -> bool:
         nothing = [_nothing(v, engine, inner) for v in variables]
         engine.idle_steps[key] = tf.function(step, autograph=False), nothing
     function, nothing = engine.idle_steps[key]
-    function(nothing, empty_row())
-    ended = ending and bool(engine.ended)
-    if ended:
+    function(nothing, empty_row(engine.books.controller.width))
+    if not ending:
+        return False
+    if bool(engine.ended):
         inner._iterations.assign(before)
-    return ended
+        return True
+    # After local steps it shows at the exchange how many of them no rank had a batch in.
+    surplus = 0 if stretch is None else int(stretch.surplus)
+    inner._iterations.assign_sub(surplus * steps)
+    return surplus > 0
 
 
 def _nothing(variable: Any, engine: Any, inner: Any) -> Any:
@@ -196,8 +216,11 @@ class _Begin(keras.callbacks.Callback):
             "gradient_accumulation_steps": _passes(model.optimizer),
             "optimizer": model.optimizer.__class__.__name__,
             **self.engine.exchange.tuning.shared(),
+            **self.engine.books.controller.settings(),
         }
         _agree_on_model(self.communicator(), model, settings)
+        self.engine.begin()
+        self.engine.books.controller.prepare(self.communicator())
         steps = self.params.get("steps")
         counts = self.communicator().gather(str(-1 if steps is None else steps).encode(), "hvdloss.steps")
         self.counts = [None if int(text) < 0 else int(text) for text in counts]
@@ -214,7 +237,7 @@ class _Begin(keras.callbacks.Callback):
             self._stay_in_step()
 
     def _stay_in_step(self) -> None:
-        """Do this epoch's remaining steps of the other ranks."""
+        """Do this epoch's remaining steps of the other ranks, and end with weights that are equal."""
         self.training = False
         if not self.engine.included or len(self.counts) < 2:
             return
@@ -225,6 +248,8 @@ class _Begin(keras.callbacks.Callback):
         else:
             while not run_idle_step(self.model, ending=True):
                 pass
+        if self.engine.stretch is not None:
+            self.engine.stretch.exchange()
 
 
 def _agree_on_model(communicator: Any, model: Any, settings: dict[str, Any]) -> None:
@@ -258,6 +283,8 @@ class SynchronizationCallback(keras.callbacks.Callback):
 
     def _check(self, when: str) -> None:
         engine = engine_of(self.model.optimizer)
+        if engine is not None and engine.stretch is not None and engine.stretch.pending:
+            return  # ranks are apart, and meant to be
         group = None if engine is None else engine.exchange.process_set
         shared = self.model.trainable_variables
         if engine is not None and engine.local:
@@ -310,18 +337,6 @@ def _with_ours(model: Any, callbacks: Any) -> Any:
 # -- the layer around Keras's methods -----------------------------------------------------------------
 
 
-def _translated(function: Any, *args: Any, **kwargs: Any) -> Any:
-    """Call, and raise our own error for one that crossed a TensorFlow graph."""
-    fault()
-    try:
-        return function(*args, **kwargs)
-    except tf.errors.OpError:
-        ours = fault()
-        if ours is None:
-            raise
-        raise ours from None
-
-
 def install() -> None:
     """Put the layer around Keras's methods; once."""
     if hasattr(Trainer.compile, "_hvdloss"):
@@ -353,13 +368,13 @@ def install() -> None:
             if len(args) > 5:
                 raise ConfigError("pass the arguments of fit after `verbose` by name")
         kwargs["callbacks"] = _with_ours(self, kwargs.get("callbacks"))
-        return _translated(plain_fit, self, *args, **kwargs)
+        return translated(plain_fit, self, *args, **kwargs)
 
     @functools.wraps(plain_train)
     def train_on_batch(self: Any, *args: Any, **kwargs: Any) -> Any:
         if engine_of(self.optimizer) is None:
             return plain_train(self, *args, **kwargs)
-        return _translated(plain_train, self, *args, **kwargs)
+        return translated(plain_train, self, *args, **kwargs)
 
     @functools.wraps(plain_evaluate)
     def evaluate(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -9,19 +9,25 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 import tensorflow as tf
-from hvdloss.errors import HvdlossError
+from hvdloss.control.compression import AdaptiveCompression
+from hvdloss.control.period import SyncPeriod
+from hvdloss.control.weights import Proximal
+from hvdloss.controller import Controller
 from hvdloss.ledger import FAULTS, WIDTH, judge, unpack
 from hvdloss.reduction import MEASURED
 from hvdloss.report import StepReport
+from hvdloss.term import Travel
 
-__all__ = ["Books", "fault"]
+__all__ = ["Books", "fault", "raise_fault", "translated"]
 
 # What crossed a graph as a TensorFlow error, so that those who own the call can raise the real one.
-_faults: list[HvdlossError] = []
+_faults: list[Exception] = []
 
 
-def fault() -> HvdlossError | None:
+def fault() -> Exception | None:
     """Return the last error that was raised inside a ``tf.function``, and forget it.
 
     TensorFlow turns every exception inside a function into one of its own, with our message in its text.
@@ -31,10 +37,21 @@ def fault() -> HvdlossError | None:
     return found
 
 
-def _raise_judgement(table: tf.Tensor, step: tf.Tensor) -> None:
-    error = judge(unpack(table.numpy()), int(step))
+def translated(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call, and raise our own error for one that crossed a TensorFlow graph."""
+    fault()
+    try:
+        return function(*args, **kwargs)
+    except tf.errors.OpError:
+        ours = fault()
+        if ours is None:
+            raise
+        raise ours from None
+
+
+def _judge(table: np.ndarray, step: int) -> None:
+    error = judge(unpack(table[:, :WIDTH]), step)
     if error is not None:
-        _faults[:] = [error]
         raise error
 
 
@@ -42,30 +59,114 @@ class Books:
     """The open ledger row of the passes since the last step, and the table of the last step.
 
     Created without side effects; its variables come into being with their first use, outside any graph.
+
+    Args:
+        controller: of the objective whose terms extend the rows; None for none.
+        reduction: of that objective.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, controller: Controller | None = None, reduction: str = "mean") -> None:
+        self.controller = Controller() if controller is None else controller
+        self.reduction = reduction
         self._variables: tuple[tf.Variable, tf.Variable, tf.Variable] | None = None
+        self._state: tf.Variable | None = None  # the terms' state, and what acts decided (see `_now`)
+        self._bound: tuple[int, int] | None = None
         self.choices: dict[str, Any] = {}  # of how gradients travel, for the report
+
+    @property
+    def width(self) -> int:
+        """How many numbers a row has: the ledger's, and the terms'."""
+        return WIDTH + self.controller.width
+
+    # -- what terms see, and what acts decided ----------------------------------------------------
+
+    def _now(self) -> np.ndarray:
+        """Return the terms' state; behind it the period, the proximal strength, and whether to compress."""
+        period = self.controller.act(SyncPeriod)
+        proximal = self.controller.act(Proximal)
+        compressing = self.compressing
+        decided = [
+            1.0 if period is None else period.period,
+            0.0 if proximal is None else proximal.mu,
+            0.0 if compressing is None else compressing.on,
+        ]
+        return np.concatenate([self.controller.state, decided])
+
+    def begin(self, rank: int, size: int) -> None:
+        """Have the terms start with these ranks, unless they have."""
+        if self._bound == (rank, size):
+            return
+        self._bound = (rank, size)
+        self.controller.begin(rank, size)
+        with tf.init_scope(), tf.device("CPU:0"):
+            if self._state is None:
+                self._state = tf.Variable(
+                    self._now(), trainable=False, dtype=tf.float64, name="hvdloss_state"
+                )
+            else:
+                self._state.assign(self._now())
+
+    @property
+    def state(self) -> tf.Tensor:
+        """What the terms want to see again in every batch, float64; after :meth:`begin`."""
+        assert self._state is not None
+        return self._state[:-3]
+
+    @property
+    def period(self) -> tf.Tensor:
+        """Steps between two exchanges, int64; after :meth:`begin`."""
+        assert self._state is not None
+        return tf.cast(self._state[-3], tf.int64)
+
+    @property
+    def pull(self) -> tf.Tensor:
+        """Strength of the proximal term, float64; after :meth:`begin`."""
+        assert self._state is not None
+        return self._state[-2]
+
+    @property
+    def compressing(self) -> AdaptiveCompression | None:
+        """The act that decides on compression, or None."""
+        return self.controller.act(AdaptiveCompression)
+
+    @property
+    def compress(self) -> tf.Tensor | None:
+        """Whether 16 bits travel, for objectives that decide it while they train; else None."""
+        if self._state is None or self.compressing is None:
+            return None
+        return self._state[-1] > 0
+
+    @property
+    def steps(self) -> tf.Variable:
+        """The number of steps that were closed, int64."""
+        return self._of(2)
+
+    # -- a step -----------------------------------------------------------------------------------
 
     def _of(self, which: int) -> tf.Variable:
         if self._variables is None:
             with tf.init_scope(), tf.device("CPU:0"):
                 self._variables = (
-                    # The sums of the rows since the last step, and of their squared denominators.
-                    tf.Variable(tf.zeros(MEASURED + 1, tf.float64), trainable=False, name="hvdloss_row"),
+                    # The sums of the rows since the last step, and of their squared denominators; then
+                    # those of the terms.
+                    tf.Variable(self._nothing(), trainable=False, name="hvdloss_row"),
                     tf.Variable(
-                        tf.zeros((0, WIDTH), tf.float64),
+                        tf.zeros((0, self.width), tf.float64),
                         trainable=False,
-                        shape=(None, WIDTH),
+                        shape=(None, self.width),
                         name="hvdloss_table",
                     ),
                     tf.Variable(0, trainable=False, dtype=tf.int64, name="hvdloss_step"),
                 )
         return self._variables[which]
 
+    def _nothing(self) -> tf.Tensor:
+        return tf.zeros(MEASURED + 1 + self.controller.width, tf.float64)
+
     def announced(self, loss: tf.Tensor, row: tf.Tensor | Callable[[], tf.Tensor]) -> tf.Tensor:
-        """Return `loss`; a backward pass through it enters `row` (``MEASURED`` float64 sums).
+        """Return `loss`; a backward pass through it enters `row`.
+
+        float64: ``MEASURED`` sums, and those of the terms.
 
         A function is called for the row in the backward pass.
         """
@@ -84,14 +185,17 @@ class Books:
 
     def enter(self, row: tf.Tensor) -> tf.Tensor:
         """Add the row of one backward pass; in a graph, return what does it."""
-        return self._of(0).assign_add(tf.concat([row, row[1:2] ** 2], 0))
+        parts = [row, row[1:2] ** 2]
+        if self.controller.width:
+            parts = [row[:MEASURED], parts[1], row[MEASURED:]]
+        return self._of(0).assign_add(tf.concat(parts, 0))
 
     def forget(self) -> None:
         """Drop what was entered since the last step."""
-        self._of(0).assign(tf.zeros(MEASURED + 1, tf.float64))
+        self._of(0).assign(self._nothing())
 
     def take(self, lenient: bool = False) -> tf.Tensor:
-        """Return the ledger row (``WIDTH`` float64) of the passes entered, and start a new one.
+        """Return the row (:attr:`width` float64) of the passes entered, and start a new one.
 
         Several calls of the objective within one backward pass count as one if their denominators are
         equal. Otherwise, or without any, the row tells of a stray pass; `lenient` turns a row without
@@ -107,22 +211,32 @@ class Books:
         stray = tf.where(apart if lenient else apart | silent, one, zero)
         denominator = tf.where(silent, one, book[1] / n) if lenient else book[1] / n
         passes = one if lenient else tf.minimum(calls, 1.0)
-        return tf.stack(
-            [book[0], denominator, book[2] / n, book[3] / n, passes, book[5], book[6], book[7], stray, zero]
+        own = tf.stack(
+            [book[0], denominator, book[2] / n, book[3] / n, passes, book[5], book[6], book[7], stray]
+            + [zero] * (WIDTH - MEASURED - 1)
         )
+        # What terms tell of several calls adds up, as it does over passes.
+        return tf.concat([own, book[MEASURED + 1 :]], 0) if self.controller.width else own
 
-    def close(self, table: tf.Tensor, *, check: bool = True) -> list[tf.Operation]:
-        """Judge a step from all ranks' ledgers ``(size, WIDTH)``, and keep it as the last one.
+    def close(self, table: tf.Tensor, travel: Callable[[int], Travel]) -> list[tf.Operation]:
+        """Judge a step from all ranks' rows ``(size, width)``, let the terms see it, and keep it.
 
         Eagerly, raises the step's error. In a graph, returns the operations that must come before any
         use of the step's gradients; they fail with the same error's text.
+
+        Args:
+            table: of the step.
+            travel: tells how the gradients of so many steps travelled, when they are over.
         """
         step = self._of(2)
         after: list[tf.Operation] = []
+        state: Any = None
         if tf.executing_eagerly():
-            if check:
-                _raise_judgement(table, step + 1)
-        elif check:
+            state = self._closed(table.numpy(), int(step) + 1, 1, travel)
+        elif self.controller.terms:
+            state = self._in_a_graph(self._closed, table, step + 1, 1, travel)
+            after.append(state.op)
+        else:
             bad = tf.reduce_any(table[:, FAULTS] > 0) | tf.equal(tf.reduce_sum(table[:, 1]), 0.0)
             done = tf.cond(
                 bad,
@@ -131,19 +245,98 @@ class Books:
             )
             after.append(done.op)
         with tf.control_dependencies(after):
-            kept = [step.assign_add(1, read_value=False), self._of(1).assign(table, read_value=False)]
+            kept = self.keep(table, 1, state)
         return after if tf.executing_eagerly() else [*after, *(op for op in kept if op is not None)]
+
+    def keep(self, table: tf.Tensor, steps: Any, state: Any) -> list[Any]:
+        """Keep what all ranks told of the last of so many steps, and the terms' new state if there is any."""
+        kept = [
+            self._of(2).assign_add(steps, read_value=False),
+            self._of(1).assign(table, read_value=False),
+        ]
+        if state is not None and self._state is not None:
+            kept.append(self._state.assign(state, read_value=False))
+        return kept
+
+    def try_close(
+        self, table: tf.Tensor, step: tf.Tensor, steps: tf.Tensor, travel: Callable[[int], Travel]
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """Judge so many local steps that end with `step`, and let the terms see them; do not keep them.
+
+        Returns:
+            whether they are sound (else :func:`raise_fault` raises what is wrong), and what to keep.
+        """
+
+        def closed(table: np.ndarray, step: int, steps: int, travel: Callable[[int], Travel]) -> np.ndarray:
+            try:
+                return np.concatenate([[1.0], self._closed(table, step, steps, travel)])
+            except Exception as error:
+                _faults[:] = [error]
+                return np.zeros(1 + len(self._now()))
+
+        found = self._in_a_graph(closed, table, step, steps, travel, 1)
+        return found[0] > 0, found[1:]
+
+    def _closed(
+        self, table: np.ndarray, step: int, steps: int, travel: Callable[[int], Travel]
+    ) -> np.ndarray | None:
+        """Judge `steps` steps that end with `step`, and let the terms see them.
+
+        Returns:
+            what becomes of their state; None without terms.
+        """
+        _judge(table, step)
+        if not self.controller.terms:
+            return None
+        self.controller.close(step, table, travel(steps), self.reduction)
+        return self._now()
+
+    def _in_a_graph(
+        self,
+        closed: Callable[..., Any],
+        table: tf.Tensor,
+        step: tf.Tensor,
+        steps: Any,
+        travel: Callable[[int], Travel],
+        more: int = 0,
+    ) -> tf.Tensor:
+        """Return what `closed` gives when the graph runs: the state, and `more` numbers before it."""
+
+        def call(table: np.ndarray, step: np.ndarray, steps: np.ndarray) -> Any:
+            return _kept(lambda: closed(table, int(step), int(steps), travel))
+
+        out = tf.numpy_function(call, [table, step, steps], tf.float64)
+        return tf.ensure_shape(out, (more + len(self._now()),))
 
     def report(self, reduction: str) -> StepReport | None:
         """Return the last step's report; None before the first. Eager only."""
         if self._variables is None or not int(self._of(2)):
             return None
-        return StepReport.of(int(self._of(2)), unpack(self._of(1).numpy()), reduction, self.choices)
+        ledgers = unpack(self._of(1).numpy()[:, :WIDTH])
+        return StepReport.of(int(self._of(2)), ledgers, reduction, self.choices, self.controller.reports())
+
+
+def _kept(call: Callable[[], Any]) -> Any:
+    """Call; keep what it raises for those who own the graph."""
+    try:
+        return call()
+    except Exception as error:
+        _faults[:] = [error]
+        raise
 
 
 def _raising(table: tf.Tensor, step: tf.Tensor) -> tf.Tensor:
     def judged(table: Any, step: Any) -> bool:
-        _raise_judgement(table, step)
+        _kept(lambda: _judge(table.numpy(), int(step)))
         return True
 
     return tf.ensure_shape(tf.py_function(judged, [table, step], tf.bool), ())
+
+
+def raise_fault() -> tf.Tensor:
+    """Raise, when the graph runs, what :meth:`Books.try_close` found."""
+
+    def again() -> bool:
+        raise _faults[-1]
+
+    return tf.ensure_shape(tf.numpy_function(again, [], tf.bool), ())

@@ -8,17 +8,22 @@ from typing import Any
 
 import tensorflow as tf
 from hvdloss.communicator import included
+from hvdloss.control.compression import AdaptiveCompression
+from hvdloss.control.period import SyncPeriod
+from hvdloss.controller import Controller
 from hvdloss.errors import ConfigError
-from hvdloss.ledger import WIDTH
+from hvdloss.ledger import COLUMN, WIDTH
 from hvdloss.plan import ParameterInfo, plan_buckets
 from hvdloss.tensorflow._backend import hvd
+from hvdloss.term import Travel
 from hvdloss.tuning import choose, launched
 
-__all__ = ["Exchange", "check_options", "empty_row", "scaled", "tied"]
+__all__ = ["Clock", "Exchange", "check_acts", "check_options", "empty_row", "scaled", "tied"]
 
 Gradient = Any  # tf.Tensor or tf.IndexedSlices
 _HALF = (tf.float16, tf.bfloat16)
 _LARGE = 2**18  # entries; a branch in a graph costs more than dividing fewer
+_TIMES = slice(COLUMN["communication"], COLUMN["computation"] + 1)
 
 
 def check_options(op: Any, gradient_predivide_factor: float, groups: Any) -> None:
@@ -38,6 +43,29 @@ def check_options(op: Any, gradient_predivide_factor: float, groups: Any) -> Non
         raise ConfigError(f"groups={groups!r} must be at least 0, or lists of variables")
 
 
+def check_acts(controller: Controller, compression: Any, never_local: str = "") -> None:
+    """Check that what terms do about what they measure can be done here.
+
+    Args:
+        controller: of the terms.
+        compression: what the caller chose.
+        never_local: why ranks cannot take steps of their own; empty where they can.
+
+    Raises:
+        ConfigError: they cannot.
+    """
+    if controller.act(AdaptiveCompression) is not None and compression not in (None, hvd.Compression.none):
+        raise ConfigError(
+            "compression= cannot be chosen together with AdaptiveCompression, which chooses it; leave one out"
+        )
+    if never_local and controller.act(SyncPeriod) is not None:
+        raise ConfigError(
+            f"SyncPeriod: {never_local}. Local steps need an optimizer of Keras made distributed by "
+            f"hvdloss.keras.DistributedOptimizer or hvdloss.tensorflow.DistributedOptimizer; otherwise leave "
+            f"SyncPeriod out of the terms' acts"
+        )
+
+
 def as_numbers(table: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
     """Return a float64 tensor as a vector of numbers of 16 bits, four per entry.
 
@@ -49,6 +77,41 @@ def as_numbers(table: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
 def from_numbers(numbers: tf.Tensor, shape: Sequence[int]) -> tf.Tensor:
     """Return the float64 tensor of this shape that :func:`as_numbers` wrote."""
     return tf.bitcast(tf.reshape(tf.cast(numbers, tf.uint16), [*shape, 4]), tf.float64)
+
+
+class Clock:
+    """When exchanges began and ended; what that cost goes into the next one's ledger.
+
+    An exchange begins, for its rank, when all that the rank gives to it is computed (by then the first
+    messages may have arrived already), and ends when all that it gets is there.
+    """
+
+    def __init__(self) -> None:
+        self._variable: tf.Variable | None = None
+
+    def _times(self) -> tf.Variable:
+        """Return seconds held up and computed of the last exchange, and when it ended (0: there was none)."""
+        if self._variable is None:
+            with tf.init_scope(), tf.device("CPU:0"):
+                self._variable = tf.Variable(tf.zeros(3, tf.float64), trainable=False, name="hvdloss_times")
+        return self._variable
+
+    def told(self, row: tf.Tensor) -> tf.Tensor:
+        """Return a ledger row with the last exchange's times in it."""
+        return tf.concat([row[: _TIMES.start], self._times()[:2], row[_TIMES.stop :]], 0)
+
+    def begin(self, given: Sequence[Gradient]) -> tf.Tensor:
+        """Return when all that this rank gives is there, in a graph; no message waits for it."""
+        with tf.control_dependencies(tf.nest.flatten(list(given), expand_composites=True)):
+            return tf.timestamp()
+
+    def end(self, began: tf.Tensor, got: Sequence[Gradient]) -> None:
+        """Note the times of an exchange that began then, when all that this rank gets is there."""
+        with tf.control_dependencies([began, *tf.nest.flatten(list(got), expand_composites=True)]):
+            ended = tf.timestamp()
+        before = self._times()[2]
+        computed = tf.where(before > 0, began - before, tf.zeros_like(before))
+        self._times().assign(tf.stack([ended - began, computed, ended]))
 
 
 def wire_name(text: str) -> str:
@@ -98,6 +161,8 @@ class Exchange:
         # A message starts when the graph has it ready: `overlap` is not ours to choose.
         self.choices: dict[str, Any] = {k: v for k, v in self.tuning.as_dict().items() if k != "overlap"}
         self._eager: dict[Any, Any] = {}
+        self.clock = Clock()
+        self._payload = (0, 0, 0, 0)  # of the last exchange: messages, bytes: full, as sent, in 16 bits
         self._zero: tf.Variable | None = None
         self._measured: tf.Variable | None = None
 
@@ -151,25 +216,29 @@ class Exchange:
         row: tf.Tensor,
         *,
         factor: tf.Tensor | float | None = None,
+        compress: tf.Tensor | None = None,
         judged: Callable[[tf.Tensor], Sequence[tf.Operation]] = lambda table: (),
     ) -> tuple[list[Gradient], tf.Tensor]:
-        """Return the step's gradients, and the table of all ranks' ledgers.
+        """Return the step's gradients, and the table of all ranks' rows.
 
         Args:
             gradients: this rank's, dense or sparse; none of them None.
             variables: theirs, which know the gradients' shapes; `groups` may name them.
-            row: this rank's ledger, ``WIDTH`` float64; its denominator scales the gradients.
+            row: this rank's ledger, ``WIDTH`` float64, and what its terms tell behind it; the ledger's
+                denominator scales the gradients.
             factor: what scales them instead, for gradients that were summed already.
+            compress: whether dense gradients travel as float16 in this step, equal on all ranks; None to
+                leave it to `compression`.
             judged: called once with the table; the gradients cannot be used before the operations it
                 returns are done.
 
         Returns:
-            sum_k D_k g_k / sum_k D_k in each gradient's dtype, and ``(size, WIDTH)`` float64. Gradients
-            of one rank alone are returned as they are.
+            sum_k D_k g_k / sum_k D_k in each gradient's dtype, and all rows, ``(size, len(row))`` float64,
+            with the times of the exchange before. Gradients of one rank alone are returned as they are.
 
         Collectives: one all-reduce per bucket of dense gradients (:func:`hvdloss.plan.plan_buckets`), two
-        all-gathers per sparse one; the ledgers ride in a bucket, or in one all-reduce of ``size x WIDTH``
-        float64 where there is none; none with one rank.
+        all-gathers per sparse one; the ledgers ride in a bucket, and what terms tell is one small message
+        more; or all of it is one where there is no such bucket or `compress` is given. None with one rank.
         """
         if factor is not None:
             factor = tf.convert_to_tensor(factor, tf.float64)
@@ -184,27 +253,58 @@ class Exchange:
             gradients = [tf.convert_to_tensor(g) for g in gradients]
         gradients = [_of_shape(g, v) for g, v in zip(gradients, variables, strict=True)]
         if not tf.executing_eagerly():
-            plan = self._plan(gradients, variables)
-            return self._reduce(list(gradients), row, factor, plan, judged)
+            plan = self._plan(gradients, variables, compress is not None, row.shape[0] > WIDTH)
+            return self._reduce(list(gradients), row, factor, plan, compress, judged)
         # One function, so that the messages are under way together; eager calls would wait for each.
         # One for each shape of the gradients, so that their sizes are known inside.
         shapes = tuple(g.dtype if isinstance(g, tf.IndexedSlices) else (g.dtype, *g.shape) for g in gradients)
         grouped = isinstance(self.groups, list | tuple)  # by variables, not by number
         whose = tuple(map(id, variables)) if grouped else ()
-        key = (shapes, whose, self.size, self.process_set.process_set_id)
+        who = (self.size, self.process_set.process_set_id)
+        key = (shapes, whose, *who, row.shape[0], compress is not None)
         if key not in self._eager:
-            plan = self._plan(gradients, variables)
+            plan = self._plan(gradients, variables, compress is not None, row.shape[0] > WIDTH)
 
-            def together(gradients: list[Gradient], row: tf.Tensor, factor: tf.Tensor) -> Any:
-                return self._reduce(gradients, row, factor, plan)
+            def together(
+                gradients: list[Gradient], row: tf.Tensor, factor: tf.Tensor, compress: tf.Tensor | None
+            ) -> Any:
+                return self._reduce(gradients, row, factor, plan, compress)
 
-            self._eager[key] = tf.function(together, autograph=False, reduce_retracing=True)
-        summed, table = self._eager[key](list(gradients), row, factor)
+            made = tf.function(together, autograph=False, reduce_retracing=True)
+            self._eager[key] = made, self._payload
+        function, self._payload = self._eager[key]
+        summed, table = function(list(gradients), row, factor, compress)
         judged(table)
         return summed, table
 
-    def _plan(self, gradients: Sequence[Gradient], variables: Sequence[Any]) -> tuple[tuple[int, ...], ...]:
-        """Return which gradients travel together as one message, and note it; sparse ones travel alone."""
+    def travel(self, compressing: AdaptiveCompression | None) -> Callable[[int], Travel]:
+        """Return what tells, when the exchange is over, how its gradients travelled.
+
+        To be asked for right after (or within) :meth:`reduce`; `compressing` says what travels by then.
+        """
+        messages, full, sent, half = self._payload
+
+        def told(steps: int) -> Travel:
+            moved = half if compressing is not None and compressing.on else sent
+            return Travel(messages, moved, full, steps)
+
+        return told
+
+    def bytes_of(self, dtype: tf.DType, count: int, compressed: bool = False) -> int:
+        """Return how many bytes so many numbers have as they travel; if `compressed`, as float16."""
+        if dtype == tf.bfloat16:  # which Horovod's TensorFlow operations do not know
+            dtype = tf.float32
+        if (compressed or self.compression is hvd.Compression.fp16) and dtype.is_floating:
+            dtype = tf.float16
+        return count * dtype.size
+
+    def _plan(
+        self, gradients: Sequence[Gradient], variables: Sequence[Any], choosing: bool, telling: bool
+    ) -> tuple[tuple[int, ...], ...]:
+        """Return which gradients travel together as one message, and note it; sparse ones travel alone.
+
+        `choosing`: whether compression is chosen while training; `telling`: whether terms tell anything.
+        """
         infos = [
             ParameterInfo(
                 name=str(i),
@@ -230,27 +330,45 @@ class Exchange:
             alone_bytes=self.tuning.alone_bytes,
             groups=groups,
         )
-        dense = [tuple(member.index for member in layout.members) for layout in layouts]
-        plan = (*dense, *((i,) for i, info in enumerate(infos) if info.sparse))
-        self.choices |= {**launched(hvd), "travel": self._travel(gradients, plan)}
+        together = [tuple(member.index for member in layout.members) for layout in layouts]
+        plan = (*together, *((i,) for i, info in enumerate(infos) if info.sparse))
+        travel = self._travel(gradients, plan, choosing, telling)
+        self.choices |= {**launched(hvd), "travel": travel}
+        dense = [g for g in gradients if not isinstance(g, tf.IndexedSlices)]
+        # What is sparse, or of a size known only later, is not counted, as nobody knows it beforehand.
+        counts = [(g.dtype, g.shape.num_elements() or 0) for g in dense]
+        self._payload = (
+            travel["messages"],
+            sum(dtype.size * n for dtype, n in counts),
+            sum(self.bytes_of(dtype, n) for dtype, n in counts),
+            sum(self.bytes_of(dtype, n, True) for dtype, n in counts),
+        )
         return plan
 
     def _ahead(self, gradients: Sequence[Gradient]) -> bool:
         """Return whether ledgers must be known before gradients travel, which are then divided before."""
         return self.compression is not hvd.Compression.none or any(g.dtype in _HALF for g in gradients)
 
-    def _carrier(self, gradients: Sequence[Gradient], plan: tuple[tuple[int, ...], ...]) -> int | None:
+    def _carrier(
+        self, gradients: Sequence[Gradient], plan: tuple[tuple[int, ...], ...], choosing: bool
+    ) -> int | None:
         """Return the bucket in which the ledgers ride: the first that is a copy anyway. None: in none."""
-        if self._ahead(gradients):
+        if choosing or self._ahead(gradients):  # 16 bits cannot carry them
             return None
         return next((n for n, members in enumerate(plan) if len(members) > 1), None)
 
-    def _travel(self, gradients: Sequence[Gradient], plan: tuple[tuple[int, ...], ...]) -> dict[str, int]:
+    def _travel(
+        self,
+        gradients: Sequence[Gradient],
+        plan: tuple[tuple[int, ...], ...],
+        choosing: bool,
+        telling: bool,
+    ) -> dict[str, int]:
         """Return how many messages a step sends, and what they hold."""
         sparse = sum(isinstance(g, tf.IndexedSlices) for g in gradients)
         buckets = sum(len(members) > 1 for members in plan)
         return {
-            "messages": len(plan) + sparse + (self._carrier(gradients, plan) is None),
+            "messages": len(plan) + sparse + (telling or self._carrier(gradients, plan, choosing) is None),
             "buckets": buckets,
             "alone": len(plan) - buckets - sparse,
             "sparse": sparse,
@@ -262,12 +380,13 @@ class Exchange:
         row: tf.Tensor,
         factor: tf.Tensor,
         plan: tuple[tuple[int, ...], ...],
+        compress: tf.Tensor | None = None,
         judged: Callable[[tf.Tensor], Sequence[tf.Operation]] = lambda table: (),
     ) -> tuple[list[Gradient], tf.Tensor]:
         ahead = self._ahead(gradients)
-        carrier = self._carrier(gradients, plan)
+        carrier = self._carrier(gradients, plan, compress is not None)
         sums: list[Gradient] = [None] * len(plan)
-        mine = self._own_row(row)
+        mine = self._own_row(self.clock.told(row))
         if carrier is None:
             table = self._sum(mine, f"{self.name}.ledger")
         total = tf.reduce_sum(table[:, 1]) if ahead else None
@@ -281,17 +400,23 @@ class Exchange:
             if isinstance(first, tf.IndexedSlices):
                 sums[number] = self._gather_sparse(first, scale, name)
             elif len(members) == 1:
-                sums[number] = self._sum_scaled(first, scale, name)
+                sums[number] = self.sum_scaled(first, scale, name, compress)
             else:
                 # Side by side in one message: few messages, one pass to scale and one to divide.
                 flat = tf.concat([tf.reshape(gradients[i], [-1]) for i in members], 0)
                 if number != carrier:
-                    sums[number] = self._sum_scaled(flat, scale, name)
+                    sums[number] = self.sum_scaled(flat, scale, name, compress)
                     continue
-                numbers = as_numbers(mine, flat.dtype)
+                ledgers, told = mine[:, :WIDTH], mine[:, WIDTH:]
+                numbers = as_numbers(ledgers, flat.dtype)
                 flat = self._sum(tf.concat([scaled(flat, scale), numbers], 0), name, self.predivide)
                 sums[number], numbers = tf.split(flat, [-1, numbers.shape[0]])
-                table = from_numbers(tf.round(numbers), mine.shape)
+                table = from_numbers(tf.round(numbers), ledgers.shape)
+                if told.shape[1]:
+                    # What terms tell travels apart: here it would move gradients to other places of the
+                    # message, and sums of three and more ranks round by place.
+                    table = tf.concat([table, self._sum(told, f"{self.name}.terms")], 1)
+        self.clock.end(self.clock.begin(gradients), [*sums, table])
         after = judged(table)
         with tf.control_dependencies(after):
             if ahead:
@@ -311,13 +436,34 @@ class Exchange:
                 summed[i] = tf.reshape(piece, gradients[i].shape)
         return summed, table
 
-    def _sum_scaled(self, x: tf.Tensor, scale: tf.Tensor, name: str) -> tf.Tensor:
-        """Return sum_k scale_k x_k."""
+    def sum_scaled(
+        self,
+        x: tf.Tensor,
+        scale: tf.Tensor,
+        name: str,
+        compress: tf.Tensor | None = None,
+        compression: Any = None,
+    ) -> tf.Tensor:
+        """Return sum_k scale_k x_k.
+
+        What travels is said by `compress` (float16 where it holds), by `compression`, or by that of all
+        gradients: the first that is given.
+        """
         x = scaled(x, scale)
         # Horovod's TensorFlow operations do not know bfloat16.
         wide = tf.cast(x, tf.float32) if x.dtype == tf.bfloat16 else x
-        small, context = self.compression.compress(wide)
-        out = self.compression.decompress(self._sum(small, name, self.predivide), context)
+
+        def summed(compression: Any, name: str) -> tf.Tensor:
+            small, context = compression.compress(wide)
+            return compression.decompress(self._sum(small, name, self.predivide), context)
+
+        if compress is None:
+            return tf.cast(summed(compression or self.compression, name), x.dtype)
+        out = tf.cond(
+            compress,
+            lambda: summed(hvd.Compression.fp16, f"{name}.half"),
+            lambda: summed(hvd.Compression.none, name),
+        )
         return tf.cast(out, x.dtype)
 
     def _gather_sparse(self, g: tf.IndexedSlices, scale: tf.Tensor, name: str) -> tf.IndexedSlices:
@@ -376,6 +522,6 @@ def tied(gradients: Sequence[Gradient], after: Sequence[tf.Operation]) -> list[G
         return [tf.nest.map_structure(tf.identity, g, expand_composites=True) for g in gradients]
 
 
-def empty_row() -> tf.Tensor:
-    """Return the ledger row of a rank that adds nothing to a step."""
-    return tf.zeros(WIDTH, tf.float64)
+def empty_row(more: int = 0) -> tf.Tensor:
+    """Return the row of a rank that adds nothing to a step, with `more` numbers of terms."""
+    return tf.zeros(WIDTH + more, tf.float64)

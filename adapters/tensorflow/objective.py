@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import tensorflow as tf
-from hvdloss.communicator import rank_and_size
+from hvdloss.communicator import included, rank_and_size
 from hvdloss.objective import CLASS_LOSSES, IGNORED, ObjectiveBase, expand_mask_axes
 from hvdloss.reduction import Contribution, contribution, weights_for
 from hvdloss.report import StepReport
 from hvdloss.tensorflow._backend import hvd
 from hvdloss.tensorflow.books import Books
-from hvdloss.tensorflow.ops import NAMED_LOSSES, TensorFlowOps
+from hvdloss.tensorflow.ops import NAMED_LOSSES, TensorFlowOps, communicator_of
+from hvdloss.term import Term
 
-__all__ = ["Objective"]
+__all__ = ["Objective", "Told"]
 
 _OPS = TensorFlowOps()
 
@@ -33,6 +35,34 @@ def _gate(prediction: tf.Tensor, holder: list[tf.Tensor]) -> tf.Tensor:
         return tf.identity(x), grad
 
     return gate(prediction)
+
+
+@dataclass(frozen=True)
+class Told:
+    """What one call of an objective adds to a step.
+
+    Attributes:
+        part: the sums of its elements.
+        penalty: of the terms, a scalar, or None.
+        sums: of the terms, float64 vectors one after another.
+    """
+
+    part: Contribution
+    penalty: tf.Tensor | None = None
+    sums: tuple[tf.Tensor, ...] = ()
+
+    def mean(self) -> tf.Tensor:
+        """Return the local loss without the penalty."""
+        return self.part.mean(_OPS)
+
+    def with_penalty(self, mean: tf.Tensor) -> tf.Tensor:
+        """Return `mean` with the penalty added."""
+        return mean if self.penalty is None else mean + tf.cast(self.penalty, mean.dtype)
+
+    def row(self) -> tf.Tensor:
+        """Return what is entered into the books: the sums of the elements, and those of the terms."""
+        row = self.part.row(_OPS)
+        return tf.concat([row, *self.sums], 0) if self.sums else row
 
 
 class Objective(ObjectiveBase[tf.Tensor]):
@@ -54,7 +84,8 @@ class Objective(ObjectiveBase[tf.Tensor]):
             with w != 0), or ``"sequence_mean"`` (losses of shape (N, T): the mean over sequences of each
             one's weighted token mean). With ``"sum"`` a call gives size x passes x its local sum, its
             estimate of the global sum, so that a penalty added to it keeps its proportion.
-        terms: none yet.
+        terms: what is measured per rank, priced and acted on: :class:`hvdloss.CommunicationCost`,
+            :class:`hvdloss.DataSkew`, your own subclasses of :class:`hvdloss.Term`.
         process_set: the Horovod process set whose ranks share the step; None for all.
 
     Raises:
@@ -73,11 +104,11 @@ class Objective(ObjectiveBase[tf.Tensor]):
         loss: str | Callable[..., Any],
         *,
         reduction: str = "mean",
-        terms: tuple[Any, ...] = (),
+        terms: tuple[Term, ...] = (),
         process_set: Any = None,
     ) -> None:
         super().__init__(loss, reduction=reduction, terms=terms, process_set=process_set)
-        self.books = Books()
+        self.books = Books(self.controller, self.reduction)
 
     def _named_losses(self) -> Mapping[str, Callable[..., tf.Tensor]]:
         return NAMED_LOSSES
@@ -87,7 +118,22 @@ class Objective(ObjectiveBase[tf.Tensor]):
         """The report of the last reduced step, equal on all ranks; None before the first."""
         return self.books.report(self.reduction)
 
-    def __call__(self, prediction: Any, target: Any, weight: Any = None) -> tf.Tensor:
+    def prepare(self) -> None:
+        """Let the terms measure what they need before the first step.
+
+        Call it eagerly on all ranks, once, before a training loop of your own, if a term asks for it: a
+        :class:`hvdloss.CommunicationCost` that calibrates, as it does for acts that decide by the link.
+        Keras's ``fit`` calls it by itself.
+
+        Collectives: those of the terms' ``prepare``; for a calibration some blocking all-reduces and one
+        gather; none where no term has anything to measure.
+        """
+        group = self.process_set or hvd.global_process_set
+        if self.controller.terms and included(hvd, group):
+            self.books.begin(*rank_and_size(hvd, group))
+            self.controller.prepare(communicator_of(group))
+
+    def __call__(self, prediction: Any, target: Any, weight: Any = None, *, keys: Any = None) -> tf.Tensor:
         """Return the local loss of these elements, a scalar tensor (float32, or float64 for float64).
 
         Args:
@@ -97,16 +143,18 @@ class Objective(ObjectiveBase[tf.Tensor]):
             weight: None, a number or a tensor that broadcasts (NumPy's rule) to the per-element losses.
                 An element of weight zero is absent: its loss may be NaN. A negative, NaN or infinite
                 weight raises WeightError on every rank when the gradients are reduced.
+            keys: what terms may group elements by (``DataSkew(of="keys")``): integers whose leading axes
+                are those of the losses.
 
         Raises:
             ShapeError: `weight` does not broadcast to the losses, or no token axis.
 
         Collectives: none.
         """
-        part = self.contribute(prediction, target, weight)
-        return self.books.announced(part.mean(_OPS), part.row(_OPS))
+        told = self.contribute(prediction, target, weight, keys=keys)
+        return self.books.announced(told.with_penalty(told.mean()), told.row())
 
-    def contribute(self, prediction: Any, target: Any, weight: Any = None) -> Contribution:
+    def contribute(self, prediction: Any, target: Any, weight: Any = None, *, keys: Any = None) -> Told:
         """Return what these elements add to a step, without telling anybody.
 
         For callers that combine several losses before they announce one backward pass. The arguments
@@ -120,17 +168,33 @@ class Objective(ObjectiveBase[tf.Tensor]):
             if not target.dtype.is_floating:
                 absent = target == IGNORED
         holder: list[tf.Tensor] = []
-        if (weight is not None or absent is not None) and tf.is_tensor(prediction):
+        may_mask = weight is not None or absent is not None or self.controller.weighs
+        if may_mask and tf.is_tensor(prediction):
             prediction = _gate(prediction, holder)
         losses = self._function(prediction, target)
         weight = self._fit(weight, losses)
         if absent is not None:
             present = tf.cast(~absent, _OPS.losses(losses).dtype)
             weight = present if weight is None else present * weights_for(_OPS, weight, present, rank)
+        penalty, sums = None, []
+        if self.controller.terms:
+            self.books.begin(rank, size)
+            weight, penalty, sums = self.consult(
+                _OPS,
+                prediction=prediction,
+                target=target,
+                losses=losses,
+                weight=weight,
+                keys=keys,
+                state=self.books.state,
+                class_axis=-1 if self.name in CLASS_LOSSES else None,
+                rank=rank,
+                size=size,
+            )
         part = contribution(_OPS, losses, weight, self.reduction, share=1.0 / (size * self.passes), rank=rank)
         if weight is not None and tf.is_tensor(given):
             self._set_gate(holder, losses, given, weight)
-        return part
+        return Told(part, penalty, tuple(sums))
 
     def _fit(self, weight: Any, losses: tf.Tensor) -> Any:
         """Return `weight` as this kind of objective means it; here as it is."""

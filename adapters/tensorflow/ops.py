@@ -75,7 +75,79 @@ class TensorFlowOps:
 
     def row64(self, scalars: list[tf.Tensor]) -> tf.Tensor:
         """Stack."""
-        return tf.stack([tf.stop_gradient(s) for s in scalars])
+        return tf.stack([_float64(s) for s in scalars])
+
+    def join64(self, parts: list[Any]) -> tf.Tensor:
+        """Join."""
+        return tf.concat([tf.reshape(_float64(part), [-1]) for part in parts], 0)
+
+    def zeros64(self, length: int, like: tf.Tensor) -> tf.Tensor:
+        """Return zeros."""
+        return tf.zeros(length, tf.float64)
+
+    def integers(self, x: Any) -> tf.Tensor:
+        """Cast."""
+        return tf.cast(x, tf.int64)
+
+    def spread(self, x: tf.Tensor, like: tf.Tensor) -> tf.Tensor:
+        """Add trailing axes and broadcast."""
+        for _ in range(len(like.shape) - len(x.shape)):
+            x = tf.expand_dims(x, -1)
+        return tf.broadcast_to(x, tf.shape(like))
+
+    def last_axis(self, x: tf.Tensor, axis: int) -> tf.Tensor:
+        """Move."""
+        rank = len(x.shape)
+        axes = [i for i in range(rank) if i != axis % rank]
+        return tf.transpose(x, [*axes, axis % rank]) if axis % rank != rank - 1 else x
+
+    def bin_of(self, x: tf.Tensor, edges: tf.Tensor) -> tf.Tensor:
+        """Search."""
+        flat = tf.reshape(_float64(x), [-1])
+        found = tf.searchsorted(edges, flat, side="right", out_type=tf.int64)
+        return tf.reshape(found, tf.shape(x))
+
+    def histogram(self, index: tf.Tensor, weight: tf.Tensor, bins: int) -> tf.Tensor:
+        """Add up; indices outside are dropped."""
+        inside = (index >= 0) & (index < bins)
+        flat = tf.reshape(tf.where(inside, index, tf.constant(-1, index.dtype)), [-1])
+        return tf.math.unsorted_segment_sum(tf.reshape(_float64(weight), [-1]), flat, bins)
+
+    def class_totals(self, labels: tf.Tensor, weight: tf.Tensor) -> tf.Tensor:
+        """Add up."""
+        product = _float64(labels) * _float64(weight)
+        return tf.reduce_sum(product, axis=list(range(len(product.shape) - 1)))
+
+    def take(self, table: tf.Tensor, index: tf.Tensor, bins: int) -> tf.Tensor:
+        """Gather."""
+        return tf.gather(table, tf.clip_by_value(index, 0, bins - 1))
+
+    def blend(self, labels: tf.Tensor, table: tf.Tensor) -> tf.Tensor:
+        """Blend."""
+        return 1.0 + _float64(labels) * (table - 1.0)
+
+    def mixed(self, labels: tf.Tensor, table: tf.Tensor) -> tf.Tensor:
+        """Average."""
+        labels = _float64(labels)
+        total = tf.reduce_sum(labels, -1)
+        mean = tf.math.divide_no_nan(tf.reduce_sum(labels * table, -1), total)
+        return tf.where(total > 0, mean, tf.ones_like(total))
+
+    def quantiles(self, x: tf.Tensor, weight: tf.Tensor, points: int) -> tuple[tf.Tensor, tf.Tensor]:
+        """Interpolate in the sorted values."""
+        some = tf.sort(tf.boolean_mask(_float64(x), tf.stop_gradient(weight) > 0))
+        size = tf.size(some, tf.int64)
+        padded = tf.concat([some, tf.zeros(1, tf.float64)], 0)  # something to look up where there is none
+        last = tf.cast(tf.maximum(size - 1, 0), tf.float64)
+        at = tf.linspace(tf.zeros((), tf.float64), tf.ones((), tf.float64), points) * last
+        low, high = tf.floor(at), tf.math.ceil(at)
+        values = tf.gather(padded, tf.cast(low, tf.int64)) * (1 - (at - low))
+        values += tf.gather(padded, tf.cast(high, tf.int64)) * (at - low)
+        return values, tf.reshape(tf.cast(size, tf.float64), [1])
+
+
+def _float64(x: Any) -> tf.Tensor:
+    return tf.stop_gradient(tf.cast(x, tf.float64))
 
 
 def _elementwise(formula: Callable[..., tf.Tensor]) -> Callable[..., tf.Tensor]:

@@ -9,7 +9,7 @@ from hvdloss.communicator import included
 from hvdloss.errors import ConfigError
 from hvdloss.report import StepReport
 from hvdloss.tensorflow._backend import hvd
-from hvdloss.tensorflow.exchange import Exchange, check_options
+from hvdloss.tensorflow.exchange import Exchange, check_acts, check_options
 from hvdloss.tensorflow.objective import Objective
 
 __all__ = ["DistributedOptimizer"]
@@ -37,7 +37,11 @@ class _ExactV1(tf.compat.v1.train.Optimizer):
             return pairs
         there = [(g, v) for g, v in pairs if g is not None]
         reduced, _ = self._exchange.reduce(
-            [g for g, _ in there], [v for _, v in there], row, judged=books.close
+            [g for g, _ in there],
+            [v for _, v in there],
+            row,
+            compress=books.compress,
+            judged=lambda table: books.close(table, self._exchange.travel(books.compressing)),
         )
         books.choices = self._exchange.choices
         done = iter(reduced)
@@ -137,6 +141,7 @@ def DistributedOptimizer(
             f"objective={objective!r} is not an hvdloss.tensorflow.Objective; wrap the loss function in one"
         )
     check_options(op, gradient_predivide_factor, groups)
+    check_acts(objective.controller, compression, "optimizers of tf.compat.v1.train cannot take local steps")
     if backward_passes_per_step != 1:
         raise ConfigError(
             f"backward_passes_per_step={backward_passes_per_step!r}: optimizers of tf.compat.v1.train cannot "

@@ -13,7 +13,7 @@ from hvdloss.communicator import included
 from hvdloss.errors import ConfigError
 from hvdloss.report import StepReport
 from hvdloss.tensorflow._backend import hvd
-from hvdloss.tensorflow.exchange import Exchange, check_options, scaled
+from hvdloss.tensorflow.exchange import Exchange, check_acts, check_options, scaled
 from hvdloss.tensorflow.objective import Objective
 from hvdloss.tuning import choose
 
@@ -91,7 +91,11 @@ class _Exact:
         there = [i for i, g in enumerate(flat) if g is not None and not local[i]]
         exchange = self._hvd_exchange()
         reduced, table = exchange.reduce(
-            [flat[i] for i in there], [flat_sources[i] for i in there], row, judged=books.close
+            [flat[i] for i in there],
+            [flat_sources[i] for i in there],
+            row,
+            compress=books.compress,
+            judged=lambda table: books.close(table, exchange.travel(books.compressing)),
         )
         books.choices = exchange.choices
         if self._hvd_scale_local:
@@ -193,7 +197,8 @@ def DistributedGradientTape(
         A tape of a subclass of `gradtape`'s class, with ``last_step`` (a :class:`hvdloss.StepReport`).
 
     Raises:
-        ConfigError: an argument that cannot be used.
+        ConfigError: an argument that cannot be used; an objective with
+            :class:`hvdloss.control.SyncPeriod`, since a tape knows no parameters to average.
 
     Collectives: none; see the tape's ``gradient``.
     """
@@ -222,6 +227,7 @@ def DistributedGradientTape(
     if hasattr(gradtape, "_hvd_objective"):
         raise ConfigError("gradtape is already wrapped by hvdloss.tensorflow.DistributedGradientTape")
     check_options(op, gradient_predivide_factor, groups)
+    check_acts(objective.controller, compression, "a gradient tape has no parameters to average")
     choose(bucket_cap_mb=bucket_cap_mb)
     ours = objective.process_set
     if process_set is not None and ours is not None and process_set is not ours:

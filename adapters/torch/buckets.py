@@ -284,10 +284,9 @@ class LoneGradient(_Reduction):
 class SparseSlot:
     """One parameter whose gradients are sparse in their first axis (an embedding's)."""
 
-    def __init__(self, parameter: torch.nn.Parameter, name: str, wire: Wire) -> None:
+    def __init__(self, parameter: torch.nn.Parameter, name: str) -> None:
         self.parameter = parameter
         self.name = name
-        self._wire = wire
         self.launched = False
         self.begin_step()
 
@@ -318,7 +317,7 @@ class SparseSlot:
         self._held = grad if self._held is None else self._held + grad
 
     @torch.no_grad()
-    def launch(self, leftover: Any) -> None:
+    def launch(self, leftover: Any, wire: Wire) -> None:
         """Start gathering all ranks' rows and values."""
         self.absorb(leftover)
         p = self.parameter
@@ -329,8 +328,8 @@ class SparseSlot:
             held = self._held.coalesce()
             rows, values = held.indices()[0].contiguous(), held.values().contiguous()
         self._handles = (
-            self._wire.gather(rows, f"{self.name}.rows"),
-            self._wire.gather(values, f"{self.name}.values"),
+            wire.gather(rows, f"{self.name}.rows"),
+            wire.gather(values, f"{self.name}.values"),
         )
         self.launched = True
 
@@ -361,13 +360,18 @@ class Wire:
 
     @property
     def size(self) -> int:
-        """How many ranks take part."""
-        return self._process_set.size()
+        """How many ranks take part; without a process set only this one."""
+        return 1 if self._process_set is None else self._process_set.size()
 
     def _travels_as(self, dtype: torch.dtype) -> torch.dtype:
         """Return the dtype in which values of `dtype` are summed."""
         probe, _ = self._compression.compress(torch.zeros(1, dtype=dtype))
         return probe.dtype
+
+    def bytes_of(self, flat: torch.Tensor) -> int:
+        """Return how many bytes `flat` has as it travels."""
+        dtype = self._travels_as(flat.dtype)
+        return flat.numel() * (dtype.itemsize if dtype not in _WIDER else _WIDER[dtype].itemsize)
 
     def is_exact(self, dtype: torch.dtype) -> bool:
         """Return whether whole numbers of 16 bits arrive as they were, beside gradients of `dtype`."""

@@ -52,7 +52,8 @@ class Objective(ObjectiveBase[torch.Tensor]):
             with w != 0), or ``"sequence_mean"`` (losses of shape (N, T): the mean over sequences of each
             one's weighted token mean). With ``"sum"`` a call gives size x passes x its local sum, its
             estimate of the global sum, so that a penalty added to it keeps its proportion.
-        terms: none yet.
+        terms: what is measured per rank, priced and acted on: :class:`hvdloss.CommunicationCost`,
+            :class:`hvdloss.DataSkew`, your own subclasses of :class:`hvdloss.Term`.
         process_set: the Horovod process set whose ranks share the step; None for the optimizer's.
 
     Raises:
@@ -69,7 +70,7 @@ class Objective(ObjectiveBase[torch.Tensor]):
     def _named_losses(self) -> Mapping[str, Callable[..., torch.Tensor]]:
         return NAMED_LOSSES
 
-    def __call__(self, prediction: Any, target: Any, weight: Any = None) -> torch.Tensor:
+    def __call__(self, prediction: Any, target: Any, weight: Any = None, *, keys: Any = None) -> torch.Tensor:
         """Return the local loss of these elements, a scalar tensor (float32, or float64 for float64).
 
         Args:
@@ -78,6 +79,8 @@ class Objective(ObjectiveBase[torch.Tensor]):
             weight: None, a number or a tensor that broadcasts (NumPy's rule) to the per-element losses.
                 An element of weight zero is absent: its loss may be NaN. A negative, NaN or infinite
                 weight raises WeightError on every rank at the optimizer's step.
+            keys: what terms may group elements by (``DataSkew(of="keys")``): integers whose leading axes
+                are those of the losses.
 
         Raises:
             ShapeError: `weight` does not broadcast to the losses, or no token axis.
@@ -87,10 +90,10 @@ class Objective(ObjectiveBase[torch.Tensor]):
         if torch.compiler.is_compiling():
             # Inside a compiled function: announcing a backward pass is not for the compiler to trace.
             # (The decorator on this method would load the compiler, a second, for everyone.)
-            return torch.compiler.disable(self._measure)(prediction, target, weight)
-        return self._measure(prediction, target, weight)
+            return torch.compiler.disable(self._measure)(prediction, target, weight, keys)
+        return self._measure(prediction, target, weight, keys)
 
-    def _measure(self, prediction: Any, target: Any, weight: Any) -> torch.Tensor:
+    def _measure(self, prediction: Any, target: Any, weight: Any, keys: Any) -> torch.Tensor:
         rank, size = rank_and_size(hvd, self.process_set)
         holder: list[torch.Tensor] = []
         given = prediction
@@ -100,13 +103,28 @@ class Objective(ObjectiveBase[torch.Tensor]):
             absent = target == IGNORED
             if absent.device.type == "cpu" and not absent.any():
                 absent = None
-        may_mask = weight is not None or absent is not None
+        acting = self.controller
+        may_mask = weight is not None or absent is not None or acting.weighs
         if may_mask and isinstance(prediction, torch.Tensor) and prediction.requires_grad:
             prediction = _Gate.apply(prediction, holder)
         losses = self._function(prediction, target)
         if absent is not None:
             present = (~absent).to(_OPS.losses(losses).dtype)
             weight = present if weight is None else present * weights_for(_OPS, weight, present, rank)
+        penalty, told = None, []
+        if acting.terms:
+            weight, penalty, told = self.consult(
+                _OPS,
+                prediction=prediction,
+                target=target,
+                losses=losses,
+                weight=weight,
+                keys=keys,
+                state=torch.from_numpy(acting.state).to(losses.device),
+                class_axis=min(1, given.dim() - 1) if classes else None,
+                rank=rank,
+                size=size,
+            )
         part = contribution(
             _OPS,
             losses,
@@ -119,8 +137,12 @@ class Objective(ObjectiveBase[torch.Tensor]):
             class_axis = min(1, given.dim() - 1) if classes else None
             self._set_gate(holder, losses, given, weight, class_axis)
         loss = part.mean(_OPS)
+        if penalty is not None:
+            loss = loss + penalty
         if loss.requires_grad and self._listeners:
             row = part.row(_OPS)
+            if told:
+                row = torch.cat([row, *told])
             loss.register_hook(lambda _: self.announce(row))
         return loss
 

@@ -74,7 +74,74 @@ class TorchOps:
 
     def row64(self, scalars: list[torch.Tensor]) -> torch.Tensor:
         """Stack."""
-        return torch.stack([s.detach() for s in scalars])
+        return torch.stack([torch.as_tensor(s).detach().double() for s in scalars])
+
+    def join64(self, parts: list[Any]) -> torch.Tensor:
+        """Join."""
+        return torch.cat([part.detach().double().reshape(-1) for part in parts])
+
+    def zeros64(self, length: int, like: torch.Tensor) -> torch.Tensor:
+        """Return zeros."""
+        return torch.zeros(length, dtype=torch.float64, device=like.device)
+
+    def integers(self, x: Any) -> torch.Tensor:
+        """Cast."""
+        return torch.as_tensor(x).long()
+
+    def spread(self, x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """Add trailing axes and broadcast."""
+        return x.to(like.device)[(...,) + (None,) * (like.dim() - x.dim())].expand_as(like)
+
+    def last_axis(self, x: torch.Tensor, axis: int) -> torch.Tensor:
+        """Move."""
+        return x.movedim(axis, -1)
+
+    def bin_of(self, x: torch.Tensor, edges: torch.Tensor) -> torch.Tensor:
+        """Search."""
+        return torch.bucketize(x.detach().double(), edges, right=True)
+
+    def histogram(self, index: torch.Tensor, weight: torch.Tensor, bins: int) -> torch.Tensor:
+        """Add up, without asking a device for the largest index."""
+        inside = (index >= 0) & (index < bins)
+        weight = torch.where(inside, weight.detach().double(), 0.0)
+        out = torch.zeros(bins, dtype=torch.float64, device=weight.device)
+        return out.index_add_(0, index.clamp(0, bins - 1).reshape(-1), weight.reshape(-1))
+
+    def class_totals(self, labels: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Add up."""
+        product = labels.detach().double() * weight.detach()
+        return product.reshape(-1, product.shape[-1]).sum(0)
+
+    def take(self, table: torch.Tensor, index: torch.Tensor, bins: int) -> torch.Tensor:
+        """Gather."""
+        return table[index.clamp(0, bins - 1)]
+
+    def blend(self, labels: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        """Blend."""
+        return 1.0 + labels.detach().double() * (table - 1.0)
+
+    def mixed(self, labels: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        """Average."""
+        labels = labels.detach().double()
+        total = labels.sum(-1)
+        mean = (labels * table).sum(-1) / torch.where(total > 0, total, 1.0)
+        return torch.where(total > 0, mean, 1.0)
+
+    def quantiles(
+        self, x: torch.Tensor, weight: torch.Tensor, points: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Interpolate in the sorted values, absent ones at the end."""
+        present = weight.detach().reshape(-1) > 0
+        size = present.sum().double().reshape(1)
+        if not present.numel():
+            return self.zeros64(points, x), size
+        ordered = torch.where(present, x.detach().double().reshape(-1), torch.inf).sort().values
+        ordered = torch.where(ordered.isfinite(), ordered, 0.0)
+        at = torch.linspace(0, 1, points, dtype=torch.float64, device=x.device) * (size - 1).clamp(min=0)
+        low = at.floor().long()
+        high = at.ceil().long()
+        part = at - low
+        return ordered[low] * (1 - part) + ordered[high] * part, size
 
 
 def _kl_div(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

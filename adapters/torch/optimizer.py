@@ -17,16 +17,21 @@ import numpy as np
 import torch
 from hvdloss.agreement import agree
 from hvdloss.communicator import Communicator, included
+from hvdloss.control.compression import AdaptiveCompression
+from hvdloss.control.period import SyncPeriod
+from hvdloss.control.weights import Proximal
 from hvdloss.errors import ConfigError, UsageError
 from hvdloss.guard import due
-from hvdloss.ledger import WIDTH, Ledger, judge, pack, unpack
+from hvdloss.ledger import COLUMN, FAULTS, WIDTH, Ledger, judge, pack, unpack
 from hvdloss.plan import Bucket, ParameterInfo, plan_buckets
 from hvdloss.reduction import MEASURED
 from hvdloss.report import StepReport
+from hvdloss.term import Travel
 from hvdloss.torch._backend import hvd
 from hvdloss.torch.buckets import FlatBucket, LoneGradient, SparseSlot, Wire, as_numbers, from_numbers
 from hvdloss.torch.compression import Compression
 from hvdloss.torch.guard import check_synchronized, checksums
+from hvdloss.torch.local import Stretch, share_memory
 from hvdloss.torch.objective import Objective
 from hvdloss.torch.ops import communicator_of
 from hvdloss.tuning import Tuning, choose, launched
@@ -71,13 +76,24 @@ class _Engine:
         self.compression = compression
         self.step_count = 0
         self.ledgers: list[Ledger] | None = None
+        self.ledger_step = 0  # the step they are of
         self.synchronized = False
         self.should_synchronize = True
         self.names = self._named(optimizer, named_parameters)
         self.name = f"hvdloss.{next(_counters[getattr(process_set, 'process_set_id', 0)])}"
         self._plain_wire = Wire(process_set, Compression.none)  # for ledgers
-        self._held_up = 0.0
+        self._held_up = self._computed = 0.0
+        self._ended: float | None = None  # when the last exchange was over
+        self._together = 0.0  # squared length of the last exchange's mean move
         self._reference = 1.0
+        self.controller = objective.controller
+        self._period = self.controller.act(SyncPeriod)
+        self._compressing = self.controller.act(AdaptiveCompression)
+        self._proximal = self.controller.act(Proximal)
+        self._stretch: Stretch | None = None
+        self._local = False  # whether this step's gradients stay here
+        self._due = False  # an exchange of parameters
+        self._idle = False  # whether this rank has nothing to update with
         self._active = False
         self._rows: list[torch.Tensor] = []
         self._hooked: dict[int, Any] = {}
@@ -87,6 +103,7 @@ class _Engine:
         if included(hvd, process_set):  # others keep their own gradients, as with Horovod
             self._hook_parameters()
             objective.attach(self, passes)
+            self.controller.begin(process_set.rank(), process_set.size(), anew=True)
 
     # -- parameters and plan ----------------------------------------------------------------------
 
@@ -136,6 +153,8 @@ class _Engine:
 
     def added(self, old: int) -> None:
         """Take in parameters of groups added after the first `old`."""
+        self.exchange()
+        self._stretch = None
         optimizer = self.optimizer()
         assert optimizer is not None
         for i, group in enumerate(optimizer.param_groups[old:], start=old):
@@ -155,6 +174,7 @@ class _Engine:
         self._place: dict[int, tuple[FlatBucket | LoneGradient, int]] = {}  # of those in buckets
         self._densified: list[torch.nn.Parameter] = []
         self._planned = False
+        self._stale = False  # whether gradients can no longer travel as planned
         self._planned_size = 0
         self._order: dict[int, None] = {}
         self._fired: set[int] = set()
@@ -162,11 +182,37 @@ class _Engine:
 
     def _refresh(self) -> None:
         """Before the first backward pass of a step, notice what changes the plan, as all ranks do."""
-        if any(p.requires_grad for p in self._frozen):
+        if self._due:  # the update was skipped, as a GradScaler does: ranks meet here
+            self.exchange()
+        if self.unfrozen() and not self._apart:  # in a stretch of local steps it has to wait
+            self._stretch = None
             self._hook_parameters()
             self._forget_plan()
         if self._planned and self._planned_size != self.process_set.size():
             self._forget_plan()  # an elastic job has other ranks now
+            self._stretch = None
+            self.controller.begin(self.process_set.rank(), self.process_set.size())
+        if self._compressing is not None:
+            wanted = Compression.fp16 if self._compressing.on else Compression.none
+            if wanted is not self.compression:
+                self.compression = wanted
+                self.wire = Wire(self.process_set, wanted)
+                self._stale = not self._stale  # where ledgers travel depends on it
+        # The first step, which makes the plan, is done together.
+        self._local = self._planned and self._period is not None and self._period.period > 1
+        if self._stale and not self._local:
+            self._forget_plan()
+        if self._local and self._stretch is None:
+            self._stretch = Stretch(self.parameters(), self.name)
+
+    @property
+    def _apart(self) -> bool:
+        """Whether the ranks' parameters differ, after local steps."""
+        return self._stretch is not None and self._stretch.steps > 0
+
+    def unfrozen(self) -> bool:
+        """Return whether a parameter is to be trained now that was frozen before."""
+        return any(p.requires_grad for p in self._frozen)
 
     def _hook_parameters(self) -> None:
         """Have every parameter that requires gradients tell when its gradient is ready."""
@@ -197,6 +243,7 @@ class _Engine:
         self._scale_sum: Any = 0.0
         self._table: torch.Tensor | None = None
         self._table_ready: Callable[[], None] | None = None
+        self._told_ready: Callable[[], None] | None = None  # what terms tell
         self._judged: list[Ledger] | None = None
         for slot in (*self.buckets, *self.sparse):
             slot.begin_step()
@@ -268,7 +315,7 @@ class _Engine:
             )
         bucket.absorb(self._current_scale())
         last = self.passes_done + 1 == self.passes and not self._strays
-        if last and self.tuning.overlap.value and bucket is not self.carrier:
+        if last and self.tuning.overlap.value and bucket is not self.carrier and not self._local:
             bucket.launch(self._scale_sum + self._scale, self.wire)
 
     def _current_scale(self) -> Any:
@@ -305,9 +352,10 @@ class _Engine:
         row = rows[0].clone()
         for other in rows[1:]:
             row[_ADDED] += other[_ADDED]
+            row[MEASURED:] += other[MEASURED:]
         self._row_sum = row if self._row_sum is None else self._row_sum + row
         self._scale_sum = self._scale_sum + scale
-        if self._planned and self.passes_done == self.passes and not self._strays:
+        if self._planned and self.passes_done == self.passes and not self._strays and not self._local:
             self._launch()
 
     @torch.no_grad()
@@ -342,17 +390,12 @@ class _Engine:
                 bucket.launch(self._scale_sum, self.wire)
         for slot in self.sparse:
             if not slot.launched:
-                slot.launch(self._scale_sum)
+                slot.launch(self._scale_sum, self.wire)
 
     def _launch_ledger(self) -> None:
         if self._table is not None:
             return
-        rank, size = self.process_set.rank(), self.process_set.size()
-        own = Ledger(strays=float(self._strays), communication=self._held_up)
-        table = torch.from_numpy(pack(own, rank, size).reshape(-1))
-        if self._row_sum is not None:
-            table = table.to(self._row_sum.device)
-            table[rank * WIDTH : rank * WIDTH + MEASURED] = self._row_sum
+        table, self._told_ready = self._own_table(self._row_sum, self._strays)
         there = torch.tensor([float(lone.there) for lone in self.lone], dtype=torch.float64)
         if self.carrier is None:
             self._table = torch.cat([table, there.to(table.device)])
@@ -363,6 +406,46 @@ class _Engine:
         tail[4 * len(table) :] = there
         self._table_ready = self.carrier.drain
 
+    def _own_table(
+        self, row: torch.Tensor | None, strays: int, moved: float = 0.0
+    ) -> tuple[torch.Tensor, Callable[[], None] | None]:
+        """Return the table of ledgers, flat, of which this rank's row is filled, to be summed.
+
+        What terms tell is on its way by then, as a message of its own: beside the ledgers it would move
+        gradients to other places of their message, and sums of three and more ranks round by place.
+        """
+        rank, size = self.process_set.rank(), self.process_set.size()
+        own = Ledger(
+            strays=float(strays),
+            communication=self._held_up,
+            computation=self._computed,
+            moved=moved,
+            together=self._together,
+        )
+        table = torch.from_numpy(pack(own, rank, size).reshape(-1))
+        width = self.controller.width
+        self._told = torch.zeros(size, width, dtype=torch.float64)
+        if row is not None:
+            table = table.to(row.device)
+            table[rank * WIDTH : rank * WIDTH + MEASURED] = row[:MEASURED]
+            if width:
+                self._told = self._told.to(row.device)
+                self._told[rank] = row[MEASURED:]
+        ready = self._plain_wire.send(self._told.view(-1), f"{self.name}.terms") if width else None
+        return table, ready
+
+    def _judge(self, table: torch.Tensor, step: int) -> list[Ledger]:
+        """Return all ranks' ledgers from the summed table; raise what they show to be wrong."""
+        if self._told_ready is not None:
+            ready, self._told_ready = self._told_ready, None
+            ready()
+        self._ledger_table = table.view(self.process_set.size(), WIDTH).cpu().numpy()
+        ledgers = unpack(self._ledger_table)
+        error = judge(ledgers, step)
+        if error is not None:
+            raise error
+        return ledgers
+
     def _judged_ledgers(self) -> list[Ledger]:
         """Wait for all ranks' ledgers; raise, on every rank alike, what they show to be wrong."""
         if self._judged is not None:  # in the step that made the plan
@@ -371,15 +454,11 @@ class _Engine:
         if self._table_ready is not None:
             ready, self._table_ready = self._table_ready, None
             ready()
-        size = self.process_set.size()
-        entries = size * WIDTH * (1 if self.carrier is None else 4)
+        entries = self.process_set.size() * WIDTH * (1 if self.carrier is None else 4)
         table, there = self._table[:entries].cpu(), self._table[entries:].tolist()
         if self.carrier is not None:
             table = from_numbers(table)
-        ledgers = unpack(table.view(size, WIDTH).numpy())
-        error = judge(ledgers, self.step_count + 1)
-        if error is not None:
-            raise error
+        ledgers = self._judge(table, self.step_count + 1)
         if there:
             for lone, count in zip(self.lone, there, strict=True):
                 lone.used = bool(count)
@@ -392,6 +471,7 @@ class _Engine:
             self.synchronized = True
             return
         began = time.perf_counter()
+        computed = 0.0 if self._ended is None else began - self._ended
         try:
             if self._active:  # a backward pass ended in an exception: its gradients are not whole
                 self._active = False
@@ -399,6 +479,9 @@ class _Engine:
             if not self.passes_done:
                 self._refresh()
                 self._set_aside()
+            if self._local:
+                self._step_alone()
+                return
             if not self._planned:
                 self._make_plan()
             self._launch()
@@ -410,10 +493,16 @@ class _Engine:
             )
             for slot in (*self.buckets, *self.sparse):
                 slot.finish(denominator)
+            self._close(ledgers, self.step_count + 1, self._gradients_travel())
         except BaseException:
             self.abandon()
             raise
-        self._held_up = time.perf_counter() - began
+        self._hand_over()
+        self._choose_reference(ledgers)
+        self._exchanged(began, computed)
+
+    def _hand_over(self) -> None:
+        """Give the parameters what was set aside before, and end the step."""
         if self._kept:
             for p in self.parameters():
                 if (kept := self._kept.get(id(p))) is not None:
@@ -421,11 +510,106 @@ class _Engine:
         for p in self._densified:
             if p.grad is not None:
                 p.grad = p.grad.to_sparse(1)
-        self._choose_reference(ledgers)
-        self.ledgers = ledgers
         self.step_count += 1
         self._begin_step()
         self.synchronized = True
+
+    def _exchanged(self, began: float, computed: float) -> None:
+        """Note what an exchange cost, for the next one's ledger."""
+        self._ended = time.perf_counter()
+        self._held_up, self._computed = self._ended - began, computed
+
+    def _close(self, ledgers: list[Ledger], step: int, travel: Travel) -> None:
+        """Let the terms look at a finished step."""
+        if self.controller.terms:
+            table = np.hstack([self._ledger_table, self._told.cpu().numpy()])
+            self.controller.close(step, table, travel, self.objective.reduction)
+        self.ledgers = ledgers
+        self.ledger_step = step
+
+    # -- local steps ------------------------------------------------------------------------------
+
+    def _step_alone(self) -> None:
+        """Set every ``.grad`` to this rank's own gradient; a step without weight, or unsound, has none."""
+        assert self._stretch is not None
+        wire = Wire(None, Compression.none)
+        for slot in (*self.buckets, *self.sparse):
+            if isinstance(slot, LoneGradient):
+                slot.used = slot.there
+            slot.launch(self._scale_sum, wire)
+        if not self._stretch.steps:  # whatever was done or loaded in between is equal on all ranks
+            self._stretch.anchor_here()
+        row, strays = self._row_sum, self._strays
+        sound = row is not None and not strays and bool(row[1] > 0) and not bool(row[FAULTS_TOLD].any())
+        for slot in (*self.buckets, *self.sparse):
+            slot.finish(float(self._scale_sum) if sound else 1.0)
+        self._stretch.count(row, strays)
+        self._hand_over()
+        self._idle = False
+        for p in self._frozen:  # waits for the next exchange
+            p.grad = None
+        if sound:
+            self._stretch.pull(0.0 if self._proximal is None else self._proximal.mu)
+        else:  # the exchange tells all ranks what was wrong
+            self._idle = True
+            for p in self.parameters():
+                if p.grad is not None:  # a GradScaler wants to see some
+                    p.grad = torch.zeros_like(p.grad)
+        assert self._period is not None
+        self._due = self._stretch.steps >= self._period.period
+
+    def exchange(self) -> None:
+        """Average the ranks' parameters, if steps were taken since they were equal."""
+        self._due = False
+        stretch = self._stretch
+        if stretch is None or not stretch.steps:
+            return
+        began = time.perf_counter()
+        computed = 0.0 if self._ended is None else began - self._ended
+        flats, length = stretch.moves()
+        row = stretch.row
+        weight = 0.0 if row is None else float(row[1])
+        if not math.isfinite(length):  # a gradient that was not finite, of a loss that was
+            row = torch.zeros(MEASURED + self.controller.width).double() if row is None else row.clone()
+            row[_NONFINITE] += 1
+            weight = length = 0.0
+        if self.objective.reduction == "sum":  # ranks weigh the same, as in a step
+            weight = float(weight > 0)
+        table, self._told_ready = self._own_table(row, stretch.strays, moved=weight * length)
+        reference = self._stretch_reference or 1.0
+        told = self._plain_wire.send(table, f"{self.name}.stretch")
+        waits, travel = stretch.send(flats, weight / reference, self.wire)
+        for wait in (told, *waits):
+            wait()
+        try:
+            ledgers = self._judge(table, self.step_count)
+            total = math.fsum(
+                one.denominator if self.objective.reduction != "sum" else float(one.denominator > 0)
+                for one in ledgers
+            )
+            assert self._period is not None
+            self._close(ledgers, self.step_count, travel)
+        except BaseException:
+            stretch.go_back()
+            raise
+        self._together = stretch.settle(flats, total / reference, self._period.outer)
+        self._stretch_reference = total
+        if self._period.period == 1:  # from here on gradients are equal, and so must updates be
+            optimizer = self.optimizer()
+            assert optimizer is not None
+            share_memory(optimizer, weight / total, self._plain_wire, self.communicator(), self.name)
+        self._exchanged(began, computed)
+
+    _stretch_reference: float | None = None  # total weight of the last stretch, as in _choose_reference
+
+    def _gradients_travel(self) -> Travel:
+        """Return how this step's gradients travelled."""
+        flats = [b.flat if isinstance(b, FlatBucket) else b.parameters[0] for b in self.buckets]
+        return Travel(
+            messages=self.travel()["messages"],
+            bytes=sum(self.wire.bytes_of(flat) for flat in flats),
+            full_bytes=sum(flat.numel() * flat.element_size() for flat in flats),
+        )
 
     def _make_plan(self) -> None:
         """Agree with all ranks on the parameters, lay out the buckets, and fill them with this step."""
@@ -461,6 +645,7 @@ class _Engine:
             },
             name=f"{self.name}.agree",
         )
+        self.controller.prepare(self.communicator())
         self._launch_ledger()
         measured_in = self._reference  # of the gradients held so far; 1 unless this is a new plan
         self._choose_reference(self._judged_ledgers())
@@ -486,9 +671,7 @@ class _Engine:
         )
         self._lay_out(layouts, members)
         self.sparse = [
-            SparseSlot(parameters[i], f"{self.name}.sparse.{i}", self.wire)
-            for i in trained
-            if infos[i].sparse
+            SparseSlot(parameters[i], f"{self.name}.sparse.{i}") for i in trained if infos[i].sparse
         ]
         self._slot = {id(p): bucket for bucket in self.buckets for p in bucket.parameters}
         self._slot.update({id(slot.parameter): slot for slot in self.sparse})
@@ -545,14 +728,21 @@ class _Engine:
     def travel(self) -> dict[str, int]:
         """Return how many messages a step sends, and what they hold."""
         return {
-            "messages": len(self.buckets) + 2 * len(self.sparse) + (self.carrier is None),
+            "messages": len(self.buckets)
+            + 2 * len(self.sparse)
+            + (self.carrier is None)
+            + bool(self.controller.width),
             "buckets": len(self.buckets) - len(self.lone),
             "alone": len(self.lone),
             "sparse": len(self.sparse),
         }
 
     def updated(self) -> None:
-        """After an update, compare the parameters of all ranks if that is due."""
+        """After an update, exchange parameters, and compare those of all ranks, if that is due."""
+        if self._due:
+            self.exchange()
+        elif self._apart:
+            return
         if due(self.step_count, self.check_every) and self.step_count:
             named = [(self.names[id(p)], p) for p in self.parameters()]
             check_synchronized(
@@ -562,8 +752,9 @@ class _Engine:
     def abandon(self) -> None:
         """Finish what is under way, drop it, and be ready for a fresh step."""
         try:
-            if self._table_ready is not None:
-                self._table_ready()
+            for ready in (self._table_ready, self._told_ready):
+                if ready is not None:
+                    ready()
             for slot in (*self.buckets, *self.sparse):
                 slot.drain()
         finally:
@@ -590,6 +781,8 @@ class _Engine:
 
 # Fields of a ledger row that add up over several calls in one backward pass; the others are shared.
 _ADDED = [0, 5, 6, 7]
+FAULTS_TOLD = slice(FAULTS.start, MEASURED)  # the faults that tensors tell
+_NONFINITE = COLUMN["nonfinite_losses"]
 
 
 class _Exact:
@@ -617,6 +810,20 @@ class _Exact:
         """
         self._hvdloss.synchronize()
 
+    def exchange(self) -> None:
+        """Average the ranks' parameters now, after local steps; nothing where they are equal.
+
+        Before evaluating or saving a model in the middle of a stretch of local steps
+        (:class:`hvdloss.control.SyncPeriod`). All ranks must call it after the same step.
+
+        Raises:
+            WeightError, NoWeightError, NonFiniteLossError, UsageError: the same on every rank; parameters
+                are those of the last exchange again.
+
+        Collectives: one all-reduce of the parameters per dtype, and one of the ledgers.
+        """
+        self._hvdloss.exchange()
+
     @contextmanager
     def skip_synchronize(self) -> Iterator[None]:
         """Have ``step()`` use the gradients as they are, after :meth:`synchronize`."""
@@ -633,6 +840,11 @@ class _Exact:
         """
         engine = self._hvdloss
         if closure is not None:
+            if engine._period is not None:
+                raise UsageError(
+                    "step(closure) with SyncPeriod: a closure is evaluated several times per step, and its "
+                    "loss must be that of all ranks; call step() without one, or leave out SyncPeriod"
+                )
 
             def global_closure() -> Any:
                 with torch.enable_grad():
@@ -654,7 +866,8 @@ class _Exact:
                 "gradients of the ranks have not been reduced"
             )
         engine.synchronized = False
-        out = self._base.step(self)  # type: ignore[arg-type]
+        out = None if engine._idle else self._base.step(self)  # type: ignore[arg-type]
+        engine._idle = False
         engine.updated()
         return out
 
@@ -668,6 +881,10 @@ class _Exact:
                 "first; to skip one sample give it the weight 0."
             )
         engine.synchronized = False
+        # Before the next forward pass: an update was skipped (a GradScaler does that), which must not keep
+        # others waiting, or there are more parameters to train.
+        if engine._due or engine.unfrozen():
+            engine.exchange()
         engine._begin_step()
         self._base.zero_grad(self, set_to_none)  # type: ignore[arg-type]
 
@@ -681,6 +898,7 @@ class _Exact:
         """Load the state that the plain optimizer, Horovod's wrapper or this one saved."""
         self._hvdloss.abandon()
         self._hvdloss.synchronized = False
+        self._hvdloss._stretch = None  # parameters are loaded along with this
         self._base.load_state_dict(self, state_dict)  # type: ignore[arg-type]
 
     def set_backward_passes_per_step(self, passes: int) -> None:
@@ -694,7 +912,13 @@ class _Exact:
         if engine.ledgers is None:
             return None
         choices = {**engine.tuning.as_dict(), **launched(hvd), "travel": engine.travel()}
-        return StepReport.of(engine.step_count, engine.ledgers, engine.objective.reduction, choices)
+        return StepReport.of(
+            engine.ledger_step,
+            engine.ledgers,
+            engine.objective.reduction,
+            choices,
+            engine.controller.reports(),
+        )
 
     @property
     def objective(self) -> Objective:
@@ -763,9 +987,10 @@ def DistributedOptimizer(
         ConfigError: an argument that cannot be used.
 
     Collectives per step: one asynchronous all-reduce per bucket, all under way together; the ranks'
-    ledgers (``size`` x 10 numbers) ride in the last float32 or float64 bucket, and need a message of
-    their own only where there is none (compression, 16-bit parameters). Buckets follow Li et al.,
-    "PyTorch Distributed" (VLDB 2020).
+    ledgers (``size`` x 13 numbers) ride in the last float32 or float64 bucket, and need a message of
+    their own only where there is none (compression, 16-bit parameters). What terms tell is one message
+    more. After local steps one all-reduce of the parameters per dtype, and one or two small ones. Buckets
+    follow Li et al., "PyTorch Distributed" (VLDB 2020).
     """
     if groups is None and num_groups:
         groups = num_groups
@@ -807,6 +1032,10 @@ def DistributedOptimizer(
     process_set = process_set or ours or hvd.global_process_set
     tuning = choose(bucket_cap_mb=bucket_cap_mb, overlap=overlap)
     due(1, check_every)
+    if objective.controller.act(AdaptiveCompression) is not None and compression is not Compression.none:
+        raise ConfigError(
+            "compression= cannot be chosen together with AdaptiveCompression, which chooses it; leave one out"
+        )
     objective.process_set = process_set
 
     base = type(optimizer)

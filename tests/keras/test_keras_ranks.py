@@ -17,6 +17,8 @@ EVERYWHERE = [
     "without_our_reduction_the_guard_raises",
 ]
 
+TERMS_EVERYWHERE = ["skew_in_fit_is_that_of_all_labels", "fit_with_local_steps"]
+
 
 @parallel_cases("keras_fit", [("gloo", 2)], group="keras")
 def test_fit(case: Case, request: pytest.FixtureRequest) -> None:
@@ -35,4 +37,14 @@ def test_fit_everywhere(case: Case, request: pytest.FixtureRequest) -> None:
 
 @parallel_cases("keras_callbacks", [("gloo", 3)], cases=["metrics_are_those_of_one_process"])
 def test_metrics(case: Case, request: pytest.FixtureRequest) -> None:
+    case.check(request)
+
+
+@parallel_cases("keras_terms", [("gloo", 2)], group="keras")
+def test_terms(case: Case, request: pytest.FixtureRequest) -> None:
+    case.check(request)
+
+
+@parallel_cases("keras_terms", [("gloo", 1), ("gloo", 3)], cases=TERMS_EVERYWHERE, group="keras_fit")
+def test_terms_everywhere(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)

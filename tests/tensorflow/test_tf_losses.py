@@ -66,7 +66,7 @@ def test_contributions_agree_with_numpy(reduction: str, function: bool):
 
 
 def test_a_number_as_weight_is_not_rounded():
-    part = Objective("mse").contribute(tf.zeros(3, tf.float64), np.ones(3), 0.3)
+    part = Objective("mse").contribute(tf.zeros(3, tf.float64), np.ones(3), 0.3).part
     assert float(part.weight) == pytest.approx(0.9, rel=1e-15)
 
 

@@ -22,6 +22,12 @@ EVERYWHERE = [
     "parity_with_torch",
 ]
 
+TERMS_EVERYWHERE = [
+    "skew_is_that_of_all_labels",
+    "importance_and_balance_weights",
+    "local_steps_are_averaged_by_weight",
+]
+
 
 @parallel_cases("tf_tape", [("gloo", 2)])
 def test_tape(case: Case, request: pytest.FixtureRequest) -> None:
@@ -35,4 +41,14 @@ def test_tape_everywhere(case: Case, request: pytest.FixtureRequest) -> None:
 
 @parallel_cases("tf_tape", [("gloo", 1)], cases=["parity_with_torch"])
 def test_parity_of_one_rank(case: Case, request: pytest.FixtureRequest) -> None:
+    case.check(request)
+
+
+@parallel_cases("tf_terms", [("gloo", 2)], group="tf_tape")
+def test_terms(case: Case, request: pytest.FixtureRequest) -> None:
+    case.check(request)
+
+
+@parallel_cases("tf_terms", [("gloo", 1), ("gloo", 3)], cases=TERMS_EVERYWHERE, group="tf_tape")
+def test_terms_everywhere(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)

@@ -22,6 +22,16 @@ def test_faults(case: Case, request):
     case.check(request)
 
 
+@parallel_cases("torch_terms", [("gloo", 2), ("gloo", 3)], group="torch")
+def test_terms(case: Case, request):
+    case.check(request)
+
+
 @parallel_cases("torch_compiled", [("gloo", 2)], group="torch")
 def test_compiled(case: Case, request):
+    case.check(request)
+
+
+@parallel_cases("torch_beside_tensorflow", [("gloo", 2)])
+def test_beside_tensorflow(case: Case, request):
     case.check(request)

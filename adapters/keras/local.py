@@ -1,0 +1,286 @@
+"""Local steps: what lies between two exchanges of parameters."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import tensorflow as tf
+
+import keras
+from hvdloss.control.period import SyncPeriod
+from hvdloss.control.weights import Proximal
+from hvdloss.errors import ConfigError
+from hvdloss.keras._backend import hvd
+from hvdloss.ledger import COLUMN, FAULTS
+from hvdloss.tensorflow.books import Books, raise_fault, translated
+from hvdloss.tensorflow.exchange import Exchange
+from hvdloss.term import Travel
+
+__all__ = ["Stretch"]
+
+_DENOMINATOR, _PASSES, _STRAYS = COLUMN["denominator"], COLUMN["micro_batches"], COLUMN["strays"]
+_TOLD_HERE = [[COLUMN["nonfinite_losses"]], [COLUMN["moved"]], [COLUMN["together"]]]
+
+
+class Stretch:
+    """The steps that a rank takes by itself since the last exchange of parameters.
+
+    Holds the parameters of that exchange (the anchor, equal on all ranks) and what the rank saw since,
+    as variables, so that everything happens in the graph of the training step.
+
+    Args:
+        books: of the objective, whose terms have a :class:`hvdloss.control.SyncPeriod`.
+        exchange: how gradients travel; parameters travel the same way.
+        passes: backward passes per step.
+    """
+
+    def __init__(self, books: Books, exchange: Exchange, passes: int) -> None:
+        period = books.controller.act(SyncPeriod)
+        assert period is not None
+        self.books, self.wire, self.passes = books, exchange, passes
+        self.outer = period.outer
+        self.pulls = books.controller.act(Proximal) is not None
+        self.built = False
+
+    def build(self, optimizer: Any) -> None:
+        """Make the variables, once, for the parameters that an optimizer was built on."""
+        if self.built:
+            return
+        self.built = True
+        self.parameters = [_raw(p) for p in optimizer._trainable_variables]
+        # What the optimizer remembers of gradients is a rank's own as long as its steps are.
+        adding = getattr(optimizer, "_accumulated_gradients", ())
+        shared = [optimizer._iterations, optimizer._learning_rate, *adding]
+        self.memory = [
+            _raw(v)
+            for v in optimizer.variables
+            if all(v is not one for one in shared) and tf.as_dtype(v.dtype).is_floating
+        ]
+
+        def like(p: tf.Variable, name: str) -> tf.Variable:
+            return tf.Variable(tf.zeros(p.shape, p.dtype), trainable=False, name=name)
+
+        with tf.init_scope():
+            self.anchor = [like(p, "hvdloss_anchor") for p in self.parameters]
+            outer = [] if self.outer is None else self.parameters
+            self.velocity = [like(p, "hvdloss_velocity") for p in outer]
+            self.row = tf.Variable(tf.zeros(self.books.width, tf.float64), trainable=False)
+            self.steps = tf.Variable(0, trainable=False, dtype=tf.int64, name="hvdloss_local_steps")
+            #: Steps at the end of the last stretch in which no rank had a batch.
+            self.surplus = tf.Variable(0, trainable=False, dtype=tf.int64)
+            #: Of the last mean move, squared.
+            self.length = tf.Variable(0.0, trainable=False, dtype=tf.float64)
+        self._exchanging = tf.function(self._exchange, autograph=False)
+
+    # -- a step -----------------------------------------------------------------------------------
+
+    @property
+    def local(self) -> tf.Tensor:
+        """Whether this step's gradients stay here; the first step is done together."""
+        return (self.books.period > 1) & (self.books.steps > 0)
+
+    def count(self, row: tf.Tensor) -> tf.Tensor:
+        """Add a step of this rank, before its update; return whether it may be made.
+
+        A step without weight, or unsound, moves nothing: the exchange tells all ranks what was wrong.
+        """
+
+        def anchor_here() -> tf.Tensor:
+            for p, anchor in zip(self.parameters, self.anchor, strict=True):
+                anchor.assign(p)
+            return tf.constant(True)
+
+        # Now rather than after the last exchange: whatever was loaded in between is equal on all ranks.
+        tf.cond(tf.equal(self.steps, 0), anchor_here, lambda: tf.constant(False))
+        self.row.assign_add(row)
+        self.steps.assign_add(1)
+        return (row[_DENOMINATOR] > 0) & ~tf.reduce_any(row[FAULTS] > 0)
+
+    def pulled(self, gradients: Sequence[Any], places: Sequence[int]) -> list[Any]:
+        """Return the gradients with that of ``mu / 2 ||theta - anchor||^2`` added; sparse ones as they are.
+
+        `places`: of the gradients' parameters.
+        """
+        if not self.pulls:
+            return list(gradients)
+        mu = self.books.pull
+        return [
+            g
+            if isinstance(g, tf.IndexedSlices)
+            else g + tf.cast(mu, g.dtype) * tf.cast(self.parameters[i] - self.anchor[i], g.dtype)
+            for g, i in zip(gradients, places, strict=True)
+        ]
+
+    # -- an exchange ------------------------------------------------------------------------------
+
+    @property
+    def pending(self) -> bool:
+        """Whether ranks are apart. Eager only."""
+        return self.built and int(self.steps) > 0
+
+    def exchange(self) -> None:
+        """Average the ranks' parameters, if steps were taken since they were equal. Eager only."""
+        if self.pending:
+            translated(self._exchanging)
+
+    def exchange_if_due(self) -> None:
+        """Average the ranks' parameters, if the stretch is complete; eagerly or in a graph."""
+        due = (self.steps > 0) & (self.steps >= self.books.period)
+        if not tf.executing_eagerly():
+            tf.cond(due, self._exchanging, lambda: tf.constant(False))
+        elif bool(due):
+            translated(self._exchanging)
+
+    def _exchange(self) -> tf.Tensor:
+        row, steps = self.row.read_value(), self.steps.read_value()
+        groups = _by_dtype(self.parameters)
+        moved = [p - anchor for p, anchor in zip(self.parameters, self.anchor, strict=True)]
+        flats = [_flat([moved[i] for i in group]) for group in groups]
+        began = self.wire.clock.begin(flats)
+        length = _squared_length(flats)
+        # A gradient that was not finite, of a loss that was.
+        finite = tf.math.is_finite(length)
+        weight = self._weights(row[_DENOMINATOR])
+        weight = tf.where(finite, weight, tf.zeros_like(weight))
+        told = [tf.cast(~finite, tf.float64), tf.math.multiply_no_nan(length, weight), self.length]
+        row = tf.tensor_scatter_nd_add(row, _TOLD_HERE, tf.stack(told))
+        table = self.wire.sum_table(self.wire.clock.told(row), "stretch")
+        # At the end of an epoch of unknown length ranks without batches cannot tell that others have
+        # none either; those steps did not happen.
+        rounds = tf.math.ceil(tf.reduce_max(table[:, _PASSES] + table[:, _STRAYS]) / self.passes)
+        real = tf.minimum(steps, tf.cast(rounds, tf.int64))
+
+        def close() -> tf.Tensor:
+            step = self.books.steps + real
+            sound, state = self.books.try_close(table, step, real, self._travel(flats))
+            return tf.cond(sound, lambda: settle(state), self._go_back)
+
+        def settle(state: tf.Tensor) -> tf.Tensor:
+            share = weight / tf.reduce_sum(self._weights(table[:, _DENOMINATOR]))
+            means = [
+                self.wire.sum_scaled(flat, share, f"{self.wire.name}.moves.{number}", self.books.compress)
+                for number, flat in enumerate(flats)
+            ]
+            self.wire.clock.end(began, means)
+            for mean, group in zip(means, groups, strict=True):
+                self._settle(mean, group)
+            self.length.assign(_squared_length(means))
+            self.books.keep(table, real, state)
+            self._begin()
+            apart = self.books.period > 1
+            return tf.cond(apart, lambda: tf.constant(True), lambda: self._share_memory(share))
+
+        def drop() -> tf.Tensor:
+            self._begin()
+            return tf.constant(True)
+
+        done = tf.cond(real > 0, close, drop)
+        self.surplus.assign(steps - real)
+        return done
+
+    def _share_memory(self, share: tf.Tensor) -> tf.Tensor:
+        """Average what the ranks' optimizers remember: with equal gradients they must make equal updates.
+
+        As it is: squares of small gradients are beyond float16.
+        """
+        for number, group in enumerate(_by_dtype(self.memory)):
+            some = [self.memory[i] for i in group]
+            name = f"{self.wire.name}.memory.{number}"
+            mean = self.wire.sum_scaled(_flat(some), share, name, compression=hvd.Compression.none)
+            for v, value in zip(some, _split(mean, some), strict=True):
+                v.assign(value)
+        return tf.constant(True)
+
+    def _weights(self, denominators: tf.Tensor) -> tf.Tensor:
+        """Return what ranks count: what they saw; with the reduction "sum" the same, as in a step."""
+        if self.books.reduction == "sum":
+            return tf.cast(denominators > 0, tf.float64)
+        return denominators
+
+    def _settle(self, mean: tf.Tensor, group: Sequence[int]) -> None:
+        """Move parameters of one dtype from the anchor by the ranks' mean move."""
+        for i, move in zip(group, _split(mean, [self.parameters[i] for i in group]), strict=True):
+            if self.outer is not None:
+                move, velocity = self.outer.move(move, self.velocity[i])
+                self.velocity[i].assign(velocity)
+            self.parameters[i].assign(self.anchor[i] + move)
+
+    def _begin(self) -> list[Any]:
+        """Start counting anew."""
+        return [
+            self.row.assign(tf.zeros_like(self.row), read_value=False),
+            self.steps.assign(0, read_value=False),
+        ]
+
+    def _go_back(self) -> tf.Tensor:
+        """Return to the parameters of the last exchange, and raise what was wrong."""
+        done = [p.assign(a, read_value=False) for p, a in zip(self.parameters, self.anchor, strict=True)]
+        done += self._begin()
+        with tf.control_dependencies(done):
+            return raise_fault()
+
+    def _travel(self, flats: Sequence[tf.Tensor]) -> Any:
+        """Return what tells, after so many steps, how parameters travelled."""
+        sizes = [(flat.dtype, flat.shape.num_elements()) for flat in flats]
+        compressing = self.books.compressing
+
+        def told(steps: int) -> Travel:
+            half = compressing is not None and compressing.on
+            return Travel(
+                messages=len(sizes) + 1,
+                bytes=sum(self.wire.bytes_of(dtype, n, half) for dtype, n in sizes),
+                full_bytes=sum(dtype.size * n for dtype, n in sizes),
+                steps=steps,
+                parameters=True,
+            )
+
+        return told
+
+
+def check_local(optimizer: Any, local: set[int]) -> None:
+    """Check that an optimizer can take local steps.
+
+    Args:
+        optimizer: of Keras.
+        local: places of variables that keep this rank's own gradient.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    why = None
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        why = "a LossScaleOptimizer must ask all ranks in every step whether gradients are finite"
+    elif local:
+        why = "variables that stay each rank's own cannot be averaged with the others"
+    elif optimizer.use_ema:
+        why = "use_ema=True averages each rank's own parameters, which differ between exchanges"
+    if why is not None:
+        raise ConfigError(f"SyncPeriod: {why}. Leave SyncPeriod out of the terms' acts, or the other out")
+
+
+def _raw(variable: Any) -> tf.Variable:
+    return variable.value if isinstance(variable, keras.Variable) else variable
+
+
+def _by_dtype(variables: Sequence[tf.Variable]) -> list[list[int]]:
+    """Return the places of the variables of each dtype."""
+    groups: dict[tf.DType, list[int]] = defaultdict(list)
+    for i, v in enumerate(variables):
+        groups[v.dtype].append(i)
+    return list(groups.values())
+
+
+def _flat(some: Sequence[Any]) -> tf.Tensor:
+    return tf.concat([tf.reshape(x, [-1]) for x in some], 0)
+
+
+def _split(flat: tf.Tensor, like: Sequence[tf.Variable]) -> list[tf.Tensor]:
+    """Return the parts of a vector in the shapes of variables."""
+    parts = tf.split(flat, [v.shape.num_elements() for v in like])
+    return [tf.reshape(part, v.shape) for part, v in zip(parts, like, strict=True)]
+
+
+def _squared_length(flats: Sequence[tf.Tensor]) -> tf.Tensor:
+    return tf.add_n([tf.reduce_sum(tf.cast(flat, tf.float64) ** 2) for flat in flats])
