@@ -4,21 +4,19 @@
 
 For each size the median time of one in-place float32 sum, interleaved over rounds, and the bandwidth
 (payload bytes per second). The copy is the same payload copied once by every rank at the same time: no
-all-reduce through memory can be faster. The last lines fit t = alpha + bytes / beta to each (weighted so
-that every size counts alike). ``hvdloss bench allreduce`` runs this and shows it.
+all-reduce through memory can be faster. The last lines fit t = alpha + bytes / beta to each
+(:class:`hvdloss.terms.link.LinkModel`). ``hvdloss bench allreduce`` runs this and shows it.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import statistics
 import time
 from collections.abc import Callable
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -30,19 +28,20 @@ from hvdloss.benchmarks.common import (
     rotated,
     write_json,
 )
+from hvdloss.terms.link import LinkModel
 
 
-def fit(sizes: list[int], seconds: list[float]) -> tuple[float, float]:
-    """Return (alpha in seconds, beta in bytes per second) of t = alpha + bytes / beta.
-
-    Least squares on relative errors, with neither below zero (Hockney 1994 has the model).
-    """
-    t = np.array(seconds)
-    columns = np.stack([np.ones(len(t)), np.array(sizes, dtype=float)], axis=1) / t[:, None]
-    (alpha, inverse), *_ = np.linalg.lstsq(columns, np.ones(len(t)), rcond=None)
-    if alpha < 0:
-        alpha, inverse = 0.0, float(np.median(t / np.array(sizes)))
-    return float(alpha), float(1.0 / max(inverse, 1e-15))
+def fit(ranks: int, times: dict[int, list[float]]) -> dict[str, float]:
+    """Return alpha in seconds and beta in bytes per second of the times of each size."""
+    model = LinkModel(ranks, window=max(2, sum(map(len, times.values()))))
+    for size, seconds in times.items():
+        for one in seconds:
+            model.add(one, size)
+    found = model.fit()
+    if found is None:
+        raise SystemExit("allreduce: fitting alpha and beta takes two sizes at least; raise --largest")
+    # JSON has no infinity, which beta is where the larger sizes took no longer.
+    return {"alpha_s": found.alpha, "beta_bytes_per_s": min(found.beta, 1e15)}
 
 
 def main() -> None:
@@ -86,8 +85,6 @@ def main() -> None:
                     peers[name](x)
                 times[name][size].append((time.perf_counter() - began) / repeats)
         progress(hvd, f"{size / 2**10:.3g} KiB", sizes.index(size) + 1, len(sizes))
-    medians = {name: [statistics.median(times[name][n]) for n in sizes] for name in peers}
-    fits = {name: fit(sizes, medians[name]) for name in peers}
     if hvd.rank() == 0:
         write_json(
             args.json,
@@ -95,7 +92,7 @@ def main() -> None:
                 "environment": environment(hvd),
                 "sizes": sizes,
                 "seconds": {name: [times[name][n] for n in sizes] for name in peers},
-                "fit": {n: {"alpha_s": a, "beta_bytes_per_s": b} for n, (a, b) in fits.items()},
+                "fit": {name: fit(hvd.size(), of_name) for name, of_name in times.items()},
             },
         )
 

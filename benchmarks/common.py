@@ -6,6 +6,9 @@ import json
 import os
 import platform
 import socket
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
@@ -14,6 +17,7 @@ from typing import Any
 __all__ = [
     "WARM_UP",
     "environment",
+    "horovodrun",
     "join_torch_distributed",
     "measured",
     "peak_above",
@@ -69,6 +73,22 @@ def measured(
             step()
     seconds = timed_rounds(hvd, steps, rounds, per_round, label)
     return {"title": title, "seconds": seconds, "messages": {peer: messages(peer) for peer in steps}}
+
+
+def horovodrun(module: str, ranks: int, arguments: list[str]) -> dict[str, Any]:
+    """Run a module's inner part as ranks on this machine, over Gloo; return the numbers of its ``--json``.
+
+    Ends the program with exit status 7 if a rank failed.
+    """
+    with tempfile.TemporaryDirectory(prefix="hvdloss-") as folder:
+        path = Path(folder) / "numbers.json"
+        launcher = str(Path(sys.executable).with_name("horovodrun"))
+        command = [launcher, "--gloo", "-np", str(ranks), sys.executable, "-m", module]
+        done = subprocess.run([*command, "--inner", "--json", str(path), *arguments], check=False)
+        if done.returncode or not path.exists():
+            print(f"{module}: ranks failed (exit status {done.returncode})", file=sys.stderr)
+            raise SystemExit(7)
+        return json.loads(path.read_text())
 
 
 def _meet(hvd: Any) -> None:
