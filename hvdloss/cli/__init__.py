@@ -1,4 +1,4 @@
-"""The command line: ``hvdloss install``, ``hvdloss doctor``, ``hvdloss bench``.
+"""The command line: ``hvdloss install``, ``hvdloss doctor``, ``hvdloss bench``, ``hvdloss simulate``.
 
 Subcommands are imported when they are asked for, so that ``hvdloss --help`` and
 ``hvdloss --version`` answer at once and no command pays for another's imports.
@@ -32,6 +32,7 @@ _COMMANDS = {
     "bench": ("hvdloss.cli.bench", "bench", "Measure steps and all-reduces beside their peers."),
     "doctor": ("hvdloss.cli.doctor", "doctor", "Say whether training can start, and what to do."),
     "install": ("hvdloss.cli.install", "install", "Build and install Horovod for this Python."),
+    "simulate": ("hvdloss.cli.simulate", "simulate", "Try a plan on ranks that are not there."),
 }
 
 
