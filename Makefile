@@ -2,10 +2,10 @@
 
 PYTHON_BIN := .venv/bin/python
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench clean distclean
+.PHONY: help setup demo test test-more lint format bench clean distclean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## make .venv with the frameworks, hvdloss and Horovod (quick when up to date)
 	@./scripts/setup.sh
@@ -15,6 +15,10 @@ demo: setup ## train on real data on several Horovod ranks, against one process
 
 test: setup ## run the tests
 	$(PYTHON_BIN) -m pytest
+
+test-more: setup ## run the launches that `test` leaves out: more of everything on 4 ranks, Keras over MPI
+	HVDLOSS_MORE_RANKS=1 $(PYTHON_BIN) -m pytest tests/torch/test_torch_parallel.py \
+	  tests/tensorflow/test_tf_ranks.py tests/keras/test_keras_ranks.py -k "gloo-4 or (keras and mpi)"
 
 lint: setup ## check style and types
 	$(PYTHON_BIN) -m ruff check .

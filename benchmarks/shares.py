@@ -24,7 +24,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from hvdloss.benchmarks.common import environment, horovodrun, progress, write_json
 
 PLANS = {"equal": 0.999, "balanced": 0.05}  # the least gain for which shares change
-BATCH = 1024
+BATCH = 4096
 SETTLED = 20  # steps of a training before speed counts
 SPIN = "import os\nos.sched_setaffinity(0, {%d})\nwhile os.getppid() == %d: sum(range(10000))"
 
@@ -151,7 +151,7 @@ def draw(plans: dict[str, list[dict[str, Any]]], ratio: float, path: Path) -> No
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--out", type=Path, default=Path("runs/shares"))
     parser.add_argument("--inner", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--json", help=argparse.SUPPRESS)

@@ -66,6 +66,11 @@ REPEATS = 3  # launches after one that hung or died
 # -- the outer side: pytest ---------------------------------------------------------------------------
 
 
+def more(*launches: tuple[str, int]) -> list[tuple[str, int]]:
+    """Return launches that `make test` leaves out for the sake of time, and `make test-more` runs."""
+    return list(launches) if os.environ.get("HVDLOSS_MORE_RANKS") else []
+
+
 @functools.cache
 def case_names(module: str) -> list[str]:
     """Return the names of a module's cases, without importing its framework."""

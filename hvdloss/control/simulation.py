@@ -6,7 +6,7 @@ that, exchange by exchange, the table of ledgers that real ranks would have told
 the controller that real ranks run (:class:`hvdloss.controller.Controller`), and does what that decides:
 the shares of the batch, the synchronisation period, compression. Nothing that decides is written twice.
 
-Time is modelled, not spent: a step of ten thousand ranks costs about two milliseconds.
+Time is modelled, not spent: a step of ten thousand ranks costs about a millisecond.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("tensorflow")
 
-from ranks import Case, parallel_cases
+from ranks import Case, more, parallel_cases
 
 # What must hold for every number of ranks and both controllers; the rest runs on two ranks.
 EVERYWHERE = [
@@ -30,7 +30,7 @@ def test_callbacks(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)
 
 
-@parallel_cases("keras_fit", [("gloo", 3), ("gloo", 4), ("mpi", 2)], cases=EVERYWHERE)
+@parallel_cases("keras_fit", [("gloo", 3), *more(("gloo", 4), ("mpi", 2))], cases=EVERYWHERE)
 def test_fit_everywhere(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)
 

@@ -156,7 +156,7 @@ def case_terms_without_a_price_or_act_change_nothing():
     (one, *more), (other, *theirs) = found
     # Over more than two ranks longer messages may be added up in another order.
     assert difference(one, other) <= (0 if hvd.size() <= 2 else 1e-12)
-    assert more == theirs or hvd.size() > 2
+    assert more == theirs or hvd.size() > 2, (more, theirs)
 
 
 def case_a_label_that_is_no_class():

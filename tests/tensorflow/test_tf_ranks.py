@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("tensorflow")
 
-from ranks import Case, parallel_cases
+from ranks import Case, more, parallel_cases
 
 # What must hold for every number of ranks and both controllers; the rest runs on two ranks.
 EVERYWHERE = [
@@ -34,7 +34,7 @@ def test_tape(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)
 
 
-@parallel_cases("tf_tape", [("gloo", 3), ("gloo", 4), ("mpi", 2)], cases=EVERYWHERE)
+@parallel_cases("tf_tape", [("gloo", 3), ("mpi", 2), *more(("gloo", 4))], cases=EVERYWHERE)
 def test_tape_everywhere(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)
 
