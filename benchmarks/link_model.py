@@ -4,7 +4,7 @@
 
 Two hosts (:mod:`hvdloss.benchmarks.hosts`), one Horovod rank each. At one rate the link is fitted from a
 few blocking sums (:func:`hvdloss.terms.link.calibrate`). Then MLPs are trained at this rate and others, and
-every step time is predicted before it is looked at:
+every step time is predicted from that fit, from computing alone, and from what a step sends:
 
     overlap off   compute + t(bytes, messages)
     overlap on    buckets leave when their gradients are ready, one after the other over the link
@@ -167,7 +167,7 @@ def predict(found: dict[str, Any], mode: str, model: LinkModel, scale: float) ->
         return model.predict(size, messages, beta=fit.beta * scale).seconds
 
     whole = seconds(sent["bytes"], sent["messages"])
-    relative = model.predict(sent["bytes"], sent["messages"]).std / model.predict(sent["bytes"]).seconds
+    as_fitted = model.predict(sent["bytes"], sent["messages"])
     predicted = compute + whole
     if mode == "on":
         free = 0.0
@@ -179,7 +179,7 @@ def predict(found: dict[str, Any], mode: str, model: LinkModel, scale: float) ->
         "compute_s": compute,
         "communication_s": whole,
         "predicted_s": predicted,
-        "std_s": relative * whole,
+        "std_s": as_fitted.std / as_fitted.seconds * whole,
         "at_least_s": max(compute, whole) if mode == "on" else predicted,
         "at_most_s": compute + whole,
     }

@@ -2,8 +2,8 @@
 
     python -m hvdloss.benchmarks.shares --out runs/shares
 
-Two ranks, each pinned to a core of its own; a second process spins on rank 1's core, which so gets half
-of it. Both plans train the same network on the same global batches of scikit-learn's digits (many times,
+Two ranks, each pinned to a core of its own; rank 1 is throttled: stopped for two of every four
+milliseconds (SIGSTOP and SIGCONT). Both plans train the same network on the same global batches of scikit-learn's digits (many times,
 with a little noise, in float64), in turn. Ideal: equal shares take 2 units of time per step, shares of
 2/3 and 1/3 take 4/3, which is 1.5 times the samples per second.
 """
@@ -26,7 +26,19 @@ from hvdloss.benchmarks.common import environment, horovodrun, progress, write_j
 PLANS = {"equal": 0.999, "balanced": 0.05}  # the least gain for which shares change
 BATCH = 4096
 SETTLED = 20  # steps of a training before speed counts
-SPIN = "import os\nos.sched_setaffinity(0, {%d})\nwhile os.getppid() == %d: sum(range(10000))"
+THROTTLE = """
+import os, signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+rank = os.getppid()
+try:
+    while os.getppid() == rank:
+        os.kill(rank, signal.SIGSTOP)
+        time.sleep(0.002)
+        os.kill(rank, signal.SIGCONT)
+        time.sleep(0.002)
+finally:
+    os.kill(rank, signal.SIGCONT)
+"""
 
 
 def train(plan: str, steps: int) -> dict[str, Any]:
@@ -85,9 +97,9 @@ def inner(args: argparse.Namespace) -> None:
     cores = sorted(os.sched_getaffinity(0))
     core = cores[hvd.local_rank() % len(cores)]
     os.sched_setaffinity(0, {core})
-    spinning = None
+    throttle = None
     if hvd.rank() == 1:
-        spinning = subprocess.Popen([sys.executable, "-c", SPIN % (core, os.getpid())])
+        throttle = subprocess.Popen([sys.executable, "-c", THROTTLE])
     try:
         found: dict[str, list[Any]] = {plan: [] for plan in PLANS}
         for number in range(args.rounds):
@@ -96,8 +108,9 @@ def inner(args: argparse.Namespace) -> None:
                 done = number * len(PLANS) + list(PLANS).index(plan) + 1
                 progress(hvd, plan, done, args.rounds * len(PLANS))
     finally:
-        if spinning is not None:
-            spinning.kill()
+        if throttle is not None:
+            throttle.terminate()
+            throttle.wait()
     if hvd.rank() == 0:
         write_json(args.json, {"environment": environment(hvd), "plans": found})
 
