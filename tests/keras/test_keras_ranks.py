@@ -17,7 +17,11 @@ EVERYWHERE = [
     "without_our_reduction_the_guard_raises",
 ]
 
-TERMS_EVERYWHERE = ["skew_in_fit_is_that_of_all_labels", "fit_with_local_steps"]
+TERMS_EVERYWHERE = [
+    "skew_in_fit_is_that_of_all_labels",
+    "terms_without_a_price_or_act_change_nothing",
+    "fit_with_local_steps",
+]
 
 
 @parallel_cases("keras_fit", [("gloo", 2)], group="keras")

@@ -25,6 +25,7 @@ EVERYWHERE = [
 TERMS_EVERYWHERE = [
     "skew_is_that_of_all_labels",
     "importance_and_balance_weights",
+    "terms_without_a_price_or_act_change_nothing",
     "local_steps_are_averaged_by_weight",
 ]
 
