@@ -271,8 +271,8 @@ class Exchange:
                 return self._reduce(gradients, row, factor, plan, compress)
 
             made = tf.function(together, autograph=False, reduce_retracing=True)
-            self._eager[key] = made, self._payload
-        function, self._payload = self._eager[key]
+            self._eager[key] = made, self._payload, self.choices
+        function, self._payload, self.choices = self._eager[key]
         summed, table = function(list(gradients), row, factor, compress)
         judged(table)
         return summed, table
@@ -333,7 +333,7 @@ class Exchange:
         together = [tuple(member.index for member in layout.members) for layout in layouts]
         plan = (*together, *((i,) for i, info in enumerate(infos) if info.sparse))
         travel = self._travel(gradients, plan, choosing, telling)
-        self.choices |= {**launched(hvd), "travel": travel}
+        self.choices = {**self.choices, **launched(hvd), "travel": travel}
         dense = [g for g in gradients if not isinstance(g, tf.IndexedSlices)]
         # What is sparse, or of a size known only later, is not counted, as nobody knows it beforehand.
         counts = [(g.dtype, g.shape.num_elements() or 0) for g in dense]

@@ -13,7 +13,15 @@ from tf_terms import CLASSES, Toggled, batch_of, histograms, raises_everywhere, 
 
 import hvdloss
 import hvdloss.keras as hvd
-from hvdloss.control import ImportanceWeights, OuterStep, Proximal, RankWeights, SyncPeriod
+from hvdloss.control import (
+    BatchShares,
+    ImportanceWeights,
+    OuterStep,
+    Proximal,
+    RankWeights,
+    SharedBatches,
+    SyncPeriod,
+)
 from hvdloss.errors import ConfigError, NonFiniteLossError, UsageError
 from hvdloss.terms.distributions import divergences
 
@@ -535,3 +543,29 @@ def case_a_period_that_goes_back_to_one():
     assert hvd.size() == 1 or [d.after for d in decisions] == [2, 1], decisions
     same_on_all_ranks([np.array([d.step for d in decisions])])
     same_on_all_ranks([v.numpy() for v in model.optimizer.variables])
+
+
+def case_batch_shares_batch_by_batch():
+    """What ``train_on_batch`` is given follows the shares; the loss is that of equal ones."""
+    if hvd.size() == 1:
+        return
+    rng = np.random.default_rng(5)
+    x, y = rng.normal(size=(20 * 12 * hvd.size(), 5)), rng.integers(0, CLASSES, size=20 * 12 * hvd.size())
+    weights = []
+    for gain in (0.1, 0.999):
+        shares = BatchShares(12 * hvd.size(), every=4, gain=gain)
+        objective = hvd.Objective("cross_entropy", terms=(hvdloss.CommunicationCost(acts=(shares,)),))
+        model = compiled(objective)
+        objective.prepare()
+        for indices in SharedBatches(len(x), shares, seed=2):
+            time.sleep(0.003 * len(indices) * (4 if hvd.rank() == 0 else 1))
+            model.train_on_batch(x[indices], y[indices])
+        weights.append(np.concatenate([w.ravel() for w in model.get_weights()]))
+        same_on_all_ranks(shares.sizes.tolist())
+        if gain < 0.5:
+            assert shares.sizes[0] < 0.7 * shares.sizes[1], shares.sizes
+        else:
+            assert shares.sizes[0] == 12
+    error = difference(*weights)
+    assert error < 1e-11, error
+    return {"error": error}

@@ -13,11 +13,13 @@ import hvdloss
 import hvdloss.tensorflow as hvd
 from hvdloss.control import (
     AdaptiveCompression,
+    BatchShares,
     ClassBalance,
     ImportanceWeights,
     OuterStep,
     Proximal,
     RankWeights,
+    SharedBatches,
     SyncPeriod,
 )
 from hvdloss.errors import ConfigError, NonFiniteLossError, UsageError, WeightError
@@ -804,3 +806,38 @@ def case_embeddings_in_local_steps():
     optimizer.exchange()
     same_on_all_ranks([table.numpy(), w.numpy()])
     assert np.abs(table.numpy() - first).max() > 1e-3
+
+
+def case_batch_shares_follow_speed():
+    """The slow rank gets less, every sample is seen once, and the loss is that of equal shares."""
+    if hvd.size() == 1:
+        return
+    rng = np.random.default_rng(23)
+    data = rng.normal(size=(24 * 12 * hvd.size(), 5))
+    labels = rng.integers(0, CLASSES, size=len(data))
+    curves = []
+    for gain in (0.1, 0.999):  # the second never finds it worth the while
+        shares = BatchShares(12 * hvd.size(), every=4, gain=gain)
+        objective = hvd.Objective("cross_entropy", terms=(hvdloss.CommunicationCost(acts=(shares,)),))
+        objective.prepare()  # ranks know each other before the first batch
+        net = network(24)
+        step = tf.function(step_of(net, objective), reduce_retracing=True)
+        curve, seen = [], []
+        for indices in SharedBatches(len(data), shares, seed=5):
+            seen += indices
+            time.sleep(0.002 * len(indices) * (4 if hvd.rank() == 0 else 1))
+            x, y = tf.constant(data[indices].reshape(-1, 5)), tf.constant(labels[indices])
+            for p, g in zip(net.parameters, step(x, y, tf.ones(len(indices), tf.float64)), strict=True):
+                p.assign_sub(0.1 * g)
+            curve.append(objective.last_step.loss)
+        curves.append(curve)
+        total = hvd.allreduce(tf.constant(np.bincount(seen, minlength=len(data))), op=hvd.Sum)
+        assert (total.numpy() == 1).all()
+        same_on_all_ranks(shares.sizes.tolist())
+        if gain < 0.5:
+            assert shares.sizes[0] < 0.7 * shares.sizes[1], shares.sizes
+        else:
+            assert shares.sizes[0] == 12
+    apart = max(abs(a - b) / b for a, b in zip(*curves, strict=True))
+    assert apart < 1e-11, apart
+    return {"apart": apart}
