@@ -252,6 +252,8 @@ def test_how_ranks_ended_can_be_asked_for() -> None:
 def test_nothing_is_left_when_the_program_is_ended(number: int, tmp_path: Path) -> None:
     mark = tmp_path / "mark"
     program = (
+        # Started in the background, as by CI, a shell's children ignore SIGINT.
+        "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from hvdloss.benchmarks.hosts import Hosts\n"
         f"with Hosts(3, 10) as hosts:\n    hosts.run(['sh', '-c', 'echo $$ >> {mark}; exec sleep 601'])\n"
     )
