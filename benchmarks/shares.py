@@ -3,9 +3,9 @@
     python -m hvdloss.benchmarks.shares --out runs/shares
 
 Two ranks, each pinned to a core of its own; rank 1 is throttled: stopped for two of every four
-milliseconds (SIGSTOP and SIGCONT). Both plans train the same network on the same global batches of scikit-learn's digits (many times,
-with a little noise, in float64), in turn. Ideal: equal shares take 2 units of time per step, shares of
-2/3 and 1/3 take 4/3, which is 1.5 times the samples per second.
+milliseconds (SIGSTOP and SIGCONT). Both plans train the same network on the same global batches of
+scikit-learn's digits (many times, with a little noise, in float64), in turn. Ideal: equal shares take 2
+units of time per step, shares of 2/3 and 1/3 take 4/3, which is 1.5 times the samples per second.
 """
 
 from __future__ import annotations
