@@ -769,7 +769,7 @@ class _Engine:
         if value is None or self.ledgers is None or not included(hvd, self.process_set):
             return value
         denominator = self.ledgers[self.process_set.rank()].denominator
-        local = float(value)
+        local = float(value.detach() if isinstance(value, torch.Tensor) else value)
         numerator = local * denominator if denominator else 0.0
         out = self.communicator().sum(np.array([numerator, denominator]), f"{self.name}.closure")
         return torch.tensor(

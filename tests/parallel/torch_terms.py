@@ -598,7 +598,7 @@ def case_exchange_at_any_time_and_post_local():
     assert opt.last_step.step == 3  # three exact steps, then three of one's own
     if hvd.size() > 1:
         texts = np.array([float(x) for x in flat(model.parameters())])
-        total = hvd.allreduce(torch.from_numpy(texts), op=hvd.Sum) / hvd.size()
+        total = hvd.allreduce(torch.from_numpy(texts), op=hvd.Sum, name="own parameters") / hvd.size()
         assert (total - torch.from_numpy(texts)).norm() > 1e-6
     opt.exchange()
     same_on_all_ranks(flat(model.parameters()).tolist())
@@ -735,7 +735,7 @@ def case_batch_shares_follow_speed():
             curve.append(opt.last_step.loss)
         losses.append(curve)
         counts = np.bincount(seen, minlength=len(data))
-        total = hvd.allreduce(torch.from_numpy(counts), op=hvd.Sum)
+        total = hvd.allreduce(torch.from_numpy(counts), op=hvd.Sum, name="counts")
         assert (total == 1).all()
         same_on_all_ranks(shares.sizes.tolist())
         if gain < 0.5:
