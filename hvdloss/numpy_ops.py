@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from hvdloss.errors import ConfigError
+
 __all__ = ["NumpyOps"]
 
 
@@ -125,3 +127,68 @@ class NumpyOps:
         if not some.size:
             return np.zeros(points), np.zeros(1)
         return np.quantile(some, np.linspace(0, 1, points)), np.array([float(some.size)])
+
+    def as64(self, x: Any) -> Any:
+        """Cast."""
+        return np.asarray(x, dtype=np.float64)
+
+    def known(self, x: Any, value: Any) -> Any:
+        """Return the value."""
+        return value
+
+    def reshape(self, x: Any, shape: tuple[int, ...]) -> Any:
+        """Reshape."""
+        return np.reshape(x, shape)
+
+    def concat(self, parts: list[Any], axis: int) -> Any:
+        """Join."""
+        return np.concatenate(parts, axis)
+
+    def unsqueeze(self, x: Any) -> Any:
+        """Add an axis."""
+        return np.asarray(x)[..., None]
+
+    def at_last(self, x: Any, index: int) -> Any:
+        """Pick."""
+        return np.asarray(x)[..., index]
+
+    def total_leading(self, x: Any, keep: int) -> Any:
+        """Sum."""
+        return np.asarray(x).sum(axis=tuple(range(np.ndim(x) - keep)))
+
+    def vector64(self, values: list[float], like: Any) -> Any:
+        """Make an array."""
+        return np.array(values, dtype=np.float64)
+
+    def one_hot(self, index: Any, like: Any) -> Any:
+        """Compare."""
+        return (np.asarray(index)[..., None] == np.arange(np.shape(like)[-1])).astype(like.dtype)
+
+    def class_axis(self, prediction: Any) -> int:
+        """Return the last, as TensorFlow has it."""
+        return -1
+
+    def named_loss(self, name: str) -> Any:
+        """Refuse: NumPy has no losses."""
+        raise ConfigError(f"loss={name!r}: NumPy has no named losses; give a function")
+
+    def exp(self, x: Any) -> Any:
+        """Exponentiate."""
+        return np.exp(x)
+
+    def log(self, x: Any) -> Any:
+        """Take the logarithm."""
+        return np.log(x)
+
+    def sqrt(self, x: Any) -> Any:
+        """Take the root."""
+        return np.sqrt(x)
+
+    def sigmoid(self, x: Any) -> Any:
+        """Squash."""
+        return 1.0 / (1.0 + np.exp(-np.asarray(x)))
+
+    def softmax(self, x: Any) -> Any:
+        """Normalise."""
+        e = np.exp(x - np.max(x, axis=-1, keepdims=True))
+        return e / e.sum(axis=-1, keepdims=True)

@@ -131,6 +131,59 @@ class ArrayOps(Protocol):
         float64, of shape ``(points,)`` and ``(1,)``; zeros without any.
         """
 
+    # What losses of all ranks need (hvdloss.losses); these carry the gradient.
+
+    def as64(self, x: Any) -> Any:
+        """Return `x` (a number or an array) in float64."""
+
+    def known(self, x: Any, value: Any) -> Any:
+        """Return `value`, with the gradient of `x`."""
+
+    def reshape(self, x: Any, shape: tuple[int, ...]) -> Any:
+        """Return `x` in another shape; -1 stands for what is left."""
+
+    def concat(self, parts: list[Any], axis: int) -> Any:
+        """Return arrays of one dtype side by side."""
+
+    def unsqueeze(self, x: Any) -> Any:
+        """Return `x` with a last axis of length 1."""
+
+    def at_last(self, x: Any, index: int) -> Any:
+        """Return ``x[..., index]``."""
+
+    def total_leading(self, x: Any, keep: int) -> Any:
+        """Return the sum over all but the last `keep` axes (0 or 1) of a float64 `x`."""
+
+    def vector64(self, values: list[float], like: Any) -> Any:
+        """Return numbers as a float64 vector on the device of `like`."""
+
+    def one_hot(self, index: Any, like: Any) -> Any:
+        """Return 1 where the class is `index`, else 0, for the classes of the last axis of `like`.
+
+        In its dtype, of shape ``(*index.shape, classes)``; zeros for an index outside.
+        """
+
+    def class_axis(self, prediction: Any) -> int:
+        """Return where predictions have their classes: the framework's custom."""
+
+    def named_loss(self, name: str) -> Any:
+        """Return the function behind a name of :data:`hvdloss.objective.LOSSES`."""
+
+    def exp(self, x: Any) -> Any:
+        """Return the exponential."""
+
+    def log(self, x: Any) -> Any:
+        """Return the natural logarithm."""
+
+    def sqrt(self, x: Any) -> Any:
+        """Return the square root."""
+
+    def sigmoid(self, x: Any) -> Any:
+        """Return 1 / (1 + exp(-x))."""
+
+    def softmax(self, x: Any) -> Any:
+        """Return the softmax over the last axis."""
+
 
 @dataclass(frozen=True)
 class Contribution:

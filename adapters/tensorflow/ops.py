@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 from hvdloss.communicator import Communicator, OneProcess
 from hvdloss.errors import ShapeError
-from hvdloss.objective import IGNORED
+from hvdloss.objective import IGNORED, loss_named
 from hvdloss.tensorflow._backend import hvd
 
 __all__ = ["NAMED_LOSSES", "HorovodCommunicator", "TensorFlowOps", "communicator_of"]
@@ -144,6 +144,70 @@ class TensorFlowOps:
         values = tf.gather(padded, tf.cast(low, tf.int64)) * (1 - (at - low))
         values += tf.gather(padded, tf.cast(high, tf.int64)) * (at - low)
         return values, tf.reshape(tf.cast(size, tf.float64), [1])
+
+    def as64(self, x: Any) -> tf.Tensor:
+        """Cast."""
+        return tf.cast(x, tf.float64)
+
+    def known(self, x: tf.Tensor, value: Any) -> tf.Tensor:
+        """Add what changes only the gradient."""
+        return tf.cast(value, x.dtype) + (x - tf.stop_gradient(x))
+
+    def reshape(self, x: tf.Tensor, shape: tuple[int, ...]) -> tf.Tensor:
+        """Reshape."""
+        return tf.reshape(x, shape)
+
+    def concat(self, parts: list[tf.Tensor], axis: int) -> tf.Tensor:
+        """Join."""
+        return tf.concat(parts, axis)
+
+    def unsqueeze(self, x: tf.Tensor) -> tf.Tensor:
+        """Add an axis."""
+        return tf.expand_dims(x, -1)
+
+    def at_last(self, x: tf.Tensor, index: int) -> tf.Tensor:
+        """Pick."""
+        return x[..., index]
+
+    def total_leading(self, x: tf.Tensor, keep: int) -> tf.Tensor:
+        """Sum; an empty list of axes means none."""
+        return tf.reduce_sum(x, axis=list(range(len(x.shape) - keep)))
+
+    def vector64(self, values: list[float], like: tf.Tensor) -> tf.Tensor:
+        """Make a tensor."""
+        return tf.constant(values, tf.float64)
+
+    def one_hot(self, index: tf.Tensor, like: tf.Tensor) -> tf.Tensor:
+        """Place ones."""
+        return tf.one_hot(tf.cast(index, tf.int64), tf.shape(like)[-1], dtype=like.dtype)
+
+    def class_axis(self, prediction: tf.Tensor) -> int:
+        """Return the last."""
+        return -1
+
+    def named_loss(self, name: str) -> Callable[..., tf.Tensor]:
+        """Look up."""
+        return NAMED_LOSSES[loss_named(name)]
+
+    def exp(self, x: tf.Tensor) -> tf.Tensor:
+        """Exponentiate."""
+        return tf.exp(x)
+
+    def log(self, x: tf.Tensor) -> tf.Tensor:
+        """Take the logarithm."""
+        return tf.math.log(x)
+
+    def sqrt(self, x: tf.Tensor) -> tf.Tensor:
+        """Take the root."""
+        return tf.sqrt(x)
+
+    def sigmoid(self, x: tf.Tensor) -> tf.Tensor:
+        """Squash."""
+        return tf.sigmoid(x)
+
+    def softmax(self, x: tf.Tensor) -> tf.Tensor:
+        """Normalise."""
+        return tf.nn.softmax(x)
 
 
 def _float64(x: Any) -> tf.Tensor:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from hvdloss.communicator import Communicator, OneProcess
-from hvdloss.objective import IGNORED
+from hvdloss.objective import IGNORED, loss_named
 from hvdloss.torch._backend import hvd
 
 __all__ = ["NAMED_LOSSES", "HorovodCommunicator", "TorchOps", "communicator_of"]
@@ -142,6 +142,71 @@ class TorchOps:
         high = at.ceil().long()
         part = at - low
         return ordered[low] * (1 - part) + ordered[high] * part, size
+
+    def as64(self, x: Any) -> torch.Tensor:
+        """Cast."""
+        return torch.as_tensor(x).double()
+
+    def known(self, x: torch.Tensor, value: Any) -> torch.Tensor:
+        """Add what changes only the gradient."""
+        return torch.as_tensor(value).to(x) + (x - x.detach())
+
+    def reshape(self, x: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+        """Reshape."""
+        return x.reshape(shape)
+
+    def concat(self, parts: list[torch.Tensor], axis: int) -> torch.Tensor:
+        """Join."""
+        return torch.cat(parts, axis)
+
+    def unsqueeze(self, x: torch.Tensor) -> torch.Tensor:
+        """Add an axis."""
+        return x.unsqueeze(-1)
+
+    def at_last(self, x: torch.Tensor, index: int) -> torch.Tensor:
+        """Pick."""
+        return x[..., index]
+
+    def total_leading(self, x: torch.Tensor, keep: int) -> torch.Tensor:
+        """Sum; an empty list of axes would mean all."""
+        axes = tuple(range(x.dim() - keep))
+        return x.sum(dim=axes) if axes else x
+
+    def vector64(self, values: list[float], like: torch.Tensor) -> torch.Tensor:
+        """Make a tensor."""
+        return torch.tensor(values, dtype=torch.float64, device=like.device)
+
+    def one_hot(self, index: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """Compare, which bears indices outside."""
+        return (index.unsqueeze(-1) == torch.arange(like.shape[-1], device=index.device)).to(like.dtype)
+
+    def class_axis(self, prediction: torch.Tensor) -> int:
+        """Return the second, or the only one."""
+        return min(1, prediction.dim() - 1)
+
+    def named_loss(self, name: str) -> Callable[..., torch.Tensor]:
+        """Look up."""
+        return NAMED_LOSSES[loss_named(name)]
+
+    def exp(self, x: torch.Tensor) -> torch.Tensor:
+        """Exponentiate."""
+        return x.exp()
+
+    def log(self, x: torch.Tensor) -> torch.Tensor:
+        """Take the logarithm."""
+        return x.log()
+
+    def sqrt(self, x: torch.Tensor) -> torch.Tensor:
+        """Take the root."""
+        return x.sqrt()
+
+    def sigmoid(self, x: torch.Tensor) -> torch.Tensor:
+        """Squash."""
+        return x.sigmoid()
+
+    def softmax(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise."""
+        return x.softmax(-1)
 
 
 def _kl_div(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,51 @@
 """Losses that need every rank: functions of sums, contrast over the global batch, split classes."""
 
-from hvdloss.losses.base import GlobalLoss, Group
+from __future__ import annotations
 
-__all__ = ["GlobalLoss", "Group"]
+from hvdloss.losses.base import GlobalLoss, Group
+from hvdloss.losses.sums import (
+    R2,
+    CalibrationError,
+    CalibrationRatio,
+    Concordance,
+    Correlation,
+    DonskerVaradhan,
+    FBeta,
+    Jaccard,
+    SoftDice,
+    SumsLoss,
+    Tilted,
+    Tversky,
+)
+
+__all__ = [
+    "NAMED",
+    "R2",
+    "CalibrationError",
+    "CalibrationRatio",
+    "Concordance",
+    "Correlation",
+    "DonskerVaradhan",
+    "FBeta",
+    "GlobalLoss",
+    "Group",
+    "Jaccard",
+    "SoftDice",
+    "SumsLoss",
+    "Tilted",
+    "Tversky",
+]
+
+# What an objective also knows by name, with its arguments' defaults.
+NAMED: dict[str, type[GlobalLoss]] = {
+    "soft_dice": SoftDice,
+    "jaccard": Jaccard,
+    "tversky": Tversky,
+    "f_beta": FBeta,
+    "correlation": Correlation,
+    "concordance": Concordance,
+    "r2": R2,
+    "donsker_varadhan": DonskerVaradhan,
+    "calibration_ratio": CalibrationRatio,
+    "calibration_error": CalibrationError,
+}

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from hvdloss.reduction import ArrayOps
 
-__all__ = ["GlobalLoss", "Group"]
+__all__ = ["GlobalLoss", "Group", "Measured", "OneRank"]
 
 
 class Group(Protocol):
@@ -17,8 +18,13 @@ class Group(Protocol):
     once, so that the backward pass needs nothing from the others.
     """
 
-    rank: int
-    size: int
+    @property
+    def rank(self) -> int:
+        """This process's number in the group, from 0."""
+
+    @property
+    def size(self) -> int:
+        """How many ranks the group has."""
 
     def all_reduce(self, x: Any, name: str, *, replicated: bool = False) -> Any:
         """Return the sum of `x` over ranks; backward: the same of the gradient, or the gradient itself."""
@@ -27,18 +33,49 @@ class Group(Protocol):
         """Return all ranks' rows, whose numbers may differ; backward: a reduce-scatter, or a slice."""
 
 
+class OneRank:
+    """The group of this process alone."""
+
+    rank = 0
+    size = 1
+
+    def all_reduce(self, x: Any, name: str, *, replicated: bool = False) -> Any:
+        """Return `x`."""
+        return x
+
+    def all_gather(self, x: Any, name: str, *, replicated: bool = False) -> Any:
+        """Return `x`."""
+        return x
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A global loss of one call.
+
+    Attributes:
+        value: scalar; its gradient is this rank's part.
+        sound: float64 scalar, 0 if what this rank gave was not finite, else 1; None if the value tells.
+    """
+
+    value: Any
+    sound: Any = None
+
+
 class GlobalLoss:
     """A loss of the elements of all ranks that is no mean over them.
 
-    Its value is the same on all ranks. Its gradient on a rank is `size` times that rank's part, so that
-    the average over ranks, which every data-parallel optimizer takes, is the gradient of the value. An
-    ``Objective`` of it does the same with weights, penalties, accumulation and terms as of a mean.
+    Its value is the same on all ranks. Its gradient on a rank is that rank's part; the gradient of the
+    value is the sum of the parts. An ``Objective`` of it does the same with weights, penalties,
+    accumulation and terms as of a mean.
 
     Attributes:
         name: for messages and for the collectives' names.
+        classes: whether the prediction has a class axis that the elements lack, and integer targets are
+            classes, of which -100 marks absent elements.
     """
 
     name: str = "global loss"
+    classes: bool = False
 
     def value(self, ops: ArrayOps, group: Group, prediction: Any, target: Any, weight: Any) -> Any:
         """Return the loss over all ranks' elements, a scalar whose gradient is this rank's part.
@@ -56,10 +93,20 @@ class GlobalLoss:
         """
         raise NotImplementedError
 
+    def measure(self, ops: ArrayOps, group: Group, prediction: Any, target: Any, weight: Any) -> Measured:
+        """Return :meth:`value`, and whether this rank gave finite numbers to it."""
+        return Measured(self.value(ops, group, prediction, target, weight))
+
     def elements(self, ops: ArrayOps, prediction: Any, target: Any) -> Any:
         """Return ones, one for each element that a weight may weigh, in a dtype fit for sums."""
         raise NotImplementedError
 
     def settings(self) -> dict[str, Any]:
-        """Return what must be equal on all ranks."""
-        return {}
+        """Return what must be equal on all ranks, JSON-able: the numbers and words it was made with."""
+        plain = (bool, int, float, str, type(None))
+        return {k: v for k, v in vars(self).items() if isinstance(v, plain)}
+
+    def __repr__(self) -> str:
+        """Return the name and the settings."""
+        inside = ", ".join(f"{k}={v!r}" for k, v in self.settings().items() if not k.startswith("_"))
+        return f"{type(self).__name__}({inside})"
