@@ -1,0 +1,105 @@
+"""What differentiable collectives have in common in every framework: who takes part, names, part sizes."""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from hvdloss.communicator import included
+from hvdloss.errors import ConfigError, ShapeError, UsageError
+
+__all__ = ["At", "check_root", "check_rows", "check_sizes", "even_sizes", "members", "numbered"]
+
+NUMBERS = 256  # of one kind of call; Horovod remembers the answers to 1024 names
+
+_counters: defaultdict[Any, Iterator[int]] = defaultdict(itertools.count)
+
+
+@dataclass(frozen=True)
+class At:
+    """Where a collective takes place: its name on the wire, its ranks, and which of them this one is."""
+
+    name: str
+    process_set: Any
+    rank: int
+    size: int
+
+    def named(self, suffix: str) -> At:
+        """Return the same ranks under a longer name."""
+        return replace(self, name=f"{self.name}.{suffix}")
+
+    def global_rank(self, rank: int) -> int:
+        """Return the number that Horovod's broadcast knows a rank of the process set by."""
+        ranks = self.process_set.ranks
+        return rank if ranks is None else list(ranks)[rank]
+
+
+def members(hvd: Any, process_set: Any, what: str) -> tuple[Any, int, int]:
+    """Return a process set, this process's number in it and its size; (.., 0, 1) before ``hvd.init()``.
+
+    Raises:
+        UsageError: this process is not in the set.
+    """
+    group = process_set or hvd.global_process_set
+    if not hvd.is_initialized():
+        return group, 0, 1
+    if not included(hvd, group):
+        raise UsageError(
+            f"{what}: rank {hvd.rank()} is not in the process set of ranks {list(group.ranks)}; "
+            f"only its members may call"
+        )
+    return group, group.rank(), group.size()
+
+
+def numbered(what: str, process_set: Any) -> str:
+    """Return a name for a call that was given none: the same on all ranks of a process set.
+
+    Counted per process set, for ranks need not be in the same sets. Numbers begin again after a while.
+    """
+    number = next(_counters[what, getattr(process_set, "process_set_id", 0)]) % NUMBERS
+    return f"hvdloss.{what}.{number}"
+
+
+def even_sizes(rows: int, size: int) -> list[int]:
+    """Return how Horovod's reduce-scatter cuts rows into parts: the first ones get what is left over.
+
+    >>> even_sizes(7, 3)
+    [3, 2, 2]
+    """
+    least, more = divmod(rows, size)
+    return [least + (rank < more) for rank in range(size)]
+
+
+def check_rows(shape: Sequence[int | None], what: str, rank: int) -> None:
+    """Raise ShapeError unless there is a first axis."""
+    if not shape:
+        raise ShapeError(
+            f"{what}: x has no axis 0 to hold rows, it is a scalar (rank {rank}); reshape it to (1,) first"
+        )
+
+
+def check_sizes(sizes: Sequence[int], rows: int | None, size: int, rank: int, what: str) -> list[int]:
+    """Return part sizes as a list of int.
+
+    Raises:
+        ShapeError: not one per rank, negative, or their sum is not the number of rows.
+    """
+    parts = [int(n) for n in sizes]
+    if len(parts) != size or min(parts) < 0 or (rows is not None and sum(parts) != rows):
+        raise ShapeError(
+            f"{what}: sizes={parts} must be {size} numbers of rows, one for each rank, at least 0, "
+            f"together {rows} (rank {rank})"
+        )
+    return parts
+
+
+def check_root(root: int, size: int, rank: int) -> None:
+    """Raise ConfigError unless `root` is a rank of the process set."""
+    if not 0 <= root < size:
+        raise ConfigError(
+            f"broadcast: root={root} is not a rank of this process set, whose ranks are 0 to {size - 1} "
+            f"(rank {rank}); root counts within the set, not over all ranks"
+        )
