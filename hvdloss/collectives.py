@@ -11,7 +11,16 @@ from typing import Any
 from hvdloss.communicator import included
 from hvdloss.errors import ConfigError, ShapeError, UsageError
 
-__all__ = ["At", "check_root", "check_rows", "check_sizes", "even_sizes", "members", "numbered"]
+__all__ = [
+    "At",
+    "check_known_rows",
+    "check_root",
+    "check_rows",
+    "check_sizes",
+    "even_sizes",
+    "members",
+    "numbered",
+]
 
 NUMBERS = 256  # of one kind of call; Horovod remembers the answers to 1024 names
 
@@ -79,6 +88,16 @@ def check_rows(shape: Sequence[int | None], what: str, rank: int) -> None:
         raise ShapeError(
             f"{what}: x has no axis 0 to hold rows, it is a scalar (rank {rank}); reshape it to (1,) first"
         )
+
+
+def check_known_rows(rows: int | None, rank: int) -> int:
+    """Return `rows`, or raise ShapeError if they are known only at run time."""
+    if rows is None:
+        raise ShapeError(
+            f"reduce_scatter: the number of rows of x is not known while tracing (rank {rank}); "
+            f"pass sizes=, or an input_signature with the number"
+        )
+    return rows
 
 
 def check_sizes(sizes: Sequence[int], rows: int | None, size: int, rank: int, what: str) -> list[int]:
