@@ -13,14 +13,36 @@ from hvdloss.torch.compression import Compression
 from hvdloss.torch.guard import check_synchronized
 from hvdloss.torch.objective import Objective
 from hvdloss.torch.optimizer import DistributedOptimizer
+from hvdloss.torch.sharded import (
+    ArcFace,
+    ClassShards,
+    CosFace,
+    Grid,
+    ShardedCrossEntropy,
+    ShardedLinear,
+    broadcast_parameters,
+    full_state_dict,
+    grid,
+    sharded_cross_entropy,
+)
 
 __all__ = [
+    "ArcFace",
+    "ClassShards",
     "Compression",
+    "CosFace",
     "DistributedOptimizer",
+    "Grid",
     "Objective",
     "RankReport",
+    "ShardedCrossEntropy",
+    "ShardedLinear",
     "StepReport",
+    "broadcast_parameters",
     "check_synchronized",
+    "full_state_dict",
+    "grid",
+    "sharded_cross_entropy",
 ]
 
 # Horovod has no list of its names; what its module shows is public. Modules of our own stay ours, so that

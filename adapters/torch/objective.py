@@ -99,10 +99,12 @@ class Objective(ObjectiveBase[torch.Tensor]):
         given = prediction
         absent = None
         classes = self.name in CLASS_LOSSES
-        if classes and isinstance(target, torch.Tensor) and not target.is_floating_point():
+        if hasattr(self._function, "absent"):  # a loss that knows by itself
+            absent = self._function.absent(target)
+        elif classes and isinstance(target, torch.Tensor) and not target.is_floating_point():
             absent = target == IGNORED
-            if absent.device.type == "cpu" and not absent.any():
-                absent = None
+        if absent is not None and absent.device.type == "cpu" and not absent.any():
+            absent = None
         acting = self.controller
         may_mask = weight is not None or absent is not None or acting.weighs
         if may_mask and isinstance(prediction, torch.Tensor) and prediction.requires_grad:

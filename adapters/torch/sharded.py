@@ -1,0 +1,625 @@
+"""Models whose last layer is split over ranks by class, for PyTorch (see :mod:`hvdloss.losses.shards`).
+
+A :class:`ShardedLinear` head holds some rows of an ordinary ``torch.nn.Linear``'s weight,
+:func:`sharded_cross_entropy` takes its columns of the logits, and :func:`grid` makes the process sets with
+which ranks share a model and, on the other axis, the data. :func:`full_state_dict` and
+``load_state_dict`` write and read ordinary checkpoints.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+import torch
+import torch.nn.functional as F
+from hvdloss.collectives import At, members
+from hvdloss.errors import ConfigError, ShapeError
+from hvdloss.losses.shards import (
+    HEADER,
+    ArcFace,
+    ClassShards,
+    CosFace,
+    Margin,
+    Part,
+    ShardedSoftmax,
+    check_headers,
+    grid_ranks,
+    headers_of,
+    sample_columns,
+)
+from hvdloss.torch._backend import hvd
+from hvdloss.torch.collectives import all_gather, copy_to_ranks
+from hvdloss.torch.ops import TorchOps
+
+__all__ = [
+    "ArcFace",
+    "ClassShards",
+    "CosFace",
+    "Grid",
+    "ShardedCrossEntropy",
+    "ShardedLinear",
+    "broadcast_parameters",
+    "full_state_dict",
+    "grid",
+    "sharded_cross_entropy",
+]
+
+_CHUNK = 2**20  # entries of a weight that are drawn, or travel to a checkpoint, at a time
+
+
+class TorchRowOps(TorchOps):
+    """:class:`hvdloss.losses.shards.RowOps` for PyTorch."""
+
+    def copied(self, x: torch.Tensor, factor: float) -> torch.Tensor:
+        """Multiply."""
+        wide = self.losses(x)
+        return wide * factor if wide is x else wide.mul_(factor)
+
+    def row_max(self, x: torch.Tensor) -> torch.Tensor:
+        """Find."""
+        return x.amax(-1)
+
+    def row_total(self, x: torch.Tensor) -> torch.Tensor:
+        """Sum."""
+        return x.sum(-1)
+
+    def pick(self, x: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
+        """Gather."""
+        return x.gather(1, column[:, None])[:, 0]
+
+    def replaced(
+        self, x: torch.Tensor, column: torch.Tensor, where: torch.Tensor, value: torch.Tensor
+    ) -> torch.Tensor:
+        """Scatter in place; nobody waits for a device to learn where."""
+        value = torch.where(where, value, self.pick(x, column))
+        return x.scatter_(1, column[:, None], value[:, None])
+
+    def less_rows(self, x: torch.Tensor, row: torch.Tensor, own: bool) -> torch.Tensor:
+        """Subtract."""
+        return x.sub_(row[:, None]) if own else torch.sub(x, row[:, None])
+
+    def times_rows(self, x: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+        """Multiply in place."""
+        return x.mul_(row[:, None])
+
+    def exp_over(self, x: torch.Tensor) -> torch.Tensor:
+        """Compute in place."""
+        return x.exp_()
+
+    def rows_or_zero(self, x: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
+        """Fill in place, if there is anything to fill."""
+        if present.device.type == "cpu" and bool(present.all()):
+            return x
+        return x.masked_fill_(~present[:, None], 0)
+
+    def position(self, columns: torch.Tensor, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Search."""
+        at = torch.searchsorted(columns, index).clamp(max=len(columns) - 1)
+        return at, columns[at] == index
+
+    def places(self, x: torch.Tensor) -> torch.Tensor:
+        """Count."""
+        return torch.arange(len(x), device=x.device)
+
+    def first(self, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        """Find, without asking a device."""
+        if not len(x):
+            return self.scalar64(0.0, x)
+        at = condition.to(torch.uint8).argmax()
+        return torch.where(condition[at], x[at], 0).double()
+
+    def maximum(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Compare."""
+        return torch.maximum(x, y)
+
+
+_OPS = TorchRowOps()
+
+
+# -- the loss -----------------------------------------------------------------------------------------
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Per-element losses of rows of logits; keeps the local softmax and nothing else of that size."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: torch.Tensor, target: torch.Tensor, columns: Any, rule: ShardedSoftmax, at: At
+    ) -> torch.Tensor:
+        part = rule.part(_OPS, logits, target, at.rank, columns)
+        messages = _told(part.message, rule, at)
+        losses, factor = rule.losses(_OPS, part, messages)
+        ctx.rule, ctx.dtype = rule, logits.dtype
+        ctx.columns = rule.columns(messages)
+        ctx.sloped = part.slope is not None
+        kept = (part.powers, part.column, part.here, part.present, factor)
+        ctx.save_for_backward(*kept, *([part.slope] if ctx.sloped else []))
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        if torch.is_grad_enabled():  # backward(create_graph=True)
+            raise ConfigError(
+                "create_graph=True: sharded_cross_entropy can be differentiated once; for second derivatives "
+                "build it on hvdloss.torch.collectives"
+            )
+        powers, column, here, present, factor, *slope = ctx.saved_tensors
+        # Done in place, unless there may be another backward pass.
+        if torch._C._autograd._get_current_graph_task_keep_graph():
+            powers = powers.clone()
+        part = Part(powers, column, here, present, slope[0] if slope else None, None, None)
+        out = ctx.rule.gradient(_OPS, part, factor, ctx.columns, grads[0].to(factor.dtype))
+        return out.to(ctx.dtype), None, None, None, None
+
+
+def _told(message: torch.Tensor, rule: ShardedSoftmax, at: At) -> torch.Tensor:
+    """Return the messages of all ranks, checked. One all-gather."""
+    flat, length = message, len(message)
+    if at.size > 1:
+        sizes = [length] * at.size
+        flat = all_gather(message, name=at.name, process_set=at.process_set, replicated=True, sizes=sizes)
+    heads = None
+    if len(flat) == at.size * length:
+        heads = flat.view(at.size, -1)[:, :HEADER].cpu().numpy()
+    if heads is None or (heads[:, 0] != length).any():  # another rank had more or fewer elements
+        heads = headers_of(flat.cpu().numpy(), at.size)
+    ranks = list(at.process_set.ranks or range(at.size))
+    check_headers(heads, rule, "sharded_cross_entropy", ranks)
+    return flat.view(at.size, -1)
+
+
+def sharded_cross_entropy(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    shards: ClassShards,
+    *,
+    process_set: Any = None,
+    label_smoothing: float = 0.0,
+    margin: Margin | None = None,
+    scale: float = 1.0,
+    columns: torch.Tensor | None = None,
+    ignore_index: int = -100,
+) -> torch.Tensor:
+    """Return the softmax cross-entropy of each element, whose logits lie on several ranks.
+
+    Equal on all ranks of the process set, and equal to ``torch.nn.functional.cross_entropy(...,
+    reduction="none")`` of the whole logits. Every rank gets the gradient of its own logits.
+    It counts once: sum or average the losses as you would in one process; ranks that share a model do not
+    average each other's gradients.
+
+    Args:
+        logits: this rank's, (..., C_k): the class axis is the last. float16 and bfloat16 are computed in
+            float32.
+        target: class numbers from 0 to ``shards.classes - 1``, or `ignore_index`, (...) integers; the same
+            on all ranks of the process set.
+        shards: which rank holds which classes.
+        process_set: the ranks that share the classes; None for all.
+        label_smoothing: of the target, from 0 to 1; e of it is spread evenly over all classes.
+        margin: :class:`CosFace` or :class:`ArcFace`, for logits that are cosines
+            (``ShardedLinear(..., normalize=True)``); not scaled.
+        scale: what logits are multiplied with, after the margin.
+        columns: which of this rank's columns the logits are of (:meth:`ShardedLinear.sample`), ascending; the
+            softmax is then over the columns of all ranks.
+        ignore_index: targets of this value have loss 0 and no gradient. They are no less elements of a mean:
+            give them the weight 0, as :class:`ShardedCrossEntropy` has an ``Objective`` do.
+
+    Returns:
+        losses (...), float32, or float64 for float64 logits. They may be differentiated once.
+
+    Raises:
+        ShapeError: shapes that do not fit; on all ranks, batches of different sizes.
+        ConfigError: an argument that cannot be used; on all ranks, a target that is no class.
+        AgreementError: on all ranks, different targets or arguments.
+        UsageError: this rank is not in the process set.
+
+    Collectives: one all-gather of 3 numbers per element (4 with label smoothing) and 8 more from each
+    rank; none in the backward pass. Memory: one matrix of the logits' shape, which becomes their gradient.
+
+    >>> logits = torch.tensor([[2.0, 0.0, 1.0]])
+    >>> sharded_cross_entropy(logits, torch.tensor([2]), ClassShards(3))
+    tensor([1.4076])
+    """
+    rule = ShardedSoftmax(shards, label_smoothing, margin, scale, ignore_index)
+    return _losses(logits, target, rule, process_set, columns)
+
+
+def _losses(
+    logits: torch.Tensor, target: torch.Tensor, rule: ShardedSoftmax, process_set: Any, columns: Any
+) -> torch.Tensor:
+    if torch.compiler.is_compiling():
+        # (As a decorator this would load the compiler, a second, for everyone.)
+        return torch.compiler.disable(_losses)(logits, target, rule, process_set, columns)
+    group, rank, size = members(hvd, process_set, "sharded_cross_entropy")
+    if not isinstance(target, torch.Tensor) or target.is_floating_point() or target.dtype == torch.bool:
+        raise ShapeError(
+            f"sharded_cross_entropy: target must be class numbers (int64), not {_kind(target)} "
+            f"(rank {rank}); probabilities have no owner"
+        )
+    rule.check_shapes(
+        tuple(logits.shape), tuple(target.shape), None if columns is None else len(columns), rank, size
+    )
+    at = At("hvdloss.sharded_cross_entropy", group, rank, size)
+    if columns is not None:
+        columns = columns.to(logits.device)
+    flat: torch.Tensor = _CrossEntropy.apply(
+        logits.reshape(-1, logits.shape[-1]), target.reshape(-1).long(), columns, rule, at
+    )
+    return flat.view(target.shape)
+
+
+def _kind(x: Any) -> str:
+    return f"a tensor of {x.dtype}" if isinstance(x, torch.Tensor) else f"{type(x).__name__}"
+
+
+class ShardedCrossEntropy:
+    """:func:`sharded_cross_entropy` as a loss for an ``Objective``: ignored elements are absent there.
+
+    Args:
+        shards, process_set, label_smoothing, margin, scale, ignore_index: see
+            :func:`sharded_cross_entropy`. `process_set` are the ranks that share the model; the objective's
+            are those that share the data.
+
+    Raises:
+        ConfigError: an argument that cannot be used.
+
+    >>> from hvdloss.torch import Objective
+    >>> objective = Objective(ShardedCrossEntropy(ClassShards(3)))
+    >>> objective(torch.tensor([[2.0, 0.0, 1.0], [0.0, 0.0, 0.0]]), torch.tensor([2, -100]))
+    tensor(1.4076)
+    """
+
+    def __init__(
+        self,
+        shards: ClassShards,
+        *,
+        process_set: Any = None,
+        label_smoothing: float = 0.0,
+        margin: Margin | None = None,
+        scale: float = 1.0,
+        ignore_index: int = -100,
+    ) -> None:
+        self.rule = ShardedSoftmax(shards, label_smoothing, margin, scale, ignore_index)
+        self.process_set = process_set
+
+    def __call__(
+        self, logits: torch.Tensor, target: torch.Tensor, columns: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return per-element losses; see :func:`sharded_cross_entropy`."""
+        return _losses(logits, target, self.rule, self.process_set, columns)
+
+    def absent(self, target: torch.Tensor) -> torch.Tensor:
+        """Return which elements are to be ignored."""
+        return target == self.rule.ignore_index
+
+
+# -- the head -----------------------------------------------------------------------------------------
+
+
+class ShardedLinear(torch.nn.Module):
+    """A ``torch.nn.Linear`` whose outputs are classes, each rank holding some of them.
+
+    The initial weights are bit for bit those of ``torch.nn.Linear(in_features, classes)`` made at the same
+    place after the same ``torch.manual_seed``, for any number of ranks, and the generator is left in the
+    same state; no rank ever holds the whole weight. (They are drawn on the CPU, also for a layer on another
+    device.) The state dict has this rank's rows; ``load_state_dict`` takes these, or an ordinary
+    checkpoint of the whole layer, of which it takes its rows. See :func:`full_state_dict`.
+
+    Args:
+        in_features: of each sample.
+        classes: of all ranks together.
+        bias: whether there is one.
+        process_set: the ranks that share the classes; None for all.
+        sizes: how many classes each of them holds; None for even parts.
+        normalize: outputs are cosines, of the input and of the rows of the weight, for margins; without a
+            bias.
+        device, dtype: of the parameters.
+
+    Attributes:
+        weight: (C_k, in_features), this rank's rows.
+        bias: (C_k,), or None.
+        shards: which rank holds which classes.
+
+    Raises:
+        ConfigError: an argument that cannot be used.
+        UsageError: this rank is not in the process set.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        classes: int,
+        *,
+        bias: bool = True,
+        process_set: Any = None,
+        sizes: Sequence[int] | None = None,
+        normalize: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        _, self.rank, size = members(hvd, process_set, "ShardedLinear")
+        self.process_set = process_set
+        self.shards = ClassShards(classes, size, sizes)
+        self.in_features, self.normalize = in_features, normalize
+        if normalize and bias:
+            raise ConfigError(
+                "ShardedLinear(normalize=True) gives cosines, which have no bias; pass bias=False"
+            )
+        own = self.shards.size(self.rank)
+        self.weight = torch.nn.Parameter(torch.empty(own, in_features, device=device, dtype=dtype))
+        self.bias: torch.nn.Parameter | None
+        if bias:
+            self.bias = torch.nn.Parameter(torch.empty(own, device=device, dtype=dtype))
+        else:
+            self.register_parameter("bias", None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the weights anew, as ``torch.nn.Linear`` does, and keep this rank's."""
+        if self.weight.device.type == "meta":
+            return
+        # The same operations as in torch.nn.init, for the same last bit.
+        gain = torch.nn.init.calculate_gain("leaky_relu", math.sqrt(5))
+        bound = math.sqrt(3.0) * (gain / math.sqrt(self.in_features)) if self.in_features else 0.0
+        self._draw(self.weight, bound)
+        if self.bias is not None:
+            self._draw(self.bias, 1 / math.sqrt(self.in_features) if self.in_features else 0.0)
+
+    @torch.no_grad()
+    def _draw(self, own: torch.Tensor, bound: float) -> None:
+        """Draw the whole tensor in the order of its entries, a chunk at a time."""
+        width = math.prod(own.shape[1:])
+        mine = self.shards.range(self.rank)
+        for rows in _chunks(range(self.shards.classes), width):
+            scratch = torch.empty(len(rows), *own.shape[1:], dtype=own.dtype).uniform_(-bound, bound)
+            both = range(max(rows.start, mine.start), min(rows.stop, mine.stop))
+            if len(both):
+                own[both.start - mine.start : both.stop - mine.start] = scratch[
+                    both.start - rows.start : both.stop - rows.start
+                ]
+
+    def forward(self, x: torch.Tensor, columns: torch.Tensor | None = None) -> torch.Tensor:
+        """Return this rank's columns of the logits.
+
+        Args:
+            x: (..., in_features), the same on all ranks of the process set.
+            columns: which of this rank's columns; None for all. See :meth:`sample`.
+
+        Collectives: none; one all-reduce of the gradient of `x` in the backward pass.
+        """
+        if x.shape[-1:] != (self.in_features,):
+            raise ShapeError(
+                f"ShardedLinear: input of shape {tuple(x.shape)} has not in_features={self.in_features} "
+                f"as its last axis (rank {self.rank})"
+            )
+        x = copy_to_ranks(x, name="hvdloss.sharded_linear", process_set=self.process_set)
+        weight, bias = self.weight, self.bias
+        if columns is not None:
+            weight = weight.index_select(0, columns)
+            bias = None if bias is None else bias.index_select(0, columns)
+        if self.normalize:
+            x, weight = F.normalize(x, dim=-1), F.normalize(weight, dim=-1)
+        return F.linear(x, weight, bias)
+
+    def sample(self, target: torch.Tensor, rate: float, seed: Any = None) -> torch.Tensor:
+        """Return which of this rank's columns take part in a step (Partial FC, An et al. 2021 and 2022).
+
+        All classes of the batch that this rank holds, and others by chance up to `rate` of its columns. Pass
+        them to the layer and to :func:`sharded_cross_entropy`.
+
+        Args:
+            target: of the batch, the same on all ranks of the process set.
+            rate: above 0, at most 1.
+            seed: a number, a ``torch.Generator`` or a NumPy generator; None for torch's own generator.
+                Other ranks may draw with the same seed: what they draw is their own all the same.
+
+        Returns:
+            ascending column numbers, int64, at least one.
+
+        Raises:
+            ConfigError: `rate` is out of range.
+
+        Collectives: none. Waits for a device that holds `target`.
+        """
+        if not isinstance(seed, np.random.Generator):
+            if not isinstance(seed, int):
+                seed = int(torch.randint(2**62, (), generator=seed))
+            seed = np.random.default_rng([seed, self.rank])
+        found = sample_columns(target.detach().cpu().numpy(), self.shards, self.rank, rate, seed)
+        return torch.from_numpy(found).to(self.weight.device)
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        """Take this rank's rows of whole tensors."""
+        own = {}
+        becomes = local_metadata.get("assign_to_params_buffers")  # then nobody else's rows are to be kept
+        for name, parameter in self.named_parameters(recurse=False):
+            key = prefix + name
+            given = state_dict.get(key)
+            if isinstance(given, torch.Tensor):
+                rows = self._own_rows(given, parameter, key)
+                own[key] = rows.clone() if becomes else rows
+        super()._load_from_state_dict({**state_dict, **own}, prefix, local_metadata, *args, **kwargs)
+
+    def _own_rows(self, given: torch.Tensor, parameter: torch.Tensor, key: str) -> torch.Tensor:
+        rest, mine = tuple(parameter.shape[1:]), self.shards.range(self.rank)
+        if tuple(given.shape) == (self.shards.classes, *rest):
+            return given[mine.start : mine.stop]
+        if tuple(given.shape) == tuple(parameter.shape):
+            return given
+        raise ShapeError(
+            f"{key} has shape {tuple(given.shape)} in the checkpoint; rank {self.rank} takes the whole "
+            f"{(self.shards.classes, *rest)}, of which it keeps rows {mine.start} to {mine.stop - 1}, or its "
+            f"own {tuple(parameter.shape)}. Save with hvdloss.torch.full_state_dict(model), or make the "
+            f"layer with the checkpoint's classes and sizes"
+        )
+
+    def extra_repr(self) -> str:
+        """Return what the layer is."""
+        mine = self.shards.range(self.rank)
+        return (
+            f"in_features={self.in_features}, classes={self.shards.classes}, here {mine.start} to "
+            f"{mine.stop - 1}, bias={self.bias is not None}"
+        )
+
+
+def _chunks(rows: range, width: int) -> Iterator[range]:
+    """Yield ranges of rows, few enough to be held beside everything else."""
+    step = max(1, _CHUNK // max(1, width))
+    return (rows[first : first + step] for first in range(0, len(rows), step))
+
+
+# -- checkpoints --------------------------------------------------------------------------------------
+
+
+def full_state_dict(model: torch.nn.Module, *, everywhere: bool = False) -> dict[str, torch.Tensor]:
+    """Return the state dict of the same model with ordinary ``torch.nn.Linear`` heads.
+
+    Args:
+        model: with any number of :class:`ShardedLinear`, the same on all ranks that share them.
+        everywhere: whether all ranks get it, or the first of those that share a head only; others then get
+            their state dict without sharded tensors, and never hold a whole weight.
+
+    Returns:
+        tensors on the CPU where they were sharded, else the model's own, as ``state_dict`` returns them.
+
+    Collectives: all-gathers of at most 8 MiB (float64) at a time, for each sharded parameter.
+    """
+    out: dict[str, torch.Tensor] = dict(model.state_dict())
+    for name, head in model.named_modules():
+        if not isinstance(head, ShardedLinear):
+            continue
+        for leaf, parameter in head.named_parameters(recurse=False):
+            key = f"{name}.{leaf}" if name else leaf
+            whole = _whole(head, parameter.detach(), everywhere or head.rank == 0)
+            if whole is None:
+                out.pop(key)
+            else:
+                out[key] = whole
+    return out
+
+
+def _whole(head: ShardedLinear, own: torch.Tensor, keep: bool) -> torch.Tensor | None:
+    """Gather a parameter's rows chunk by chunk; return them all, or None unless they are to be kept."""
+    shards = head.shards
+    if shards.ranks == 1:
+        return own.cpu().clone()
+    out = torch.empty(shards.classes, *own.shape[1:], dtype=own.dtype) if keep else None
+    width = math.prod(own.shape[1:]) * shards.ranks
+    for rows in _chunks(range(max(shards.sizes)), width):
+        sizes = [max(0, min(rows.stop, size) - rows.start) for size in shards.sizes]
+        mine = own[rows.start : rows.start + sizes[head.rank]].cpu()
+        with torch.no_grad():
+            got = all_gather(
+                mine, name="hvdloss.full_state_dict", process_set=head.process_set, sizes=sizes
+            ).split(sizes)
+        if out is not None:
+            for rank, part in enumerate(got):
+                first = shards.offset(rank) + rows.start
+                out[first : first + len(part)] = part
+    return out
+
+
+# -- ranks that share a model, and ranks that share the data ------------------------------------------
+
+
+class Grid(NamedTuple):
+    """Process sets of a grid of ranks.
+
+    Attributes:
+        model: the ranks with this one's samples, each of which holds another part of the model: for
+            :class:`ShardedLinear` and :func:`sharded_cross_entropy`.
+        data: the ranks with this one's part of the model, each of which has other samples: for
+            ``DistributedOptimizer``, ``Objective``, ``check_synchronized``.
+    """
+
+    model: Any
+    data: Any
+
+
+def grid(model: int) -> Grid:
+    """Make the process sets for a model that `model` ranks share, and data shared by the others.
+
+    Ranks 0 to ``model - 1`` share one model, the next ones another. All ranks must call it, with the same
+    number; again, it finds the sets that it made.
+
+    Args:
+        model: how many ranks share a model; divides ``hvd.size()``.
+
+    Raises:
+        ConfigError: it does not divide, or Horovod was not started for process sets: set
+            ``HOROVOD_DYNAMIC_PROCESS_SETS=1`` or call ``hvd.init(process_sets="dynamic")``.
+
+    Collectives: those of ``hvd.add_process_set``, once per set.
+    """
+    rank, size = (hvd.rank(), hvd.size()) if hvd.is_initialized() else (0, 1)
+    models, datas = grid_ranks(size, model)
+    if size == 1:
+        return Grid(hvd.global_process_set, hvd.global_process_set)
+    made = {tuple(ranks): _set_of(ranks, size) for ranks in [*models, *datas]}
+    return Grid(*(made[next(tuple(r) for r in family if rank in r)] for family in (models, datas)))
+
+
+_sets: dict[tuple[int, ...], Any] = {}
+
+
+def _set_of(ranks: list[int], size: int) -> Any:
+    """Return the process set of these ranks, made if need be; all ranks call this alike."""
+    if len(ranks) == size:
+        return hvd.global_process_set
+    known = _sets.get(tuple(ranks))
+    if known is None or known.process_set_id is None:
+        try:
+            known = hvd.add_process_set(ranks)
+        except Exception as error:
+            raise ConfigError(
+                f"the process set of ranks {ranks} could not be made: {error}. Set "
+                f"HOROVOD_DYNAMIC_PROCESS_SETS=1 in the environment of all ranks, or call "
+                f'hvd.init(process_sets="dynamic")'
+            ) from error
+        _sets[tuple(ranks)] = known
+    return known
+
+
+def broadcast_parameters(params: Any, root_rank: int = 0, process_set: Any = None) -> None:
+    """Broadcast parameters from one rank to the others: Horovod's function, for process sets too.
+
+    A split model must not be broadcast to all ranks: it would give every rank the root's part of the head.
+    Broadcast it among the ranks that share the data: ``broadcast_parameters(model.state_dict(),
+    grid.data.ranks[0], process_set=grid.data)``. (Where all ranks seed alike nothing need be broadcast.)
+
+    Args:
+        params: a state dict, or pairs of a name and a tensor.
+        root_rank: as Horovod counts, among all ranks.
+        process_set: the ranks; None for all, and then this is Horovod's own.
+
+    Raises:
+        ConfigError: `root_rank` is not in the process set.
+        UsageError: this rank is not.
+
+    Collectives: one broadcast per tensor, all under way together.
+    """
+    if process_set is None or process_set is hvd.global_process_set:
+        hvd.broadcast_parameters(params, root_rank)
+        return
+    group, _, size = members(hvd, process_set, "broadcast_parameters")
+    if root_rank not in group.ranks:
+        raise ConfigError(
+            f"broadcast_parameters: root_rank={root_rank} is not in the process set of ranks "
+            f"{list(group.ranks)}; it counts among all ranks"
+        )
+    pairs: Iterable[tuple[str, Any]] = sorted(params.items()) if isinstance(params, dict) else params
+    if size == 1:
+        return
+    handles = [
+        hvd.broadcast_async_(tensor, root_rank, f"hvdloss.broadcast.{name}", process_set=group)
+        for name, tensor in pairs
+        if isinstance(tensor, torch.Tensor)
+    ]
+    for handle in handles:
+        hvd.synchronize(handle)

@@ -1,0 +1,74 @@
+"""Heads split over ranks by class, in PyTorch: under real ranks, and alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from ranks import Case, parallel_cases
+
+import hvdloss.torch as hvd
+from hvdloss.errors import ConfigError
+
+FOUR = ["a_grid_trains_like_one_process", "ranks_of_a_grid_that_start_apart", "checkpoints_for_any_shards"]
+
+
+@parallel_cases("torch_sharded", [("gloo", 2), ("gloo", 3), ("mpi", 2)])
+def test_sharded(case: Case, request: pytest.FixtureRequest) -> None:
+    case.check(request)
+
+
+@parallel_cases("torch_sharded", [("gloo", 4)], cases=FOUR)
+def test_sharded_on_a_grid(case: Case, request: pytest.FixtureRequest) -> None:
+    case.check(request)
+
+
+def test_alone_it_is_cross_entropy() -> None:
+    logits = torch.randn(3, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    mine, whole = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    target = torch.randint(4, (3, 5), generator=torch.Generator().manual_seed(1))
+    losses = hvd.sharded_cross_entropy(mine, target, hvd.ClassShards(4), label_smoothing=0.2)
+    right = torch.nn.functional.cross_entropy(
+        whole.movedim(-1, 1), target, reduction="none", label_smoothing=0.2
+    )
+    torch.testing.assert_close(losses, right, rtol=1e-13, atol=1e-14)
+    losses.pow(2).sum().backward()
+    right.pow(2).sum().backward()
+    torch.testing.assert_close(mine.grad, whole.grad, rtol=1e-12, atol=1e-14)
+
+
+def test_a_compiled_caller() -> None:
+    head = hvd.ShardedLinear(3, 5)
+
+    def loss(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return hvd.sharded_cross_entropy(head(x), y, head.shards).mean()
+
+    x, y = torch.randn(4, 3), torch.tensor([0, 4, 2, 1])
+    compiled = torch.compile(loss, backend="eager")
+    torch.testing.assert_close(compiled(x, y), loss(x, y))
+    compiled(x, y).backward()
+    assert head.weight.grad is not None
+
+
+def test_a_head_on_the_meta_device_draws_nothing() -> None:
+    before = torch.random.get_rng_state()
+    head = hvd.ShardedLinear(3, 5, device="meta")
+    assert head.weight.device.type == "meta"
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_a_saved_head_is_an_ordinary_one(tmp_path) -> None:
+    head = hvd.ShardedLinear(3, 5)
+    torch.save(hvd.full_state_dict(head), tmp_path / "head.pt")
+    ordinary = torch.nn.Linear(3, 5)
+    ordinary.load_state_dict(torch.load(tmp_path / "head.pt"))
+    assert torch.equal(ordinary.weight, head.weight)
+    assert "classes=5" in repr(head)
+
+
+def test_errors_say_what_to_do() -> None:
+    with pytest.raises(ConfigError, match="bias=False"):
+        hvd.ShardedLinear(3, 5, normalize=True)
+    with pytest.raises(ConfigError, match="in_features=3"):
+        hvd.ShardedLinear(3, 5)(torch.zeros(2, 4))
+    with pytest.raises(ConfigError, match="divisor of 1"):
+        hvd.grid(2)
