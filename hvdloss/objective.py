@@ -12,7 +12,8 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from hvdloss.controller import Controller
 from hvdloss.errors import ConfigError
-from hvdloss.reduction import ArrayOps, check_reduction, weights_for
+from hvdloss.losses import NAMED, GlobalLoss, Group, SumsLoss
+from hvdloss.reduction import ArrayOps, Contribution, check_reduction, weighed, weights_for
 from hvdloss.term import Term
 
 __all__ = ["CLASS_LOSSES", "IGNORED", "LOSSES", "Listener", "ObjectiveBase", "expand_mask_axes", "loss_named"]
@@ -53,8 +54,8 @@ def loss_named(name: str) -> str:
     canonical = _ALIASES.get(name, name)
     if canonical not in LOSSES:
         raise ConfigError(
-            f"loss={name!r} is not known; choose one of {', '.join(LOSSES)}, or pass a function "
-            f"(prediction, target) -> per-element losses"
+            f"loss={name!r} is not known; choose one of {', '.join([*LOSSES, *NAMED])}, or pass a function "
+            f"(prediction, target) -> per-element losses, or one of hvdloss.losses"
         )
     return canonical
 
@@ -112,8 +113,9 @@ class ObjectiveBase(Generic[Row]):
     """Arguments and listeners of an objective, for any framework.
 
     Args:
-        loss: a name from :data:`LOSSES`, or a callable ``(prediction, target) -> per-element losses``.
-        reduction: see :mod:`hvdloss.reduction`.
+        loss: a name from :data:`LOSSES`, or a callable ``(prediction, target) -> per-element losses``;
+            or a loss of all ranks' elements (:class:`hvdloss.losses.GlobalLoss`, or its name).
+        reduction: see :mod:`hvdloss.reduction`; a loss of all ranks' elements has none.
         terms: what is measured, priced and acted on (:class:`hvdloss.term.Term`).
         process_set: the Horovod process set whose ranks share the step; None for all.
 
@@ -123,7 +125,7 @@ class ObjectiveBase(Generic[Row]):
 
     def __init__(
         self,
-        loss: str | Callable[..., Any],
+        loss: str | Callable[..., Any] | GlobalLoss,
         *,
         reduction: str = "mean",
         terms: tuple[Term, ...] = (),
@@ -132,7 +134,14 @@ class ObjectiveBase(Generic[Row]):
         self.reduction = check_reduction(reduction)
         self.name: str
         self._function: Callable[..., Any]
-        if isinstance(loss, str):
+        self.controller = Controller(terms)
+        if isinstance(loss, str) and loss in NAMED:
+            loss = NAMED[loss]()
+        self.whole = loss if isinstance(loss, GlobalLoss) else None
+        if isinstance(loss, GlobalLoss):
+            self.name = loss.name
+            self._check_whole()
+        elif isinstance(loss, str):
             self.name = loss_named(loss)
             self._function = self._named_losses()[self.name]
         elif callable(loss):
@@ -146,11 +155,28 @@ class ObjectiveBase(Generic[Row]):
             self._function = loss
         else:
             raise ConfigError(f"loss={loss!r} is neither the name of a loss nor a function")
-        self.controller = Controller(terms)
         self.terms = self.controller.terms
         self.process_set = process_set
         self._listeners: list[weakref.ref[Any]] = []
         self.passes = 1  # backward passes per step, as the optimizers that listen declare
+
+    def _check_whole(self) -> None:
+        """Check what cannot be combined with a loss of all ranks' elements.
+
+        Raises:
+            ConfigError: a reduction, or ranks that would step without each other.
+        """
+        if self.reduction != "mean":
+            raise ConfigError(
+                f"reduction={self.reduction!r}: {self.name} is a function of all elements, and has no "
+                f"reduction of its own; leave reduction out"
+            )
+        if any(act.steps_alone for _, act in self.controller.acts):
+            raise ConfigError(
+                f"SyncPeriod: {self.name} needs all ranks in every forward pass, so no rank can step on its "
+                f"own; leave SyncPeriod out of the terms' acts"
+            )
+        self.reduction = "sum"  # each call gives its share of the whole
 
     def _named_losses(self) -> Mapping[str, Callable[..., Any]]:
         """Return the framework's functions for :data:`LOSSES`."""
@@ -172,7 +198,13 @@ class ObjectiveBase(Generic[Row]):
 
     def settings(self) -> dict[str, Any]:
         """Return what must be equal on all ranks, for the agreement of the first step."""
-        return {"objective": self.name, "reduction": self.reduction, **self.controller.settings()}
+        own = {} if self.whole is None else self.whole.settings()
+        return {
+            "objective": self.name,
+            "reduction": self.reduction,
+            **{f"loss.{key}": value for key, value in own.items()},
+            **self.controller.settings(),
+        }
 
     def consult(
         self,
@@ -219,6 +251,92 @@ class ObjectiveBase(Generic[Row]):
         if factor is not None:
             weight = given * factor
         return weight, controller.penalty(batches), controller.observe(batches)
+
+    def _present(self, ops: ArrayOps, ones: Any, target: Any, weight: Any, rank: int) -> Any:
+        """Return the weights, 0 where the target is no class; None if there are none."""
+        if self.whole is None or not self.whole.classes or len(ops.shape(target)) != len(ops.shape(ones)):
+            return weight
+        present = ops.cast_like(ops.integers(target) != IGNORED, ones)
+        return present if weight is None else present * weights_for(ops, weight, ones, rank)
+
+    def own_sums(self, ops: ArrayOps, prediction: Any, target: Any, weight: Any, rank: int) -> Any:
+        """Return the sums of a batch, for a loss that is a function of sums; float64.
+
+        Raises:
+            ConfigError: the loss is none.
+            ShapeError: what does not fit.
+        """
+        loss = self.whole
+        if not isinstance(loss, SumsLoss):
+            raise ConfigError(f"{self.name} is no function of sums; call the objective itself")
+        weight = self._present(ops, loss.elements(ops, prediction, target), target, weight, rank)
+        return loss.sums(ops, prediction, target, weight, rank=rank)
+
+    def combine(
+        self,
+        ops: ArrayOps,
+        group: Group,
+        part: Callable[[Any, float], Any],
+        *,
+        prediction: Any,
+        target: Any,
+        weight: Any,
+        keys: Any,
+        state: Callable[[], Any],
+        total: Any = None,
+    ) -> tuple[Contribution, Any, list[Any], Any]:
+        """Return what a batch adds to a step's loss of all elements.
+
+        Args:
+            ops, group: the framework's.
+            part: ``(value, factor) -> value`` with its gradient multiplied, and none of its own.
+            prediction, target, weight, keys: of the batch; `weight` may be None.
+            state: gives the controller's state as a tensor, if there are terms.
+            total: the sums of all the step's elements, where they are known (functions of sums only).
+
+        Returns:
+            the contribution, a penalty or None, the terms' sums, and the weights; None if none were given.
+
+        Raises:
+            ConfigError: `total` with a loss that is no function of sums.
+            ShapeError: what does not fit.
+
+        Collectives: those of the loss, in the forward pass.
+        """
+        loss = self.whole
+        assert loss is not None
+        if total is not None and not isinstance(loss, SumsLoss):
+            raise ConfigError(f"total= is for functions of sums, which {self.name} is not; leave it out")
+        ones = loss.elements(ops, prediction, target)
+        weight = self._present(ops, ones, target, weight, group.rank)
+        penalty: Any = None
+        told: list[Any] = []
+        if self.controller.terms:
+            weight, penalty, told = self.consult(
+                ops,
+                prediction=prediction,
+                target=target,
+                losses=ones,
+                weight=weight,
+                keys=keys,
+                state=state(),
+                class_axis=ops.class_axis(prediction) if loss.classes else None,
+                rank=group.rank,
+                size=group.size,
+            )
+        if weight is not None:  # which the terms may have changed
+            weight = weights_for(ops, weight, ones, group.rank)
+        if isinstance(loss, SumsLoss):
+            measured = loss.measure(ops, group, prediction, target, weight, total)
+        else:
+            measured = loss.measure(ops, group, prediction, target, weight)
+        # The share of one call, of one rank: the weights with which an optimizer adds up their gradients.
+        share = 1.0 / (group.size * self.passes)
+        factor = group.size * (1 if total is None else self.passes)
+        value = part(ops.cast_like(measured.value, ones), float(factor))
+        sums = weighed(ops, ones if weight is None else weight, weight is not None)
+        contribution = Contribution(value * share, ops.scalar64(share, ones), *sums, fault=measured.fault)
+        return contribution, penalty, told, weight
 
     def __repr__(self) -> str:
         """Return the call that made it, nearly."""

@@ -190,7 +190,8 @@ class Contribution:
     """What the elements of one call add to a step: scalars of the framework.
 
     `numerator` has the dtype of the losses and carries the gradient; the others are float64 and carry
-    none. `negative` and `nonfinite` count bad weights.
+    none. `negative` and `nonfinite` count bad weights. `fault` is above 0 if this rank is why the loss is
+    not finite; None if the sums tell.
     """
 
     numerator: Any
@@ -199,6 +200,7 @@ class Contribution:
     elements: Any
     negative: Any
     nonfinite: Any
+    fault: Any = None
 
     def mean(self, ops: ArrayOps) -> Any:
         """Return the local loss (numerator over denominator); 0, with gradient 0, without weight.
@@ -224,7 +226,7 @@ class Contribution:
                 ops.scalar64(1.0, sums[0]),
                 self.negative,
                 self.nonfinite,
-                ops.count(~good),
+                ops.count(~good) if self.fault is None else self.fault,
             ]
         )
 
@@ -277,6 +279,18 @@ def weights_for(ops: ArrayOps, weight: Any, losses: Any, rank: int) -> Any:
     return ops.weights_like(weight, losses)
 
 
+def weighed(ops: ArrayOps, w: Any, given: bool = True) -> tuple[Any, Any, Any, Any]:
+    """Return the sum of weights, and how many are not zero, negative, and not finite: float64 scalars.
+
+    A NaN is not zero. Without `given` weights they are all 1, and none needs looking at.
+    """
+    if not given:
+        zero = ops.scalar64(0.0, w)
+        total = ops.total64(w)
+        return total, total, zero, zero
+    return ops.total64(w), ops.count(w != 0), ops.count(w < 0), ops.count(~ops.isfinite(w))
+
+
 def contribution(
     ops: ArrayOps, losses: Any, weight: Any, reduction: str, *, share: float = 1.0, rank: int = 0
 ) -> Contribution:
@@ -302,18 +316,13 @@ def contribution(
             f'reduction="sequence_mean" needs per-element losses of shape (sequences, tokens), '
             f"got {shape} (rank {rank})"
         )
-    zero = ops.scalar64(0.0, losses)
     if weight is None:
         w = ops.ones_like(losses)
         weighted = losses
-        negative = nonfinite = zero
-        elements = total_weight = ops.total64(w)
     else:
         w = weights_for(ops, weight, losses, rank)
-        present = w != 0  # NaN counts as present, and as not finite
-        weighted = ops.where(present, losses * w, ops.zeros_like(losses))
-        negative, nonfinite = ops.count(w < 0), ops.count(~ops.isfinite(w))
-        elements, total_weight = ops.count(present), ops.total64(w)
+        weighted = ops.where(w != 0, losses * w, ops.zeros_like(losses))
+    total_weight, elements, negative, nonfinite = weighed(ops, w, weight is not None)
     if reduction == "sequence_mean":
         rows = ops.total_rows(w)
         counted = rows != 0

@@ -143,6 +143,9 @@ class Act:
     The built-in ones are in :mod:`hvdloss.control` and :mod:`hvdloss.terms`.
     """
 
+    #: whether ranks take steps without each other
+    steps_alone: bool = False
+
     def begin(self, rank: int, size: int) -> None:
         """Start afresh with these ranks (again when an elastic job changes them)."""
 

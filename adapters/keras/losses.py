@@ -16,6 +16,8 @@ import tensorflow as tf
 import keras
 from hvdloss.errors import ConfigError
 from hvdloss.keras._backend import CompileLoss, get_keras_mask, squeeze_or_expand_to_same_rank
+from hvdloss.losses import GlobalLoss
+from hvdloss.objective import CLASS_LOSSES
 from hvdloss.report import StepReport
 from hvdloss.tensorflow.books import Books
 from hvdloss.tensorflow.exchange import Exchange
@@ -94,7 +96,9 @@ class Objective(keras.losses.Loss):
     Args:
         loss: a name from ``hvdloss.objective.LOSSES``, or a callable
             ``(y_true, y_pred) -> per-element losses``, in Keras's order; a loss of Keras must have been
-            constructed with ``reduction=None``.
+            constructed with ``reduction=None``. Or a loss of all ranks' elements, of
+            :mod:`hvdloss.losses`, or its name: all ranks must then make the same number of steps, be it
+            with empty batches.
         reduction: ``"mean"``, ``"sum"``, ``"batch_mean"`` or ``"sequence_mean"``, see
             :class:`hvdloss.tensorflow.Objective`.
         terms: what is measured per rank, priced and acted on: :class:`hvdloss.CommunicationCost`,
@@ -109,7 +113,7 @@ class Objective(keras.losses.Loss):
 
     def __init__(
         self,
-        loss: str | Callable[..., Any],
+        loss: str | Callable[..., Any] | GlobalLoss,
         *,
         reduction: str = "mean",
         terms: tuple[Term, ...] = (),
@@ -162,17 +166,20 @@ class Objective(keras.losses.Loss):
         Raises:
             ShapeError: `sample_weight` does not fit, or no token axis for ``"sequence_mean"``.
 
-        Collectives: none.
+        Collectives: none; those of the loss if it is of :mod:`hvdloss.losses`.
         """
         told = self.contribute(y_true, y_pred, sample_weight, keys=keys)
         return self.books.announced(told.with_penalty(told.mean()), told.row())
 
     def contribute(self, y_true: Any, y_pred: Any, sample_weight: Any = None, *, keys: Any = None) -> Told:
-        """Return what these elements add to a step, without telling anybody. Collectives: none."""
+        """Return what these elements add to a step, without telling anybody; see calling it."""
         weight = _with_mask(sample_weight, y_pred)
+        whole = self._exact.whole
+        if whole is not None and not (tf.is_tensor(y_pred) and y_true is not None):
+            return self._exact.contribute(y_pred, y_true, weight, keys=keys)  # several tensors, or no target
         y_pred, y_true = tf.convert_to_tensor(y_pred), tf.convert_to_tensor(y_true)
         y_pred = _OPS.losses(y_pred)
-        if self._exact.name in ("cross_entropy", "nll"):
+        if self._exact.name in CLASS_LOSSES if whole is None else whole.classes:
             if len(y_true.shape) == len(y_pred.shape) and y_true.shape[-1] == 1 != y_pred.shape[-1]:
                 y_true = tf.squeeze(y_true, -1)
             if len(y_true.shape) < len(y_pred.shape) and y_true.dtype.is_floating:
@@ -185,6 +192,8 @@ class Objective(keras.losses.Loss):
         """Return a loss of Keras that says nearly the same, for saved models, or None."""
         if not isinstance(self._given, str):
             return self._given
+        if self._exact.whole is not None:
+            return None
         reduction = {"mean": "mean_with_sample_weight", "sum": "sum"}.get(self.reduction)
         if self._exact.name == "cross_entropy":
             return keras.losses.SparseCategoricalCrossentropy(
@@ -368,4 +377,9 @@ class ExactMean(keras.metrics.Mean):
     def update_state(self, values: Any, sample_weight: Any = None) -> None:
         """Add one batch."""
         denominator = self._source[0].denominator
-        super().update_state(values, sample_weight if denominator is None else denominator)
+        if denominator is not None:
+            # At the end of data of unknown length a batch turns out not to exist: it must not count, be
+            # its weight a constant.
+            with tf.control_dependencies([tf.convert_to_tensor(values)]):
+                sample_weight = tf.identity(denominator)
+        super().update_state(values, sample_weight)

@@ -224,6 +224,23 @@ class _Begin(keras.callbacks.Callback):
         steps = self.params.get("steps")
         counts = self.communicator().gather(str(-1 if steps is None else steps).encode(), "hvdloss.steps")
         self.counts = [None if int(text) < 0 else int(text) for text in counts]
+        self._check_whole()
+
+    def _check_whole(self) -> None:
+        """Check that ranks meet in every step, if a loss needs all of them in its forward pass.
+
+        Raises:
+            ConfigError: they make different numbers of steps, or nobody knows how many.
+        """
+        losses = keras.tree.flatten(self.model.loss)
+        whole = [x._exact.name for x in losses if isinstance(x, Objective) and x._exact.whole is not None]
+        if whole and len(self.counts) > 1 and (None in self.counts or len(set(self.counts)) > 1):
+            known = ["unknown" if count is None else count for count in self.counts]
+            raise ConfigError(
+                f"loss={whole[0]} needs all ranks in every step, but their numbers of batches are {known}; "
+                f"give fit steps_per_epoch, or data of known and equal length (dataset.apply(tf.data."
+                f"experimental.assert_cardinality(n))); batches may be empty"
+            )
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         self.done = batch + 1

@@ -8,11 +8,13 @@ from typing import Any
 
 import tensorflow as tf
 from hvdloss.communicator import included, rank_and_size
+from hvdloss.errors import ConfigError
 from hvdloss.objective import CLASS_LOSSES, IGNORED, ObjectiveBase, expand_mask_axes
 from hvdloss.reduction import Contribution, contribution, weights_for
 from hvdloss.report import StepReport
 from hvdloss.tensorflow._backend import hvd
 from hvdloss.tensorflow.books import Books
+from hvdloss.tensorflow.collectives import group_of
 from hvdloss.tensorflow.ops import NAMED_LOSSES, TensorFlowOps, communicator_of
 from hvdloss.term import Term
 
@@ -35,6 +37,30 @@ def _gate(prediction: tf.Tensor, holder: list[tf.Tensor]) -> tf.Tensor:
         return tf.identity(x), grad
 
     return gate(prediction)
+
+
+def _part(value: tf.Tensor, factor: float) -> tf.Tensor:
+    """Return `value`, whose gradient is multiplied, and has no gradient itself."""
+
+    @tf.custom_gradient
+    def part(x: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor], tf.Tensor]]:
+        return tf.identity(x), lambda upstream: _once(upstream * tf.cast(factor, upstream.dtype), x)
+
+    return part(value)
+
+
+@tf.custom_gradient
+def _once(gradient: tf.Tensor, value: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor], tf.Tensor]]:
+    """Return `gradient`, which cannot be differentiated, by what `value` depends on either."""
+
+    def grad(upstream: tf.Tensor) -> tf.Tensor:
+        raise ConfigError(
+            "tape.gradient of a gradient: that of a loss of all ranks' elements is a rank's part of the "
+            "whole, whose derivative would lack the other ranks' elements; differentiate once, or build the "
+            "loss on hvdloss.tensorflow.collectives, whose gradients can be differentiated"
+        )
+
+    return tf.identity(gradient), grad
 
 
 @dataclass(frozen=True)
@@ -79,7 +105,9 @@ class Objective(ObjectiveBase[tf.Tensor]):
 
     Args:
         loss: a name from ``hvdloss.objective.LOSSES``, or a callable
-            ``(prediction, target) -> per-element losses``.
+            ``(prediction, target) -> per-element losses``; or a loss that is no mean, of
+            :mod:`hvdloss.losses`, or its name (``"soft_dice"``, ``"correlation"``, ...): calling the
+            objective then gives that of all ranks' elements.
         reduction: ``"mean"`` (sum wl / sum w), ``"sum"``, ``"batch_mean"`` (sum wl / number of elements
             with w != 0), or ``"sequence_mean"`` (losses of shape (N, T): the mean over sequences of each
             one's weighted token mean). With ``"sum"`` a call gives size x passes x its local sum, its
@@ -133,7 +161,9 @@ class Objective(ObjectiveBase[tf.Tensor]):
             self.books.begin(*rank_and_size(hvd, group))
             self.controller.prepare(communicator_of(group))
 
-    def __call__(self, prediction: Any, target: Any, weight: Any = None, *, keys: Any = None) -> tf.Tensor:
+    def __call__(
+        self, prediction: Any, target: Any, weight: Any = None, *, keys: Any = None, total: Any = None
+    ) -> tf.Tensor:
         """Return the local loss of these elements, a scalar tensor (float32, or float64 for float64).
 
         Args:
@@ -145,21 +175,49 @@ class Objective(ObjectiveBase[tf.Tensor]):
                 weight raises WeightError on every rank when the gradients are reduced.
             keys: what terms may group elements by (``DataSkew(of="keys")``): integers whose leading axes
                 are those of the losses.
+            total: for functions of sums: those of all micro-batches of all ranks (:meth:`total`), so
+                that the step's loss is that of all of them.
 
         Raises:
             ShapeError: `weight` does not broadcast to the losses, or no token axis.
 
-        Collectives: none.
+        Collectives: none; those of the loss if it is of :mod:`hvdloss.losses` (one small all-reduce for
+        functions of sums, none with `total`), which all ranks must call alike.
         """
-        told = self.contribute(prediction, target, weight, keys=keys)
+        told = self.contribute(prediction, target, weight, keys=keys, total=total)
         return self.books.announced(told.with_penalty(told.mean()), told.row())
 
-    def contribute(self, prediction: Any, target: Any, weight: Any = None, *, keys: Any = None) -> Told:
+    def sums(self, prediction: Any, target: Any, weight: Any = None) -> tf.Tensor:
+        """Return this rank's sums of a micro-batch, float64, without gradient; they add up.
+
+        For a loss that is a function of sums and gradient accumulation: add them up over the
+        micro-batches, give the result to :meth:`total`, and that to each call as ``total=``.
+
+        Raises:
+            ConfigError: the loss is no function of sums.
+            ShapeError: what does not fit.
+
+        Collectives: none.
+        """
+        rank, _ = rank_and_size(hvd, self.process_set)
+        return tf.stop_gradient(self.own_sums(_OPS, prediction, target, weight, rank))
+
+    def total(self, sums: tf.Tensor) -> tf.Tensor:
+        """Return the sum over ranks of what :meth:`sums` gave. One small all-reduce."""
+        return group_of(self.process_set).all_reduce(sums, f"hvdloss.{self.name}.total", replicated=True)
+
+    def contribute(
+        self, prediction: Any, target: Any, weight: Any = None, *, keys: Any = None, total: Any = None
+    ) -> Told:
         """Return what these elements add to a step, without telling anybody.
 
-        For callers that combine several losses before they announce one backward pass. The arguments
-        and errors are those of calling the objective. Collectives: none.
+        For callers that combine several losses before they announce one backward pass. The arguments,
+        errors and collectives are those of calling the objective.
         """
+        if self.whole is not None:
+            return self._contribute_whole(prediction, target, weight, keys, total)
+        if total is not None:
+            raise ConfigError(f"total= is for functions of sums, which {self.name} is not; leave it out")
         rank, size = rank_and_size(hvd, self.process_set)
         given = prediction
         absent = None
@@ -196,6 +254,33 @@ class Objective(ObjectiveBase[tf.Tensor]):
             self._set_gate(holder, losses, given, weight)
         return Told(part, penalty, tuple(sums))
 
+    def _contribute_whole(self, prediction: Any, target: Any, weight: Any, keys: Any, total: Any) -> Told:
+        """Return what these elements add to a step's loss of all ranks' elements."""
+        assert self.whole is not None
+        group = group_of(self.process_set)
+        holder: list[tf.Tensor] = []
+        given = prediction
+        if tf.is_tensor(prediction):
+            prediction = _gate(prediction, holder)
+        if weight is not None:
+            weight = self._fit(weight, self.whole.elements(_OPS, given, target))
+        if self.controller.terms:
+            self.books.begin(group.rank, group.size)
+        part, penalty, sums, weight = self.combine(
+            _OPS,
+            group,
+            _part,
+            prediction=prediction,
+            target=target,
+            weight=weight,
+            keys=keys,
+            state=lambda: self.books.state,
+            total=total,
+        )
+        if weight is not None and tf.is_tensor(given):
+            self._set_gate(holder, weight, given, weight)
+        return Told(part, penalty, tuple(sums))
+
     def _fit(self, weight: Any, losses: tf.Tensor) -> Any:
         """Return `weight` as this kind of objective means it; here as it is."""
         return weight
@@ -204,7 +289,8 @@ class Objective(ObjectiveBase[tf.Tensor]):
         self, holder: list[tf.Tensor], losses: tf.Tensor, prediction: tf.Tensor, weight: Any
     ) -> None:
         """Let the gate hold back the gradient of absent elements, where the shapes tell which they are."""
-        class_axis = -1 if self.name in CLASS_LOSSES else None
+        classes = self.name in CLASS_LOSSES if self.whole is None else self.whole.classes
+        class_axis = -1 if classes else None
         axes = expand_mask_axes(tuple(losses.shape), tuple(prediction.shape), class_axis)
         if axes is None:
             return

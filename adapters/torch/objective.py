@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from hvdloss.communicator import rank_and_size
+from hvdloss.errors import ConfigError
 from hvdloss.objective import CLASS_LOSSES, IGNORED, ObjectiveBase, expand_mask_axes
-from hvdloss.reduction import contribution, weights_for
+from hvdloss.reduction import Contribution, contribution, weights_for
 from hvdloss.torch._backend import hvd
+from hvdloss.torch.collectives import group_of
 from hvdloss.torch.ops import NAMED_LOSSES, TorchOps
 
 __all__ = ["Objective"]
@@ -34,6 +36,26 @@ class _Gate(torch.autograd.Function):
         return (grad.masked_fill(ctx.holder[0], 0) if ctx.holder else grad), None
 
 
+class _Part(torch.autograd.Function):
+    """Identity that multiplies the gradient, and has no second derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor, factor: float) -> torch.Tensor:
+        ctx.factor = factor
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        if torch.is_grad_enabled():  # backward(create_graph=True)
+            raise ConfigError(
+                "create_graph=True: the gradient of a loss of all ranks' elements is a rank's part of the "
+                "whole, whose derivative would lack the other ranks' elements; differentiate once, or build "
+                "the loss on hvdloss.torch.collectives, whose backward passes can be differentiated"
+            )
+        (grad,) = grads
+        return grad * ctx.factor, None
+
+
 class Objective(ObjectiveBase[torch.Tensor]):
     """The weighted loss of all elements of a step, however they fall on ranks and micro-batches.
 
@@ -47,7 +69,9 @@ class Objective(ObjectiveBase[torch.Tensor]):
 
     Args:
         loss: a name from ``hvdloss.objective.LOSSES``, or a callable
-            ``(prediction, target) -> per-element losses``.
+            ``(prediction, target) -> per-element losses``; or a loss that is no mean, of
+            :mod:`hvdloss.losses`, or its name (``"soft_dice"``, ``"correlation"``, ...): calling the
+            objective then gives that of all ranks' elements.
         reduction: ``"mean"`` (sum wl / sum w), ``"sum"``, ``"batch_mean"`` (sum wl / number of elements
             with w != 0), or ``"sequence_mean"`` (losses of shape (N, T): the mean over sequences of each
             one's weighted token mean). With ``"sum"`` a call gives size x passes x its local sum, its
@@ -70,7 +94,9 @@ class Objective(ObjectiveBase[torch.Tensor]):
     def _named_losses(self) -> Mapping[str, Callable[..., torch.Tensor]]:
         return NAMED_LOSSES
 
-    def __call__(self, prediction: Any, target: Any, weight: Any = None, *, keys: Any = None) -> torch.Tensor:
+    def __call__(
+        self, prediction: Any, target: Any, weight: Any = None, *, keys: Any = None, total: Any = None
+    ) -> torch.Tensor:
         """Return the local loss of these elements, a scalar tensor (float32, or float64 for float64).
 
         Args:
@@ -81,19 +107,50 @@ class Objective(ObjectiveBase[torch.Tensor]):
                 weight raises WeightError on every rank at the optimizer's step.
             keys: what terms may group elements by (``DataSkew(of="keys")``): integers whose leading axes
                 are those of the losses.
+            total: for functions of sums: those of all micro-batches of all ranks (:meth:`total`), so
+                that the step's loss is that of all of them.
 
         Raises:
             ShapeError: `weight` does not broadcast to the losses, or no token axis.
 
-        Collectives: none.
+        Collectives: none; those of the loss if it is of :mod:`hvdloss.losses` (one small all-reduce for
+        functions of sums, none with `total`), which all ranks must call alike.
         """
         if torch.compiler.is_compiling():
             # Inside a compiled function: announcing a backward pass is not for the compiler to trace.
             # (The decorator on this method would load the compiler, a second, for everyone.)
-            return torch.compiler.disable(self._measure)(prediction, target, weight, keys)
-        return self._measure(prediction, target, weight, keys)
+            return torch.compiler.disable(self._measure)(prediction, target, weight, keys, total)
+        return self._measure(prediction, target, weight, keys, total)
 
-    def _measure(self, prediction: Any, target: Any, weight: Any, keys: Any) -> torch.Tensor:
+    def sums(self, prediction: Any, target: Any, weight: Any = None) -> torch.Tensor:
+        """Return this rank's sums of a micro-batch, float64, without gradient; they add up.
+
+        For a loss that is a function of sums and gradient accumulation::
+
+            with torch.no_grad():
+                total = objective.total(sum(objective.sums(model(x), y) for x, y in micro_batches))
+            for x, y in micro_batches:
+                objective(model(x), y, total=total).backward()
+            optimizer.step()
+
+        Raises:
+            ConfigError: the loss is no function of sums.
+            ShapeError: what does not fit.
+
+        Collectives: none.
+        """
+        with torch.no_grad():
+            return self.own_sums(_OPS, prediction, target, weight, rank_and_size(hvd, self.process_set)[0])
+
+    def total(self, sums: torch.Tensor) -> torch.Tensor:
+        """Return the sum over ranks of what :meth:`sums` gave. One small all-reduce."""
+        return group_of(self.process_set).all_reduce(sums, f"hvdloss.{self.name}.total", replicated=True)
+
+    def _measure(self, prediction: Any, target: Any, weight: Any, keys: Any, total: Any) -> torch.Tensor:
+        if self.whole is not None:
+            return self._measure_whole(prediction, target, weight, keys, total)
+        if total is not None:
+            raise ConfigError(f"total= is for functions of sums, which {self.name} is not; leave it out")
         rank, size = rank_and_size(hvd, self.process_set)
         holder: list[torch.Tensor] = []
         given = prediction
@@ -138,6 +195,34 @@ class Objective(ObjectiveBase[torch.Tensor]):
         if weight is not None and isinstance(given, torch.Tensor):
             class_axis = min(1, given.dim() - 1) if classes else None
             self._set_gate(holder, losses, given, weight, class_axis)
+        return self._announced(part, penalty, told)
+
+    def _measure_whole(
+        self, prediction: Any, target: Any, weight: Any, keys: Any, total: Any
+    ) -> torch.Tensor:
+        """Return a loss of all ranks' elements."""
+        holder: list[torch.Tensor] = []
+        given = prediction
+        if isinstance(prediction, torch.Tensor) and prediction.requires_grad:
+            prediction = _Gate.apply(prediction, holder)
+        part, penalty, told, weight = self.combine(
+            _OPS,
+            group_of(self.process_set),
+            _Part.apply,
+            prediction=prediction,
+            target=target,
+            weight=weight,
+            keys=keys,
+            state=lambda: torch.from_numpy(self.controller.state).to(given.device),
+            total=total,
+        )
+        if weight is not None and isinstance(given, torch.Tensor):
+            classes = self.whole is not None and self.whole.classes
+            self._set_gate(holder, weight, given, weight, _OPS.class_axis(given) if classes else None)
+        return self._announced(part, penalty, told)
+
+    def _announced(self, part: Contribution, penalty: Any, told: list[Any]) -> torch.Tensor:
+        """Return the local loss, whose backward pass tells the listeners what it weighs."""
         loss = part.mean(_OPS)
         if penalty is not None:
             loss = loss + penalty

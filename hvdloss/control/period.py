@@ -76,6 +76,7 @@ class SyncPeriod(Act):
     """
 
     of = "communication"
+    steps_alone = True
 
     def __init__(
         self,

@@ -54,11 +54,12 @@ class Measured:
 
     Attributes:
         value: scalar; its gradient is this rank's part.
-        sound: float64 scalar, 0 if what this rank gave was not finite, else 1; None if the value tells.
+        fault: float64 scalar, above 0 if it is this rank's doing that the value is not finite; None if
+            that cannot be told.
     """
 
     value: Any
-    sound: Any = None
+    fault: Any = None
 
 
 class GlobalLoss:
@@ -94,7 +95,7 @@ class GlobalLoss:
         raise NotImplementedError
 
     def measure(self, ops: ArrayOps, group: Group, prediction: Any, target: Any, weight: Any) -> Measured:
-        """Return :meth:`value`, and whether this rank gave finite numbers to it."""
+        """Return :meth:`value`, and whether this rank is why it is not finite."""
         return Measured(self.value(ops, group, prediction, target, weight))
 
     def elements(self, ops: ArrayOps, prediction: Any, target: Any) -> Any:

@@ -163,7 +163,7 @@ class SumsLoss(GlobalLoss):
         weight: Any,
         total: Any = None,
     ) -> Measured:
-        """Return the loss, and whether this rank's sums are finite.
+        """Return the loss, and whether this rank is why it is not finite.
 
         Args:
             ops, group, prediction, target, weight: see :meth:`hvdloss.losses.GlobalLoss.value`.
@@ -175,9 +175,11 @@ class SumsLoss(GlobalLoss):
             found = group.all_reduce(local, f"hvdloss.{self.name}", replicated=True)
         else:
             found = ops.known(local, total)
-        bad = ops.count(~ops.isfinite(local))
-        sound = ops.where(bad > 0, ops.scalar64(0.0, local), ops.scalar64(1.0, local))
-        return Measured(self.loss_of(ops, found, widths), sound)
+        value = self.loss_of(ops, found, widths)
+        # Without its own fault a rank is as much to blame as all others for a value that f makes of sums.
+        fine = ops.count(~ops.isfinite(found)) == 0
+        own = ops.count(~ops.isfinite(local))
+        return Measured(value, own + ops.where(fine, ops.count(~ops.isfinite(value)), own))
 
     def value(self, ops: ArrayOps, group: Group, prediction: Any, target: Any, weight: Any) -> Any:
         """Return the loss over all ranks' elements."""

@@ -45,6 +45,11 @@ def test_parity_of_one_rank(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)
 
 
+@parallel_cases("tf_sums", [("gloo", 2), *more(("gloo", 3), ("gloo", 4), ("mpi", 2))], group="tf_tape")
+def test_sums(case: Case, request: pytest.FixtureRequest) -> None:
+    case.check(request)
+
+
 @parallel_cases("tf_terms", [("gloo", 2)], group="tf_tape")
 def test_terms(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)

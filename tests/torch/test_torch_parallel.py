@@ -27,6 +27,11 @@ def test_terms(case: Case, request):
     case.check(request)
 
 
+@parallel_cases("torch_sums", [("gloo", 2), ("gloo", 3), *more(("gloo", 4), ("mpi", 2))], group="torch")
+def test_sums(case: Case, request):
+    case.check(request)
+
+
 @parallel_cases("torch_compiled", [("gloo", 2)], group="torch")
 def test_compiled(case: Case, request):
     case.check(request)
