@@ -16,9 +16,8 @@ demo: setup ## train on real data on several Horovod ranks, against one process
 test: setup ## run the tests
 	$(PYTHON_BIN) -m pytest
 
-test-more: setup ## run the launches that `test` leaves out: more of everything on 4 ranks, Keras over MPI
-	HVDLOSS_MORE_RANKS=1 $(PYTHON_BIN) -m pytest tests/torch/test_torch_parallel.py \
-	  tests/tensorflow/test_tf_ranks.py tests/keras/test_keras_ranks.py -k "gloo-4 or (keras and mpi)"
+test-more: setup ## run what `test` leaves out: more of everything on 3 and 4 ranks and over MPI
+	$(PYTHON_BIN) -m pytest -m more
 
 lint: setup ## check style and types
 	$(PYTHON_BIN) -m ruff check .

@@ -66,9 +66,13 @@ REPEATS = 3  # launches after one that hung or died
 # -- the outer side: pytest ---------------------------------------------------------------------------
 
 
+class _More(tuple[str, int]):
+    """A launch that `make test` leaves out."""
+
+
 def more(*launches: tuple[str, int]) -> list[tuple[str, int]]:
     """Return launches that `make test` leaves out for the sake of time, and `make test-more` runs."""
-    return list(launches) if os.environ.get("HVDLOSS_MORE_RANKS") else []
+    return [_More(launch) for launch in launches]
 
 
 @functools.cache
@@ -162,6 +166,7 @@ def parallel_cases(
     launches: Iterable[tuple[str, int]],
     *,
     cases: Iterable[str] | None = None,
+    slow: Iterable[str] = (),
     seconds: float = 400.0,
     group: str = "",
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -171,6 +176,7 @@ def parallel_cases(
         module: the file ``tests/parallel/<module>.py``.
         launches: pairs such as ``("gloo", 2)``, ``("mpi", 3)``.
         cases: names without ``case_``, to run only these; None for all.
+        slow: those of them that `make test` leaves out for the sake of time, and `make test-more` runs.
         seconds: the longest that the module's cases may take in one launch.
         group: modules of one group share launches; empty for the module by itself.
     """
@@ -178,19 +184,24 @@ def parallel_cases(
 
     known = case_names(module)
     chosen = known if cases is None else list(cases)
-    unknown = sorted(set(chosen) - set(known))
+    slow = set(slow)
+    unknown = sorted((set(chosen) | slow) - set(known))
     if unknown or not chosen:
         raise ValueError(f"tests/parallel/{module}.py has no case {', '.join(unknown) or 'at all'}")
     all_cases = [
-        Case(module, controller, np, name, seconds, group or module)
-        for controller, np in launches
+        pytest.param(
+            case := Case(module, *launch, name, seconds, group or module),
+            id=case.id,
+            marks=[pytest.mark.more] if isinstance(launch, _More) or name in slow else [],
+        )
+        for launch in launches
         for name in chosen
     ]
 
     def mark(test: Callable[..., None]) -> Callable[..., None]:
         # A test may wait for the start and every case of its launch, repeated.
         test = pytest.mark.timeout((seconds + START_SECONDS) * (REPEATS + 1))(test)
-        return pytest.mark.parametrize("case", all_cases, ids=[case.id for case in all_cases])(test)
+        return pytest.mark.parametrize("case", all_cases)(test)
 
     return mark
 

@@ -24,6 +24,16 @@ TERMS_EVERYWHERE = [
 ]
 
 
+SLOW = [
+    "fit_with_local_steps_and_more",
+    "several_losses_with_local_steps",
+    "fit_with_weights_from_terms",
+    "fit_with_a_proximal_pull_and_switching_compression",
+    "a_period_that_goes_back_to_one",
+    "batch_shares_batch_by_batch",
+]
+
+
 @parallel_cases("keras_fit", [("gloo", 2)], group="keras")
 def test_fit(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)
@@ -44,7 +54,7 @@ def test_metrics(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)
 
 
-@parallel_cases("keras_terms", [("gloo", 2)], group="keras")
+@parallel_cases("keras_terms", [("gloo", 2)], slow=SLOW, group="keras")
 def test_terms(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)
 

@@ -1,10 +1,10 @@
-"""PyTorch under real ranks: 2, 3 and 4 over Gloo (what is exact, the rest with more time), 2 over MPI."""
+"""PyTorch under real ranks: 2, 3 and 4 over Gloo, 2 over MPI; with less time not all of it everywhere."""
 
 from __future__ import annotations
 
 from ranks import Case, more, parallel_cases
 
-LAUNCHES = [("gloo", 2), ("gloo", 3), ("mpi", 2), *more(("gloo", 4))]
+LAUNCHES = [("gloo", 2), *more(("gloo", 3), ("mpi", 2), ("gloo", 4))]
 
 
 @parallel_cases("torch_exact", [("gloo", 2), ("gloo", 3), ("gloo", 4), ("mpi", 2)], group="torch")
@@ -17,7 +17,7 @@ def test_training(case: Case, request):
     case.check(request)
 
 
-@parallel_cases("torch_faults", LAUNCHES, group="torch")
+@parallel_cases("torch_faults", [("gloo", 2), ("gloo", 3), ("mpi", 2), *more(("gloo", 4))], group="torch")
 def test_faults(case: Case, request):
     case.check(request)
 
