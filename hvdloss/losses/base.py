@@ -109,5 +109,6 @@ class GlobalLoss:
 
     def __repr__(self) -> str:
         """Return the name and the settings."""
-        inside = ", ".join(f"{k}={v!r}" for k, v in self.settings().items() if not k.startswith("_"))
+        hidden = ("name", "classes", "columns")
+        inside = ", ".join(f"{k}={v!r}" for k, v in self.settings().items() if k not in hidden)
         return f"{type(self).__name__}({inside})"

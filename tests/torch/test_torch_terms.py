@@ -1,9 +1,6 @@
-"""Terms in one process, and the guide's code."""
+"""Terms in one process."""
 
 from __future__ import annotations
-
-import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +8,6 @@ import torch
 import hvdloss
 import hvdloss.torch as hvd
 from hvdloss.control import BatchShares, ImportanceWeights, OuterStep, SyncPeriod
-
-GUIDE = Path(__file__).resolve().parents[2] / "docs" / "terms.md"
 
 
 @pytest.fixture(autouse=True)
@@ -51,15 +46,3 @@ def test_closures_cannot_take_local_steps():
     optimizer = hvd.DistributedOptimizer(torch.optim.LBFGS(model.parameters()), objective=objective)
     with pytest.raises(hvdloss.UsageError, match="SyncPeriod"):
         optimizer.step(lambda: objective(model(torch.ones(1, 2)), torch.ones(1, 1)))
-
-
-def test_the_guide_runs():
-    blocks = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.DOTALL)
-    assert len(blocks) >= 4
-    names: dict[str, object] = {}
-    for block in blocks:
-        exec(compile(block, str(GUIDE), "exec"), names)
-    optimizer, shares = names["optimizer"], names["shares"]
-    assert optimizer.last_step.step == 10
-    assert shares.sizes.tolist() == [64]
-    assert names["objective"].terms[0].name == "padding"

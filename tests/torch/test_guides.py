@@ -1,0 +1,47 @@
+"""The code of the guides, in PyTorch, runs in one process; the numbers in them are what it gives."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+import hvdloss.torch as hvd
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+
+
+def run(guide: str) -> dict[str, object]:
+    """Run a guide's Python blocks, one after the other, and return their names."""
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / guide).read_text(), re.DOTALL)
+    assert blocks
+    names: dict[str, object] = {}
+    for number, block in enumerate(blocks):
+        exec(compile(block, f"{guide}, block {number + 1}", "exec"), names)
+    return names
+
+
+@pytest.fixture(autouse=True)
+def _initialised():
+    hvd.init()
+
+
+def test_losses():
+    names = run("losses.md")
+    rows = dict(
+        re.findall(r"^\| ([A-Z][^|]*?) \| (-?\d\.\d{3} \| -?\d\.\d{3}) \|$", _text("losses.md"), re.M)
+    )
+    numbers = names["numbers"]
+    assert rows == {name: f"{whole:.3f} | {mean:.3f}" for name, (whole, mean) in numbers.items()}
+
+
+def test_terms():
+    names = run("terms.md")
+    assert names["optimizer"].last_step.step == 10
+    assert names["shares"].sizes.tolist() == [64]
+    assert names["objective"].terms[0].name == "padding"
+
+
+def _text(guide: str) -> str:
+    return (DOCS / guide).read_text()
