@@ -9,7 +9,9 @@ Gradients follow one of two conventions:
 
 Every backward pass is made of these same functions, so second derivatives are right too. Ranks must make
 the same calls in the same order, in the backward pass as well: an input carries a gradient on all ranks
-or on none. One rank needs no Horovod. Eager and in a ``tf.function``.
+or on none. One rank needs no Horovod. Eager and in a ``tf.function``,
+where calls run side by side unless one needs another's result. (Passes of a ``tf.while_loop`` do so as
+well; a loop that holds such a call needs ``parallel_iterations=1``, as of any operation of Horovod's.)
 
 =================  ===================================  ==============================================
 function           forward                              backward (default; replicated: nothing is sent)
@@ -93,9 +95,8 @@ def _sent(x: tf.Tensor) -> tf.Tensor:
         nothing = _zeros[0].read_value()
     if x.shape.rank == 0:
         return tf.reshape(_sent(x[tf.newaxis]), [])
-    out = tf.reshape(x, tf.shape(x) + nothing)
-    out.set_shape(x.shape)
-    return out
+    # From row 0 on, a number that is read every time: all of it, without a copy.
+    return tf.ensure_shape(x[nothing:], x.shape)
 
 
 def _packed(x: tf.Tensor) -> tf.Tensor:
@@ -248,6 +249,11 @@ def _exchange(x: tf.Tensor, splits: Parts, at: At) -> tf.Tensor:
 # -- the functions ------------------------------------------------------------------------------------
 
 
+def _shape(x: tf.Tensor) -> tuple[int | None, ...]:
+    """Return what is known of a shape; of one of unknown rank, that it has rows."""
+    return (None,) if x.shape.rank is None else tuple(x.shape)
+
+
 def _at(what: str, name: str | None, process_set: Any) -> At:
     group, rank, size = members(hvd, process_set, what)
     return At(name or f"hvdloss.{what}", group, rank, size)
@@ -304,7 +310,7 @@ def all_gather(
     reduce-scatter (a reduce-scatter for even `sizes`); with `replicated` none.
     """
     x, at = tf.convert_to_tensor(x), _at("all_gather", name, process_set)
-    check_rows(x.shape, "all_gather", at.rank)
+    check_rows(_shape(x), "all_gather", at.rank)
     parts: Parts
     if sizes is not None:
         parts = check_sizes(sizes, None, at.size, at.rank, "all_gather")
@@ -342,7 +348,7 @@ def reduce_scatter(
     all-gather.
     """
     x, at = tf.convert_to_tensor(x), _at("reduce_scatter", name, process_set)
-    check_rows(x.shape, "reduce_scatter", at.rank)
+    check_rows(_shape(x), "reduce_scatter", at.rank)
     if sizes is None:
         parts = even_sizes(check_known_rows(x.shape[0], at.rank), at.size)
     else:
@@ -394,7 +400,7 @@ def shift(x: Any, by: int = 1, *, name: str | None = None, process_set: Any = No
     end where they began.
     """
     x, at = tf.convert_to_tensor(x), _at("shift", name, process_set)
-    check_rows(x.shape, "shift", at.rank)
+    check_rows(_shape(x), "shift", at.rank)
     if by % at.size == 0:
         return tf.identity(x)
     rows = tf.one_hot((at.rank + by) % at.size, at.size, tf.shape(x)[0], 0, dtype=tf.int32)
