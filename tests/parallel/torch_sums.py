@@ -281,6 +281,23 @@ def case_one_rank_is_to_blame_for_what_is_not_finite():
     assert gradients(model) is not None
 
 
+def case_inside_a_compiled_function():
+    objective = hvd.Objective("concordance")
+    rng = np.random.default_rng(11)
+    x, t, w = (torch.from_numpy(a) for a in reference.sample(rng, "real", 30))
+    theta = torch.ones(5, 1, dtype=torch.float64, requires_grad=True)
+    mine = slice(30 * hvd.rank() // hvd.size(), 30 * (hvd.rank() + 1) // hvd.size())
+
+    @torch.compile(backend="aot_eager")
+    def loss(x, t, w):
+        return objective(torch.tanh(x @ theta)[:, 0], t, w) * 2
+
+    loss(x[mine], t[mine], w[mine]).backward()
+    own = theta.detach().clone().requires_grad_()
+    (concordance(torch.tanh(x @ own)[:, 0], t, w) * 2).backward()
+    return {"error, float64": near(averaged(theta.grad), own.grad)}
+
+
 def case_a_process_set():
     if hvd.size() < 3:
         return
