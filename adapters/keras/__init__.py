@@ -20,15 +20,23 @@ from hvdloss.keras.functions import (
 from hvdloss.keras.losses import Objective
 from hvdloss.keras.metrics import merged_results
 from hvdloss.keras.optimizer import DistributedOptimizer, PartialDistributedOptimizer
+from hvdloss.keras.sharded import ShardedCrossEntropy, ShardedDense, full_weights, load_full_weights
 from hvdloss.keras.training import SynchronizationCallback
 from hvdloss.report import RankReport, StepReport
 from hvdloss.tensorflow.guard import check_synchronized
+from hvdloss.tensorflow.sharded import ArcFace, ClassShards, CosFace, Grid, grid
 
 __all__ = [
+    "ArcFace",
+    "ClassShards",
+    "CosFace",
     "DistributedOptimizer",
+    "Grid",
     "Objective",
     "PartialDistributedOptimizer",
     "RankReport",
+    "ShardedCrossEntropy",
+    "ShardedDense",
     "StepReport",
     "SynchronizationCallback",
     "allgather",
@@ -37,6 +45,9 @@ __all__ = [
     "broadcast_global_variables",
     "callbacks",
     "check_synchronized",
+    "full_weights",
+    "grid",
+    "load_full_weights",
     "load_model",
     "merged_results",
     "reducescatter",

@@ -130,6 +130,8 @@ class Objective(keras.losses.Loss):
                     f"construct it with reduction=None, so that it returns per-element losses"
                 )
             function = _swapped(loss.call)
+        if hasattr(loss, "absent"):  # a loss of class numbers that knows which elements to leave out
+            function.absent = loss.absent
         self._exact = _SampleWise(function, reduction=reduction, terms=terms, process_set=process_set)
         self.reduction = self._exact.reduction
         self.books = self._exact.books
@@ -179,7 +181,9 @@ class Objective(keras.losses.Loss):
             return self._exact.contribute(y_pred, y_true, weight, keys=keys)  # several tensors, or no target
         y_pred, y_true = tf.convert_to_tensor(y_pred), tf.convert_to_tensor(y_true)
         y_pred = _OPS.losses(y_pred)
-        if self._exact.name in CLASS_LOSSES if whole is None else whole.classes:
+        if hasattr(self._given, "absent"):
+            y_true = class_numbers(y_true, y_pred)
+        elif self._exact.name in CLASS_LOSSES if whole is None else whole.classes:
             if len(y_true.shape) == len(y_pred.shape) and y_true.shape[-1] == 1 != y_pred.shape[-1]:
                 y_true = tf.squeeze(y_true, -1)
             if len(y_true.shape) < len(y_pred.shape) and y_true.dtype.is_floating:
@@ -205,6 +209,14 @@ class Objective(keras.losses.Loss):
     def get_config(self) -> dict[str, Any]:
         """Return what :meth:`from_config` takes."""
         return {"loss": self._given, "reduction": self.reduction, "name": self.name}
+
+
+def class_numbers(y_true: Any, y_pred: Any) -> tf.Tensor:
+    """Return class numbers as integers, one per element; they may come as floats, with an axis of 1."""
+    y_true = tf.convert_to_tensor(y_true)
+    if len(y_true.shape) == len(y_pred.shape) and y_true.shape[-1] == 1:
+        y_true = tf.squeeze(y_true, -1)
+    return tf.cast(y_true, tf.int64) if y_true.dtype.is_floating else y_true
 
 
 def _swapped(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -14,16 +14,34 @@ from hvdloss.tensorflow._compat import let_variables_be_called
 from hvdloss.tensorflow.guard import check_synchronized
 from hvdloss.tensorflow.objective import Objective
 from hvdloss.tensorflow.optimizer import DistributedOptimizer
+from hvdloss.tensorflow.sharded import (
+    ArcFace,
+    ClassShards,
+    CosFace,
+    Grid,
+    ShardedCrossEntropy,
+    grid,
+    sample_columns,
+    sharded_cross_entropy,
+)
 from hvdloss.tensorflow.tape import DistributedGradientTape, PartialDistributedGradientTape
 
 __all__ = [
+    "ArcFace",
+    "ClassShards",
+    "CosFace",
     "DistributedGradientTape",
     "DistributedOptimizer",
+    "Grid",
     "Objective",
     "PartialDistributedGradientTape",
     "RankReport",
+    "ShardedCrossEntropy",
     "StepReport",
     "check_synchronized",
+    "grid",
+    "sample_columns",
+    "sharded_cross_entropy",
 ]
 
 # Horovod has no list of its names; what its module shows is public.

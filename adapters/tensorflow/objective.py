@@ -221,7 +221,9 @@ class Objective(ObjectiveBase[tf.Tensor]):
         rank, size = rank_and_size(hvd, self.process_set)
         given = prediction
         absent = None
-        if self.name in CLASS_LOSSES:
+        if hasattr(self._function, "absent"):  # a loss that knows by itself
+            absent = self._function.absent(target)
+        elif self.name in CLASS_LOSSES:
             target = tf.convert_to_tensor(target)
             if not target.dtype.is_floating:
                 absent = target == IGNORED

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -23,12 +23,13 @@ from hvdloss.losses.shards import (
     ArcFace,
     ClassShards,
     CosFace,
+    Grid,
     Margin,
     Part,
     ShardedSoftmax,
     check_headers,
-    grid_ranks,
     headers_of,
+    make_grid,
     sample_columns,
 )
 from hvdloss.torch._backend import hvd
@@ -528,20 +529,6 @@ def _whole(head: ShardedLinear, own: torch.Tensor, keep: bool) -> torch.Tensor |
 # -- ranks that share a model, and ranks that share the data ------------------------------------------
 
 
-class Grid(NamedTuple):
-    """Process sets of a grid of ranks.
-
-    Attributes:
-        model: the ranks with this one's samples, each of which holds another part of the model: for
-            :class:`ShardedLinear` and :func:`sharded_cross_entropy`.
-        data: the ranks with this one's part of the model, each of which has other samples: for
-            ``DistributedOptimizer``, ``Objective``, ``check_synchronized``.
-    """
-
-    model: Any
-    data: Any
-
-
 def grid(model: int) -> Grid:
     """Make the process sets for a model that `model` ranks share, and data shared by the others.
 
@@ -557,33 +544,7 @@ def grid(model: int) -> Grid:
 
     Collectives: those of ``hvd.add_process_set``, once per set.
     """
-    rank, size = (hvd.rank(), hvd.size()) if hvd.is_initialized() else (0, 1)
-    models, datas = grid_ranks(size, model)
-    if size == 1:
-        return Grid(hvd.global_process_set, hvd.global_process_set)
-    made = {tuple(ranks): _set_of(ranks, size) for ranks in [*models, *datas]}
-    return Grid(*(made[next(tuple(r) for r in family if rank in r)] for family in (models, datas)))
-
-
-_sets: dict[tuple[int, ...], Any] = {}
-
-
-def _set_of(ranks: list[int], size: int) -> Any:
-    """Return the process set of these ranks, made if need be; all ranks call this alike."""
-    if len(ranks) == size:
-        return hvd.global_process_set
-    known = _sets.get(tuple(ranks))
-    if known is None or known.process_set_id is None:
-        try:
-            known = hvd.add_process_set(ranks)
-        except Exception as error:
-            raise ConfigError(
-                f"the process set of ranks {ranks} could not be made: {error}. Set "
-                f"HOROVOD_DYNAMIC_PROCESS_SETS=1 in the environment of all ranks, or call "
-                f'hvd.init(process_sets="dynamic")'
-            ) from error
-        _sets[tuple(ranks)] = known
-    return known
+    return make_grid(hvd, model)
 
 
 def broadcast_parameters(params: Any, root_rank: int = 0, process_set: Any = None) -> None:

@@ -20,7 +20,7 @@ import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +33,7 @@ __all__ = [
     "ArcFace",
     "ClassShards",
     "CosFace",
+    "Grid",
     "Margin",
     "NumpyRowOps",
     "Part",
@@ -41,6 +42,7 @@ __all__ = [
     "check_headers",
     "grid_ranks",
     "headers_of",
+    "make_grid",
     "sample_columns",
 ]
 
@@ -452,6 +454,14 @@ class ShardedSoftmax:
         message = ops.concat([ops.cast_like(numbers, highest), *told], 0)
         return Part(powers, column, here, present, slope, highest, message)
 
+    def suspect(self, ops: RowOps, heads: Any) -> Any:
+        """Return whether :func:`check_headers` would raise of these headers, (ranks, HEADER)."""
+        faults = sum(ops.count(heads[:, _FIELDS.index(key)] != 0) for key in ("outside", "missing"))
+        for key in ("length", "elements", "targets", "settings"):
+            column = heads[:, _FIELDS.index(key)]
+            faults = faults + ops.count(column != column[0])
+        return faults > 0
+
     def losses(self, ops: RowOps, part: Part, messages: Any) -> tuple[Any, Any]:
         """Return per-element losses, and what makes this rank's powers its part of the softmax.
 
@@ -642,3 +652,58 @@ def grid_ranks(size: int, model: int) -> tuple[list[list[int]], list[list[int]]]
         )
     models = [list(range(first, first + model)) for first in range(0, size, model)]
     return models, [list(range(part, size, model)) for part in range(model)]
+
+
+class Grid(NamedTuple):
+    """Process sets of a grid of ranks.
+
+    Attributes:
+        model: the ranks with this one's samples, each of which holds another part of the model: for the
+            split head and its loss.
+        data: the ranks with this one's part of the model, each of which has other samples: for
+            ``DistributedOptimizer``, ``Objective``, ``check_synchronized``.
+    """
+
+    model: Any
+    data: Any
+
+
+_sets: dict[tuple[str, tuple[int, ...]], Any] = {}
+
+
+def make_grid(hvd: Any, model: int) -> Grid:
+    """Make the process sets of :func:`grid_ranks`, or find those made before; all ranks call it alike.
+
+    Args:
+        hvd: a Horovod module, or its one-process stand-in.
+        model: how many ranks share a model.
+
+    Raises:
+        ConfigError: `model` does not divide the number of ranks, or process sets cannot be made.
+    """
+    rank, size = (hvd.rank(), hvd.size()) if hvd.is_initialized() else (0, 1)
+    models, datas = grid_ranks(size, model)
+    made = {tuple(ranks): _set_of(hvd, ranks, size) for ranks in [*models, *datas]}
+    model_set, data_set = (
+        next(made[tuple(ranks)] for ranks in family if rank in ranks) for family in (models, datas)
+    )
+    return Grid(model_set, data_set)
+
+
+def _set_of(hvd: Any, ranks: list[int], size: int) -> Any:
+    """Return the process set of these ranks, made if need be."""
+    if len(ranks) == size:
+        return hvd.global_process_set
+    key = hvd.__name__, tuple(ranks)
+    known = _sets.get(key)
+    if known is None or known.process_set_id is None:  # removed
+        try:
+            known = hvd.add_process_set(ranks)
+        except Exception as error:
+            raise ConfigError(
+                f"the process set of ranks {ranks} could not be made: {error}. Set "
+                f"HOROVOD_DYNAMIC_PROCESS_SETS=1 in the environment of all ranks, or call "
+                f'hvd.init(process_sets="dynamic")'
+            ) from error
+        _sets[key] = known
+    return known
