@@ -56,6 +56,12 @@ class _Part(torch.autograd.Function):
         return grad * ctx.factor, None
 
 
+def _device(given: Any) -> torch.device:
+    """Return where a prediction of one or several tensors lies."""
+    tensors = [given] if isinstance(given, torch.Tensor) else list(given)
+    return next((x.device for x in tensors if isinstance(x, torch.Tensor)), torch.device("cpu"))
+
+
 class Objective(ObjectiveBase[torch.Tensor]):
     """The weighted loss of all elements of a step, however they fall on ranks and micro-batches.
 
@@ -213,7 +219,7 @@ class Objective(ObjectiveBase[torch.Tensor]):
             target=target,
             weight=weight,
             keys=keys,
-            state=lambda: torch.from_numpy(self.controller.state).to(given.device),
+            state=lambda: torch.from_numpy(self.controller.state).to(_device(given)),
             total=total,
         )
         if weight is not None and isinstance(given, torch.Tensor):
