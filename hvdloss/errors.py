@@ -49,3 +49,11 @@ class NonFiniteLossError(HvdlossError, ArithmeticError):
 
 class AgreementError(HvdlossError):
     """Ranks that must hold the same parameters or settings do not."""
+
+
+def second_derivative_error() -> UsageError:
+    """Return the error of a loss that knows its gradients beforehand, and is derived twice."""
+    return UsageError(
+        "this loss computes its gradients in the forward pass (SigLIP's ring of ranks), and they cannot be "
+        "differentiated again; leave create_graph=True (or the outer tape) out, or use InfoNCE, whose can"
+    )

@@ -192,3 +192,28 @@ class NumpyOps:
         """Normalise."""
         e = np.exp(x - np.max(x, axis=-1, keepdims=True))
         return e / e.sum(axis=-1, keepdims=True)
+
+    def logsumexp(self, x: Any) -> Any:
+        """Add up, from the largest."""
+        top = np.max(x, axis=-1, keepdims=True)
+        return np.log(np.exp(x - top).sum(axis=-1)) + top[..., 0]
+
+    def softplus(self, x: Any) -> Any:
+        """Add 1 under the logarithm."""
+        return np.logaddexp(0.0, x)
+
+    def transpose(self, x: Any) -> Any:
+        """Transpose."""
+        return np.transpose(x)
+
+    def row_numbers(self, x: Any) -> Any:
+        """Count."""
+        return np.arange(len(x), dtype=np.int64)
+
+    def stop(self, x: Any) -> Any:
+        """Return `x`: NumPy has no gradients."""
+        return x
+
+    def with_gradients(self, value: Any, inputs: list[Any], gradients: list[Any]) -> Any:
+        """Return the value."""
+        return value

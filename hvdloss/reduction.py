@@ -184,6 +184,24 @@ class ArrayOps(Protocol):
     def softmax(self, x: Any) -> Any:
         """Return the softmax over the last axis."""
 
+    def logsumexp(self, x: Any) -> Any:
+        """Return log(sum(exp(x))) over the last axis."""
+
+    def softplus(self, x: Any) -> Any:
+        """Return log(1 + exp(x))."""
+
+    def transpose(self, x: Any) -> Any:
+        """Return the transpose of a matrix."""
+
+    def row_numbers(self, x: Any) -> Any:
+        """Return 0, 1, ... for the rows of `x`, int64."""
+
+    def stop(self, x: Any) -> Any:
+        """Return `x` without its gradient."""
+
+    def with_gradients(self, value: Any, inputs: list[Any], gradients: list[Any]) -> Any:
+        """Return the scalar `value`, whose gradients with respect to `inputs` are given; no second ones."""
+
 
 @dataclass(frozen=True)
 class Contribution:

@@ -10,7 +10,7 @@ import numpy as np
 
 import tensorflow as tf
 from hvdloss.communicator import Communicator, OneProcess
-from hvdloss.errors import ShapeError
+from hvdloss.errors import ShapeError, second_derivative_error
 from hvdloss.objective import IGNORED, loss_named
 from hvdloss.tensorflow._backend import hvd
 
@@ -208,6 +208,50 @@ class TensorFlowOps:
     def softmax(self, x: tf.Tensor) -> tf.Tensor:
         """Normalise."""
         return tf.nn.softmax(x)
+
+    def logsumexp(self, x: tf.Tensor) -> tf.Tensor:
+        """Add up."""
+        return tf.reduce_logsumexp(x, -1)
+
+    def softplus(self, x: tf.Tensor) -> tf.Tensor:
+        """Add 1 under the logarithm."""
+        return tf.maximum(x, 0) + tf.math.log1p(tf.exp(-tf.abs(x)))
+
+    def transpose(self, x: tf.Tensor) -> tf.Tensor:
+        """Transpose."""
+        return tf.transpose(x)
+
+    def row_numbers(self, x: tf.Tensor) -> tf.Tensor:
+        """Count."""
+        return tf.range(tf.shape(x, tf.int64)[0], dtype=tf.int64)
+
+    def stop(self, x: tf.Tensor) -> tf.Tensor:
+        """Stop the gradient."""
+        return tf.stop_gradient(x)
+
+    def with_gradients(
+        self, value: tf.Tensor, inputs: list[tf.Tensor], gradients: list[tf.Tensor]
+    ) -> tf.Tensor:
+        """Remember them for the backward pass."""
+
+        @tf.custom_gradient
+        def given(*_: tf.Tensor) -> tuple[tf.Tensor, Callable[..., list[tf.Tensor]]]:
+            return tf.identity(value), lambda upstream: list(_multiplied(upstream, gradients))
+
+        return given(*inputs)
+
+
+def _multiplied(upstream: tf.Tensor, gradients: list[tf.Tensor]) -> Any:
+    """Return gradients times a scalar; deriving them again is refused."""
+
+    @tf.custom_gradient
+    def product(upstream: tf.Tensor) -> tuple[list[tf.Tensor], Callable[..., Any]]:
+        def again(*_: tf.Tensor) -> Any:
+            raise second_derivative_error()
+
+        return [g * tf.cast(upstream, g.dtype) for g in gradients], again
+
+    return product(upstream)
 
 
 def _float64(x: Any) -> tf.Tensor:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from hvdloss.communicator import Communicator, OneProcess
+from hvdloss.errors import second_derivative_error
 from hvdloss.objective import IGNORED, loss_named
 from hvdloss.torch._backend import hvd
 
@@ -207,6 +208,49 @@ class TorchOps:
     def softmax(self, x: torch.Tensor) -> torch.Tensor:
         """Normalise."""
         return x.softmax(-1)
+
+    def logsumexp(self, x: torch.Tensor) -> torch.Tensor:
+        """Add up."""
+        return x.logsumexp(-1)
+
+    def softplus(self, x: torch.Tensor) -> torch.Tensor:
+        """Add 1 under the logarithm; PyTorch's softplus drops what is below 2e-9 of it."""
+        return x.clamp(min=0) + (-x.abs()).exp().log1p()
+
+    def transpose(self, x: torch.Tensor) -> torch.Tensor:
+        """Transpose."""
+        return x.t()
+
+    def row_numbers(self, x: torch.Tensor) -> torch.Tensor:
+        """Count."""
+        return torch.arange(len(x), device=x.device)
+
+    def stop(self, x: torch.Tensor) -> torch.Tensor:
+        """Detach."""
+        return x.detach()
+
+    def with_gradients(
+        self, value: torch.Tensor, inputs: list[torch.Tensor], gradients: list[torch.Tensor]
+    ) -> torch.Tensor:
+        """Remember them for the backward pass."""
+        out: torch.Tensor = _Given.apply(value, *inputs, *gradients)
+        return out
+
+
+class _Given(torch.autograd.Function):
+    """A value whose gradients are known already."""
+
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(*tensors[len(tensors) // 2 :])
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        if torch.is_grad_enabled():  # backward(create_graph=True)
+            raise second_derivative_error()
+        given = ctx.saved_tensors
+        return None, *(g * grads[0].to(g) for g in given), *(None for _ in given)
 
 
 def _kl_div(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

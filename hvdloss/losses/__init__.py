@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hvdloss.losses.base import GlobalLoss, Group
+from hvdloss.losses.contrastive import InfoNCE, SigLIP, SupervisedContrastive
 from hvdloss.losses.sums import (
     R2,
     CalibrationError,
@@ -29,9 +30,12 @@ __all__ = [
     "FBeta",
     "GlobalLoss",
     "Group",
+    "InfoNCE",
     "Jaccard",
+    "SigLIP",
     "SoftDice",
     "SumsLoss",
+    "SupervisedContrastive",
     "Tilted",
     "Tversky",
 ]

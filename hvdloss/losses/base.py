@@ -32,6 +32,9 @@ class Group(Protocol):
     def all_gather(self, x: Any, name: str, *, replicated: bool = False) -> Any:
         """Return all ranks' rows, whose numbers may differ; backward: a reduce-scatter, or a slice."""
 
+    def shift(self, x: Any, name: str, by: int = 1) -> Any:
+        """Return the rows of the rank `by` before this one in the ring; backward: the other way round."""
+
 
 class OneRank:
     """The group of this process alone."""
@@ -44,6 +47,10 @@ class OneRank:
         return x
 
     def all_gather(self, x: Any, name: str, *, replicated: bool = False) -> Any:
+        """Return `x`."""
+        return x
+
+    def shift(self, x: Any, name: str, by: int = 1) -> Any:
         """Return `x`."""
         return x
 
