@@ -2,7 +2,8 @@
 
 Every public name of Horovod's module is here. New are :class:`Objective`, the exact
 :func:`DistributedOptimizer` (with an objective; without one it is Horovod's), ``Compression.bf16``,
-:func:`check_synchronized`, and :class:`StepReport`. Without Horovod installed the same names run one process.
+:func:`check_synchronized`, :func:`synchronized`, :class:`StepReport`, and what splits a model over ranks.
+Without Horovod installed the same names run one process.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from hvdloss.report import RankReport, StepReport
 from hvdloss.torch import _backend
 from hvdloss.torch.compression import Compression
 from hvdloss.torch.guard import check_synchronized
+from hvdloss.torch.metrics import synchronized
 from hvdloss.torch.objective import Objective
 from hvdloss.torch.optimizer import DistributedOptimizer
 from hvdloss.torch.sharded import (
@@ -43,6 +45,7 @@ __all__ = [
     "full_state_dict",
     "grid",
     "sharded_cross_entropy",
+    "synchronized",
 ]
 
 # Horovod has no list of its names; what its module shows is public. Modules of our own stay ours, so that

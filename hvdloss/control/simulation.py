@@ -20,11 +20,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from hvdloss.apportion import apportion
 from hvdloss.communicator import OneProcess
 from hvdloss.control.compression import AdaptiveCompression
 from hvdloss.control.log import record
 from hvdloss.control.period import SyncPeriod
-from hvdloss.control.shares import BatchShares, apportion
+from hvdloss.control.shares import BatchShares
 from hvdloss.controller import Controller
 from hvdloss.errors import ConfigError
 from hvdloss.ledger import COLUMN, WIDTH

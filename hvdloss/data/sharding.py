@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hvdloss.control.shares import apportion
+from hvdloss.apportion import apportion
 from hvdloss.errors import ConfigError
 
 __all__ = [

@@ -10,9 +10,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import hvdloss
+from hvdloss.apportion import apportion
 from hvdloss.control import AdaptiveCompression, BatchShares, OuterStep, SharedBatches, SyncPeriod
 from hvdloss.control.log import FORMAT, decide_again, follow, read, record
-from hvdloss.control.shares import apportion
 from hvdloss.controller import Controller
 from hvdloss.errors import ConfigError, UsageError
 from hvdloss.ledger import COLUMN, WIDTH

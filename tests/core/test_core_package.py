@@ -17,7 +17,8 @@ import hvdloss
 from hvdloss import errors
 
 ROOT = Path(hvdloss.__file__).parent
-SOURCES = sorted(path for folder in (".", "terms", "control") for path in (ROOT / folder).glob("*.py"))
+FOLDERS = (".", "terms", "control", "losses", "data")
+SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).glob("*.py"))
 MODULES = [
     ".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__")
     for path in SOURCES
@@ -43,6 +44,13 @@ def test_importing_the_package_imports_nothing_heavy():
     loaded = roots_loaded_by("import hvdloss")
     assert "hvdloss" in loaded
     assert not loaded & HEAVY
+
+
+def test_every_package_is_packaged():
+    settings = (ROOT.parent / "pyproject.toml").read_text()
+    for path in ROOT.rglob("__init__.py"):
+        name = ".".join(path.parent.relative_to(ROOT.parent).parts)
+        assert f'"{name}",' in settings, name
 
 
 def test_using_the_whole_core_imports_no_framework():

@@ -32,6 +32,11 @@ def test_sums(case: Case, request):
     case.check(request)
 
 
+@parallel_cases("torch_metrics", [("gloo", 2), *more(("gloo", 3), ("mpi", 2))], group="torch")
+def test_metrics(case: Case, request):
+    case.check(request)
+
+
 @parallel_cases("torch_compiled", [("gloo", 2)], group="torch")
 def test_compiled(case: Case, request):
     case.check(request)

@@ -1,0 +1,73 @@
+"""Metrics of torchmetrics over all ranks: their states are merged, not their values averaged."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from typing import Any, TypeVar
+
+import torch
+from hvdloss.communicator import included
+from hvdloss.errors import ConfigError
+from hvdloss.torch._backend import hvd
+from hvdloss.torch.ops import communicator_of
+
+__all__ = ["synchronized"]
+
+Metric = TypeVar("Metric", bound=torch.nn.Module)
+
+
+def _gathered(tensor: torch.Tensor, group: Any = None, *, process_set: Any) -> list[torch.Tensor]:
+    """Return every rank's tensor, in rank order; shapes may differ, and a rank may have nothing."""
+    ranks = communicator_of(process_set)
+    header = json.dumps([str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]).encode()
+    heads = [json.loads(text) for text in ranks.gather(header, "hvdloss.metrics.header")]
+    # A rank that saw nothing does not know what it would have seen.
+    dtype, shape = next((head for head in heads if math.prod(head[1])), heads[0])
+    kind = getattr(torch, dtype)
+    flat = tensor.reshape(-1).to(kind)
+    boolean = kind == torch.bool
+    out = hvd.allgather(
+        flat.byte() if boolean else flat, name="hvdloss.metrics.states", process_set=process_set
+    )
+    sizes = [math.prod(own) for _, own in heads]
+    parts = (out.bool() if boolean else out).split(sizes)
+    return [
+        part.reshape(own if size else [0, *shape[1:]] if shape else [0])
+        for part, size, (_, own) in zip(parts, sizes, heads, strict=True)
+    ]
+
+
+def synchronized(metric: Metric, *, process_set: Any = None) -> Metric:
+    """Have a metric of torchmetrics compute over the samples of all ranks; return it.
+
+    ``update`` stays local; ``compute`` merges the states that the ranks have by then (sums are summed, lists
+    joined) and gives every rank the value of one process that saw all samples: exact also for ratios, F1
+    or AUROC, which an average of ranks' values is not, and with uneven or no samples on some ranks.
+
+    Args:
+        metric: a ``torchmetrics.Metric``, a ``MetricCollection``, or any module that holds some.
+        process_set: the ranks; None for all.
+
+    Raises:
+        ConfigError: there is no metric in it.
+
+    Collectives: none here; ``compute``, which all ranks must call, makes three all-gathers per state.
+    """
+    group = process_set or hvd.global_process_set
+    found = [one for one in metric.modules() if hasattr(one, "dist_sync_fn")]
+    if not found:
+        raise ConfigError(
+            f"metric={type(metric).__name__} is no metric of torchmetrics and holds none; pass a "
+            f"torchmetrics.Metric or MetricCollection"
+        )
+    for one in found:
+        one.dist_sync_fn = functools.partial(_gathered, process_set=group)
+        one.distributed_available_fn = functools.partial(_several, group)
+    return metric
+
+
+def _several(group: Any) -> bool:
+    """Return whether there is anything to merge."""
+    return bool(hvd.is_initialized() and included(hvd, group) and group.size() > 1)
