@@ -44,6 +44,8 @@ JOBS = [
     Job("torch_digits", 4, "torch"),
     Job("tensorflow_linear", 3, "tensorflow"),
     Job("keras_digits", 2, "tensorflow"),
+    Job("torch_split_classifier", 4, "torch"),
+    Job("tf_split_classifier", 4, "tensorflow"),
 ]
 
 # "[0]<stdout>:" over Gloo; "[1,0]<stdout>:" over MPI, there now and then inside a line as well

@@ -25,11 +25,15 @@ SCRIPTS = {  # by name: framework, ranks, options that make it short
     "tensorflow_linear": ("tensorflow", 2, ["--epochs", "2"]),
     "keras_digits": ("tensorflow", 2, ["--epochs", "1"]),
 }
-PRESENT = [
-    name
-    for name, (framework, _, _) in SCRIPTS.items()
-    if (EXAMPLES / f"{name}.py").exists() and importlib.util.find_spec(framework) is not None
-]
+SPLIT = {"torch_split_classifier": "torch", "tf_split_classifier": "tensorflow"}
+
+
+def present(name: str, framework: str) -> bool:
+    return (EXAMPLES / f"{name}.py").exists() and importlib.util.find_spec(framework) is not None
+
+
+PRESENT = [name for name, (framework, _, _) in SCRIPTS.items() if present(name, framework)]
+SPLIT_PRESENT = [name for name, framework in SPLIT.items() if present(name, framework)]
 
 launched = pytest.mark.skipif(HOROVODRUN is None, reason="Horovod is not installed: hvdloss install")
 
@@ -96,6 +100,32 @@ def test_under_horovodrun_hvdloss_is_one_process_and_plain_averaging_is_not(scri
     check_picture(tmp_path / "loss.png")
 
 
+@launched
+@pytest.mark.parametrize("size", [4, 2])
+@pytest.mark.parametrize("script", SPLIT_PRESENT)
+def test_a_split_model_is_one_process(script, size, tmp_path):
+    arguments = ["--epochs", 1, "--output", tmp_path]
+    out = run([HOROVODRUN, "--gloo", "-np", size, sys.executable, EXAMPLES / f"{script}.py", *arguments])
+    data = json.loads((tmp_path / "numbers.json").read_text())
+    by_name = {one["name"]: one for one in data["outcomes"]}
+    exact, plain = by_name["hvdloss"], by_name["plain averaging"]
+    assert data["exact"] is True
+    for error in ("loss_error", "gradient_error", "parameter_error"):
+        assert 0 <= exact[error] <= 1e-12
+    assert (plain["gradient_error"] > 1e-3) == (size == 4), (
+        "two ranks share one model, with nobody to average"
+    )
+    assert len({one["samples"] for one in data["ranks"]}) == size // 2
+    assert "ordinary checkpoint" in out
+    check_picture(tmp_path / "loss.png")
+
+
+@pytest.mark.parametrize("script", SPLIT_PRESENT)
+def test_a_split_model_on_one_rank_without_horovod(script, tmp_path):
+    run(without_horovod(script, "--epochs", 1, "--output", tmp_path))
+    assert json.loads((tmp_path / "numbers.json").read_text())["exact"] is True
+
+
 @pytest.mark.skipif("torch_digits" not in PRESENT, reason="torch is not installed")
 def test_one_rank_without_horovod_is_one_process_and_says_so(tmp_path):
     out = run(without_horovod("torch_digits", "--epochs", 1, "--output", tmp_path))
@@ -105,7 +135,7 @@ def test_one_rank_without_horovod_is_one_process_and_says_so(tmp_path):
     check_picture(tmp_path / "loss.png")
 
 
-@pytest.mark.parametrize("script", [*PRESENT, "demo"])
+@pytest.mark.parametrize("script", [*PRESENT, *SPLIT_PRESENT, "demo"])
 def test_help_needs_no_horovod(script):
     out = run(without_horovod(script, "--help"))
     assert "usage:" in out
