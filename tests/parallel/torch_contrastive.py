@@ -14,6 +14,7 @@ from torch_support import before_case, difference, same_on_all_ranks
 import hvdloss.torch as hvd
 from hvdloss.errors import ShapeError, UsageError
 from hvdloss.losses import InfoNCE, SigLIP, SupervisedContrastive
+from hvdloss.losses.base import OneRank
 from hvdloss.torch.collectives import group_of
 from hvdloss.torch.ops import TorchOps
 
@@ -222,6 +223,18 @@ def case_an_objective_of_them():
         for a, b in zip(ours, torch.autograd.grad(exact, leaves), strict=True):
             errors.append(near(a, b, name))
     return {"error, float64": max(errors)}
+
+
+def case_parity_with_numpy():
+    """One core: the values are those of NumPy's arrays in one process."""
+    batch = reference.sample(np.random.default_rng(8))
+    for name, (loss, _, extra) in reference.LOSSES.items():
+        given = [torch.tensor(batch[k], dtype=torch.float64) for k in ("x", *extra)]
+        labels, w = torch.from_numpy(batch["labels"]), torch.from_numpy(batch["w"])
+        value = loss.value(OPS, OneRank(), tuple(given) if extra else given[0], labels, w).item()
+        arrays = [batch[k] for k in ("x", *extra)]
+        other = float(loss.of(tuple(arrays) if extra else arrays[0], batch["labels"], batch["w"]))
+        assert abs(value - other) <= 1e-13 * abs(other), (name, value, other)
 
 
 def case_process_sets():
