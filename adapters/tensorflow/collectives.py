@@ -57,6 +57,7 @@ _REDUCE_SCATTERS = (tf.float32, tf.float64)
 
 _used: weakref.WeakKeyDictionary[Any, Counter[str]] = weakref.WeakKeyDictionary()
 _zeros: list[tf.Variable] = []
+_sinks: dict[tf.DType, tf.Variable] = {}
 
 
 # -- what travels: no gradients here ------------------------------------------------------------------
@@ -88,15 +89,37 @@ def _sent(x: tf.Tensor) -> tf.Tensor:
     """
     if tf.executing_eagerly():
         return x
+    if x.shape.rank == 0:
+        return tf.reshape(_sent(x[tf.newaxis]), [])
+    # From row 0 on, a number that is read every time: all of it, without a copy.
+    return tf.ensure_shape(x[_nothing() :], x.shape)
+
+
+def _came(x: tf.Tensor) -> tf.Tensor:
+    """Return `x`, which came from other ranks, so that they must get this rank's though nobody uses it.
+
+    A graph leaves out what nobody uses, as the gradient of no rows; the others would wait for ever.
+    """
+    if tf.executing_eagerly():
+        return x
+    with tf.init_scope(), tf.device("CPU:0"):
+        if x.dtype not in _sinks:
+            _sinks[x.dtype] = tf.Variable(
+                tf.zeros([0], x.dtype), trainable=False, shape=tf.TensorShape(None), name="hvdloss_sink"
+            )
+    none = tf.reshape(x, [-1])[: _nothing()]
+    with tf.device("CPU:0"):
+        _sinks[x.dtype].assign(none)
+    return x
+
+
+def _nothing() -> tf.Tensor:
+    """Return 0, of which a graph cannot know that it is."""
     if not _zeros:
         with tf.init_scope(), tf.device("CPU:0"):
             _zeros.append(tf.Variable(0, trainable=False, dtype=tf.int32, name="hvdloss_nothing"))
     with tf.device("CPU:0"):
-        nothing = _zeros[0].read_value()
-    if x.shape.rank == 0:
-        return tf.reshape(_sent(x[tf.newaxis]), [])
-    # From row 0 on, a number that is read every time: all of it, without a copy.
-    return tf.ensure_shape(x[nothing:], x.shape)
+        return _zeros[0].read_value()
 
 
 def _packed(x: tf.Tensor) -> tf.Tensor:
@@ -115,14 +138,14 @@ def _summed(x: tf.Tensor, at: At) -> tf.Tensor:
     if at.size == 1:
         return tf.identity(x)
     wide = tf.cast(x, tf.float32) if x.dtype == tf.bfloat16 else x
-    return tf.cast(hvd.allreduce(_sent(wide), op=hvd.Sum, **_call(at)), x.dtype)
+    return tf.cast(_came(hvd.allreduce(_sent(wide), op=hvd.Sum, **_call(at))), x.dtype)
 
 
 def _gathered(x: tf.Tensor, at: At) -> tf.Tensor:
     """Return the rows of all ranks."""
     if at.size == 1:
         return tf.identity(x)
-    return _unpacked(hvd.allgather(_packed(x), **_call(at)), x)
+    return _unpacked(_came(hvd.allgather(_packed(x), **_call(at))), x)
 
 
 def _exchanged(x: tf.Tensor, splits: Parts, at: At) -> tuple[tf.Tensor, tf.Tensor]:
@@ -133,7 +156,7 @@ def _exchanged(x: tf.Tensor, splits: Parts, at: At) -> tuple[tf.Tensor, tf.Tenso
     with tf.device("CPU:0"):
         splits = tf.identity(splits)
     rows, received = hvd.alltoall(_packed(x), splits=splits, **_call(at))
-    return _unpacked(rows, x), received
+    return _unpacked(_came(rows), x), received
 
 
 def _sum_of_parts(x: tf.Tensor, sizes: Parts, at: At) -> tf.Tensor:
@@ -143,7 +166,7 @@ def _sum_of_parts(x: tf.Tensor, sizes: Parts, at: At) -> tf.Tensor:
     if isinstance(sizes, list) and x.dtype in _REDUCE_SCATTERS:
         rows = sum(sizes)
         if sizes == even_sizes(rows, at.size) and rows >= at.size:
-            return hvd.reducescatter(_sent(x), op=hvd.Sum, **_call(at))
+            return _came(hvd.reducescatter(_sent(x), op=hvd.Sum, **_call(at)))
     # As many bytes as a reduce-scatter, without rows that only pad.
     rows, _ = _exchanged(x, sizes, at)
     shape = tf.concat([[at.size], [sizes[at.rank]], tf.shape(x)[1:]], 0)
@@ -217,7 +240,7 @@ def _broadcast(x: tf.Tensor, root: int, once: bool, at: At) -> tf.Tensor:
         if at.size == 1:
             out = tf.identity(x)
         else:
-            out = hvd.broadcast(_packed(x), root_rank=at.global_rank(root), **_call(at))
+            out = _came(hvd.broadcast(_packed(x), root_rank=at.global_rank(root), **_call(at)))
             out = tf.bitcast(out, tf.bfloat16) if x.dtype == tf.bfloat16 else out
         return out, lambda g: _at_root(g, root, once, at.named("backward"))
 
@@ -229,8 +252,7 @@ def _at_root(x: tf.Tensor, root: int, once: bool, at: At) -> tf.Tensor:
 
     def forward(x: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor], tf.Tensor]]:
         out = tf.identity(x) if once else _summed(x, at)
-        # Multiplied, not replaced: an all-reduce whose result nobody uses would not be run.
-        out = out if at.rank == root else tf.math.multiply_no_nan(out, tf.zeros((), out.dtype))
+        out = out if at.rank == root else tf.zeros_like(out)
         return out, lambda g: _broadcast(g, root, once, at.named("backward"))
 
     return _with_gradient(x, forward)
@@ -319,7 +341,7 @@ def all_gather(
         parts = tf.shape(x)[:1]
     else:
         with tf.device("CPU:0"):
-            parts = hvd.allgather(_sent(tf.shape(x)[:1]), **_call(at.named("sizes")))
+            parts = _came(hvd.allgather(_sent(tf.shape(x)[:1]), **_call(at.named("sizes"))))
             parts = tf.ensure_shape(parts, [at.size])
     return _gather_once(x, parts, at) if replicated else _all_gather(x, parts, at)
 

@@ -303,6 +303,28 @@ def case_equal_calls_are_not_merged():
         assert db.numpy().tolist() == [[2 * size]] * (2 if rank == 0 else 3)
 
 
+def case_what_nobody_uses_is_sent():
+    """On a rank whose rows are known to be none, or that drops a result, a graph needs no collective."""
+    size, rank = hvd.size(), hvd.rank()
+    rows = 0 if rank == 0 else 2
+    theta = tf.Variable(tf.ones((3, 1)))
+
+    @tf.function(autograph=False)
+    def step():
+        with tf.GradientTape() as tape:
+            x = tf.ones((rows, 3)) @ theta
+            loss = tf.reduce_sum(c.all_gather(x) ** 2)
+        c.shift(tf.ones((1,)))
+        c.all_gather(tf.ones((rank, 1)))
+        c.all_reduce(tf.ones(()))
+        total = c.all_reduce(tf.ones(3)) if rank == 0 else tf.ones(3) + 0 * c.all_reduce(tf.ones(3))
+        return tape.gradient(loss, theta), total
+
+    for _ in range(3):
+        grad, _ = step()
+        assert (grad.numpy() == 6 * rows * size).all(), grad
+
+
 def case_ranks_that_trace_differently():
     """Names are counted within a graph: a rank may have traced more often."""
     size, rank = hvd.size(), hvd.rank()
