@@ -235,23 +235,23 @@ class TensorFlowOps:
         """Remember them for the backward pass."""
 
         @tf.custom_gradient
-        def given(*_: tf.Tensor) -> tuple[tf.Tensor, Callable[..., list[tf.Tensor]]]:
-            return tf.identity(value), lambda upstream: list(_multiplied(upstream, gradients))
+        def given(*inputs: tf.Tensor) -> tuple[tf.Tensor, Callable[..., list[tf.Tensor]]]:
+            return tf.identity(value), lambda upstream: list(_multiplied(upstream, inputs, gradients))
 
         return given(*inputs)
 
 
-def _multiplied(upstream: tf.Tensor, gradients: list[tf.Tensor]) -> Any:
-    """Return gradients times a scalar; deriving them again is refused."""
+def _multiplied(upstream: tf.Tensor, inputs: tuple[tf.Tensor, ...], gradients: list[tf.Tensor]) -> Any:
+    """Return gradients times a scalar; deriving them again, by the scalar or the inputs, is refused."""
 
     @tf.custom_gradient
-    def product(upstream: tf.Tensor) -> tuple[list[tf.Tensor], Callable[..., Any]]:
+    def product(upstream: tf.Tensor, *_: tf.Tensor) -> tuple[list[tf.Tensor], Callable[..., Any]]:
         def again(*_: tf.Tensor) -> Any:
             raise second_derivative_error()
 
         return [g * tf.cast(upstream, g.dtype) for g in gradients], again
 
-    return product(upstream)
+    return product(upstream, *inputs)
 
 
 def _float64(x: Any) -> tf.Tensor:
