@@ -15,7 +15,8 @@ import hvdloss.torch as hvd
 from hvdloss.errors import ConfigError, HvdlossError, NoWeightError, UsageError, WeightError
 
 # "compression" and "optimizer" are modules here as there: ours.
-OVERRIDDEN = {"DistributedOptimizer", "Compression", "compression", "optimizer"}
+# broadcast_parameters also takes a process set
+OVERRIDDEN = {"DistributedOptimizer", "Compression", "broadcast_parameters", "compression", "optimizer"}
 
 
 @pytest.fixture(autouse=True, scope="module")
