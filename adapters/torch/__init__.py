@@ -11,6 +11,7 @@ from __future__ import annotations
 from hvdloss.report import RankReport, StepReport
 from hvdloss.torch import _backend
 from hvdloss.torch.compression import Compression
+from hvdloss.torch.data import ShardedLoader
 from hvdloss.torch.guard import check_synchronized
 from hvdloss.torch.metrics import synchronized
 from hvdloss.torch.objective import Objective
@@ -39,6 +40,7 @@ __all__ = [
     "RankReport",
     "ShardedCrossEntropy",
     "ShardedLinear",
+    "ShardedLoader",
     "StepReport",
     "broadcast_parameters",
     "check_synchronized",

@@ -37,6 +37,11 @@ def test_metrics(case: Case, request):
     case.check(request)
 
 
+@parallel_cases("torch_data", [("gloo", 2), ("gloo", 3)], group="torch")
+def test_data(case: Case, request):
+    case.check(request)
+
+
 @parallel_cases("torch_compiled", [("gloo", 2)], group="torch")
 def test_compiled(case: Case, request):
     case.check(request)

@@ -1,0 +1,165 @@
+"""A DataLoader whose ranks together see every sample exactly once, to the end, and can go on from there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from hvdloss.communicator import rank_and_size
+from hvdloss.data import Epoch, Sharding
+from hvdloss.errors import ConfigError, UsageError
+from hvdloss.torch._backend import hvd
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+__all__ = ["ShardedLoader"]
+
+_OURS = ("batch_size", "batch_sampler", "sampler", "shuffle", "drop_last")
+
+
+class ShardedLoader:
+    """Batches of this rank's shard of a map-style data set, the same number of them on every rank.
+
+    Shards may be uneven, or empty: ranks whose samples are used up get batches of no rows until all are
+    through, so that every rank takes every step, and the exact loss makes that right (a plain average of
+    ranks would not). Iterating again is the next epoch. The position is a small dict: the epoch goes on in
+    the middle, with another number of ranks too, and every sample of it is used exactly once.
+
+    A loop::
+
+        loader = hvd.ShardedLoader(dataset, Shuffled(len(dataset), seed=1), batch_size=32, num_workers=2)
+        for _ in range(epochs):
+            for x, y in loader:
+                optimizer.zero_grad()
+                objective(model(x), y).backward()
+                optimizer.step()
+            torch.save({"data": loader.state_dict(), ...})
+
+    Args:
+        dataset: of ``sharding.samples`` samples, the same on all ranks.
+        sharding: how they are shared out (:mod:`hvdloss.data`); equal on all ranks.
+        batch_size: samples of one rank in one step.
+        process_set: the ranks; None for all.
+        collate_fn: as in ``DataLoader``. A batch without samples is the first sample's with no rows.
+        options: of ``torch.utils.data.DataLoader``: ``num_workers``, ``pin_memory``,
+            ``persistent_workers``, ...
+
+    Raises:
+        ConfigError: an argument that cannot be used.
+
+    Collectives: none.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        sharding: Sharding,
+        batch_size: int,
+        *,
+        process_set: Any = None,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        **options: Any,
+    ) -> None:
+        for name in _OURS:
+            if name in options:
+                raise ConfigError(f"{name}= is decided by the sharding; leave it out")
+        length = len(dataset) if hasattr(dataset, "__len__") else None
+        if length != sharding.samples:
+            raise ConfigError(
+                f"the data set has {length} samples, but the sharding {sharding.samples}; make the sharding "
+                f"with len(dataset)"
+            )
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise ConfigError(f"batch_size={batch_size!r} must be an integer of at least 1")
+        self.sharding, self.batch_size = sharding, batch_size
+        self.rank, self.ranks = rank_and_size(hvd, process_set)
+        self.epoch = Epoch(sharding, self.ranks)
+        self._running = False
+        self._loader = DataLoader(
+            dataset,
+            batch_sampler=_Batches(self),
+            collate_fn=_Collate(dataset, collate_fn or default_collate),
+            **options,
+        )
+
+    def __len__(self) -> int:
+        """Return how many steps this epoch still has, or the next one if it is over; equal on all ranks."""
+        return self._upcoming().steps(self.batch_size)
+
+    def _upcoming(self) -> Epoch:
+        """Return the epoch that the next batch is of."""
+        if self.epoch.over and self.sharding.samples:
+            return Epoch(self.sharding, self.ranks, self.epoch.number + 1)
+        return self.epoch
+
+    def __iter__(self) -> Iterator[Any]:
+        """Give what is left of this epoch, or the next one."""
+        if self._running:
+            raise UsageError("this ShardedLoader is being iterated over already; make another one")
+        epoch = self.epoch = self._upcoming()
+        left = len(self)
+        self._running = True
+        try:
+            for batch in self._loader:
+                # The batch counts as used from here on: a state saved after its step has it.
+                epoch.took(1, self.batch_size)
+                left -= 1
+                yield batch
+        finally:
+            self._running = False
+        assert not left
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position, the same on all ranks; JSON-able. The batch last given counts as used."""
+        return self.epoch.state()
+
+    def load_state_dict(self, state: Any) -> None:
+        """Go on from a position, with whatever number of ranks there is now.
+
+        Raises:
+            ConfigError: no position, or one of other data or another sharding; nothing is changed then.
+        """
+        self.epoch = Epoch.of(self.sharding, state, self.ranks)
+
+
+class _Batches:
+    """The indices of one epoch's batches, for a DataLoader, which asks for them ahead."""
+
+    def __init__(self, loader: ShardedLoader) -> None:
+        self.loader = loader
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        # The epoch notes what is used while it goes on: its batches must not shift meanwhile.
+        batches = list(self.loader.epoch.batches(self.loader.rank, self.loader.batch_size))
+        return iter([batch.tolist() for batch in batches])
+
+
+class _Collate:
+    """Collates samples; none of them as the first sample without rows."""
+
+    def __init__(self, dataset: Any, collate: Callable[[list[Any]], Any]) -> None:
+        self.dataset, self.collate = dataset, collate
+
+    def __call__(self, samples: list[Any]) -> Any:
+        if samples:
+            return self.collate(samples)
+        return _without_rows(self.collate([self.dataset[0]]))
+
+
+def _without_rows(batch: Any) -> Any:
+    """Return a batch with no rows: tensors and lists are cut, what holds them is kept."""
+    if isinstance(batch, torch.Tensor):
+        return batch[:0]
+    if isinstance(batch, dict):
+        return {key: _without_rows(value) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(_without_rows(value) for value in batch))
+    if isinstance(batch, tuple):
+        return tuple(_without_rows(value) for value in batch)
+    if isinstance(batch, list):  # of tensors, as default_collate gives; or one entry per row
+        holds = any(isinstance(value, torch.Tensor | dict | list | tuple) for value in batch)
+        return [_without_rows(value) for value in batch] if holds else []
+    return batch
