@@ -311,29 +311,37 @@ class SigLIP(_Contrastive):
         """Return this rank's sum, and its gradients of x, y (all ranks' sums), log_scale, bias."""
         columns = ops.shape(x)[1] or 0
         scale, offset = ops.cast_like(ops.exp(log_scale), x), ops.cast_like(bias, x)
-        number = ops.row_numbers(x)
-        held, there, dy = y, w, y * 0
-        dx, total = x * 0, ops.scalar64(0.0, x)
-        d_scale, d_bias = total, total
-        for step in range(group.size):
-            similar = scale * (x @ ops.transpose(held))
-            logits = similar + offset
-            if step == 0:  # this rank's own y, of which row i belongs to x's
-                sign = ops.cast_like(ops.unsqueeze(number) == number[None, :], x) * -2.0 + 1.0
-                logits = sign * logits
-            pairs = ops.unsqueeze(w) * there[None, :]
-            total = total + ops.total64(pairs * ops.softplus(logits))
-            slope = pairs * ops.sigmoid(logits)
-            if step == 0:
-                slope = sign * slope
-            dx = dx + scale * (slope @ held)
-            dy = dy + scale * (ops.transpose(slope) @ x)
-            d_scale = d_scale + ops.total64(slope * similar)
-            d_bias = d_bias + ops.total64(slope)
+        w = ops.unsqueeze(w)
+        held, there = y, w
+        total, dx, dy, d_bias = self._block(ops, x, w, y, w, scale, offset, True)
+        for step in range(1, group.size):
             name = f"hvdloss.{self.name}.ring.{step}"
-            if step < group.size - 1:
-                came = group.shift(ops.concat([held, dy, ops.unsqueeze(there)], 1), name)
-                held, dy, there = came[:, :columns], came[:, columns : 2 * columns], came[:, -1]
-            elif group.size > 1:  # home
-                dy = group.shift(dy, name)
-        return total, [dx, dy, d_scale, d_bias]
+            came = group.shift(ops.concat([held, dy, there], 1), name)
+            held, dy, there = came[:, :columns], came[:, columns : 2 * columns], came[:, 2 * columns :]
+            block = self._block(ops, x, w, held, there, scale, offset, False)
+            total, dx, dy, d_bias = (a + b for a, b in zip((total, dx, dy, d_bias), block, strict=True))
+        if group.size > 1:
+            dy = group.shift(dy, f"hvdloss.{self.name}.ring.home")
+        # Similarities grow with the scale as they do with x.
+        return total, [dx, dy, ops.total64(x * dx), d_bias]
+
+    @staticmethod
+    def _block(
+        ops: ArrayOps, x: Any, w: Any, y: Any, v: Any, scale: Any, offset: Any, own: bool
+    ) -> tuple[Any, Any, Any, Any]:
+        """Return the sum over x (weights w) and y (weights v), and its gradients of x, y and the bias.
+
+        Weights are columns, applied to what has few numbers. `own`: row i of y belongs to row i of x.
+        """
+        logits = (scale * x) @ ops.transpose(y) + offset
+        if own:
+            number = ops.row_numbers(x)
+            pair = ops.unsqueeze(number) == number[None, :]
+            logits = ops.where(pair, -logits, logits)
+        total = ops.total64(w * (ops.softplus(logits) @ v))
+        slope = ops.sigmoid(logits)
+        if own:
+            slope = ops.where(pair, -slope, slope)
+        dx = scale * w * (slope @ (v * y))
+        dy = scale * v * (ops.transpose(slope) @ (w * x))
+        return total, dx, dy, ops.total64(w * (slope @ v))

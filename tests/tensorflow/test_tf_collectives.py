@@ -53,7 +53,7 @@ def test_collectives_everywhere(case: Case, request: pytest.FixtureRequest) -> N
 @pytest.mark.parametrize("graph", [False, True])
 def test_one_rank(function, graph):
     hvd.init()
-    x = tf.random.stateless_normal((4, 3), (1, 2), tf.float64)
+    x = tf.random.stateless_normal((4, 3), (1, 2), dtype=tf.float64)
 
     def twice(x):
         with tf.GradientTape() as outer:
