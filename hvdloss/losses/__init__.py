@@ -52,4 +52,7 @@ NAMED: dict[str, type[GlobalLoss]] = {
     "donsker_varadhan": DonskerVaradhan,
     "calibration_ratio": CalibrationRatio,
     "calibration_error": CalibrationError,
+    "info_nce": InfoNCE,
+    "supervised_contrastive": SupervisedContrastive,
+    "siglip": SigLIP,
 }
