@@ -7,8 +7,9 @@ Keras by Keras's own rule, so that ``loss="mse"`` is exact too.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import tensorflow as tf
@@ -97,8 +98,8 @@ class Objective(keras.losses.Loss):
         loss: a name from ``hvdloss.objective.LOSSES``, or a callable
             ``(y_true, y_pred) -> per-element losses``, in Keras's order; a loss of Keras must have been
             constructed with ``reduction=None``. Or a loss of all ranks' elements, of
-            :mod:`hvdloss.losses`, or its name: all ranks must then make the same number of steps, be it
-            with empty batches.
+            :mod:`hvdloss.losses`, or its name: all ranks must then train the same number of steps, be it
+            with empty batches. ``evaluate`` gives that of this rank's own batches, and exchanges nothing.
         reduction: ``"mean"``, ``"sum"``, ``"batch_mean"`` or ``"sequence_mean"``, see
             :class:`hvdloss.tensorflow.Objective`.
         terms: what is measured per rank, priced and acted on: :class:`hvdloss.CommunicationCost`,
@@ -312,6 +313,18 @@ class ExactCompileLoss(CompileLoss):
             self.books.reduction = "mean"
         for number, metric in enumerate(self.metrics):
             self.metrics[number] = ExactMean(self, name=metric.name)
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Have losses of all ranks' elements be those of this rank's: nothing is exchanged."""
+        ours = [one._exact for one in keras.tree.flatten(self._user_loss) if isinstance(one, Objective)]
+        for one in ours:
+            one.alone = True
+        try:
+            yield
+        finally:
+            for one in ours:
+                one.alone = False
 
     def collect(self, number: int, told: Told) -> tf.Tensor:
         """Take what one loss contributed; return its local value, scaled in the backward pass."""

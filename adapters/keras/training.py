@@ -6,6 +6,7 @@ the model's optimizer is one of ours; every other model is left alone.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import Any
 
@@ -360,6 +361,7 @@ def install() -> None:
         return
     plain_compile, plain_fit = Trainer.compile, TensorFlowTrainer.fit
     plain_train, plain_evaluate = TensorFlowTrainer.train_on_batch, TensorFlowTrainer.evaluate
+    plain_test = TensorFlowTrainer.test_step
 
     @functools.wraps(plain_compile)
     def compile(self: Any, optimizer: Any = "rmsprop", *args: Any, **kwargs: Any) -> None:
@@ -393,6 +395,13 @@ def install() -> None:
             return plain_train(self, *args, **kwargs)
         return translated(plain_train, self, *args, **kwargs)
 
+    @functools.wraps(plain_test)
+    def test_step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # One rank may evaluate while the others do not, or on other numbers of batches.
+        loss = getattr(self, "_compile_loss", None)
+        with loss.alone() if isinstance(loss, ExactCompileLoss) else contextlib.nullcontext():
+            return plain_test(self, *args, **kwargs)
+
     @functools.wraps(plain_evaluate)
     def evaluate(self: Any, *args: Any, **kwargs: Any) -> Any:
         from hvdloss.keras.callbacks import MetricAverageCallback
@@ -411,6 +420,7 @@ def install() -> None:
         (Trainer, compile),
         (TensorFlowTrainer, fit),
         (TensorFlowTrainer, train_on_batch),
+        (TensorFlowTrainer, test_step),
         (TensorFlowTrainer, evaluate),
     ):
         method._hvdloss = True  # type: ignore[attr-defined]

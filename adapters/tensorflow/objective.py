@@ -9,6 +9,7 @@ from typing import Any
 import tensorflow as tf
 from hvdloss.communicator import included, rank_and_size
 from hvdloss.errors import ConfigError
+from hvdloss.losses.base import Group, OneRank
 from hvdloss.objective import CLASS_LOSSES, IGNORED, ObjectiveBase, expand_mask_axes
 from hvdloss.reduction import Contribution, contribution, weights_for
 from hvdloss.report import StepReport
@@ -137,6 +138,7 @@ class Objective(ObjectiveBase[tf.Tensor]):
     ) -> None:
         super().__init__(loss, reduction=reduction, terms=terms, process_set=process_set)
         self.books = Books(self.controller, self.reduction)
+        self.alone = False  # while a rank evaluates a loss of all ranks' elements on its own
 
     def _named_losses(self) -> Mapping[str, Callable[..., tf.Tensor]]:
         return NAMED_LOSSES
@@ -259,7 +261,7 @@ class Objective(ObjectiveBase[tf.Tensor]):
     def _contribute_whole(self, prediction: Any, target: Any, weight: Any, keys: Any, total: Any) -> Told:
         """Return what these elements add to a step's loss of all ranks' elements."""
         assert self.whole is not None
-        group = group_of(self.process_set)
+        group: Group = OneRank() if self.alone else group_of(self.process_set)
         holder: list[tf.Tensor] = []
         given = prediction
         if tf.is_tensor(prediction):

@@ -43,5 +43,9 @@ def test_terms():
     assert names["objective"].terms[0].name == "padding"
 
 
+def test_collectives():
+    assert run("collectives.md")
+
+
 def _text(guide: str) -> str:
     return (DOCS / guide).read_text()
