@@ -2,13 +2,15 @@
 
 Every public name of Horovod's module is here, and those of ``horovod.tensorflow.keras``. New are
 :class:`Objective`, a loss of Keras; a :func:`DistributedOptimizer` that reduces gradients under Keras 3,
-exactly; and :func:`check_synchronized`. Importing it puts a layer around ``compile``, ``fit`` and
-``evaluate`` that acts on models whose optimizer is distributed (see :mod:`hvdloss.keras.training`).
+exactly; :func:`check_synchronized`, :class:`ShardedDataset` and :class:`ShardedDense`. Importing it puts
+a layer around ``compile``, ``fit`` and ``evaluate`` that acts on models whose optimizer is distributed
+(see :mod:`hvdloss.keras.training`).
 """
 
 from __future__ import annotations
 
 from hvdloss.keras import _backend, callbacks, training
+from hvdloss.keras.data import ShardedDataset
 from hvdloss.keras.functions import (
     allgather,
     allreduce,
@@ -36,6 +38,7 @@ __all__ = [
     "PartialDistributedOptimizer",
     "RankReport",
     "ShardedCrossEntropy",
+    "ShardedDataset",
     "ShardedDense",
     "StepReport",
     "SynchronizationCallback",

@@ -17,6 +17,7 @@ from hvdloss.agreement import agree
 from hvdloss.errors import ConfigError
 from hvdloss.guard import due
 from hvdloss.keras._backend import TensorFlowTrainer, Trainer
+from hvdloss.keras.data import ShardedDataset
 from hvdloss.keras.losses import ExactCompileLoss, ExactMean, Objective
 from hvdloss.keras.optimizer import as_exact_class, engine_of
 from hvdloss.plan import ParameterInfo
@@ -387,6 +388,11 @@ def install() -> None:
             if len(args) > 5:
                 raise ConfigError("pass the arguments of fit after `verbose` by name")
         kwargs["callbacks"] = _with_ours(self, kwargs.get("callbacks"))
+        data = args[0] if args else kwargs.get("x")
+        if isinstance(data, ShardedDataset):
+            kwargs["shuffle"] = False  # Keras would take the batches in another order on every rank
+            last = args[3] if len(args) > 3 else kwargs.get("epochs", 1)
+            data.enter(last - kwargs.get("initial_epoch", 0))
         return translated(plain_fit, self, *args, **kwargs)
 
     @functools.wraps(plain_train)

@@ -54,6 +54,11 @@ def test_metrics(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)
 
 
+@parallel_cases("keras_data", [("gloo", 2), *more(("gloo", 3))], group="keras")
+def test_data(case: Case, request: pytest.FixtureRequest) -> None:
+    case.check(request)
+
+
 @parallel_cases("keras_terms", [("gloo", 2)], slow=SLOW, group="keras")
 def test_terms(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)

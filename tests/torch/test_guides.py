@@ -47,5 +47,11 @@ def test_collectives():
     assert run("collectives.md")
 
 
+def test_data():
+    names = run("data.md")
+    assert names["rest"] == 1000 - 4 * 32
+    assert sorted(i for shard in names["shards"] for i in shard.tolist()) == list(range(1000))
+
+
 def _text(guide: str) -> str:
     return (DOCS / guide).read_text()

@@ -1,0 +1,153 @@
+"""Data for ``fit`` whose ranks together see every sample exactly once, and can go on from the middle."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+import keras
+from hvdloss.communicator import rank_and_size
+from hvdloss.data import Epoch, Sharding
+from hvdloss.errors import ConfigError
+from hvdloss.keras._backend import hvd
+
+__all__ = ["ShardedDataset"]
+
+
+class ShardedDataset(keras.utils.PyDataset):
+    """Batches of this rank's shard of a data set, the same number of them on every rank, for Keras's ``fit``.
+
+    Shards may be uneven, or empty: ranks whose samples are used up give batches of no rows until all are
+    through, so that every rank takes every step, and the exact loss makes that right. Every epoch of
+    ``fit`` is the next epoch of the sharding, in the order of the shard whatever ``shuffle`` says. The
+    position is a small dict; an epoch goes on in the middle, on another number of ranks too::
+
+        data = hvd.ShardedDataset((x, y), Shuffled(len(x), seed=1), batch_size=32)
+        model.fit(data, epochs=5)
+
+    Keras takes the number of steps of all epochs of a ``fit`` from the first one, so what is left of an
+    interrupted epoch is a ``fit`` of its own.
+
+    Args:
+        arrays: a tuple of arrays (NumPy, memory maps, h5py) of ``sharding.samples`` rows each: x, y and
+            sample weights as ``fit`` takes them; or a function from int64 row numbers to such a tuple of
+            their rows.
+        sharding: how they are shared out (:mod:`hvdloss.data`); equal on all ranks.
+        batch_size: samples of one rank in one step.
+        process_set: the ranks; None for all.
+        options: of ``keras.utils.PyDataset``: ``workers``, ``use_multiprocessing``, ``max_queue_size``.
+
+    Raises:
+        ConfigError: an argument that cannot be used.
+
+    Collectives: none.
+    """
+
+    def __init__(
+        self,
+        arrays: Any,
+        sharding: Sharding,
+        batch_size: int,
+        *,
+        process_set: Any = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise ConfigError(f"batch_size={batch_size!r} must be an integer of at least 1")
+        if not callable(arrays):
+            if not isinstance(arrays, tuple):
+                raise ConfigError(
+                    f"arrays= is a {type(arrays).__name__}; give a tuple, (x, y) or (x, y, sample_weight), "
+                    f"or a function from row numbers to one"
+                )
+            lengths = {len(a) for a in keras.tree.flatten(arrays)}
+            if lengths != {sharding.samples}:
+                raise ConfigError(
+                    f"arrays= have {sorted(lengths)} rows, but the sharding {sharding.samples}; make the "
+                    f"sharding with their length"
+                )
+        self.arrays, self.sharding, self.batch_size = arrays, sharding, batch_size
+        self.rank, self.ranks = rank_and_size(hvd, process_set)
+        self._start(Epoch(sharding, self.ranks))
+
+    def _start(self, epoch: Epoch) -> None:
+        """Fix the batches of what is left of an epoch: ``fit`` asks for them ahead, and by number."""
+        self.epoch = epoch
+        self._batches = list(epoch.batches(self.rank, self.batch_size))
+        self._begun = False
+        self._whole = sum(map(len, epoch.left)) == len(self.sharding.order(epoch.number))
+
+    @property
+    def num_batches(self) -> int:
+        """How many steps this epoch has, the same on all ranks."""
+        return len(self._batches)
+
+    def __len__(self) -> int:
+        """Return :attr:`num_batches`."""
+        return self.num_batches
+
+    def __getitem__(self, number: int) -> Any:
+        """Return a batch of this rank, by its number in what is left of the epoch."""
+        rows = self._batches[number]
+        if callable(self.arrays):
+            return self.arrays(rows)
+        return keras.tree.map_structure(lambda a: _rows(a, rows), self.arrays)
+
+    def on_epoch_begin(self) -> None:
+        """Go to the next epoch, if this one has begun already. Keras calls it."""
+        if self._begun:
+            self.next_epoch()
+        self._begun = True
+
+    def next_epoch(self) -> None:
+        """Leave what is left of this epoch, and begin with the next one."""
+        self._start(Epoch(self.sharding, self.ranks, self.epoch.number + 1))
+
+    def enter(self, epochs: int) -> None:
+        """Get ready for a ``fit`` of so many epochs, which calls it.
+
+        Raises:
+            ConfigError: several, where the first one is what is left of an interrupted one.
+        """
+        if self._begun:
+            self.next_epoch()
+        if epochs > 1 and not self._whole:
+            raise ConfigError(
+                f"epochs: the data goes on inside epoch {self.epoch.number}, of which {len(self)} steps are "
+                f"left, and Keras would take as few of the epochs after it; fit the rest of this one by "
+                f"itself (epochs=initial_epoch + 1), and then the others"
+            )
+
+    def state_dict(self, steps: int | None = None) -> dict[str, Any]:
+        """Return the position after so many steps of this epoch, the same on all ranks; JSON-able.
+
+        Args:
+            steps: that this ``fit`` has made of it, such as ``batch + 1`` in a callback's
+                ``on_train_batch_end(batch)``. ``fit`` reads ahead, so the data set cannot know. None: all
+                of an epoch that has begun, as at its end, and none of one that has not.
+        """
+        if steps is None:
+            steps = len(self) if self._begun else 0
+        reached = Epoch.of(self.sharding, self.epoch.state(), self.ranks)
+        reached.took(steps, self.batch_size)
+        return reached.state()
+
+    def load_state_dict(self, state: Any) -> None:
+        """Go on from a position, with whatever number of ranks there is now.
+
+        Raises:
+            ConfigError: no position, or one of other data or another sharding; nothing is changed then.
+        """
+        epoch = Epoch.of(self.sharding, state, self.ranks)
+        self._start(Epoch(self.sharding, self.ranks, epoch.number + 1) if epoch.over else epoch)
+
+
+def _rows(array: Any, rows: np.ndarray) -> np.ndarray:
+    """Return rows of an array, read in order of place, as files like it."""
+    order = np.argsort(rows, kind="stable")
+    ordered, back = rows[order], np.empty_like(order)
+    back[order] = np.arange(len(order))
+    unique, again = np.unique(ordered, return_inverse=True)
+    return np.asarray(array[unique] if len(unique) else array[:0])[again][back]
