@@ -16,16 +16,21 @@ EVERYWHERE = [
 ]
 
 
-@parallel_cases("tf_contrastive", [("gloo", 2), *more(("gloo", 4))])
+@parallel_cases("tf_contrastive", [("gloo", 2), *more(("gloo", 4))], group="tf_losses")
 def test_contrastive(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)
 
 
-@parallel_cases("tf_contrastive", [("gloo", 3), ("mpi", 2)], cases=EVERYWHERE)
+@parallel_cases("tf_contrastive", more(("gloo", 3), ("mpi", 2)), cases=EVERYWHERE, group="tf_losses")
 def test_contrastive_everywhere(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)
 
 
-@parallel_cases("tf_contrastive", [("gloo", 1)], cases=["random_splits_in_a_function", "parity_with_numpy"])
+@parallel_cases(
+    "tf_contrastive",
+    more(("gloo", 1)),
+    cases=["random_splits_in_a_function", "parity_with_numpy"],
+    group="tf_losses",
+)
 def test_contrastive_alone(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)

@@ -9,7 +9,7 @@ pytest.importorskip("tensorflow")
 import keras
 import numpy as np
 import tensorflow as tf
-from ranks import Case, parallel_cases
+from ranks import Case, more, parallel_cases
 
 import hvdloss.keras as khvd
 import hvdloss.tensorflow as hvd
@@ -22,12 +22,12 @@ FOUR = [
 ]
 
 
-@parallel_cases("tf_sharded", [("gloo", 2), ("gloo", 3), ("mpi", 2)])
+@parallel_cases("tf_sharded", [("gloo", 2), *more(("gloo", 3), ("mpi", 2))], group="tf_losses")
 def test_sharded(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)
 
 
-@parallel_cases("tf_sharded", [("gloo", 4)], cases=FOUR)
+@parallel_cases("tf_sharded", [("gloo", 4)], cases=FOUR, group="tf_losses")
 def test_sharded_on_a_grid(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)
 

@@ -13,11 +13,16 @@ EVERYWHERE = [
 ]
 
 
-@parallel_cases("torch_contrastive", [("gloo", 3), *more(("gloo", 4))])
+@parallel_cases("torch_contrastive", [("gloo", 3), *more(("gloo", 4))], group="torch_losses")
 def test_contrastive(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)
 
 
-@parallel_cases("torch_contrastive", [("gloo", 1), ("gloo", 2), ("mpi", 2)], cases=EVERYWHERE)
+@parallel_cases(
+    "torch_contrastive",
+    more(("gloo", 1), ("gloo", 2), ("mpi", 2)),
+    cases=EVERYWHERE,
+    group="torch_losses",
+)
 def test_contrastive_everywhere(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ranks import Case, parallel_cases
+from ranks import Case, more, parallel_cases
 
 import hvdloss.torch as hvd
 from hvdloss.errors import ConfigError
@@ -12,12 +12,12 @@ from hvdloss.errors import ConfigError
 FOUR = ["a_grid_trains_like_one_process", "ranks_of_a_grid_that_start_apart", "checkpoints_for_any_shards"]
 
 
-@parallel_cases("torch_sharded", [("gloo", 2), ("gloo", 3), ("mpi", 2)])
+@parallel_cases("torch_sharded", [("gloo", 2), *more(("gloo", 3), ("mpi", 2))], group="torch_losses")
 def test_sharded(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)
 
 
-@parallel_cases("torch_sharded", [("gloo", 4)], cases=FOUR)
+@parallel_cases("torch_sharded", [("gloo", 4)], cases=FOUR, group="torch_losses")
 def test_sharded_on_a_grid(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)
 
