@@ -44,12 +44,12 @@ def test_callbacks(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)
 
 
-@parallel_cases("keras_fit", [("gloo", 3), *more(("gloo", 4), ("mpi", 2))], cases=EVERYWHERE)
+@parallel_cases("keras_fit", more(("gloo", 3), ("gloo", 4), ("mpi", 2)), cases=EVERYWHERE)
 def test_fit_everywhere(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)
 
 
-@parallel_cases("keras_callbacks", [("gloo", 3)], cases=["metrics_are_those_of_one_process"])
+@parallel_cases("keras_callbacks", more(("gloo", 3)), cases=["metrics_are_those_of_one_process"])
 def test_metrics(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)
 
@@ -64,6 +64,6 @@ def test_terms(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)
 
 
-@parallel_cases("keras_terms", [("gloo", 1), ("gloo", 3)], cases=TERMS_EVERYWHERE, group="keras_fit")
+@parallel_cases("keras_terms", [("gloo", 1), *more(("gloo", 3))], cases=TERMS_EVERYWHERE, group="keras_fit")
 def test_terms_everywhere(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)

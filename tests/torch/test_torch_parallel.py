@@ -17,12 +17,12 @@ def test_training(case: Case, request):
     case.check(request)
 
 
-@parallel_cases("torch_faults", [("gloo", 2), ("gloo", 3), ("mpi", 2), *more(("gloo", 4))], group="torch")
+@parallel_cases("torch_faults", [("gloo", 2), ("mpi", 2), *more(("gloo", 3), ("gloo", 4))], group="torch")
 def test_faults(case: Case, request):
     case.check(request)
 
 
-@parallel_cases("torch_terms", [("gloo", 2), ("gloo", 3)], group="torch")
+@parallel_cases("torch_terms", [("gloo", 2), *more(("gloo", 3))], group="torch")
 def test_terms(case: Case, request):
     case.check(request)
 
