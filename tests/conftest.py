@@ -1,9 +1,12 @@
-"""What all tests share: how hard hypothesis looks."""
+"""What all tests share: how hard hypothesis looks, and how Horovod runs in this process itself."""
 
 from __future__ import annotations
 
+import functools
 import os
+from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 # No deadline: a shared machine may stall any single example. The same examples every time, so that what
@@ -17,3 +20,30 @@ settings.register_profile(
 )
 settings.register_profile("thorough", settings.get_profile("default"), max_examples=1000, derandomize=False)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _alone_without_mpi() -> Any:
+    """Have `hvd.init()` in this process, which no launcher started, use Gloo.
+
+    By itself it would choose MPI. Where tests initialise Horovod for both frameworks, one of them ends MPI
+    at exit while the other still uses it, and the process dies with all tests passed. Ranks are started
+    with an environment of their own.
+    """
+    try:
+        from horovod.common.basics import HorovodBasics
+    except ImportError:
+        yield
+        return
+    plain = HorovodBasics.init
+
+    @functools.wraps(plain)
+    def init(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("HOROVOD_CONTROLLER", "gloo")
+            patch.setenv("HOROVOD_CPU_OPERATIONS", "gloo")
+            return plain(self, *args, **kwargs)
+
+    HorovodBasics.init = init
+    yield
+    HorovodBasics.init = plain
