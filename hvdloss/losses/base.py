@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from hvdloss.numpy_ops import NumpyOps
 from hvdloss.reduction import ArrayOps
 
 __all__ = ["GlobalLoss", "Group", "Measured", "OneRank"]
@@ -85,10 +86,11 @@ class GlobalLoss:
     name: str = "global loss"
     classes: bool = False
 
-    def value(self, ops: ArrayOps, group: Group, prediction: Any, target: Any, weight: Any) -> Any:
-        """Return the loss over all ranks' elements, a scalar whose gradient is this rank's part.
+    def measure(self, ops: ArrayOps, group: Group, prediction: Any, target: Any, weight: Any) -> Measured:
+        """Return the loss over all ranks' elements, and whether this rank is why it is not finite.
 
-        Not multiplied by the number of ranks: who calls does that.
+        The value is a scalar whose gradient is this rank's part, not multiplied by the number of ranks: who
+        calls does that.
 
         Args:
             ops: the framework's operations.
@@ -101,9 +103,13 @@ class GlobalLoss:
         """
         raise NotImplementedError
 
-    def measure(self, ops: ArrayOps, group: Group, prediction: Any, target: Any, weight: Any) -> Measured:
-        """Return :meth:`value`, and whether this rank is why it is not finite."""
-        return Measured(self.value(ops, group, prediction, target, weight))
+    def value(self, ops: ArrayOps, group: Group, prediction: Any, target: Any, weight: Any) -> Any:
+        """Return what :meth:`measure` gives, without who is to blame for it."""
+        return self.measure(ops, group, prediction, target, weight).value
+
+    def of(self, prediction: Any, target: Any = None, weight: Any = None) -> Any:
+        """Return the loss of NumPy arrays in this process, float64."""
+        return self.value(NumpyOps(), OneRank(), prediction, target, weight)
 
     def elements(self, ops: ArrayOps, prediction: Any, target: Any) -> Any:
         """Return ones, one for each element that a weight may weigh, in a dtype fit for sums."""

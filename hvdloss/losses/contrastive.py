@@ -24,8 +24,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hvdloss.errors import ConfigError, ShapeError
-from hvdloss.losses.base import GlobalLoss, Group, Measured, OneRank
-from hvdloss.numpy_ops import NumpyOps
+from hvdloss.losses.base import GlobalLoss, Group, Measured
 from hvdloss.reduction import ArrayOps, weights_for
 
 __all__ = ["InfoNCE", "SigLIP", "SupervisedContrastive"]
@@ -43,14 +42,6 @@ class _Contrastive(GlobalLoss):
         """Return ones: one for each row."""
         x = prediction[0] if isinstance(prediction, tuple | list) else prediction
         return ops.ones_like(ops.at_last(ops.losses(x), 0))
-
-    def value(self, ops: ArrayOps, group: Group, prediction: Any, target: Any, weight: Any) -> Any:
-        """Return the loss over all ranks' elements."""
-        return self.measure(ops, group, prediction, target, weight).value
-
-    def of(self, prediction: Any, target: Any = None, weight: Any = None) -> Any:
-        """Return the loss of NumPy arrays in this process, float64."""
-        return self.value(NumpyOps(), OneRank(), prediction, target, weight)
 
     def _parts(self, prediction: Any, least: int, most: int, what: str, rank: int) -> Sequence[Any]:
         """Return the parts of a prediction."""

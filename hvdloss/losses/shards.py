@@ -25,6 +25,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from hvdloss.collectives import even_sizes
 from hvdloss.errors import AgreementError, ConfigError, ShapeError
 from hvdloss.numpy_ops import NumpyOps
 from hvdloss.reduction import ArrayOps
@@ -77,13 +78,12 @@ class ClassShards:
             if not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name}={value!r} must be an integer of at least 1")
         if sizes is None:
-            least, more = divmod(classes, ranks)
-            if least < 1:
+            if classes < ranks:
                 raise ConfigError(
                     f"classes={classes} are fewer than the {ranks} ranks of the process set, and each rank "
                     f"needs at least one; share them among fewer ranks"
                 )
-            sizes = [least + (rank < more) for rank in range(ranks)]
+            sizes = even_sizes(classes, ranks)
         sizes = tuple(int(n) for n in sizes)
         if len(sizes) != ranks:
             raise ConfigError(

@@ -18,8 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from hvdloss.errors import ConfigError, ShapeError
-from hvdloss.losses.base import GlobalLoss, Group, Measured, OneRank
-from hvdloss.numpy_ops import NumpyOps
+from hvdloss.losses.base import GlobalLoss, Group, Measured
 from hvdloss.reduction import ArrayOps, weights_for
 
 __all__ = [
@@ -131,9 +130,8 @@ class SumsLoss(GlobalLoss):
                 )
             if not given:
                 statistic, kept = statistic * ops.as64(ones), 0
-            spread = ops.as64(ops.spread(w, statistic) if kept else w)
-            weighted = ops.where(spread != 0, ops.as64(statistic) * spread, ops.as64(ops.zeros_like(spread)))
-            sums.append(ops.reshape(ops.total_leading(weighted, kept), (-1,)))
+            total = _weighted(ops, statistic, ops.spread(w, statistic) if kept else w, kept)
+            sums.append(ops.reshape(total, (-1,)))
             width = given[-1] if kept else None
             if kept and width is None:
                 raise ShapeError(
@@ -166,7 +164,7 @@ class SumsLoss(GlobalLoss):
         """Return the loss, and whether this rank is why it is not finite.
 
         Args:
-            ops, group, prediction, target, weight: see :meth:`hvdloss.losses.GlobalLoss.value`.
+            ops, group, prediction, target, weight: see :meth:`hvdloss.losses.GlobalLoss.measure`.
             total: the sums of all elements of the step, where they are known already; the gradient is
                 then that of these elements' part, and nothing is sent.
         """
@@ -181,13 +179,18 @@ class SumsLoss(GlobalLoss):
         own = ops.count(~ops.isfinite(local))
         return Measured(value, own + ops.where(fine, ops.count(~ops.isfinite(value)), own))
 
-    def value(self, ops: ArrayOps, group: Group, prediction: Any, target: Any, weight: Any) -> Any:
-        """Return the loss over all ranks' elements."""
-        return self.measure(ops, group, prediction, target, weight).value
 
-    def of(self, prediction: Any, target: Any, weight: Any = None) -> Any:
-        """Return the loss of NumPy arrays in this process, float64."""
-        return self.value(NumpyOps(), OneRank(), prediction, target, weight)
+def _weighted(ops: ArrayOps, statistic: Any, weight: Any, keep: int) -> Any:
+    """Return the weighted sum over all axes but the last `keep`, float64; what has weight 0 may be NaN."""
+    w = ops.as64(weight)
+    return ops.total_leading(ops.where(w != 0, ops.as64(statistic) * w, ops.zeros_like(w)), keep)
+
+
+def _per_target(ops: ArrayOps, prediction: Any, target: Any, classes: bool) -> Any:
+    """Return ones: one per target, which of `classes` may be probabilities, with their axis."""
+    if classes and len(ops.shape(target)) == len(ops.shape(prediction)):
+        target = ops.at_last(ops.last_axis(target, ops.class_axis(prediction)), 0)
+    return ops.cast_like(ops.ones_like(ops.losses(target)), ops.losses(prediction))
 
 
 # -- overlap of what was predicted with what is -------------------------------------------------------
@@ -219,10 +222,7 @@ class _Overlap(SumsLoss):
 
     def elements(self, ops: ArrayOps, prediction: Any, target: Any) -> Any:
         """Return ones: one per target, which for multiclass are classes or their probabilities."""
-        like = target
-        if self.classes and len(ops.shape(target)) == len(ops.shape(prediction)):
-            like = ops.at_last(ops.last_axis(target, ops.class_axis(prediction)), 0)
-        return ops.cast_like(ops.ones_like(ops.losses(like)), ops.losses(prediction))
+        return _per_target(ops, prediction, target, self.classes)
 
     def _sums(
         self, ops: ArrayOps, prediction: Any, target: Any, weight: Any, rank: int
@@ -252,25 +252,20 @@ class _Overlap(SumsLoss):
                 f"{self.name} needs to know the number of classes: prediction {shapes[0]} (rank {rank})"
             )
         w = ops.last_axis(w, axis) if self.task == "multilabel" else ops.spread(w, prediction)
-        w = ops.as64(w)
         sums = []
-        for statistic in self._counts(ops, prediction, target):
-            weighted = ops.where(w != 0, ops.as64(statistic) * w, ops.as64(ops.zeros_like(w)))
-            total = ops.total_leading(weighted, 1)
+        for statistic in self.statistics(ops, prediction, target):
+            total = _weighted(ops, statistic, w, 1)
             sums.append(ops.reshape(ops.total(total) if self.average == "micro" else total, (-1,)))
         return ops.concat(sums, 0), [None if self.average == "micro" else classes] * 3
 
-    def _counts(self, ops: ArrayOps, prediction: Any, target: Any) -> tuple[Any, Any, Any]:
+    def statistics(self, ops: ArrayOps, prediction: Any, target: Any) -> Sequence[Any]:
+        """Return soft true positives, false positives and false negatives; classes are the last axis."""
         p = ops.losses(prediction)
         if self.from_logits:
             p = ops.softmax(p) if self.classes else ops.sigmoid(p)
         indices = len(ops.shape(target)) < len(ops.shape(p))
         t = ops.one_hot(target, p) if indices else ops.cast_like(target, p)
         return p * t, p * (1 - t), (1 - p) * t
-
-    def statistics(self, ops: ArrayOps, prediction: Any, target: Any) -> Sequence[Any]:
-        """Return soft true positives, false positives and false negatives."""
-        return self._counts(ops, prediction, target)
 
     def index(self, tp: Any, fp: Any, fn: Any) -> tuple[Any, Any]:
         """Return numerator and denominator of the index."""
@@ -475,10 +470,7 @@ class Tilted(SumsLoss):
 
     def elements(self, ops: ArrayOps, prediction: Any, target: Any) -> Any:
         """Return ones of the target's shape, without probabilities' class axis."""
-        like = target
-        if self.classes and len(ops.shape(target)) == len(ops.shape(prediction)):
-            like = ops.at_last(ops.last_axis(target, ops.class_axis(prediction)), 0)
-        return ops.cast_like(ops.ones_like(ops.losses(like)), ops.losses(prediction))
+        return _per_target(ops, prediction, target, self.classes)
 
     def statistics(self, ops: ArrayOps, prediction: Any, target: Any) -> Sequence[Any]:
         """Return 1 and exp(tilt l)."""
@@ -574,7 +566,7 @@ class CalibrationError(SumsLoss):
 
     def elements(self, ops: ArrayOps, prediction: Any, target: Any) -> Any:
         """Return ones of the target's shape."""
-        return ops.cast_like(ops.ones_like(ops.losses(target)), ops.losses(prediction))
+        return _per_target(ops, prediction, target, False)
 
     def statistics(self, ops: ArrayOps, prediction: Any, target: Any) -> Sequence[Any]:
         """Return 1, and probability minus target in its bin's column."""
