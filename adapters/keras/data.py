@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import numpy as np
 import keras
 from hvdloss.communicator import rank_and_size
 from hvdloss.data import Epoch, Sharding
+from hvdloss.data.sharding import whole
 from hvdloss.errors import ConfigError
 from hvdloss.keras._backend import hvd
 
@@ -54,8 +56,6 @@ class ShardedDataset(keras.utils.PyDataset):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise ConfigError(f"batch_size={batch_size!r} must be an integer of at least 1")
         if not callable(arrays):
             if not isinstance(arrays, tuple):
                 raise ConfigError(
@@ -68,7 +68,7 @@ class ShardedDataset(keras.utils.PyDataset):
                     f"arrays= have {sorted(lengths)} rows, but the sharding {sharding.samples}; make the "
                     f"sharding with their length"
                 )
-        self.arrays, self.sharding, self.batch_size = arrays, sharding, batch_size
+        self.arrays, self.sharding, self.batch_size = arrays, sharding, whole("batch_size", batch_size, 1)
         self.rank, self.ranks = rank_and_size(hvd, process_set)
         self._start(Epoch(sharding, self.ranks))
 
@@ -77,7 +77,6 @@ class ShardedDataset(keras.utils.PyDataset):
         self.epoch = epoch
         self._batches = list(epoch.batches(self.rank, self.batch_size))
         self._begun = False
-        self._whole = sum(map(len, epoch.left)) == len(self.sharding.order(epoch.number))
 
     @property
     def num_batches(self) -> int:
@@ -113,7 +112,7 @@ class ShardedDataset(keras.utils.PyDataset):
         """
         if self._begun:
             self.next_epoch()
-        if epochs > 1 and not self._whole:
+        if epochs > 1 and not self.epoch.untouched:
             raise ConfigError(
                 f"epochs: the data goes on inside epoch {self.epoch.number}, of which {len(self)} steps are "
                 f"left, and Keras would take as few of the epochs after it; fit the rest of this one by "
@@ -130,7 +129,7 @@ class ShardedDataset(keras.utils.PyDataset):
         """
         if steps is None:
             steps = len(self) if self._begun else 0
-        reached = Epoch.of(self.sharding, self.epoch.state(), self.ranks)
+        reached = copy.copy(self.epoch)  # which notes what is taken anew
         reached.took(steps, self.batch_size)
         return reached.state()
 

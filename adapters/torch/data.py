@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from hvdloss.communicator import rank_and_size
 from hvdloss.data import Epoch, Sharding
+from hvdloss.data.sharding import whole
 from hvdloss.errors import ConfigError, UsageError
 from hvdloss.torch._backend import hvd
 from torch.utils.data import DataLoader, Dataset, default_collate
@@ -69,9 +70,7 @@ class ShardedLoader:
                 f"the data set has {length} samples, but the sharding {sharding.samples}; make the sharding "
                 f"with len(dataset)"
             )
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise ConfigError(f"batch_size={batch_size!r} must be an integer of at least 1")
-        self.sharding, self.batch_size = sharding, batch_size
+        self.sharding, self.batch_size = sharding, whole("batch_size", batch_size, 1)
         self.rank, self.ranks = rank_and_size(hvd, process_set)
         self.epoch = Epoch(sharding, self.ranks)
         self._running = False

@@ -11,6 +11,7 @@ import torch
 from hvdloss.communicator import included
 from hvdloss.errors import ConfigError
 from hvdloss.torch._backend import hvd
+from hvdloss.torch.collectives import all_gather
 from hvdloss.torch.ops import communicator_of
 
 __all__ = ["synchronized"]
@@ -25,14 +26,9 @@ def _gathered(tensor: torch.Tensor, group: Any = None, *, process_set: Any) -> l
     heads = [json.loads(text) for text in ranks.gather(header, "hvdloss.metrics.header")]
     # A rank that saw nothing does not know what it would have seen.
     dtype, shape = next((head for head in heads if math.prod(head[1])), heads[0])
-    kind = getattr(torch, dtype)
-    flat = tensor.reshape(-1).to(kind)
-    boolean = kind == torch.bool
-    out = hvd.allgather(
-        flat.byte() if boolean else flat, name="hvdloss.metrics.states", process_set=process_set
-    )
+    flat = tensor.detach().reshape(-1).to(getattr(torch, dtype))
     sizes = [math.prod(own) for _, own in heads]
-    parts = (out.bool() if boolean else out).split(sizes)
+    parts = all_gather(flat, name="hvdloss.metrics.states", process_set=process_set, sizes=sizes).split(sizes)
     return [
         part.reshape(own if size else [0, *shape[1:]] if shape else [0])
         for part, size, (_, own) in zip(parts, sizes, heads, strict=True)

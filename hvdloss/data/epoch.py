@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from hvdloss.data.sharding import Indices, Sharding
+from hvdloss.data.sharding import Indices, Sharding, whole
 from hvdloss.errors import ConfigError
 
 __all__ = ["Epoch"]
@@ -35,7 +35,6 @@ class Epoch:
     def __init__(self, sharding: Sharding, ranks: int, number: int = 0) -> None:
         self.sharding, self.number = sharding, number
         self.shards: list[Indices] = sharding.shards(ranks, number)
-        self._order = sharding.order(number)
         self._parts: list[list[int]] = []
         self.taken = [0] * ranks
 
@@ -48,6 +47,11 @@ class Epoch:
     def left(self) -> list[Indices]:
         """The samples each rank has yet to see, in order."""
         return [shard[taken:] for shard, taken in zip(self.shards, self.taken, strict=True)]
+
+    @property
+    def untouched(self) -> bool:
+        """Whether no sample was seen yet."""
+        return not any(map(any, [*self._parts, self.taken]))
 
     @property
     def over(self) -> bool:
@@ -73,8 +77,7 @@ class Epoch:
 
     def steps(self, batch_size: int) -> int:
         """Return in how many steps all ranks are through, with so many samples each at most per step."""
-        if batch_size < 1:
-            raise ConfigError(f"batch_size={batch_size!r} must be at least 1")
+        batch_size = whole("batch_size", batch_size, 1)
         return max(-(-len(left) // batch_size) for left in self.left)
 
     def batches(self, rank: int, batch_size: int) -> Iterator[Indices]:
@@ -145,12 +148,13 @@ class Epoch:
         """Return samples in the epoch's order; one that was drawn several times, as often as it is left."""
         kept = np.bincount(left, minlength=self.sharding.samples)
         # From the end: of a sample's draws the last ones are left.
-        later = np.zeros(len(self._order), np.int64)
-        flipped = self._order[::-1]
+        order = self.sharding.order(self.number)
+        later = np.zeros(len(order), np.int64)
+        flipped = order[::-1]
         by_sample = np.argsort(flipped, kind="stable")
         starts = np.flatnonzero(np.diff(flipped[by_sample], prepend=-1))
         later[by_sample] = np.arange(len(flipped)) - np.repeat(starts, np.diff([*starts, len(flipped)]))
-        return self._order[(later < kept[flipped])[::-1]]
+        return order[(later < kept[flipped])[::-1]]
 
 
 def _checked(state: Any) -> tuple[list[list[int]], int]:

@@ -35,7 +35,8 @@ __all__ = [
 Indices = npt.NDArray[np.int64]
 
 
-def _whole(name: str, value: Any, least: int) -> int:
+def whole(name: str, value: Any, least: int) -> int:
+    """Return `value` if it is an integer of at least `least`, else raise ConfigError."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
         raise ConfigError(f"{name}={value!r} must be an integer of at least {least}")
     return int(value)
@@ -55,8 +56,8 @@ class Sharding:
     """
 
     def __init__(self, samples: int, *, seed: int = 0, shares: Sequence[float] | None = None) -> None:
-        self.samples = _whole("samples", samples, 0)
-        self.seed = _whole("seed", seed, 0)
+        self.samples = whole("samples", samples, 0)
+        self.seed = whole("seed", seed, 0)
         self.shares = None if shares is None else [float(share) for share in shares]
         if self.shares is not None and not (
             all(np.isfinite(share) and share >= 0 for share in self.shares) and sum(self.shares) > 0
@@ -94,13 +95,19 @@ class Sharding:
             )
         return apportion(samples, np.ones(ranks) if self.shares is None else np.array(self.shares))
 
+    def _turns(self, samples: int, ranks: int) -> Indices:
+        """Return whose turn each sample is: a rank's turns are spread evenly, ties go to the lower rank."""
+        sizes = self.sizes(samples, ranks)
+        at = np.concatenate([(np.arange(size) + 0.5) / max(size, 1) for size in sizes])
+        return np.repeat(np.arange(ranks), sizes)[np.argsort(at, kind="stable")]
+
     def shards(self, ranks: int, epoch: int = 0) -> list[Indices]:
         """Return every rank's samples of an epoch, in order.
 
         Raises:
             ConfigError: `ranks` below 1, or `epoch` below 0.
         """
-        ranks, epoch = _whole("ranks", ranks, 1), _whole("epoch", epoch, 0)
+        ranks, epoch = whole("ranks", ranks, 1), whole("epoch", epoch, 0)
         return self.split(self.order(epoch), ranks, epoch)
 
     def settings(self) -> dict[str, Any]:
@@ -132,10 +139,7 @@ class Strided(Sharding):
         """Deal the indices out."""
         if self.shares is None:
             return [indices[rank::ranks].copy() for rank in range(ranks)]
-        sizes = self.sizes(len(indices), ranks)
-        # Whose turn it is: each rank's turns are spread evenly, ties go to the lower rank.
-        turns = np.concatenate([(np.arange(size) + 0.5) / max(size, 1) for size in sizes])
-        whose = np.repeat(np.arange(ranks), sizes)[np.argsort(turns, kind="stable")]
+        whose = self._turns(len(indices), ranks)
         return [indices[whose == rank] for rank in range(ranks)]
 
 
@@ -183,7 +187,7 @@ class Weighted(Strided):
         super().__init__(len(self.weights), seed=seed, shares=shares)
         possible = int((self.weights > 0).sum())
         default = self.samples if replacement else possible
-        self.draws = default if draws is None else _whole("draws", draws, 0)
+        self.draws = default if draws is None else whole("draws", draws, 0)
         if self.draws and not possible:
             raise ConfigError("weights are all 0: nothing can be drawn")
         if not replacement and self.draws > possible:
@@ -236,9 +240,7 @@ class Stratified(Sharding):
     def split(self, indices: Indices, ranks: int, epoch: int, part: int = 0) -> list[Indices]:
         """Deal each label's samples out by the shares, beginning where the last label ended."""
         by_label = indices[np.argsort(self.labels[indices], kind="stable")]
-        sizes = self.sizes(len(indices), ranks)
-        turns = np.concatenate([(np.arange(size) + 0.5) / max(size, 1) for size in sizes])
-        whose = np.repeat(np.arange(ranks), sizes)[np.argsort(turns, kind="stable")]
+        whose = self._turns(len(indices), ranks)
         place = np.empty(self.samples, np.int64)
         place[indices] = np.arange(len(indices))
         out = []
