@@ -16,7 +16,7 @@ from hvdloss.report import StepReport
 from hvdloss.tensorflow._backend import hvd
 from hvdloss.tensorflow.books import Books
 from hvdloss.tensorflow.collectives import group_of
-from hvdloss.tensorflow.ops import NAMED_LOSSES, TensorFlowOps, communicator_of
+from hvdloss.tensorflow.ops import NAMED_LOSSES, TensorFlowOps, communicator_of, once
 from hvdloss.term import Term
 
 __all__ = ["Objective", "Told"]
@@ -45,23 +45,14 @@ def _part(value: tf.Tensor, factor: float) -> tf.Tensor:
 
     @tf.custom_gradient
     def part(x: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor], tf.Tensor]]:
-        return tf.identity(x), lambda upstream: _once(upstream * tf.cast(factor, upstream.dtype), x)
-
-    return part(value)
-
-
-@tf.custom_gradient
-def _once(gradient: tf.Tensor, value: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor], tf.Tensor]]:
-    """Return `gradient`, which cannot be differentiated, by what `value` depends on either."""
-
-    def grad(upstream: tf.Tensor) -> tf.Tensor:
-        raise ConfigError(
+        error = ConfigError(
             "tape.gradient of a gradient: that of a loss of all ranks' elements is a rank's part of the "
             "whole, whose derivative would lack the other ranks' elements; differentiate once, or build the "
             "loss on hvdloss.tensorflow.collectives, whose gradients can be differentiated"
         )
+        return tf.identity(x), lambda upstream: once(upstream * tf.cast(factor, upstream.dtype), [x], error)
 
-    return tf.identity(gradient), grad
+    return part(value)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from hvdloss.errors import ShapeError, second_derivative_error
 from hvdloss.objective import IGNORED, loss_named
 from hvdloss.tensorflow._backend import hvd
 
-__all__ = ["NAMED_LOSSES", "HorovodCommunicator", "TensorFlowOps", "communicator_of"]
+__all__ = ["NAMED_LOSSES", "HorovodCommunicator", "TensorFlowOps", "communicator_of", "once"]
 
 
 class TensorFlowOps:
@@ -236,22 +236,30 @@ class TensorFlowOps:
 
         @tf.custom_gradient
         def given(*inputs: tf.Tensor) -> tuple[tf.Tensor, Callable[..., list[tf.Tensor]]]:
-            return tf.identity(value), lambda upstream: list(_multiplied(upstream, inputs, gradients))
+            def grad(upstream: tf.Tensor) -> list[tf.Tensor]:
+                error = second_derivative_error()
+                return [once(g * tf.cast(upstream, g.dtype), inputs, error) for g in gradients]
+
+            return tf.identity(value), grad
 
         return given(*inputs)
 
 
-def _multiplied(upstream: tf.Tensor, inputs: tuple[tf.Tensor, ...], gradients: list[tf.Tensor]) -> Any:
-    """Return gradients times a scalar; deriving them again, by the scalar or the inputs, is refused."""
+def once(gradient: tf.Tensor, of: Sequence[tf.Tensor], error: Exception) -> tf.Tensor:
+    """Return `gradient`, which cannot be differentiated again, by what the tensors `of` depend on either.
+
+    Raises:
+        `error`, when a tape tries.
+    """
 
     @tf.custom_gradient
-    def product(upstream: tf.Tensor, *_: tf.Tensor) -> tuple[list[tf.Tensor], Callable[..., Any]]:
+    def final(gradient: tf.Tensor, *_: tf.Tensor) -> tuple[tf.Tensor, Callable[..., Any]]:
         def again(*_: tf.Tensor) -> Any:
-            raise second_derivative_error()
+            raise error
 
-        return [g * tf.cast(upstream, g.dtype) for g in gradients], again
+        return tf.identity(gradient), again
 
-    return product(upstream, *inputs)
+    return final(gradient, *of)
 
 
 def _float64(x: Any) -> tf.Tensor:

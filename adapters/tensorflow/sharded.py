@@ -31,7 +31,7 @@ from hvdloss.losses.shards import (
 from hvdloss.losses.shards import sample_columns as _sample
 from hvdloss.tensorflow._backend import hvd
 from hvdloss.tensorflow.collectives import _gathered
-from hvdloss.tensorflow.ops import TensorFlowOps
+from hvdloss.tensorflow.ops import TensorFlowOps, once
 
 __all__ = [
     "ArcFace",
@@ -111,6 +111,10 @@ class TensorFlowRowOps(TensorFlowOps):
 
 _OPS = TensorFlowRowOps()
 _WHAT = "sharded_cross_entropy"
+_ONCE = (
+    f"tape.gradient of a gradient: {_WHAT} can be differentiated once; for second derivatives build it on "
+    f"hvdloss.tensorflow.collectives"
+)
 
 
 def sharded_cross_entropy(
@@ -195,26 +199,13 @@ def _losses(logits: Any, target: Any, rule: ShardedSoftmax, process_set: Any, co
 
         def grad(upstream: tf.Tensor) -> tf.Tensor:
             g = rule.gradient(_OPS, part, factor, rule.columns(messages), upstream)
-            return _once(tf.cast(g, z.dtype), z)
+            return once(tf.cast(g, z.dtype), [z], ConfigError(_ONCE))
 
         return out, grad
 
     matrix = tf.reshape(logits, [-1, tf.shape(logits)[-1]])
     matrix.set_shape([None, logits.shape[-1]])
     return tf.reshape(losses(matrix), tf.shape(target))
-
-
-@tf.custom_gradient
-def _once(gradient: tf.Tensor, logits: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor], Any]]:
-    """Return `gradient`, which depends on the logits but cannot be differentiated."""
-
-    def grad(upstream: tf.Tensor) -> Any:
-        raise ConfigError(
-            "tape.gradient of a gradient: sharded_cross_entropy can be differentiated once; for second "
-            "derivatives build it on hvdloss.tensorflow.collectives"
-        )
-
-    return tf.identity(gradient), grad
 
 
 def _told(message: tf.Tensor, rule: ShardedSoftmax, at: At) -> tf.Tensor:
