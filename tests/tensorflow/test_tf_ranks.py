@@ -45,7 +45,9 @@ def test_parity_of_one_rank(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)
 
 
-@parallel_cases("tf_sums", [("gloo", 2), *more(("gloo", 3), ("gloo", 4), ("mpi", 2))], group="tf_tape")
+@parallel_cases(
+    "tf_sums", [("gloo", 2), *more(("gloo", 1), ("gloo", 3), ("gloo", 4), ("mpi", 2))], group="tf_tape"
+)
 def test_sums(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)
 

@@ -16,6 +16,7 @@ import hvdloss.tensorflow as hvd
 from hvdloss.errors import ConfigError
 
 FOUR = [
+    "random_shards_equal_one_process",
     "a_grid_trains_like_one_process_with_a_tape",
     "a_grid_fits_like_one_process",
     "checkpoints_for_any_shards",

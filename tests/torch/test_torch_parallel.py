@@ -27,7 +27,9 @@ def test_terms(case: Case, request):
     case.check(request)
 
 
-@parallel_cases("torch_sums", [("gloo", 2), *more(("gloo", 3), ("gloo", 4), ("mpi", 2))], group="torch")
+@parallel_cases(
+    "torch_sums", [("gloo", 2), *more(("gloo", 1), ("gloo", 3), ("gloo", 4), ("mpi", 2))], group="torch"
+)
 def test_sums(case: Case, request):
     case.check(request)
 

@@ -9,7 +9,12 @@ from ranks import Case, more, parallel_cases
 import hvdloss.torch as hvd
 from hvdloss.errors import ConfigError
 
-FOUR = ["a_grid_trains_like_one_process", "ranks_of_a_grid_that_start_apart", "checkpoints_for_any_shards"]
+FOUR = [
+    "random_shards_equal_one_process",
+    "a_grid_trains_like_one_process",
+    "ranks_of_a_grid_that_start_apart",
+    "checkpoints_for_any_shards",
+]
 
 
 @parallel_cases("torch_sharded", [("gloo", 2), *more(("gloo", 3), ("mpi", 2))], group="torch_losses")
