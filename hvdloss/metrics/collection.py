@@ -1,0 +1,171 @@
+"""Metrics of what this rank saw so far, and their values over all ranks."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any
+
+import numpy as np
+
+from hvdloss import errors
+from hvdloss.communicator import Communicator, OneProcess
+from hvdloss.errors import AgreementError, ConfigError, HvdlossError, NoWeightError
+from hvdloss.guard import ranks_apart
+from hvdloss.metrics.base import Metric, State
+
+__all__ = ["Metrics"]
+
+
+class Metrics:
+    """Metrics over the samples of all ranks: exact for ratios and orders too, with uneven ranks or none.
+
+    ``update`` is local. ``compute``, which all ranks must call, merges the ranks' statistics and gives every
+    rank the value of one process that saw all samples. Metrics that need the same statistic (precision,
+    recall, F1) keep it once.
+
+    Args:
+        metrics: one metric, or a dict of metrics by name. All see the same predictions and targets.
+        communicator: gives the ranks when it is asked.
+
+    Raises:
+        ConfigError: no metric.
+
+    >>> from hvdloss.metrics import MAE, RMSE
+    >>> metrics = Metrics({"mae": MAE(), "rmse": RMSE()})
+    >>> metrics.update([1.0, 2.0], [1.0, 4.0])
+    >>> {name: round(value, 3) for name, value in metrics.compute().items()}
+    {'mae': 1.0, 'rmse': 1.414}
+    """
+
+    def __init__(
+        self,
+        metrics: Metric | Mapping[str, Metric],
+        *,
+        communicator: Callable[[], Communicator] = OneProcess,
+    ) -> None:
+        self._single = isinstance(metrics, Metric)
+        given = {"": metrics} if isinstance(metrics, Metric) else metrics
+        if not isinstance(given, Mapping) or not given:
+            raise ConfigError(f"metrics={metrics!r} must be a metric, or a dict of at least one by name")
+        for name, metric in given.items():
+            if not isinstance(metric, Metric):
+                raise ConfigError(
+                    f"metrics[{name!r}] is a {type(metric).__name__}, which is none of hvdloss.metrics "
+                    f"(for metrics of torchmetrics or Keras, see hvd.synchronized)"
+                )
+        self.metrics: dict[str, Metric] = dict(given)
+        self._communicator = communicator
+        self._makers: dict[Hashable, Metric] = {}
+        for metric in self.metrics.values():
+            self._makers.setdefault(metric.key(), metric)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all samples."""
+        self._states: dict[Hashable, State] = {key: one.zero() for key, one in self._makers.items()}
+        self._updates = 0
+        self._fault: list[str] | None = None
+
+    def _arrays(self, prediction: Any, target: Any, weight: Any) -> tuple[Any, Any, Any]:
+        """Return what NumPy understands, with the classes as the last axis."""
+        return prediction, target, weight
+
+    def update(self, prediction: Any, target: Any = None, weight: Any = None) -> None:
+        """Add a batch of this rank. Collectives: none.
+
+        Samples that cannot be used are not raised here, where other ranks would wait in vain, but by
+        :meth:`compute`, on all ranks; the batch they are in is left out.
+
+        Args:
+            prediction: any shape; what it is (values, labels, scores with the classes as an axis) the metrics
+                say.
+            target: of the prediction's shape, without the axis of classes; None for :class:`Mean`.
+            weight: at least 0, broadcasts against the target; a sample of weight 0 is absent. None: 1 each.
+        """
+        self._updates += 1
+        if self._fault:
+            return
+        try:
+            arrays = self._arrays(prediction, target, weight)
+            # All or none: a batch that one metric cannot use is in none of them.
+            after = {key: one.merge(self._states[key], one.of(*arrays)) for key, one in self._makers.items()}
+        except HvdlossError as error:
+            self._fault = [type(error).__name__, f"update {self._updates}: {error}"]
+        else:
+            self._states = after
+
+    def compute(self) -> Any:
+        """Return the metrics of all ranks' samples, the same on every rank: a value, or a dict by name.
+
+        What was seen stays, so that more can be added; see :meth:`reset`.
+
+        Raises:
+            HvdlossError: on every rank alike. ConfigError, ShapeError or WeightError: samples of some rank
+                that could not be used, naming the first such rank and its update. AgreementError: ranks have
+                other metrics. NoWeightError: no sample with a weight above 0 on any rank.
+
+        Collectives: one gather of all metrics' statistics, whatever their number.
+        """
+        states = self._gathered()
+        values = {}
+        for name, metric in self.metrics.items():
+            state = states[metric.key()]
+            if not state:
+                raise NoWeightError(
+                    f"metrics: no sample with a weight above 0 on any of {self._size} rank(s); update them "
+                    f"before compute, or check the weights"
+                )
+            values[name] = metric.finish(state)
+        return values[""] if self._single else values
+
+    def _gathered(self) -> dict[Hashable, State]:
+        """Return all ranks' statistics, merged in the order of the ranks, so the same bits everywhere."""
+        packed = [one.pack(self._states[key]) for key, one in self._makers.items()]
+        settings = {name: metric.settings() for name, metric in self.metrics.items()}
+        ranks = self._communicator()
+        found = [
+            _read(data) for data in ranks.gather(_written(settings, self._fault, packed), "hvdloss.metrics")
+        ]
+        self._size = len(found)
+        if apart := ranks_apart([head["settings"] for head, _ in found]):
+            raise AgreementError(
+                f"metrics differ between ranks: rank {apart[0]} has {found[apart[0]][0]['settings']}, rank 0 "
+                f"has {found[0][0]['settings']}; make the same metrics in the same order on every rank"
+            )
+        for rank, (head, _) in enumerate(found):
+            if head["fault"]:
+                kind, text = head["fault"]
+                raise getattr(errors, kind, ConfigError)(f"metrics: rank {rank}, {text}")
+        return {
+            key: functools.reduce(one.merge, [states[number] for _, states in found], one.zero())
+            for number, (key, one) in enumerate(self._makers.items())
+        }
+
+
+def _written(settings: dict[str, str], fault: list[str] | None, states: list[State]) -> bytes:
+    """Return statistics as bytes: a line of JSON that says what there is, and the arrays."""
+    arrays = [[np.ascontiguousarray(x) for x in state] for state in states]
+    head = {
+        "settings": list(settings.items()),
+        "fault": fault,
+        "states": [[[x.dtype.str, list(x.shape)] for x in state] for state in arrays],
+    }
+    return b"".join([json.dumps(head).encode(), b"\n", *(x.tobytes() for state in arrays for x in state)])
+
+
+def _read(data: bytes) -> tuple[dict[str, Any], list[State]]:
+    """Return what :func:`_written` wrote."""
+    at = data.index(b"\n") + 1
+    head = json.loads(data[:at])
+    states = []
+    for state in head["states"]:
+        arrays = []
+        for name, shape in state:
+            dtype, size = np.dtype(name), math.prod(shape)
+            arrays.append(np.frombuffer(data, dtype, size, at).reshape(shape))
+            at += size * dtype.itemsize
+        states.append(tuple(arrays))
+    return head, states

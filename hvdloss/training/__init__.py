@@ -1,0 +1,22 @@
+"""Training well on many ranks: decisions from global numbers, seeds, mixing, learning rates."""
+
+from hvdloss.training.decisions import BestCheckpoint, EarlyStopping, merged_value
+from hvdloss.training.files import write_atomically
+from hvdloss.training.mixing import Mixed, mixup, partners
+from hvdloss.training.rates import SCALING_RULES, Warmup, scale_factor
+from hvdloss.training.seeds import generator_for, seed_for
+
+__all__ = [
+    "SCALING_RULES",
+    "BestCheckpoint",
+    "EarlyStopping",
+    "Mixed",
+    "Warmup",
+    "generator_for",
+    "merged_value",
+    "mixup",
+    "partners",
+    "scale_factor",
+    "seed_for",
+    "write_atomically",
+]

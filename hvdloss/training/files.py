@@ -1,0 +1,56 @@
+"""Files that are whole or not there."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+__all__ = ["replace_durably", "unfinished", "write_atomically"]
+
+
+def unfinished(path: str | os.PathLike[str]) -> Path:
+    """Return where a file is written before it takes its name: in the same folder, with the same ending.
+
+    Always the same name, so that what a killed writer left is overwritten by the next one.
+    """
+    path = Path(path)
+    return path.with_name(f".unfinished-{path.name}")
+
+
+def replace_durably(source: Path, path: str | os.PathLike[str]) -> None:
+    """Give a written file its name, over the one that had it, so that a power failure keeps one of both."""
+    with open(source, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(source, path)
+    folder = os.open(Path(path).parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], Any]) -> None:
+    """Write a file whole or not at all: under another name, forced to disk, then renamed over `path`.
+
+    Whoever reads `path` finds the former file or the new one, also where this process is killed meanwhile.
+
+    Args:
+        path: where to; its folder is made if need be.
+        write: is given the open binary file.
+
+    Raises:
+        OSError: the file cannot be written. This, or what `write` raises, leaves the former file as it was.
+    """
+    new = unfinished(path)
+    new.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(new, "wb") as file:
+            write(file)
+        replace_durably(new, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            new.unlink()
+        raise
