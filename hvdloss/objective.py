@@ -259,6 +259,14 @@ class ObjectiveBase(Generic[Row]):
         present = ops.cast_like(ops.integers(target) != IGNORED, ones)
         return present if weight is None else present * weights_for(ops, weight, ones, rank)
 
+    def check_per_element(self) -> None:
+        """Raise ConfigError if the loss has no per-element losses."""
+        if self.whole is not None:
+            raise ConfigError(
+                f"{self.name} is a loss of all elements together, of which no single one has a part; pass a "
+                f"loss with per-element losses, as {', '.join(list(LOSSES)[:4])}, or a function"
+            )
+
     def own_sums(self, ops: ArrayOps, prediction: Any, target: Any, weight: Any, rank: int) -> Any:
         """Return the sums of a batch, for a loss that is a function of sums; float64.
 

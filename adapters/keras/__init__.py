@@ -11,6 +11,13 @@ from __future__ import annotations
 
 from hvdloss.keras import _backend, callbacks, training
 from hvdloss.keras.data import ShardedDataset
+from hvdloss.keras.explain import (
+    LossAttribution,
+    lime_weights,
+    permutation_importance,
+    predict_function,
+    shap_values,
+)
 from hvdloss.keras.functions import (
     allgather,
     allreduce,
@@ -34,6 +41,7 @@ __all__ = [
     "CosFace",
     "DistributedOptimizer",
     "Grid",
+    "LossAttribution",
     "Objective",
     "PartialDistributedOptimizer",
     "RankReport",
@@ -50,10 +58,14 @@ __all__ = [
     "check_synchronized",
     "full_weights",
     "grid",
+    "lime_weights",
     "load_full_weights",
     "load_model",
     "merged_results",
+    "permutation_importance",
+    "predict_function",
     "reducescatter",
+    "shap_values",
 ]
 
 # What Horovod's modules for Keras show: basics, operations, process sets.

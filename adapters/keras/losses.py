@@ -178,8 +178,23 @@ class Objective(keras.losses.Loss):
         """Return what these elements add to a step, without telling anybody; see calling it."""
         weight = _with_mask(sample_weight, y_pred)
         whole = self._exact.whole
-        if whole is not None and not (tf.is_tensor(y_pred) and y_true is not None):
-            return self._exact.contribute(y_pred, y_true, weight, keys=keys)  # several tensors, or no target
+        if whole is None or (tf.is_tensor(y_pred) and y_true is not None):  # else several, or no target
+            y_true, y_pred = self._fitting(y_true, y_pred)
+        return self._exact.contribute(y_pred, y_true, weight, keys=keys)
+
+    def per_element(self, prediction: Any, target: Any, weight: Any = None) -> tuple[tf.Tensor, tf.Tensor]:
+        """Return the loss of each element and its weight; in this order, as for the other frameworks.
+
+        See :meth:`hvdloss.tensorflow.Objective.per_element`.
+        """
+        self._exact.check_per_element()
+        weight = _with_mask(weight, prediction)
+        target, prediction = self._fitting(target, prediction)
+        return self._exact.per_element(prediction, target, weight)
+
+    def _fitting(self, y_true: Any, y_pred: Any) -> tuple[tf.Tensor, tf.Tensor]:
+        """Return target and prediction as tensors whose shapes and dtypes fit, as Keras makes them."""
+        whole = self._exact.whole
         y_pred, y_true = tf.convert_to_tensor(y_pred), tf.convert_to_tensor(y_true)
         y_pred = _OPS.losses(y_pred)
         if hasattr(self._given, "absent"):
@@ -191,7 +206,7 @@ class Objective(keras.losses.Loss):
                 y_true = tf.cast(y_true, tf.int64)  # class indices that came as floats
         else:
             y_pred, y_true = squeeze_or_expand_to_same_rank(y_pred, y_true)
-        return self._exact.contribute(y_pred, y_true, weight, keys=keys)
+        return y_true, y_pred
 
     def plain(self, y_true_dtype: Any = None) -> Any:
         """Return a loss of Keras that says nearly the same, for saved models, or None."""

@@ -11,6 +11,13 @@ from __future__ import annotations
 from hvdloss.report import RankReport, StepReport
 from hvdloss.tensorflow import _backend
 from hvdloss.tensorflow._compat import let_variables_be_called
+from hvdloss.tensorflow.explain import (
+    LossAttribution,
+    lime_weights,
+    permutation_importance,
+    predict_function,
+    shap_values,
+)
 from hvdloss.tensorflow.guard import check_synchronized
 from hvdloss.tensorflow.objective import Objective
 from hvdloss.tensorflow.optimizer import DistributedOptimizer
@@ -33,6 +40,7 @@ __all__ = [
     "DistributedGradientTape",
     "DistributedOptimizer",
     "Grid",
+    "LossAttribution",
     "Objective",
     "PartialDistributedGradientTape",
     "RankReport",
@@ -40,7 +48,11 @@ __all__ = [
     "StepReport",
     "check_synchronized",
     "grid",
+    "lime_weights",
+    "permutation_importance",
+    "predict_function",
     "sample_columns",
+    "shap_values",
     "sharded_cross_entropy",
 ]
 

@@ -199,6 +199,37 @@ class Objective(ObjectiveBase[tf.Tensor]):
         """Return the sum over ranks of what :meth:`sums` gave. One small all-reduce."""
         return group_of(self.process_set).all_reduce(sums, f"hvdloss.{self.name}.total", replicated=True)
 
+    def per_element(self, prediction: Any, target: Any, weight: Any = None) -> tuple[tf.Tensor, tf.Tensor]:
+        """Return the loss of each element and its weight, of one shape, without gradient.
+
+        What calling the objective sums up, before terms weigh it; absent elements have weight 0.
+
+        Args:
+            prediction, target, weight: as in calling it.
+
+        Raises:
+            ConfigError: the loss is one of all ranks' elements, which has none of single ones.
+            ShapeError: `weight` does not broadcast to the losses.
+
+        Collectives: none.
+        """
+        self.check_per_element()
+        losses = _OPS.losses(tf.stop_gradient(self._function(prediction, target)))
+        rank, _ = rank_and_size(hvd, self.process_set)
+        weight = self._fit(weight, losses)
+        w = _OPS.ones_like(losses) if weight is None else weights_for(_OPS, weight, losses, rank)
+        absent = self._absent(target)
+        return losses, w if absent is None else tf.where(absent, tf.zeros_like(w), w)
+
+    def _absent(self, target: Any) -> tf.Tensor | None:
+        """Return where targets mark absent elements, for losses of classes."""
+        if hasattr(self._function, "absent"):  # a loss that knows by itself
+            return self._function.absent(target)
+        if self.name in CLASS_LOSSES:
+            target = tf.convert_to_tensor(target)
+            return None if target.dtype.is_floating else target == IGNORED
+        return None
+
     def contribute(
         self, prediction: Any, target: Any, weight: Any = None, *, keys: Any = None, total: Any = None
     ) -> Told:
@@ -213,13 +244,9 @@ class Objective(ObjectiveBase[tf.Tensor]):
             raise ConfigError(f"total= is for functions of sums, which {self.name} is not; leave it out")
         rank, size = rank_and_size(hvd, self.process_set)
         given = prediction
-        absent = None
-        if hasattr(self._function, "absent"):  # a loss that knows by itself
-            absent = self._function.absent(target)
-        elif self.name in CLASS_LOSSES:
+        if self.name in CLASS_LOSSES:
             target = tf.convert_to_tensor(target)
-            if not target.dtype.is_floating:
-                absent = target == IGNORED
+        absent = self._absent(target)
         holder: list[tf.Tensor] = []
         may_mask = weight is not None or absent is not None or self.controller.weighs
         if may_mask and tf.is_tensor(prediction):

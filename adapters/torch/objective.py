@@ -152,6 +152,39 @@ class Objective(ObjectiveBase[torch.Tensor]):
         """Return the sum over ranks of what :meth:`sums` gave. One small all-reduce."""
         return group_of(self.process_set).all_reduce(sums, f"hvdloss.{self.name}.total", replicated=True)
 
+    def per_element(
+        self, prediction: Any, target: Any, weight: Any = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the loss of each element and its weight, of one shape, without gradient.
+
+        What calling the objective sums up, before terms weigh it; absent elements have weight 0.
+
+        Args:
+            prediction, target, weight: as in calling it.
+
+        Raises:
+            ConfigError: the loss is one of all ranks' elements, which has none of single ones.
+            ShapeError: `weight` does not broadcast to the losses.
+
+        Collectives: none.
+        """
+        self.check_per_element()
+        with torch.no_grad():
+            losses = _OPS.losses(self._function(prediction, target))
+            rank = rank_and_size(hvd, self.process_set)[0]
+            w = _OPS.ones_like(losses) if weight is None else weights_for(_OPS, weight, losses, rank)
+            absent = self._absent(target)
+            return losses, w if absent is None else w.masked_fill(absent, 0)
+
+    def _absent(self, target: Any) -> torch.Tensor | None:
+        """Return where targets mark absent elements, for losses of classes."""
+        if hasattr(self._function, "absent"):  # a loss that knows by itself
+            return self._function.absent(target)
+        classes = self.name in CLASS_LOSSES
+        if classes and isinstance(target, torch.Tensor) and not target.is_floating_point():
+            return target == IGNORED
+        return None
+
     def _measure(self, prediction: Any, target: Any, weight: Any, keys: Any, total: Any) -> torch.Tensor:
         if self.whole is not None:
             return self._measure_whole(prediction, target, weight, keys, total)
@@ -160,12 +193,8 @@ class Objective(ObjectiveBase[torch.Tensor]):
         rank, size = rank_and_size(hvd, self.process_set)
         holder: list[torch.Tensor] = []
         given = prediction
-        absent = None
         classes = self.name in CLASS_LOSSES
-        if hasattr(self._function, "absent"):  # a loss that knows by itself
-            absent = self._function.absent(target)
-        elif classes and isinstance(target, torch.Tensor) and not target.is_floating_point():
-            absent = target == IGNORED
+        absent = self._absent(target)
         if absent is not None and absent.device.type == "cpu" and not absent.any():
             absent = None
         acting = self.controller

@@ -1,0 +1,131 @@
+"""How ranks tell each other arrays, and what went wrong: one gather of bytes, never pickles."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hvdloss import errors
+from hvdloss.communicator import Communicator
+from hvdloss.errors import AgreementError, ConfigError, HvdlossError
+
+__all__ = ["Told", "equal_on_all", "library", "tell", "text_table"]
+
+
+class Told:
+    """What one rank tells the others.
+
+    Args:
+        note: JSON values by name.
+        arrays: by name; numbers or strings.
+    """
+
+    def __init__(self, note: Mapping[str, Any] | None = None, **arrays: npt.ArrayLike) -> None:
+        self.note = dict(note or {})
+        self.arrays = {name: np.asarray(array) for name, array in arrays.items()}
+
+    def __getitem__(self, name: str) -> npt.NDArray[Any]:
+        return self.arrays[name]
+
+    def pack(self) -> bytes:
+        """Return all of it as bytes."""
+        buffer = io.BytesIO()
+        header = np.frombuffer(json.dumps(self.note).encode(), dtype=np.uint8)
+        np.savez(buffer, **{f"a.{name}": array for name, array in self.arrays.items()}, note=header)  # type: ignore[arg-type]
+        return buffer.getvalue()
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Told:
+        """Return what :meth:`pack` packed."""
+        with np.load(io.BytesIO(data), allow_pickle=False) as found:
+            arrays = {name: found[name] for name in found.files}
+        note = json.loads(arrays.pop("note").tobytes())
+        return cls(note, **{name[2:]: array for name, array in arrays.items()})
+
+
+def tell(ranks: Communicator, name: str, doing: str, work: Callable[[], Told]) -> list[Told]:
+    """Do `work` on every rank, and return what all of them have to tell, in rank order.
+
+    Args:
+        ranks: who takes part.
+        name: of the gather.
+        doing: what `work` does, for messages.
+        work: this rank's part. What it raises is raised on every rank.
+
+    Raises:
+        HvdlossError: on every rank alike, what the first rank whose work failed raised: of the same class
+            if it is one of :mod:`hvdloss.errors`, else RankError. It names the rank.
+
+    Collectives: one gather.
+    """
+    failure: Exception | None = None
+    try:
+        mine = b"+" + work().pack()
+    except Exception as error:
+        failure = error
+        kind = type(error).__name__
+        known = isinstance(error, HvdlossError) and kind in errors.__all__
+        text = str(error) if known else f"{kind}: {error}"
+        mine = b"-" + json.dumps([kind if known else "RankError", text]).encode()
+    parts = ranks.gather(mine, name)
+    for rank, part in enumerate(parts):
+        if part[:1] == b"-":
+            kind, text = json.loads(part[1:])
+            raise getattr(errors, kind)(f"rank {rank}, {doing}: {text}") from (
+                failure if rank == ranks.rank else None
+            )
+    return [Told.unpack(part[1:]) for part in parts]
+
+
+_ANY = object()
+
+
+def equal_on_all(what: str, values: Sequence[Any], but: Any = _ANY) -> Any:
+    """Return the value that all ranks have; raise, on every rank alike, where it differs.
+
+    Args:
+        what: it is, for the message.
+        values: one per rank.
+        but: the value of ranks that have none of their own; they do not count.
+
+    Raises:
+        AgreementError: naming the first two ranks that differ.
+    """
+    known = [(rank, value) for rank, value in enumerate(values) if value != but]
+    for rank, value in known:
+        if value != known[0][1]:
+            raise AgreementError(
+                f"{what} differs between ranks: rank {rank} has {value!r}, rank {known[0][0]} has "
+                f"{known[0][1]!r}; call with the same on every rank"
+            )
+    return known[0][1] if known else but
+
+
+def library(name: str, extra: str, purpose: str) -> Any:
+    """Import a library that only some need.
+
+    Raises:
+        ConfigError: it is not installed; names the extra that has it.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ConfigError(
+            f"{purpose} needs the library {name.partition('.')[0]} ({error}): pip install 'hvdloss[{extra}]'"
+        ) from error
+
+
+def text_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return rows as aligned text; the first column to the left, all others to the right."""
+    widths = [max(len(cell) for cell in column) for column in zip(columns, *rows, strict=True)]
+    lines = []
+    for row in (columns, *rows):
+        first, *rest = zip(row, widths, strict=True)
+        lines.append("  ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in rest)]))
+    return "\n".join(line.rstrip() for line in lines)
