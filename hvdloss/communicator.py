@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from hvdloss.errors import ConfigError, HvdlossError
 
-__all__ = ["Communicator", "OneProcess", "SimulatedRank", "included", "rank_and_size", "simulate"]
+__all__ = ["Communicator", "OneProcess", "SimulatedRank", "among", "included", "rank_and_size", "simulate"]
 
 Result = TypeVar("Result")
 Array = npt.NDArray[np.float64]
@@ -76,6 +76,25 @@ def included(hvd: Any, process_set: Any) -> bool:
     Horovod answers no for the global one where its other framework's module was imported as well.
     """
     return process_set is hvd.global_process_set or bool(process_set.included())
+
+
+def among(hvd: Any, of: Callable[[Any], Communicator], process_set: Any = None) -> Communicator:
+    """Return the exchange among a process set's ranks; of this process alone before Horovod is initialised.
+
+    Args:
+        hvd: a Horovod module, or its one-process stand-in.
+        of: the adapter's ``communicator_of``.
+        process_set: None for all ranks.
+
+    Raises:
+        ConfigError: this process is not in the process set.
+    """
+    if not hvd.is_initialized():
+        return OneProcess()
+    group = process_set or hvd.global_process_set
+    if not included(hvd, group):
+        raise ConfigError(f"process_set={process_set!r} does not have this process (rank {hvd.rank()})")
+    return of(group)
 
 
 class _Room:

@@ -12,8 +12,15 @@ from hvdloss.report import RankReport, StepReport
 from hvdloss.torch import _backend
 from hvdloss.torch.compression import Compression
 from hvdloss.torch.data import ShardedLoader
+from hvdloss.torch.explain import (
+    LossAttribution,
+    lime_weights,
+    permutation_importance,
+    predict_function,
+    shap_values,
+)
 from hvdloss.torch.guard import check_synchronized
-from hvdloss.torch.metrics import synchronized
+from hvdloss.torch.metrics import Metrics, synchronized
 from hvdloss.torch.objective import Objective
 from hvdloss.torch.optimizer import DistributedOptimizer
 from hvdloss.torch.sharded import (
@@ -28,26 +35,50 @@ from hvdloss.torch.sharded import (
     grid,
     sharded_cross_entropy,
 )
+from hvdloss.torch.stream import StreamLoader
+from hvdloss.torch.training import (
+    BestCheckpoint,
+    EarlyStopping,
+    TransformedLoader,
+    merged_value,
+    mixup,
+    seed_everything,
+)
+from hvdloss.torch.uneven import uneven
 
 __all__ = [
     "ArcFace",
+    "BestCheckpoint",
     "ClassShards",
     "Compression",
     "CosFace",
     "DistributedOptimizer",
+    "EarlyStopping",
     "Grid",
+    "LossAttribution",
+    "Metrics",
     "Objective",
     "RankReport",
     "ShardedCrossEntropy",
     "ShardedLinear",
     "ShardedLoader",
     "StepReport",
+    "StreamLoader",
+    "TransformedLoader",
     "broadcast_parameters",
     "check_synchronized",
     "full_state_dict",
     "grid",
+    "lime_weights",
+    "merged_value",
+    "mixup",
+    "permutation_importance",
+    "predict_function",
+    "seed_everything",
+    "shap_values",
     "sharded_cross_entropy",
     "synchronized",
+    "uneven",
 ]
 
 # Horovod has no list of its names; what its module shows is public. Modules of our own stay ours, so that

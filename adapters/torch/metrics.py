@@ -1,4 +1,4 @@
-"""Metrics of torchmetrics over all ranks: their states are merged, not their values averaged."""
+"""Metrics over all ranks: our own, and those of torchmetrics, whose states are merged, not their values."""
 
 from __future__ import annotations
 
@@ -7,16 +7,60 @@ import json
 import math
 from typing import Any, TypeVar
 
+import numpy as np
+
 import torch
-from hvdloss.communicator import included
+from hvdloss import metrics as core
+from hvdloss.communicator import among, included
 from hvdloss.errors import ConfigError
 from hvdloss.torch._backend import hvd
 from hvdloss.torch.collectives import all_gather
 from hvdloss.torch.ops import communicator_of
 
-__all__ = ["synchronized"]
+__all__ = ["Metrics", "synchronized"]
 
 Metric = TypeVar("Metric", bound=torch.nn.Module)
+
+
+class Metrics(core.Metrics):
+    """:class:`hvdloss.metrics.Metrics` over the ranks of a process set, from tensors or arrays.
+
+    The classes' axis is the second one, as in PyTorch's losses, or the last one.
+
+    ::
+
+        metrics = hvd.Metrics({"f1": F1(classes=10), "auc": AUC(classes=10, from_logits=True)})
+        for x, y, weight in loader:
+            metrics.update(model(x), y, weight)
+        print(metrics.compute())
+
+    Args:
+        metrics: one of :mod:`hvdloss.metrics`, or a dict of them by name.
+        process_set: the ranks; None for all.
+
+    Raises:
+        ConfigError: no metric. What :meth:`compute` raises is told there.
+
+    Collectives: none here; :meth:`compute` makes one gather for all metrics.
+    """
+
+    def __init__(self, metrics: Any, *, process_set: Any = None) -> None:
+        super().__init__(metrics, communicator=functools.partial(among, hvd, communicator_of, process_set))
+
+    def _arrays(self, prediction: Any, target: Any, weight: Any) -> tuple[Any, Any, Any]:
+        p, t, w = map(_array, (prediction, target, weight))
+        shape = getattr(t, "shape", None)
+        if shape is not None and p.ndim == len(shape) + 1 > 2 and p.shape[:1] + p.shape[2:] == shape:
+            p = np.moveaxis(p, 1, -1)
+        return p, t, w
+
+
+def _array(value: Any) -> Any:
+    """Return a NumPy array of a tensor; what is none, as it is."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    value = value.detach().cpu()
+    return (value.float() if value.is_floating_point() and value.itemsize < 4 else value).numpy()
 
 
 def _gathered(tensor: torch.Tensor, group: Any = None, *, process_set: Any) -> list[torch.Tensor]:

@@ -1,5 +1,6 @@
 """Training well on many ranks: decisions from global numbers, seeds, mixing, learning rates."""
 
+from hvdloss.training.batches import TransformedBatches
 from hvdloss.training.decisions import BestCheckpoint, EarlyStopping, merged_value
 from hvdloss.training.files import write_atomically
 from hvdloss.training.mixing import Mixed, mixup, partners
@@ -11,6 +12,7 @@ __all__ = [
     "BestCheckpoint",
     "EarlyStopping",
     "Mixed",
+    "TransformedBatches",
     "Warmup",
     "generator_for",
     "merged_value",

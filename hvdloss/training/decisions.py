@@ -22,6 +22,7 @@ from hvdloss.training.files import write_atomically
 __all__ = ["BestCheckpoint", "EarlyStopping", "Monitor", "merged_value"]
 
 NAN_POLICIES = ("worse", "raise")
+_WRITING = "could not write the best state"
 
 
 def merged_value(
@@ -264,18 +265,22 @@ class BestCheckpoint(Monitor):
                 be written, or `state` raised: the former file is kept, and the number is not taken note of.
                 All on every rank alike.
 
-        Collectives: one gather of two numbers; where the state is written another one of a few bytes.
+        Collectives: one gather of two numbers; where the state is written another one of a few bytes, two if
+        it is a function.
         """
         better = self._better(value, weight)
         if better is not None:
-            self._all_well(lambda: self._write(state), "could not write the best state")
+            held = [state]
+            if callable(state):  # on all ranks, before anything is written
+                self._all_well(lambda: held.insert(0, state()), "could not give the best state")
+            if self._communicator().rank == self.root:
+                self._all_well(
+                    lambda: write_atomically(self.path, lambda file: self.write(file, held[0])), _WRITING
+                )
+            else:
+                self._all_well(lambda: None, _WRITING)
         self._note(better)
         return better is not None
-
-    def _write(self, state: Any) -> None:
-        held = state() if callable(state) else state
-        if self._communicator().rank == self.root:
-            write_atomically(self.path, lambda file: self.write(file, held))
 
     def _all_well(self, act: Callable[[], Any], what: str) -> None:
         """Do something on every rank; raise on all if it fails on one."""

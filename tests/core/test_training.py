@@ -172,24 +172,25 @@ def test_the_best_state_is_written_by_one_rank_and_read_by_all(tmp_path):
 
 def test_a_state_that_cannot_be_written_is_an_error_on_every_rank_and_keeps_the_former(tmp_path):
     def failing():
-        raise OSError("the disk is full")
+        raise OSError("no state")
 
     def work(communicator):
         best = BestCheckpoint(tmp_path / "best", communicator=lambda: communicator)
         best.step(2.0, b"good")
         before = best.state_dict()
-        state = failing if communicator.rank == 0 else b""
-        try:
-            best.step(1.0, state)
-        except hvdloss.ConfigError as error:
+        texts = []
+        for state in (failing if communicator.rank == 1 else bytes, "no bytes"):
+            with pytest.raises(hvdloss.ConfigError) as caught:
+                best.step(1.0, state)
+            texts.append(str(caught.value))
             assert best.state_dict() == before
-            return str(error), best.read()
-        return None
+            assert best.read() == b"good"
+        return texts
 
     found = simulate(2, work)
     assert found[0] == found[1]
-    assert "rank 0 could not write the best state: OSError: the disk is full" in found[0][0]
-    assert found[0][1] == b"good"
+    assert "rank 1 could not give the best state: OSError: no state" in found[0][0]
+    assert "rank 0 could not write the best state: TypeError" in found[0][1]
     kind, text = errors_of(2, lambda c: BestCheckpoint(tmp_path / "none", communicator=lambda: c).read())
     assert kind is hvdloss.ConfigError
     assert "rank 0 could not read" in text

@@ -1,0 +1,102 @@
+"""Batches changed at random, with numbers that follow from rank, epoch and step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+
+from hvdloss.errors import ConfigError, UsageError
+from hvdloss.training.seeds import generator_for
+
+__all__ = ["TransformedBatches"]
+
+
+class TransformedBatches:
+    """Batches of a loader, each changed by a function that is given random numbers of its own.
+
+    Numbers follow from the seed, the rank, the epoch and the step in it: ranks get different ones, a rerun
+    the same, and an epoch that goes on in the middle those it would have had.
+
+    Args:
+        loader: any iterable of batches. Iterating again is the next epoch; a loader with ``state_dict`` goes
+            on with its epoch where the loop was left.
+        transform: ``(batch, rng) -> batch``, with a ``numpy.random.Generator``. Called in the process that
+            iterates, on batches without rows too.
+        seed: of the run, equal on all ranks.
+        rank: this process's.
+
+    Raises:
+        ConfigError: an argument that cannot be used.
+
+    Collectives: none.
+    """
+
+    def __init__(
+        self,
+        loader: Iterable[Any],
+        transform: Callable[[Any, np.random.Generator], Any],
+        *,
+        seed: int = 0,
+        rank: int = 0,
+    ) -> None:
+        if not callable(transform):
+            raise ConfigError(f"transform={transform!r} must be a function (batch, rng) -> batch")
+        generator_for(seed, rank=rank)
+        self.loader, self.transform, self.seed, self.rank = loader, transform, seed, rank
+        self.epoch, self.step, self._begun = 0, 0, False
+
+    def __len__(self) -> int:
+        """Return the loader's length."""
+        return len(self.loader)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[Any]:
+        """Give the batches of what is left of this epoch, or of the next one."""
+        if self._begun and not hasattr(self.loader, "state_dict"):
+            self.epoch, self.step = self.epoch + 1, 0  # a loop that was left is not gone on with
+        self._begun = True
+        for batch in self.loader:
+            rng = generator_for(self.seed, rank=self.rank, epoch=self.epoch, step=self.step, stream="batch")
+            self.step += 1
+            yield self.transform(batch, rng)
+        self.epoch, self.step, self._begun = self.epoch + 1, 0, False
+
+    def mark(self) -> Any:
+        """Return what :meth:`state_dict` makes the position of now from, later."""
+        mark = getattr(self.loader, "mark", None)
+        return self.epoch, self.step, mark() if mark else self._inner()
+
+    def _inner(self) -> Any:
+        state = getattr(self.loader, "state_dict", None)
+        return state() if state else None
+
+    def state_dict(self, mark: Any = None) -> dict[str, Any]:
+        """Return the position, with the loader's; the batch given last counts as used.
+
+        Args:
+            mark: of an earlier position in this loop, from :meth:`mark`; None for the present one.
+
+        Collectives: those of the loader's own.
+        """
+        epoch, step, inner = self.mark() if mark is None else mark
+        if hasattr(self.loader, "mark"):
+            inner = self.loader.state_dict(inner)  # type: ignore[attr-defined]
+        return {"version": 1, "epoch": epoch, "step": step, "loader": inner}
+
+    def load_state_dict(self, state: Any) -> None:
+        """Go on from a position. A loader without ``load_state_dict`` must be brought there by other means.
+
+        Raises:
+            ConfigError: no position, or one that the loader does not take; nothing is changed then.
+            UsageError: the position has a part for a loader with ``load_state_dict``, which this has not.
+        """
+        if not isinstance(state, dict) or state.get("version") != 1 or "loader" not in state:
+            raise ConfigError(f"state={str(state)[:200]} is no position, as state_dict() gives it")
+        if state["loader"] is not None:
+            load = getattr(self.loader, "load_state_dict", None)
+            if load is None:
+                raise UsageError(f"{type(self.loader).__name__} has no load_state_dict()")
+            load(state["loader"])
+        # Not begun: what is iterated over next is this epoch, from the step on.
+        self.epoch, self.step, self._begun = state["epoch"], state["step"], False
