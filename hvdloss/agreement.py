@@ -12,11 +12,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from hvdloss.communicator import Communicator
-from hvdloss.errors import AgreementError
+from hvdloss.errors import AgreementError, DataError, HvdlossError, RankError
 from hvdloss.guard import ranks_apart
 from hvdloss.plan import ParameterInfo
 
-__all__ = ["Agreed", "agree"]
+__all__ = ["Agreed", "agree", "raise_together", "together"]
 
 
 @dataclass(frozen=True)
@@ -110,3 +110,59 @@ def agree(
         )
     orders: list[list[int]] = [r["order"] for r in ranks]
     return Agreed(agreed, max(orders, key=len))
+
+
+def together(communicator: Communicator, work: Callable[[], Any], name: str, what: str) -> Any:
+    """Do on every rank what may fail on some, and raise what failed on all of them.
+
+    Args:
+        communicator: the ranks.
+        work: returns what must be equal on all ranks, as JSON.
+        name: of the exchange.
+        what: what the result tells of, for the message.
+
+    Returns:
+        What `work` returned.
+
+    Raises:
+        DataError: a rank raised one.
+        RankError: a rank raised something else. On that rank itself its own error is the cause.
+        AgreementError: the results differ.
+
+    Collectives: one gather.
+    """
+    value, error = None, None
+    try:
+        value = work()
+    except Exception as found:
+        error = found
+    values = [told[2] for told in _exchanged(communicator, error, value, name)]
+    if any(one != values[0] for one in values):
+        raise AgreementError(f"{what} differ between ranks: {_differing(values)}")
+    return value
+
+
+def raise_together(communicator: Communicator, error: BaseException | None, name: str) -> None:
+    """Raise on every rank what any rank brings; nothing where none brings any.
+
+    Raises:
+        DataError, RankError: see :func:`together`.
+
+    Collectives: one gather.
+    """
+    _exchanged(communicator, error, None, name)
+
+
+def _exchanged(communicator: Communicator, error: BaseException | None, value: Any, name: str) -> list[Any]:
+    """Return what ranks bring, ``[kind of error, its text, value]``; raise the first error."""
+    told = ["", "", value] if error is None else [type(error).__name__, str(error), None]
+    heard = [json.loads(text) for text in communicator.gather(json.dumps(told).encode(), name)]
+    failed = [(rank, *one[:2]) for rank, one in enumerate(heard) if one[0]]
+    if not failed:
+        return heard
+    rank, kind, text = failed[0]
+    more = f" ({len(failed) - 1} more rank(s) failed as well)" if len(failed) > 1 else ""
+    ours = kind in (DataError.__name__, RankError.__name__)
+    text = f"rank {rank}: {text if ours else f'{kind}: {text}'}{more}"
+    out: HvdlossError = DataError(text) if kind == DataError.__name__ else RankError(text)
+    raise out from error

@@ -10,9 +10,11 @@ from __future__ import annotations
 __all__ = [
     "AgreementError",
     "ConfigError",
+    "DataError",
     "HvdlossError",
     "NoWeightError",
     "NonFiniteLossError",
+    "RankError",
     "ShapeError",
     "UsageError",
     "WeightError",
@@ -45,6 +47,14 @@ class NoWeightError(HvdlossError, ValueError):
 
 class NonFiniteLossError(HvdlossError, ArithmeticError):
     """The loss of some rank is NaN or infinite; raised on every rank of the step."""
+
+
+class RankError(HvdlossError):
+    """Something failed on some rank, so that the others cannot go on; the text is that rank's."""
+
+
+class DataError(RankError):
+    """A file of data is missing, damaged, or was changed while it was in use; names it and the place."""
 
 
 class AgreementError(HvdlossError):

@@ -18,6 +18,7 @@ from hvdloss.errors import (
     HvdlossError,
     NonFiniteLossError,
     NoWeightError,
+    RankError,
     UsageError,
     WeightError,
 )
@@ -41,10 +42,12 @@ class Ledger:
         nonfinite_losses: micro-batches whose loss is NaN or infinite.
         strays: backward passes that reached parameters without passing through the objective, or
             through several calls of it with different weight sums.
+        failed: 1 if the rank cannot go on.
         communication: seconds the rank was held up by communication in the step before.
         computation: seconds between the ends of the two steps before in which it was not.
         moved: after local steps, the squared length of the rank's move times its denominator.
         together: squared length of the mean move of the exchange before, as this rank has it.
+        more: 1 if the rank has more data after this step (:mod:`hvdloss.data.uneven`).
     """
 
     numerator: float = 0.0
@@ -56,10 +59,12 @@ class Ledger:
     nonfinite_weights: float = 0.0
     nonfinite_losses: float = 0.0
     strays: float = 0.0
+    failed: float = 0.0
     communication: float = 0.0
     computation: float = 0.0
     moved: float = 0.0
     together: float = 0.0
+    more: float = 0.0
 
     @classmethod
     def zero(cls) -> Ledger:
@@ -84,7 +89,7 @@ class Ledger:
 COLUMN = {field.name: number for number, field in enumerate(fields(Ledger))}
 WIDTH = len(COLUMN)
 # The columns in which anything above zero makes a step unsound (see `judge`); so does no denominator.
-FAULTS = slice(5, 9)
+FAULTS = slice(5, 10)
 
 
 def pack(ledger: Ledger, rank: int, size: int, more: int = 0) -> npt.NDArray[np.float64]:
@@ -137,6 +142,11 @@ def judge(ledgers: list[Ledger], step: int) -> HvdlossError | None:
     def total(field: str) -> float:
         return float(sum(getattr(ledger, field) for ledger in ledgers))
 
+    if total("failed"):
+        return RankError(
+            f"step {step}: {_where(ledgers, 'failed')} cannot go on; its own error says why. Nothing was "
+            f"updated."
+        )
     for field, what in (
         ("negative_weights", "below zero"),
         ("nonfinite_weights", "NaN or infinite"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -108,9 +109,20 @@ class ShardedLoader:
             self._running = False
         assert not left
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the position, the same on all ranks; JSON-able. The batch last given counts as used."""
-        return self.epoch.state()
+    def mark(self) -> Any:
+        """Return what :meth:`state_dict` makes the position of now from, later."""
+        return list(self.epoch.taken)
+
+    def state_dict(self, mark: Any = None) -> dict[str, Any]:
+        """Return the position, the same on all ranks; JSON-able. The batch last given counts as used.
+
+        Args:
+            mark: of an earlier position in this loop, from :meth:`mark`; None for the present one.
+        """
+        reached = copy.copy(self.epoch)
+        if mark is not None:
+            reached.taken = mark
+        return reached.state()
 
     def load_state_dict(self, state: Any) -> None:
         """Go on from a position, with whatever number of ranks there is now.

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 import torch
-from hvdloss.agreement import agree
+from hvdloss.agreement import agree, raise_together
 from hvdloss.communicator import Communicator, included
 from hvdloss.control.compression import AdaptiveCompression
 from hvdloss.control.period import SyncPeriod
@@ -93,6 +93,9 @@ class _Engine:
         self._stretch: Stretch | None = None
         self._local = False  # whether this step's gradients stay here
         self._due = False  # an exchange of parameters
+        self.more = False  # whether this rank has more data after this step
+        self.error: BaseException | None = None  # why it cannot go on
+        self.heard = (0, False)  # how many tables of ledgers there were, and whether a rank had more
         self._idle = False  # whether this rank has nothing to update with
         self._active = False
         self._rows: list[torch.Tensor] = []
@@ -417,10 +420,12 @@ class _Engine:
         rank, size = self.process_set.rank(), self.process_set.size()
         own = Ledger(
             strays=float(strays),
+            failed=float(self.error is not None),
             communication=self._held_up,
             computation=self._computed,
             moved=moved,
             together=self._together,
+            more=float(self.more),
         )
         table = torch.from_numpy(pack(own, rank, size).reshape(-1))
         width = self.controller.width
@@ -441,6 +446,9 @@ class _Engine:
             ready()
         self._ledger_table = table.view(self.process_set.size(), WIDTH).cpu().numpy()
         ledgers = unpack(self._ledger_table)
+        self.heard = (self.heard[0] + 1, any(ledger.more for ledger in ledgers))
+        if any(ledger.failed for ledger in ledgers):
+            raise_together(self.communicator(), self.error, f"{self.name}.failed")
         error = judge(ledgers, step)
         if error is not None:
             raise error
@@ -987,7 +995,7 @@ def DistributedOptimizer(
         ConfigError: an argument that cannot be used.
 
     Collectives per step: one asynchronous all-reduce per bucket, all under way together; the ranks'
-    ledgers (``size`` x 13 numbers) ride in the last float32 or float64 bucket, and need a message of
+    ledgers (``size`` x 15 numbers) ride in the last float32 or float64 bucket, and need a message of
     their own only where there is none (compression, 16-bit parameters). What terms tell is one message
     more. After local steps one all-reduce of the parameters per dtype, and one or two small ones. Buckets
     follow Li et al., "PyTorch Distributed" (VLDB 2020).

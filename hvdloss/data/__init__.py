@@ -1,6 +1,8 @@
 """Data on many ranks: every sample exactly once, whatever number of ranks there is."""
 
 from hvdloss.data.epoch import Epoch
+from hvdloss.data.files import Csv, NumpyFiles, Parquet, Source
+from hvdloss.data.pieces import Pieces, RowGroups
 from hvdloss.data.sharding import (
     Contiguous,
     Dirichlet,
@@ -14,11 +16,17 @@ from hvdloss.data.sharding import (
 
 __all__ = [
     "Contiguous",
+    "Csv",
     "Dirichlet",
     "Epoch",
     "Grouped",
+    "NumpyFiles",
+    "Parquet",
+    "Pieces",
+    "RowGroups",
     "Sharding",
     "Shuffled",
+    "Source",
     "Stratified",
     "Strided",
     "Weighted",

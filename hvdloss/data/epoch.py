@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Generic
 
-import numpy as np
-
-from hvdloss.data.sharding import Indices, Sharding, whole
+from hvdloss.data.sharding import Rule, Samples, whole
 from hvdloss.errors import ConfigError
 
 __all__ = ["Epoch"]
 
 
-class Epoch:
+class Epoch(Generic[Samples]):
     """One pass over a data set on some ranks: which samples each has yet to see, and which were seen.
 
     What every rank has taken is a count per rank; the samples follow from the sharding. The state is
@@ -32,9 +30,9 @@ class Epoch:
     [[3, 4], [7, 8], [9]]
     """
 
-    def __init__(self, sharding: Sharding, ranks: int, number: int = 0) -> None:
+    def __init__(self, sharding: Rule[Samples], ranks: int, number: int = 0) -> None:
         self.sharding, self.number = sharding, number
-        self.shards: list[Indices] = sharding.shards(ranks, number)
+        self.shards: list[Samples] = sharding.shards(ranks, number)
         self._parts: list[list[int]] = []
         self.taken = [0] * ranks
 
@@ -44,7 +42,7 @@ class Epoch:
         return len(self.shards)
 
     @property
-    def left(self) -> list[Indices]:
+    def left(self) -> list[Samples]:
         """The samples each rank has yet to see, in order."""
         return [shard[taken:] for shard, taken in zip(self.shards, self.taken, strict=True)]
 
@@ -80,7 +78,7 @@ class Epoch:
         batch_size = whole("batch_size", batch_size, 1)
         return max(-(-len(left) // batch_size) for left in self.left)
 
-    def batches(self, rank: int, batch_size: int) -> Iterator[Indices]:
+    def batches(self, rank: int, batch_size: int) -> Iterator[Samples]:
         """Give a rank's batches of what is left, as many as the longest rank has; the last may be empty.
 
         Does not :meth:`take` them: a batch is used when its step is over.
@@ -105,7 +103,7 @@ class Epoch:
         }
 
     @classmethod
-    def of(cls, sharding: Sharding, state: Any, ranks: int) -> Epoch:
+    def of(cls, sharding: Rule[Samples], state: Any, ranks: int) -> Epoch[Samples]:
         """Return the epoch that `state` tells of, to go on with so many ranks.
 
         With as many ranks as before each goes on with its own shard; otherwise what is left is shared out
@@ -138,23 +136,10 @@ class Epoch:
 
     def _again(self, ranks: int) -> None:
         """Share what is left out over so many ranks, in the epoch's order."""
-        left = np.concatenate(self.left)
-        order = self._remaining(left)
+        rest = self.sharding.rest(self.left, self.number)
         self._parts.append(list(self.taken))
-        self.shards = self.sharding.split(order, ranks, self.number, len(self._parts))
+        self.shards = self.sharding.split(rest, ranks, self.number, len(self._parts))
         self.taken = [0] * ranks
-
-    def _remaining(self, left: Indices) -> Indices:
-        """Return samples in the epoch's order; one that was drawn several times, as often as it is left."""
-        kept = np.bincount(left, minlength=self.sharding.samples)
-        # From the end: of a sample's draws the last ones are left.
-        order = self.sharding.order(self.number)
-        later = np.zeros(len(order), np.int64)
-        flipped = order[::-1]
-        by_sample = np.argsort(flipped, kind="stable")
-        starts = np.flatnonzero(np.diff(flipped[by_sample], prepend=-1))
-        later[by_sample] = np.arange(len(flipped)) - np.repeat(starts, np.diff([*starts, len(flipped)]))
-        return order[(later < kept[flipped])[::-1]]
 
 
 def _checked(state: Any) -> tuple[list[list[int]], int]:

@@ -12,8 +12,9 @@ number of ranks there is then (:class:`hvdloss.data.Epoch`).
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +26,7 @@ __all__ = [
     "Contiguous",
     "Dirichlet",
     "Grouped",
+    "Rule",
     "Sharding",
     "Shuffled",
     "Stratified",
@@ -42,8 +44,19 @@ def whole(name: str, value: Any, least: int) -> int:
     return int(value)
 
 
-class Sharding:
-    """A rule that shares samples out over ranks; a subclass overrides :meth:`order` or :meth:`split`.
+class Run(Protocol):
+    """A run of samples: sample numbers (int64), or :class:`hvdloss.data.pieces.Pieces` of files."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, samples: slice, /) -> Any: ...
+
+
+Samples = TypeVar("Samples", bound=Run)
+
+
+class Rule(ABC, Generic[Samples]):
+    """What shares samples out over ranks, whatever stands for them.
 
     Args:
         samples: how many the data set has.
@@ -64,24 +77,28 @@ class Sharding:
         ):
             raise ConfigError(f"shares={list(shares or ())!r} must be finite, at least 0, and not all 0")
 
-    def random(self, *of: int) -> np.random.Generator:
-        """Return random numbers that depend on the seed and on `of` alone."""
-        return np.random.default_rng([self.seed, *of])
+    @abstractmethod
+    def order(self, epoch: int) -> Samples:
+        """Return the samples of an epoch in the order in which ranks are to see them."""
 
-    def order(self, epoch: int) -> Indices:
-        """Return the samples of an epoch, int64, in the order in which ranks are to see them."""
-        return np.arange(self.samples, dtype=np.int64)
-
-    def split(self, indices: Indices, ranks: int, epoch: int, part: int = 0) -> list[Indices]:
-        """Share `indices` out over ranks: int64 arrays, disjoint as entries, together all of them.
+    @abstractmethod
+    def split(self, samples: Samples, ranks: int, epoch: int, part: int = 0) -> list[Samples]:
+        """Share `samples` out over ranks: disjoint, together all of them.
 
         Args:
-            indices: what there is to share out, in the epoch's order: all of it, or what is left.
+            samples: what there is to share out, in the epoch's order: all of it, or what is left.
             ranks: how many get some.
             epoch: of the data.
             part: how often the epoch was shared out before.
         """
-        return [piece.copy() for piece in np.split(indices, np.cumsum(self.sizes(len(indices), ranks))[:-1])]
+
+    @abstractmethod
+    def rest(self, left: Sequence[Samples], epoch: int) -> Samples:
+        """Return what ranks have left of an epoch, in an order that depends on nothing else."""
+
+    def random(self, *of: int) -> np.random.Generator:
+        """Return random numbers that depend on the seed and on `of` alone."""
+        return np.random.default_rng([self.seed, *of])
 
     def sizes(self, samples: int, ranks: int) -> Indices:
         """Return how many of so many samples each rank gets, by :attr:`shares`.
@@ -95,13 +112,7 @@ class Sharding:
             )
         return apportion(samples, np.ones(ranks) if self.shares is None else np.array(self.shares))
 
-    def _turns(self, samples: int, ranks: int) -> Indices:
-        """Return whose turn each sample is: a rank's turns are spread evenly, ties go to the lower rank."""
-        sizes = self.sizes(samples, ranks)
-        at = np.concatenate([(np.arange(size) + 0.5) / max(size, 1) for size in sizes])
-        return np.repeat(np.arange(ranks), sizes)[np.argsort(at, kind="stable")]
-
-    def shards(self, ranks: int, epoch: int = 0) -> list[Indices]:
+    def shards(self, ranks: int, epoch: int = 0) -> list[Samples]:
         """Return every rank's samples of an epoch, in order.
 
         Raises:
@@ -118,6 +129,43 @@ class Sharding:
                 value = hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()[:16]
             out[name.lstrip("_")] = value
         return out
+
+
+class Sharding(Rule[Indices]):
+    """A rule for samples that are numbered; a subclass overrides :meth:`order` or :meth:`split`.
+
+    Args:
+        samples, seed, shares: see :class:`Rule`.
+
+    Raises:
+        ConfigError: an argument that cannot be used.
+    """
+
+    def order(self, epoch: int) -> Indices:
+        """Return the samples of an epoch, int64, in the order in which ranks are to see them."""
+        return np.arange(self.samples, dtype=np.int64)
+
+    def split(self, indices: Indices, ranks: int, epoch: int, part: int = 0) -> list[Indices]:
+        """Share `indices` out over ranks: int64 arrays, disjoint as entries, together all of them."""
+        return [piece.copy() for piece in np.split(indices, np.cumsum(self.sizes(len(indices), ranks))[:-1])]
+
+    def rest(self, left: Sequence[Indices], epoch: int) -> Indices:
+        """Return what is left in the epoch's order; one drawn several times, as often as it is left."""
+        kept = np.bincount(np.concatenate(left), minlength=self.samples)
+        # From the end: of a sample's draws the last ones are left.
+        order = self.order(epoch)
+        later = np.zeros(len(order), np.int64)
+        flipped = order[::-1]
+        by_sample = np.argsort(flipped, kind="stable")
+        starts = np.flatnonzero(np.diff(flipped[by_sample], prepend=-1))
+        later[by_sample] = np.arange(len(flipped)) - np.repeat(starts, np.diff([*starts, len(flipped)]))
+        return order[(later < kept[flipped])[::-1]]
+
+    def _turns(self, samples: int, ranks: int) -> Indices:
+        """Return whose turn each sample is: a rank's turns are spread evenly, ties go to the lower rank."""
+        sizes = self.sizes(samples, ranks)
+        at = np.concatenate([(np.arange(size) + 0.5) / max(size, 1) for size in sizes])
+        return np.repeat(np.arange(ranks), sizes)[np.argsort(at, kind="stable")]
 
 
 class Contiguous(Sharding):

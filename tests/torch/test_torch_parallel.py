@@ -39,6 +39,11 @@ def test_metrics(case: Case, request):
     case.check(request)
 
 
+@parallel_cases("torch_stream", [("gloo", 2), *more(("gloo", 3), ("mpi", 2))], group="torch")
+def test_streams(case: Case, request: pytest.FixtureRequest) -> None:
+    case.check(request)
+
+
 @parallel_cases("torch_data", [("gloo", 2), ("gloo", 3)], group="torch")
 def test_data(case: Case, request):
     case.check(request)

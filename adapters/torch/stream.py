@@ -1,0 +1,257 @@
+"""Batches of data that is read as a stream: files larger than memory, and iterables of any length."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from hvdloss.communicator import rank_and_size
+from hvdloss.data import Epoch, RowGroups, Source
+from hvdloss.data.sharding import whole
+from hvdloss.data.stream import LaneItems, Turns, opened, read_batches
+from hvdloss.errors import ConfigError, DataError, UsageError
+from hvdloss.torch._backend import hvd
+from hvdloss.torch.ops import communicator_of
+from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
+from torch.utils.data._utils.collate import default_convert
+
+__all__ = ["StreamLoader"]
+
+_OURS = ("batch_size", "batch_sampler", "sampler", "shuffle", "drop_last", "dataset")
+_ROOM = 1 << 20  # bytes for a position
+
+
+class StreamLoader:
+    """Batches of this rank's part of files, or of an iterable, each row or item on exactly one rank.
+
+    Files (:class:`hvdloss.data.Parquet`, ``Csv``, ``NumpyFiles``) are read a row group at a time, one
+    ahead, and never held whole. Their number of rows is known, so all ranks give the same number of
+    batches, those that are through without rows. Batches are dicts of tensors by column, or what
+    `collate_fn` makes of the columns::
+
+        data = hvdloss.data.Parquet("data/", columns=["x", "y"])
+        loader = hvd.StreamLoader(data, batch_size=256, collate_fn=lambda c: (c["x"], c["y"]))
+
+    An iterable of unknown length is gone through by every rank (and worker), which take its items in turns:
+    it must give the same items in the same order everywhere. Ranks may end at different steps, so loop over
+    ``hvd.uneven(loader, optimizer)``.
+
+    Iterating again is the next epoch. The position is a small dict: an epoch goes on in the middle, on
+    another number of ranks (and workers) too.
+
+    Args:
+        data: a :class:`hvdloss.data.Source`; or an iterable, such as an ``IterableDataset``, of samples.
+        batch_size: rows of one rank in one step.
+        sharding: of files: :class:`hvdloss.data.RowGroups`; None for shuffled ones with seed 0.
+        process_set: the ranks; None for all.
+        collate_fn: makes a batch: from a dict of NumPy arrays (files; also from arrays without rows), by
+            default the same as tensors; or from a list of items, by default as ``DataLoader`` does.
+        options: of ``torch.utils.data.DataLoader``: ``num_workers`` (each reads a part of its own),
+            ``persistent_workers``, ``pin_memory``, ``prefetch_factor``, ...
+
+    Raises:
+        ConfigError: an argument that cannot be used.
+        DataError: a file cannot be read, naming it and the row group; of the constructor on every rank, and
+            in a loop over ``hvd.uneven`` too.
+        AgreementError: ranks see other files.
+
+    Collectives: of files, one gather in the constructor. ``state_dict()`` of an iterable, one gather.
+    """
+
+    def __init__(
+        self,
+        data: Source | Iterable[Any],
+        batch_size: int,
+        *,
+        sharding: RowGroups | None = None,
+        process_set: Any = None,
+        collate_fn: Callable[[Any], Any] | None = None,
+        **options: Any,
+    ) -> None:
+        taken = [name for name in _OURS if name in options]
+        if taken:
+            raise ConfigError(f"{', '.join(taken)}: StreamLoader has its own; leave it out")
+        self.batch_size = whole("batch_size", batch_size, 1)
+        self.rank, self.ranks = rank_and_size(hvd, process_set)
+        self._communicator = communicator_of(process_set or hvd.global_process_set)
+        self.lanes = max(1, whole("num_workers", options.get("num_workers", 0), 0))
+        self.data = data
+        self._turns: Turns | None = None  # of files
+        # Steps of this epoch, items of this rank's lanes, and whether they are through.
+        self._given, self._taken, self._over = 0, [0] * self.lanes, False
+        if isinstance(data, Source):
+            self.sharding: RowGroups | None = opened(data, sharding, self._communicator)
+            self._begin(Epoch(self.sharding, self.ranks * self.lanes))
+        else:
+            if sharding is not None:
+                raise ConfigError("sharding= is of files; the items of an iterable are dealt out in turns")
+            self.sharding = None
+            self._begin(LaneItems())
+        self._running = False
+        self._lane = _Lane(self, collate_fn)
+        self._loader = DataLoader(self._lane, batch_size=None, collate_fn=_same, **options)
+
+    # -- position ---------------------------------------------------------------------------------
+
+    def mark(self) -> Any:
+        """Return what :meth:`state_dict` makes the position of now from, later; no collective."""
+        return self._given, self._over, list(self._taken)
+
+    def state_dict(self, mark: Any = None) -> dict[str, Any]:
+        """Return the position, the same on all ranks; JSON-able. The batch last given counts as used.
+
+        Args:
+            mark: of an earlier position in this loop, from :meth:`mark`; None for the present one.
+
+        Collectives: none of files; one gather of an iterable, so all ranks must call it.
+        """
+        given, over, taken = self.mark() if mark is None else mark
+        if self._turns is not None:
+            reached = copy.copy(self._turns.epoch)
+            reached.take(self._turns.taken(given))
+            return reached.state()
+        told = json.dumps([over, taken]).encode()
+        heard = [json.loads(text) for text in self._communicator.gather(told, "hvdloss.stream.position")]
+        if all(over for over, _ in heard):
+            return LaneItems(epoch=self._items.number + 1).state()
+        return self._items.state([count for _, taken in heard for count in taken])
+
+    def load_state_dict(self, state: Any) -> None:
+        """Go on from a position, with whatever number of ranks and workers there is now.
+
+        Raises:
+            ConfigError: no position, or one of other data or another sharding; nothing is changed then.
+            UsageError: in the middle of a loop.
+        """
+        if self._running:
+            raise UsageError("load_state_dict() in a loop over this StreamLoader; leave the loop first")
+        if self.sharding is not None:
+            self._begin(Epoch.of(self.sharding, state, self.ranks * self.lanes))
+        else:
+            self._begin(LaneItems.after(state))
+
+    def _begin(self, position: Epoch[Any] | LaneItems) -> None:
+        """Begin at a position."""
+        if isinstance(position, LaneItems):
+            self._items = position
+        else:
+            self._turns = Turns(position, self.lanes, self.batch_size)
+        self._given, self._taken, self._over = 0, [0] * self.lanes, False
+
+    def _go_on(self) -> None:
+        """Begin what is left of this epoch, or the next one."""
+        if self.sharding is not None:
+            lanes = self.ranks * self.lanes
+            epoch = Epoch.of(self.sharding, self.state_dict(), lanes)
+            if epoch.over and self.sharding.samples:
+                epoch = Epoch(self.sharding, lanes, epoch.number + 1)
+            self._begin(epoch)
+        elif self._over:
+            self._begin(LaneItems(epoch=self._items.number + 1))
+        elif any(self._taken):
+            raise UsageError(
+                "the loop over this StreamLoader was left before its end, and where ranks stand is told by "
+                "them all: call loader.load_state_dict(loader.state_dict()) on every rank to go on with the "
+                "rest of the epoch"
+            )
+
+    # -- batches ----------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        """Return how many steps this epoch still has, or the next one if it is over; equal on all ranks.
+
+        Raises:
+            TypeError: nobody knows how long an iterable is.
+        """
+        if self._turns is None or self.sharding is None:
+            raise TypeError("the length of an iterable is not known")
+        left = self._turns.steps - self._given
+        if left or not self.sharding.samples:
+            return left
+        following = Epoch(self.sharding, self.ranks * self.lanes, self._turns.epoch.number + 1)
+        return Turns(following, self.lanes, self.batch_size).steps
+
+    def __iter__(self) -> Iterator[Any]:
+        """Give what is left of this epoch, or the next one."""
+        if self._running:
+            raise UsageError("this StreamLoader is being iterated over already; make another one")
+        self._go_on()
+        self._running = True
+        batches: Any = None
+        try:
+            turns = self._turns
+            self._lane.begin(self._items.state() if turns is None else turns.epoch.state())
+            batches = iter(self._loader)
+            for told in batches:
+                if told is None:  # a lane that is through, while others are not
+                    continue
+                lane, count, batch = told
+                self._given += 1
+                self._taken[lane] += count
+                yield batch
+            if turns is None:
+                self._over = True
+                return
+            for _ in range(turns.steps - self._given):
+                self._given += 1
+                yield self._lane.without_rows()
+        except DataError as error:
+            # A worker's comes with its traceback as text, of which the last line is the message.
+            raise DataError(str(error).rsplit("DataError: ", 1)[-1].strip()) from error
+        finally:
+            self._running = False
+            if batches is not None and not self._loader.persistent_workers:
+                del batches  # ends workers that are reading ahead
+
+
+class _Lane(IterableDataset[Any]):
+    """What a rank, or each of its workers, reads; a copy of it lives in every worker."""
+
+    def __init__(self, loader: StreamLoader, collate: Callable[[Any], Any] | None) -> None:
+        self.data, self.sharding = loader.data, loader.sharding
+        self.rank, self.ranks, self.lanes = loader.rank, loader.ranks, loader.lanes
+        self.batch_size, self.collate = loader.batch_size, collate
+        # Workers that stay see a new position here.
+        self._state = torch.zeros(_ROOM, dtype=torch.uint8).share_memory_()
+
+    def begin(self, state: dict[str, Any]) -> None:
+        """Have lanes begin at a position."""
+        text = json.dumps(state).encode()
+        if len(text) >= _ROOM:
+            raise ConfigError(f"state: a position of {len(text)} bytes; the epoch was gone on with too often")
+        self._state[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        self._state[len(text)] = 0
+
+    def _batch(self, columns: Any) -> Any:
+        return default_convert(columns if self.collate is None else self.collate(columns))
+
+    def without_rows(self) -> Any:
+        """Return a batch without rows."""
+        return self._batch(self.data.empty())
+
+    def __iter__(self) -> Iterator[tuple[int, int, Any] | None]:
+        info = get_worker_info()
+        own = 0 if info is None else info.id
+        lane, lanes = self.rank * self.lanes + own, self.ranks * self.lanes
+        text = self._state.numpy().tobytes()
+        state = json.loads(text[: text.index(0)])
+        if self.sharding is None:
+            items = LaneItems.after(state).of(self.data, lanes, lane)
+            while batch := list(itertools.islice(items, self.batch_size)):
+                yield own, len(batch), (self.collate or default_collate)(batch)
+            return
+        epoch: Epoch[Any] = Epoch.of(self.sharding, state, lanes)
+        turns = Turns(epoch, self.lanes, self.batch_size)
+        mine = epoch.left[lane]
+        for columns in read_batches(self.data, self.sharding, epoch.number, mine, self.batch_size):
+            yield own, 0, self._batch(columns)
+        for _ in range(turns.rounds - int(turns.batches[self.rank, own])):
+            yield None  # DataLoader asks workers in turns only while all give something
+
+
+def _same(batch: Any) -> Any:
+    return batch

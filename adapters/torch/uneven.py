@@ -1,0 +1,89 @@
+"""Loops over data of which ranks have different amounts, and nobody knows how much."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+import torch
+from hvdloss.control.period import SyncPeriod
+from hvdloss.data.uneven import Uneven
+from hvdloss.errors import ConfigError
+from hvdloss.torch.ops import communicator_of
+
+__all__ = ["uneven"]
+
+Batch = TypeVar("Batch")
+
+
+class _Signals:
+    """What ranks tell each other in the ledgers of an optimizer's steps."""
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+
+    @property
+    def patience(self) -> int:
+        period = self.engine.controller.act(SyncPeriod)
+        return self.engine.passes * (1 if period is None else period.period)
+
+    @property
+    def heard(self) -> tuple[int, bool]:
+        return self.engine.heard
+
+    def tell(self, more: bool, error: BaseException | None = None) -> None:
+        self.engine.more, self.engine.error = more, error
+
+
+def _array(value: Any) -> tuple[str, list[int]] | None:
+    if not isinstance(value, torch.Tensor):
+        return None
+    return str(value.dtype).removeprefix("torch."), list(value.shape)
+
+
+def _make(kind: str, shape: list[int]) -> torch.Tensor:
+    return torch.zeros(shape, dtype=getattr(torch, kind))
+
+
+def uneven(batches: Iterable[Batch], optimizer: Any) -> Uneven[Batch]:
+    """Give this rank's batches, and then batches without rows until every rank is through.
+
+    Ranks may have any number of batches, known or not, also none. All make the same number of steps, each
+    of which is exact for the samples there are::
+
+        for x, y in hvd.uneven(loader, optimizer):
+            optimizer.zero_grad()
+            objective(model(x), y).backward()
+            optimizer.step()
+
+    Whether a rank has more is told in the ledgers of the steps, for which it reads one batch ahead. With
+    accumulation (``backward_passes_per_step``) and local steps the loop ends with the step, or exchange,
+    after which no rank has more. If a rank's batches raise, its last step's batches are still used; in the
+    next step every rank raises the same error, and nothing is updated. The model must bear batches without
+    rows, as with :class:`ShardedLoader`.
+
+    Args:
+        batches: a ``DataLoader``, :class:`StreamLoader`, or any iterable of tensors in tuples, lists, dicts.
+        optimizer: from :func:`DistributedOptimizer`, with an objective; its ``step()`` is called in the loop.
+
+    Returns:
+        An iterable; with ``state_dict()`` and ``load_state_dict(state)`` if `batches` has them: the position
+        in which the batch given last is used, and the one read ahead is not.
+
+    Raises:
+        ConfigError: an argument that cannot be used.
+        DataError: a rank could not read a file, on every rank.
+        RankError: a rank's batches raised something else, on every rank.
+        UsageError: no step is made in the loop.
+
+    Collectives: none per step. When it is first iterated over, two small gathers.
+    """
+    engine = getattr(optimizer, "_hvdloss", None)
+    if engine is None:
+        raise ConfigError(
+            f"optimizer={type(optimizer).__name__} is not from hvdloss.torch.DistributedOptimizer with an "
+            f"objective, in whose steps ranks tell whether they have more"
+        )
+    return Uneven(
+        batches, _Signals(engine), lambda: communicator_of(engine.process_set), array=_array, make=_make
+    )

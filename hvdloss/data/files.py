@@ -1,0 +1,463 @@
+"""Data that lies in files, in parts that are read one at a time: Parquet, CSV, NumPy arrays.
+
+A source knows its files' parts and how many rows each has, and reads one part into NumPy arrays. Which
+rank reads which part, and in which order, is said by :class:`hvdloss.data.RowGroups`. Files that are
+missing, damaged or changed while they are in use are a :class:`hvdloss.errors.DataError` that names the
+file and the part.
+"""
+
+from __future__ import annotations
+
+import csv
+import glob
+import hashlib
+import io
+import json
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hvdloss.data.sharding import whole
+from hvdloss.errors import ConfigError, DataError
+
+__all__ = ["Csv", "NumpyFiles", "Parquet", "Part", "Source"]
+
+Columns = dict[str, npt.NDArray[Any]]
+Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a source.
+
+    Attributes:
+        file: where it lies.
+        label: what it is there, as messages call it.
+        rows: how many it has.
+        place: where in the file: a row group's number, or first and end byte or row.
+    """
+
+    file: str
+    label: str
+    rows: int
+    place: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.file}, {self.label}"
+
+
+def _pyarrow(what: str) -> Any:
+    """Import pyarrow, or say how to get it."""
+    try:
+        import pyarrow
+    except ImportError as error:
+        raise ConfigError(f"{what} files are read by pyarrow: pip install 'hvdloss[data]'") from error
+    return pyarrow
+
+
+def _listed(paths: Paths, endings: tuple[str, ...]) -> list[str]:
+    """Return the files that `paths` name: files, folders, patterns.
+
+    Raises:
+        DataError: there is none.
+    """
+    given = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+    out: list[str] = []
+    for one in (os.fspath(each) for each in given):
+        if os.path.isdir(one):
+            inside = [str(p) for p in sorted(Path(one).rglob("*")) if p.name.endswith(endings)]
+            if not inside:
+                raise DataError(f"{one}: the folder has no {' or '.join(endings)} file")
+            out += inside
+        elif glob.has_magic(one) and not os.path.exists(one):
+            found = sorted(glob.glob(one, recursive=True))
+            if not found:
+                raise DataError(f"{one}: no file has such a name")
+            out += found
+        else:
+            out.append(one)
+    if not out:
+        raise ConfigError(f"paths={paths!r} name no file")
+    return out
+
+
+def _stamp(file: str) -> tuple[int, int, int]:
+    """Return what changes when a file does: size, time of the last change, inode."""
+    found = os.stat(file)
+    return found.st_size, found.st_mtime_ns, found.st_ino
+
+
+class Source(ABC):
+    """Columns of rows, in parts that are read one at a time.
+
+    Making one touches no file; :meth:`open`, and whatever needs the files' shape, looks at them once. A
+    source can be pickled, for worker processes.
+
+    Raises:
+        DataError: a file is missing, damaged, or was changed since it was opened.
+    """
+
+    _stamps: dict[str, tuple[int, int, int]]
+
+    @abstractmethod
+    def _find(self) -> list[Part]:
+        """Look at the files, and return their parts."""
+
+    @abstractmethod
+    def _read(self, part: Part) -> Columns:
+        """Read a part."""
+
+    @abstractmethod
+    def _nothing(self) -> Columns:
+        """Return every column without rows."""
+
+    def open(self) -> Source:
+        """Look at the files, once; return the source."""
+        _ = self.parts
+        return self
+
+    @cached_property
+    def parts(self) -> list[Part]:
+        """The parts, in order."""
+        self._stamps = {}
+        return self._find()
+
+    @property
+    def rows(self) -> list[int]:
+        """How many rows each part has."""
+        return [part.rows for part in self.parts]
+
+    def __len__(self) -> int:
+        """Return how many rows all parts have."""
+        return sum(self.rows)
+
+    def read(self, number: int) -> Columns:
+        """Read a part: one array of ``parts[number].rows`` rows per column.
+
+        Raises:
+            DataError: the file is missing, damaged, or was changed since it was opened.
+        """
+        part = self.parts[number]
+        with self._of(str(part)):
+            self._unchanged(part.file)
+            columns = self._read(part)
+            lengths = {len(column) for column in columns.values()}
+            if lengths - {part.rows}:
+                raise DataError(
+                    f"{part}: has {sorted(lengths)} rows now, and had {part.rows} when it was opened; it "
+                    f"was written to since, or is damaged"
+                )
+            self._unchanged(part.file)  # what was read is then what was there
+        return columns
+
+    def empty(self) -> Columns:
+        """Return every column without rows.
+
+        Raises:
+            DataError: see :meth:`read`.
+        """
+        with self._of(self.parts[0].file if self.parts else "the files"):
+            return {name: np.array(column) for name, column in self._nothing().items()}  # writable
+
+    def fingerprint(self) -> str:
+        """Return what is equal for the same files: names, parts, rows and columns, not their contents."""
+        told = [[os.path.basename(part.file), part.rows, *part.place] for part in self.parts]
+        kinds = {name: [str(c.dtype), list(c.shape[1:])] for name, c in self.empty().items()}
+        return hashlib.sha256(json.dumps([told, kinds]).encode()).hexdigest()[:16]
+
+    def _opened(self, file: str) -> None:
+        """Note a file as it is now."""
+        with self._of(file):
+            self._stamps[file] = _stamp(file)
+
+    def _unchanged(self, file: str) -> None:
+        if _stamp(file) != self._stamps[file]:
+            raise DataError(
+                f"{file}: was changed since it was opened, so its rows are no longer those that were shared "
+                f"out; write new data to a new file, and start the epoch again"
+            )
+
+    @contextmanager
+    def _of(self, where: str) -> Iterator[None]:
+        """Turn what reading raises into an error that says where."""
+        try:
+            yield
+        except (DataError, ConfigError):
+            raise
+        except FileNotFoundError as error:
+            raise DataError(f"{where}: there is no such file (any more)") from error
+        except (OSError, ValueError, EOFError, ArithmeticError, KeyError) as error:  # pyarrow's are of these
+            text = " ".join(str(error).split())[:300]
+            raise DataError(f"{where}: cannot be read: {type(error).__name__}: {text}") from error
+
+
+def _column(column: Any) -> npt.NDArray[Any]:
+    """Return a column of Arrow as an array; lists of one length as rows of a matrix."""
+    import pyarrow as pa
+
+    kind = column.type
+    if pa.types.is_dictionary(kind):
+        column, kind = column.cast(kind.value_type), kind.value_type
+    if isinstance(column, pa.ChunkedArray):
+        column = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+        if isinstance(column, pa.ChunkedArray):  # of no chunk
+            column = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], kind)
+    if pa.types.is_fixed_size_list(kind) and not column.null_count:
+        inside = _column(column.flatten())
+        return inside.reshape(len(column), kind.list_size, *inside.shape[1:])
+    return np.asarray(column.to_numpy(zero_copy_only=False))
+
+
+def _columns(table: Any) -> Columns:
+    return {name: _column(table.column(name)) for name in table.column_names}
+
+
+class Parquet(Source):
+    """Parquet files; their row groups are the parts.
+
+    Numbers and booleans become arrays of their dtype (integers with nulls: float64, NaN), lists of fixed
+    size rows of a matrix, strings, bytes and other lists arrays of objects.
+
+    Args:
+        paths: a file, a folder (its ``*.parquet``, in the order of their names), a pattern, or several.
+        columns: to read; None for all.
+        use_threads: decode columns in parallel.
+
+    Raises:
+        ConfigError: pyarrow is not installed, or a column is not in the files.
+        DataError: see :class:`Source`.
+    """
+
+    def __init__(
+        self, paths: Paths, columns: Sequence[str] | None = None, *, use_threads: bool = True
+    ) -> None:
+        _pyarrow("Parquet")
+        self._metadata: dict[str, Any] = {}
+        self.paths, self.use_threads = paths, use_threads
+        self.columns = None if columns is None else list(columns)
+
+    def _find(self) -> list[Part]:
+        import pyarrow.parquet as pq
+
+        out: list[Part] = []
+        first: Any = None
+        self._metadata = {}
+        for file in _listed(self.paths, (".parquet", ".pq")):
+            self._opened(file)
+            with self._of(file), pq.ParquetFile(file) as opened:
+                schema, found = opened.schema_arrow, opened.metadata
+                self._metadata[file] = found
+                missing = [name for name in self.columns or () if name not in schema.names]
+                if missing:
+                    raise ConfigError(f"columns: {file} has no {missing}, but {schema.names}")
+                schema = schema.remove_metadata()
+                first = first or schema
+                if not schema.equals(first):
+                    raise DataError(f"{file}: has other columns or types than {out[0].file}: {schema}")
+                out += [
+                    Part(file, f"row group {n}", found.row_group(n).num_rows, (n,))
+                    for n in range(found.num_row_groups)
+                ]
+        self._schema = first
+        return out
+
+    def _read(self, part: Part) -> Columns:
+        import pyarrow.parquet as pq
+
+        # Opened anew, since several threads may read, but without looking for the row groups again.
+        with pq.ParquetFile(part.file, metadata=self._metadata[part.file]) as opened:
+            return _columns(
+                opened.read_row_group(part.place[0], columns=self.columns, use_threads=self.use_threads)
+            )
+
+    def _nothing(self) -> Columns:
+        table = self._schema.empty_table()
+        return _columns(table if self.columns is None else table.select(self.columns))
+
+
+class Csv(Source):
+    """CSV files; runs of whole lines are the parts. Opening one reads it once, to count lines.
+
+    A value must not have a line break in it. Types are found in the first part, and hold for all.
+
+    Args:
+        paths: a file, a folder (its ``*.csv``), a pattern, or several.
+        columns: to read; None for all.
+        types: by column, as Arrow names them (``"float64"``, ``"string"``); others are found.
+        delimiter: between values.
+        names: of the columns, for files without a first line that names them.
+        part_bytes: of a part, about.
+
+    Raises:
+        ConfigError: pyarrow is not installed, or an argument that cannot be used.
+        DataError: see :class:`Source`.
+    """
+
+    def __init__(
+        self,
+        paths: Paths,
+        columns: Sequence[str] | None = None,
+        *,
+        types: Mapping[str, str] | None = None,
+        delimiter: str = ",",
+        names: Sequence[str] | None = None,
+        part_bytes: int = 16 << 20,
+    ) -> None:
+        _pyarrow("CSV")
+        self.paths, self.delimiter = paths, delimiter
+        self.columns = None if columns is None else list(columns)
+        self.types = dict(types or {})
+        self.names = None if names is None else list(names)
+        self.part_bytes = whole("part_bytes", part_bytes, 1)
+
+    def _find(self) -> list[Part]:
+        out: list[Part] = []
+        self._names = self.names or []
+        for file in _listed(self.paths, (".csv",)):
+            self._opened(file)
+            with self._of(file), open(file, "rb") as opened:
+                if self.names is None:
+                    line = opened.readline()
+                    header = next(csv.reader(io.StringIO(line.decode()), delimiter=self.delimiter), [])
+                    if self._names and header != self._names:
+                        raise DataError(f"{file}: its first line names {header}, but others' {self._names}")
+                    self._names = header
+                for start, end, rows in _lines(opened, self.part_bytes):
+                    out.append(Part(file, f"bytes {start} to {end}", rows, (start, end)))
+        missing = [name for name in [*(self.columns or ()), *self.types] if name not in self._names]
+        if missing:
+            raise ConfigError(f"columns or types: the files have no {missing}, but {self._names}")
+        self._kinds: dict[str, Any] = {}
+        if out:
+            with self._of(str(out[0])):
+                self._kinds = {field.name: field.type for field in self._table(out[0]).schema}
+        return out
+
+    def _table(self, part: Part) -> Any:
+        import pyarrow as pa
+        from pyarrow import csv as reader
+
+        with open(part.file, "rb") as opened:
+            opened.seek(part.place[0])
+            text = opened.read(part.place[1] - part.place[0])
+        kinds = {name: pa.type_for_alias(kind) for name, kind in self.types.items()}
+        return reader.read_csv(
+            pa.BufferReader(text),
+            read_options=reader.ReadOptions(column_names=self._names),
+            parse_options=reader.ParseOptions(delimiter=self.delimiter),
+            convert_options=reader.ConvertOptions(
+                column_types={**self._kinds, **kinds}, include_columns=self.columns or []
+            ),
+        )
+
+    def _read(self, part: Part) -> Columns:
+        return _columns(self._table(part))
+
+    def _nothing(self) -> Columns:
+        import pyarrow as pa
+
+        return {name: _column(pa.array([], kind)) for name, kind in self._kinds.items()}
+
+
+def _lines(opened: io.BufferedReader, part_bytes: int) -> Iterator[tuple[int, int, int]]:
+    """Give runs of whole lines from here on: first and end byte, and how many lines are not empty."""
+    start = opened.tell()
+    while text := opened.read(part_bytes):
+        text += opened.readline()  # to the end of the last line
+        breaks = np.flatnonzero(np.frombuffer(text, np.uint8) == 10)
+        lengths = np.diff(breaks, prepend=-1) - 1
+        # A line that ends in \r\n has one character more; only that is left of an empty one.
+        alone = lengths == 1
+        if alone.any():
+            before = np.frombuffer(text, np.uint8)[breaks[alone] - 1]
+            lengths[np.flatnonzero(alone)[before == 13]] = 0
+        rows = int((lengths > 0).sum()) + (not text.endswith(b"\n"))
+        end = start + len(text)
+        if rows:
+            yield start, end, rows
+        start = end
+
+
+class NumpyFiles(Source):
+    """Arrays in ``.npy`` files, one per column, all of the same number of rows; runs of rows are the parts.
+
+    They are read as memory maps are, a part at a time, but into memory: a file that is cut off meanwhile is
+    an error, and not the end of the process. Nothing is unpickled.
+
+    Args:
+        files: by column, the file.
+        part_rows: rows of a part; None for so many that a part has about 16 MiB.
+
+    Raises:
+        ConfigError: arrays of different lengths, of Fortran order, or of objects.
+        DataError: see :class:`Source`.
+    """
+
+    def __init__(self, files: Mapping[str, str | os.PathLike[str]], *, part_rows: int | None = None) -> None:
+        self.files = {name: os.fspath(file) for name, file in files.items()}
+        if not self.files:
+            raise ConfigError("files={} names no array")
+        self.part_rows = None if part_rows is None else whole("part_rows", part_rows, 1)
+
+    def _find(self) -> list[Part]:
+        self._heads: dict[str, tuple[int, Any, tuple[int, ...]]] = {}
+        rows = {}
+        for name, file in self.files.items():
+            self._opened(file)
+            with self._of(file), open(file, "rb") as opened:
+                version = np.lib.format.read_magic(opened)
+                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else None
+                shape, fortran, kind = (read or np.lib.format.read_array_header_2_0)(opened)
+                if fortran or kind.hasobject or not shape:
+                    raise ConfigError(
+                        f"files={{{name!r}: {file!r}}}: an array of shape {shape} and dtype {kind}, "
+                        f"{'Fortran' if fortran else 'C'} order; save one with rows of numbers in C order "
+                        f"(numpy.ascontiguousarray)"
+                    )
+                self._heads[name] = (opened.tell(), kind, shape[1:])
+                rows[name] = shape[0]
+                needed = opened.tell() + kind.itemsize * int(np.prod(shape, dtype=np.int64))
+                if self._stamps[file][0] < needed:
+                    raise DataError(
+                        f"{file}: has {self._stamps[file][0]} bytes, but an array of shape {shape} and dtype "
+                        f"{kind} needs {needed}; it was cut off"
+                    )
+        if len(set(rows.values())) > 1:
+            raise ConfigError(f"files: arrays have different numbers of rows: {rows}")
+        total = next(iter(rows.values()))
+        row_bytes = sum(
+            kind.itemsize * int(np.prod(shape, dtype=np.int64)) for _, kind, shape in self._heads.values()
+        )
+        step = self.part_rows or max(1, (16 << 20) // max(row_bytes, 1))
+        first = next(iter(self.files.values()))
+        return [
+            Part(first, f"rows {start} to {min(start + step, total)}", min(step, total - start), (start,))
+            for start in range(0, total, step)
+        ]
+
+    def _read(self, part: Part) -> Columns:
+        out: Columns = {}
+        for name, (head, kind, shape) in self._heads.items():
+            file = self.files[name]
+            with self._of(f"{file}, {part.label}"):
+                self._unchanged(file)
+                each = int(np.prod(shape, dtype=np.int64))
+                with open(file, "rb") as opened:
+                    opened.seek(head + part.place[0] * each * kind.itemsize)
+                    flat = np.fromfile(opened, kind, part.rows * each)
+                if len(flat) < part.rows * each:
+                    raise DataError(f"{file}, {part.label}: the file ends before them; it was cut off")
+                self._unchanged(file)
+            out[name] = flat.reshape(part.rows, *shape)
+        return out
+
+    def _nothing(self) -> Columns:
+        return {name: np.zeros((0, *shape), kind) for name, (_, kind, shape) in self._heads.items()}

@@ -1,0 +1,202 @@
+"""Ranks that run out of batches keep contributing nothing until all are through.
+
+Whether a rank has more rides in the ledger of every step, so all ranks know after a step whether there is
+another one, without a word more. A rank looks one batch ahead to know it; what goes wrong in doing so is
+told the same way, and raised on every rank in its next step.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Generic, Protocol, TypeVar
+
+from hvdloss.agreement import raise_together
+from hvdloss.communicator import Communicator
+from hvdloss.errors import ConfigError, UsageError
+
+__all__ = ["Signals", "Uneven", "structure", "without_rows"]
+
+Batch = TypeVar("Batch")
+_END = object()
+
+
+class Signals(Protocol):
+    """What an optimizer lets its ranks tell each other in their ledgers."""
+
+    @property
+    def patience(self) -> int:
+        """After so many batches at the latest ranks have exchanged a ledger."""
+
+    @property
+    def heard(self) -> tuple[int, bool]:
+        """How many exchanges there were, and whether a rank had more by the last one."""
+
+    def tell(self, more: bool, error: BaseException | None = None) -> None:
+        """Say in the next exchange whether this rank has more batches, or why it cannot go on."""
+
+
+class Uneven(Generic[Batch]):
+    """An iterable of batches that ends on all ranks at once: with empty batches on those that run out.
+
+    Args:
+        batches: this rank's; any number of them, also none.
+        signals: of the optimizer that every batch's loss is for.
+        communicator: of its ranks.
+        array: tells dtype and shape of an array (a tensor) in a batch; None for what is none.
+        make: makes an array of a dtype's name and a shape.
+    """
+
+    def __init__(
+        self,
+        batches: Iterable[Batch],
+        signals: Signals,
+        communicator: Callable[[], Communicator],
+        *,
+        array: Callable[[Any], tuple[str, Sequence[int]] | None],
+        make: Callable[[str, list[int]], Any],
+    ) -> None:
+        try:
+            iter(batches)
+        except TypeError:
+            raise ConfigError(f"batches={type(batches).__name__} cannot be iterated over") from None
+        self.batches, self._signals, self._communicator = batches, signals, communicator
+        self._array, self._make = array, make
+        self._template: Any = _END
+        self._position: Any = None
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Give this rank's batches, then empty ones until every rank is through."""
+        signals = self._signals
+        batches = iter(self.batches)
+        ahead, error = self._fetch(batches)
+        if self._template is _END and not self._know(ahead, error):
+            return
+        idle = 0
+        try:
+            while True:
+                own = ahead is not _END
+                given = ahead if own else self._template
+                failed = error
+                self._note()
+                if own:
+                    ahead, error = self._fetch(batches)
+                # Until a failure is to be told there is one batch more: the empty one that tells it.
+                signals.tell(ahead is not _END or error is not None, failed)
+                before = signals.heard[0]
+                yield given
+                after, more = signals.heard
+                if after != before:
+                    if failed is not None:  # all ranks were told, and went on all the same
+                        raise failed
+                    idle = 0
+                    if not more:
+                        return
+                    continue
+                idle += not own
+                if idle > signals.patience:
+                    raise UsageError(
+                        f"{idle} batches were given after this rank's own were used up, and the optimizer "
+                        f"made no step: whether other ranks have more is told in its steps. Call "
+                        f"optimizer.step() in the loop over hvd.uneven(...)"
+                    )
+        finally:
+            signals.tell(False)
+
+    def _fetch(self, batches: Iterator[Batch]) -> tuple[Any, BaseException | None]:
+        """Return the next batch, or that there is none; and what went wrong."""
+        try:
+            return next(batches), None
+        except StopIteration:
+            return _END, None
+        except Exception as error:
+            return _END, error
+
+    def _know(self, first: Any, error: BaseException | None) -> bool:
+        """Learn what a batch without rows looks like; return whether any rank has a batch at all.
+
+        Raises:
+            RankError: on every rank, where one could not read its first batch.
+
+        Collectives: two small gathers.
+        """
+        communicator = self._communicator()
+        raise_together(communicator, error, "hvdloss.uneven.first")
+        told = None if first is _END else structure(first, self._array)
+        texts = communicator.gather(json.dumps(told).encode(), "hvdloss.uneven.batch")
+        known = [one for one in map(json.loads, texts) if one is not None]
+        if not known:
+            return False
+        self._template = without_rows(known[0] if told is None else told, self._make)
+        return True
+
+    # -- position ---------------------------------------------------------------------------------
+
+    def _note(self) -> None:
+        """Keep the position behind the batch that is about to be given, before the next one is fetched."""
+        if hasattr(self.batches, "mark"):  # of ours: cheap, and no collective
+            self._position = self.batches.mark()
+        elif hasattr(self.batches, "state_dict"):
+            self._position = self.batches.state_dict()
+
+    def state_dict(self) -> Any:
+        """Return the position of the batches; the one given last counts as used, the one ahead does not.
+
+        Raises:
+            UsageError: they have none.
+        """
+        if not hasattr(self.batches, "state_dict"):
+            raise UsageError(f"{type(self.batches).__name__} has no state_dict(), so no position")
+        if self._position is None:
+            return self.batches.state_dict()
+        return self.batches.state_dict(self._position) if hasattr(self.batches, "mark") else self._position
+
+    def load_state_dict(self, state: Any) -> None:
+        """Go on from a position."""
+        load = getattr(self.batches, "load_state_dict", None)
+        if load is None:
+            raise UsageError(f"{type(self.batches).__name__} has no load_state_dict(), so no position")
+        load(state)
+        self._position = None
+
+
+# -- what a batch looks like ----------------------------------------------------------------------
+
+
+def structure(batch: Any, array: Callable[[Any], tuple[str, Sequence[int]] | None]) -> dict[str, Any]:
+    """Return what a batch is made of, as JSON: how its parts are held, and arrays' dtypes and shapes.
+
+    Args:
+        batch: arrays, whose first axis is rows, in tuples, lists and dicts; a list of anything else has one
+            entry per row.
+        array: tells an array's dtype and shape; None for what is no array.
+    """
+    found = array(batch)
+    if found is not None:
+        return {"array": [found[0], list(found[1])]}
+    if isinstance(batch, Mapping):
+        return {"dict": {str(key): structure(value, array) for key, value in batch.items()}}
+    if isinstance(batch, tuple | list):
+        parts = [structure(value, array) for value in batch]
+        if isinstance(batch, list) and not any("value" not in part for part in parts):
+            return {"list": []}  # of rows
+        return {"tuple" if isinstance(batch, tuple) else "list": parts}
+    return {"value": batch if isinstance(batch, str | int | float | bool) else None}
+
+
+def without_rows(told: Mapping[str, Any], make: Callable[[str, list[int]], Any]) -> Any:
+    """Return a batch of this :func:`structure` that has no rows.
+
+    Args:
+        told: by :func:`structure`, maybe on another rank.
+        make: makes an array of a dtype's name and a shape.
+    """
+    ((kind, value),) = told.items()
+    if kind == "array":
+        return make(value[0], [0, *value[1][1:]] if value[1] else [])
+    if kind == "dict":
+        return {key: without_rows(part, make) for key, part in value.items()}
+    if kind in ("tuple", "list"):
+        parts = [without_rows(part, make) for part in value]
+        return tuple(parts) if kind == "tuple" else parts
+    return value
