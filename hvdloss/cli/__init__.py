@@ -1,4 +1,4 @@
-"""The command line: ``hvdloss install``, ``hvdloss doctor``, ``hvdloss bench``, ``hvdloss simulate``.
+"""The command line: ``hvdloss install``, ``doctor``, ``bench``, ``explain`` and ``simulate``.
 
 Subcommands are imported when they are asked for, so that ``hvdloss --help`` and
 ``hvdloss --version`` answer at once and no command pays for another's imports.
@@ -31,6 +31,7 @@ from hvdloss._version import __version__
 _COMMANDS = {
     "bench": ("hvdloss.cli.bench", "bench", "Measure steps and all-reduces beside their peers."),
     "doctor": ("hvdloss.cli.doctor", "doctor", "Say whether training can start, and what to do."),
+    "explain": ("hvdloss.cli.explain", "explain", "Say what a trained model relies on, on all ranks."),
     "install": ("hvdloss.cli.install", "install", "Build and install Horovod for this Python."),
     "simulate": ("hvdloss.cli.simulate", "simulate", "Try a plan on ranks that are not there."),
 }

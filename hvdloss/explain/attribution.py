@@ -6,7 +6,7 @@ Sums add up over batches and ranks; the k samples that add most are found by mer
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -336,11 +336,29 @@ class LossAttribution:
 
         Collectives: none.
         """
+        self.add(lambda: prediction, target, weight, ids=ids, groups=groups, labels=labels)
+
+    def add(
+        self,
+        predict: Callable[[], Any],
+        target: Any,
+        weight: Any = None,
+        *,
+        ids: npt.ArrayLike | None = None,
+        groups: npt.ArrayLike | Mapping[str, npt.ArrayLike] | None = None,
+        labels: npt.ArrayLike | None = None,
+    ) -> None:
+        """Add a batch whose prediction is made here, so that what that raises is told to all ranks too.
+
+        Args:
+            predict: returns the prediction.
+            target, weight, ids, groups, labels: see :meth:`update`.
+        """
         if self._fault is not None:
             return
         self._batches += 1
         try:
-            self._add(prediction, target, weight, ids, groups, labels)
+            self._add(predict(), target, weight, ids, groups, labels)
         except HvdlossError as error:
             self._fault = type(error)(f"batch {self._batches}: {error}")
             self._fault.__cause__ = error

@@ -140,7 +140,7 @@ def explain_rows(
     heads = [one.note for one in tell(ranks, f"{name}.head", "rows to explain", begin)]
     equal_on_all("[rows, seed, results, explainer, ...]", [head["settings"] for head in heads])
     equal_on_all("background=", [head["background"] for head in heads])
-    equal_on_all("the number of features", [head["shape"] for head in heads], but=None)
+    equal_on_all("the shape of a row", [head["shape"] for head in heads], but=None)
     names = equal_on_all("the features' names", [head["names"] for head in heads], but=None)
     equal_on_all("the kind of ids=", [head["ids"] for head in heads], but=None)
     equal_on_all("the kind of data_ids=", [head["data_ids"] for head in heads], but=None)

@@ -491,7 +491,7 @@ def test_lime_of_ranks_is_that_of_one_process(mode):
 @pytest.mark.parametrize(
     ("change", "kind", "words"),
     [
-        ({"x": ROWS[:9, :5]}, hvdloss.AgreementError, ["features"]),
+        ({"x": ROWS[:9, :5]}, hvdloss.AgreementError, ["shape of a row", "rank 1 has [5], rank 0 has [6]"]),
         ({"predict": lambda x: 1 / 0}, hvdloss.RankError, ["rank 1", "ZeroDivisionError"]),
         ({"predict": lambda x: np.full(len(x), np.nan)}, hvdloss.NonFiniteLossError, ["rank 1", "nan"]),
         ({"seed": 2}, hvdloss.AgreementError, ["seed"]),

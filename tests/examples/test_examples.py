@@ -101,6 +101,20 @@ def test_under_horovodrun_hvdloss_is_one_process_and_plain_averaging_is_not(scri
 
 
 @launched
+@pytest.mark.skipif(not present("torch_explain", "torch"), reason="torch is not installed")
+def test_a_trained_model_is_explained_on_ranks(tmp_path):
+    import numpy as np
+
+    arguments = ["--rows", 6, "--output", tmp_path / "shap.npz"]
+    out = run([HOROVODRUN, "--gloo", "-np", 2, sys.executable, EXAMPLES / "torch_explain.py", *arguments])
+    assert "of 569 elements" in out  # of both ranks
+    assert "Hardest samples" in out
+    found = np.load(tmp_path / "shap.npz")
+    assert found["values"].shape == (6, 30, 2)
+    assert np.abs((found["values"].sum(axis=1) + found["base"]).sum(axis=1) - 1).max() < 1e-6  # probabilities
+
+
+@launched
 @pytest.mark.parametrize("size", [4, 2])
 @pytest.mark.parametrize("script", SPLIT_PRESENT)
 def test_a_split_model_is_one_process(script, size, tmp_path):

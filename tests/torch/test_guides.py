@@ -53,5 +53,17 @@ def test_data():
     assert sorted(i for shard in names["shards"] for i in shard.tolist()) == list(range(1000))
 
 
+def test_explain():
+    names = run("explain.md")
+    report, importance, shap = names["report"], names["importance"], names["shap"]
+    assert report.elements == importance.rows == 569
+    assert report.loss == pytest.approx(importance.baseline, rel=1e-12)
+    assert report.hardest[0].share > 0.1
+    assert importance.importances_mean.max() > 0.01
+    assert names["together"].features == ["size", "texture"]
+    predict = hvd.predict_function(names["model"], output=names["probability"])
+    assert abs(shap.values.sum(axis=1) + shap.base_values - predict(shap.data)).max() < 1e-6
+
+
 def _text(guide: str) -> str:
     return (DOCS / guide).read_text()

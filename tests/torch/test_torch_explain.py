@@ -1,0 +1,14 @@
+"""Attribution, permutation importance, SHAP and LIME of PyTorch models, under real ranks."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("torch")
+
+from ranks import Case, more, parallel_cases
+
+
+@parallel_cases("torch_explain", [("gloo", 3), *more(("gloo", 2))], group="explain")
+def test_explain(case: Case, request: pytest.FixtureRequest) -> None:
+    case.check(request)
