@@ -27,21 +27,31 @@ from hvdloss.keras.functions import (
     reducescatter,
 )
 from hvdloss.keras.losses import Objective
-from hvdloss.keras.metrics import merged_results
+from hvdloss.keras.metrics import merged_results, synchronized
 from hvdloss.keras.optimizer import DistributedOptimizer, PartialDistributedOptimizer
+from hvdloss.keras.rates import WarmupSchedule
+from hvdloss.keras.seeds import seed_everything
 from hvdloss.keras.sharded import ShardedCrossEntropy, ShardedDense, full_weights, load_full_weights
+from hvdloss.keras.stream import StreamDataset
 from hvdloss.keras.training import SynchronizationCallback
 from hvdloss.report import RankReport, StepReport
 from hvdloss.tensorflow.guard import check_synchronized
+from hvdloss.tensorflow.metrics import Metrics
 from hvdloss.tensorflow.sharded import ArcFace, ClassShards, CosFace, Grid, grid
+from hvdloss.tensorflow.training import BestCheckpoint, EarlyStopping, merged_value
+from hvdloss.tensorflow.uneven import uneven
+from hvdloss.training import mixup
 
 __all__ = [
     "ArcFace",
+    "BestCheckpoint",
     "ClassShards",
     "CosFace",
     "DistributedOptimizer",
+    "EarlyStopping",
     "Grid",
     "LossAttribution",
+    "Metrics",
     "Objective",
     "PartialDistributedOptimizer",
     "RankReport",
@@ -49,7 +59,9 @@ __all__ = [
     "ShardedDataset",
     "ShardedDense",
     "StepReport",
+    "StreamDataset",
     "SynchronizationCallback",
+    "WarmupSchedule",
     "allgather",
     "allreduce",
     "broadcast",
@@ -62,10 +74,15 @@ __all__ = [
     "load_full_weights",
     "load_model",
     "merged_results",
+    "merged_value",
+    "mixup",
     "permutation_importance",
     "predict_function",
     "reducescatter",
+    "seed_everything",
     "shap_values",
+    "synchronized",
+    "uneven",
 ]
 
 # What Horovod's modules for Keras show: basics, operations, process sets.

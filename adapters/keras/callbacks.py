@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,10 @@ import keras
 from hvdloss.errors import ConfigError
 from hvdloss.keras._backend import hvd
 from hvdloss.keras.metrics import merged_results, states
+from hvdloss.keras.seeds import seed_everything
 from hvdloss.keras.training import SynchronizationCallback
+from hvdloss.training.files import replace_durably, unfinished
+from hvdloss.training.seeds import seed_for
 
 __all__ = [
     "BestModelCheckpoint",
@@ -21,6 +25,7 @@ __all__ = [
     "LearningRateScheduleCallback",
     "LearningRateWarmupCallback",
     "MetricAverageCallback",
+    "SeedCallback",
     "SynchronizationCallback",
     "broadcast_variables",
 ]
@@ -253,9 +258,10 @@ class LearningRateWarmupCallback(LearningRateScheduleCallback):
 
 
 class BestModelCheckpoint(keras.callbacks.ModelCheckpoint):
-    """Saves the best model so far, on one rank only.
+    """Saves the best model so far, on one rank only, whole or not at all.
 
-    Put it after :class:`MetricAverageCallback`, so that the metrics of all ranks decide.
+    Put it after :class:`MetricAverageCallback`, so that the metrics of all ranks decide. The file is written
+    under another name and renamed when it is on disk: whoever is interrupted keeps the former one.
 
     Args:
         monitor, verbose, mode, save_freq, options: as in ``keras.callbacks.ModelCheckpoint``.
@@ -285,6 +291,44 @@ class BestModelCheckpoint(keras.callbacks.ModelCheckpoint):
         )
         self.root_rank = root_rank
 
-    def _save_model(self, *args: Any, **kwargs: Any) -> None:
-        if hvd.rank() == self.root_rank:
-            super()._save_model(*args, **kwargs)
+    def _get_file_path(self, *args: Any, **kwargs: Any) -> str:
+        return str(unfinished(super()._get_file_path(*args, **kwargs)))
+
+    def _save_model(self, epoch: int, batch: int | None, logs: Any) -> None:
+        if hvd.rank() != self.root_rank:
+            return
+        path = Path(super()._get_file_path(epoch, batch, logs))
+        new = unfinished(path)
+        new.unlink(missing_ok=True)  # of a writer that was killed
+        try:
+            super()._save_model(epoch, batch, logs)
+            if new.exists():
+                replace_durably(new, path)
+        finally:
+            new.unlink(missing_ok=True)
+
+
+class SeedCallback(keras.callbacks.Callback):
+    """Gives each rank random numbers of its own at every epoch's beginning: see :func:`seed_everything`.
+
+    Masks of dropout differ between ranks, and are the same in every rerun, and in an epoch before which
+    training was interrupted (``fit(initial_epoch=...)``).
+
+    Args:
+        seed: of the run, equal on all ranks.
+        stream: what the numbers are for.
+
+    Raises:
+        ConfigError: a negative seed.
+
+    Collectives: none.
+    """
+
+    def __init__(self, seed: int, stream: str = "training") -> None:
+        super().__init__()
+        seed_for(seed)
+        self.seed, self.stream = seed, stream
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        """Seed."""
+        seed_everything(self.seed, epoch=epoch, stream=self.stream, model=self.model)

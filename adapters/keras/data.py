@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,86 +14,40 @@ from hvdloss.data import Epoch, Sharding
 from hvdloss.data.sharding import whole
 from hvdloss.errors import ConfigError
 from hvdloss.keras._backend import hvd
+from hvdloss.training.seeds import generator_for
 
-__all__ = ["ShardedDataset"]
+__all__ = ["EpochDataset", "ShardedDataset"]
 
 
-class ShardedDataset(keras.utils.PyDataset):
-    """Batches of this rank's shard of a data set, the same number of them on every rank, for Keras's ``fit``.
+class EpochDataset(keras.utils.PyDataset):
+    """What knows which epoch of its sharding it is in, and where; ``fit`` tells it.
 
-    Shards may be uneven, or empty: ranks whose samples are used up give batches of no rows until all are
-    through, so that every rank takes every step, and the exact loss makes that right. Every epoch of
-    ``fit`` is the next epoch of the sharding, in the order of the shard whatever ``shuffle`` says. The
-    position is a small dict; an epoch goes on in the middle, on another number of ranks too::
-
-        data = hvd.ShardedDataset((x, y), Shuffled(len(x), seed=1), batch_size=32)
-        model.fit(data, epochs=5)
-
-    Keras takes the number of steps of all epochs of a ``fit`` from the first one, so what is left of an
-    interrupted epoch is a ``fit`` of its own.
-
-    Args:
-        arrays: a tuple of arrays (NumPy, memory maps, h5py) of ``sharding.samples`` rows each: x, y and
-            sample weights as ``fit`` takes them; or a function from int64 row numbers to such a tuple of
-            their rows.
-        sharding: how they are shared out (:mod:`hvdloss.data`); equal on all ranks.
-        batch_size: samples of one rank in one step.
-        process_set: the ranks; None for all.
-        options: of ``keras.utils.PyDataset``: ``workers``, ``use_multiprocessing``, ``max_queue_size``.
-
-    Raises:
-        ConfigError: an argument that cannot be used.
-
-    Collectives: none.
+    A subclass gives the batches of what is left of an epoch, by number.
     """
 
-    def __init__(
-        self,
-        arrays: Any,
-        sharding: Sharding,
-        batch_size: int,
-        *,
-        process_set: Any = None,
-        **options: Any,
-    ) -> None:
-        super().__init__(**options)
-        if not callable(arrays):
-            if not isinstance(arrays, tuple):
-                raise ConfigError(
-                    f"arrays= is a {type(arrays).__name__}; give a tuple, (x, y) or (x, y, sample_weight), "
-                    f"or a function from row numbers to one"
-                )
-            lengths = {len(a) for a in keras.tree.flatten(arrays)}
-            if lengths != {sharding.samples}:
-                raise ConfigError(
-                    f"arrays= have {sorted(lengths)} rows, but the sharding {sharding.samples}; make the "
-                    f"sharding with their length"
-                )
-        self.arrays, self.sharding, self.batch_size = arrays, sharding, whole("batch_size", batch_size, 1)
-        self.rank, self.ranks = rank_and_size(hvd, process_set)
-        self._start(Epoch(sharding, self.ranks))
+    epoch: Epoch[Any]
+    batch_size: int
+    sharding: Any
+    rank: int
+    ranks: int
+    _begun = False
 
-    def _start(self, epoch: Epoch) -> None:
+    def _start(self, epoch: Epoch[Any]) -> None:
         """Fix the batches of what is left of an epoch: ``fit`` asks for them ahead, and by number."""
         self.epoch = epoch
-        self._batches = list(epoch.batches(self.rank, self.batch_size))
+        self._steps = epoch.steps(self.batch_size)
+        # The steps of this epoch that were made before, by whatever number of ranks.
+        self._done = sum(-(-max(taken) // self.batch_size) for taken in epoch.state()["parts"])
         self._begun = False
 
     @property
     def num_batches(self) -> int:
         """How many steps this epoch has, the same on all ranks."""
-        return len(self._batches)
+        return self._steps
 
     def __len__(self) -> int:
         """Return :attr:`num_batches`."""
         return self.num_batches
-
-    def __getitem__(self, number: int) -> Any:
-        """Return a batch of this rank, by its number in what is left of the epoch."""
-        rows = self._batches[number]
-        if callable(self.arrays):
-            return self.arrays(rows)
-        return keras.tree.map_structure(lambda a: _rows(a, rows), self.arrays)
 
     def on_epoch_begin(self) -> None:
         """Go to the next epoch, if this one has begun already. Keras calls it."""
@@ -141,6 +96,88 @@ class ShardedDataset(keras.utils.PyDataset):
         """
         epoch = Epoch.of(self.sharding, state, self.ranks)
         self._start(Epoch(self.sharding, self.ranks, epoch.number + 1) if epoch.over else epoch)
+
+
+class ShardedDataset(EpochDataset):
+    """Batches of this rank's shard of a data set, the same number of them on every rank, for Keras's ``fit``.
+
+    Shards may be uneven, or empty: ranks whose samples are used up give batches of no rows until all are
+    through, so that every rank takes every step, and the exact loss makes that right. Every epoch of
+    ``fit`` is the next epoch of the sharding, in the order of the shard whatever ``shuffle`` says. The
+    position is a small dict; an epoch goes on in the middle, on another number of ranks too::
+
+        data = hvd.ShardedDataset((x, y), Shuffled(len(x), seed=1), batch_size=32)
+        model.fit(data, epochs=5)
+
+    Keras takes the number of steps of all epochs of a ``fit`` from the first one, so what is left of an
+    interrupted epoch is a ``fit`` of its own.
+
+    Args:
+        arrays: a tuple of arrays (NumPy, memory maps, h5py) of ``sharding.samples`` rows each: x, y and
+            sample weights as ``fit`` takes them; or a function from int64 row numbers to such a tuple of
+            their rows.
+        sharding: how they are shared out (:mod:`hvdloss.data`); equal on all ranks.
+        batch_size: samples of one rank in one step.
+        process_set: the ranks; None for all.
+        transform: ``(batch, rng) -> batch``: changes every batch (mixup, augmentation), with a
+            ``numpy.random.Generator`` that follows from `seed`, rank, epoch and step, also where an epoch
+            goes on in the middle.
+        seed: of `transform`'s random numbers, equal on all ranks.
+        options: of ``keras.utils.PyDataset``: ``workers``, ``use_multiprocessing``, ``max_queue_size``.
+
+    Raises:
+        ConfigError: an argument that cannot be used.
+
+    Collectives: none.
+    """
+
+    def __init__(
+        self,
+        arrays: Any,
+        sharding: Sharding,
+        batch_size: int,
+        *,
+        process_set: Any = None,
+        transform: Callable[[Any, np.random.Generator], Any] | None = None,
+        seed: int = 0,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        if transform is not None and not callable(transform):
+            raise ConfigError(f"transform={transform!r} must be a function (batch, rng) -> batch")
+        self.transform, self.seed = transform, seed
+        if not callable(arrays):
+            if not isinstance(arrays, tuple):
+                raise ConfigError(
+                    f"arrays= is a {type(arrays).__name__}; give a tuple, (x, y) or (x, y, sample_weight), "
+                    f"or a function from row numbers to one"
+                )
+            lengths = {len(a) for a in keras.tree.flatten(arrays)}
+            if lengths != {sharding.samples}:
+                raise ConfigError(
+                    f"arrays= have {sorted(lengths)} rows, but the sharding {sharding.samples}; make the "
+                    f"sharding with their length"
+                )
+        self.arrays, self.sharding, self.batch_size = arrays, sharding, whole("batch_size", batch_size, 1)
+        self.rank, self.ranks = rank_and_size(hvd, process_set)
+        self._start(Epoch(sharding, self.ranks))
+
+    def _start(self, epoch: Epoch[Any]) -> None:
+        """Fix the batches of what is left of an epoch."""
+        super()._start(epoch)
+        self._batches = list(epoch.batches(self.rank, self.batch_size))
+
+    def __getitem__(self, number: int) -> Any:
+        """Return a batch of this rank, by its number in what is left of the epoch."""
+        rows = self._batches[number]
+        if callable(self.arrays):
+            batch = self.arrays(rows)
+        else:
+            batch = keras.tree.map_structure(lambda a: _rows(a, rows), self.arrays)
+        if self.transform is None:
+            return batch
+        place = {"rank": self.rank, "epoch": self.epoch.number, "step": self._done + number}
+        return self.transform(batch, generator_for(self.seed, **place, stream="batch"))
 
 
 def _rows(array: Any, rows: np.ndarray) -> np.ndarray:

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 from typing import Any
 
 import tensorflow as tf
 
 import keras
 from hvdloss.agreement import agree
-from hvdloss.errors import ConfigError
+from hvdloss.control.period import SyncPeriod
+from hvdloss.errors import ConfigError, DataError, HvdlossError, RankError
 from hvdloss.guard import due
 from hvdloss.keras._backend import TensorFlowTrainer, Trainer
-from hvdloss.keras.data import ShardedDataset
+from hvdloss.keras.data import EpochDataset
 from hvdloss.keras.losses import ExactCompileLoss, ExactMean, Objective
 from hvdloss.keras.optimizer import as_exact_class, engine_of
 from hvdloss.plan import ParameterInfo
@@ -187,8 +189,9 @@ class _Begin(keras.callbacks.Callback):
 
     async_safe = False
 
-    def __init__(self) -> None:
+    def __init__(self, problem: str = "") -> None:
         super().__init__()
+        self.problem = problem  # of this rank's callbacks
         self.counts: list[int | None] = []
         self.done = 0
         self.training = False
@@ -224,8 +227,12 @@ class _Begin(keras.callbacks.Callback):
         self.engine.begin()
         self.engine.books.controller.prepare(self.communicator())
         steps = self.params.get("steps")
-        counts = self.communicator().gather(str(-1 if steps is None else steps).encode(), "hvdloss.steps")
-        self.counts = [None if int(text) < 0 else int(text) for text in counts]
+        told = self.communicator().gather(json.dumps([steps, self.problem]).encode(), "hvdloss.steps")
+        ranks = [json.loads(text) for text in told]
+        self.counts = [count for count, _ in ranks]
+        for rank, (_, problem) in enumerate(ranks):
+            if problem and len(ranks) > 1:
+                raise ConfigError(f"callbacks of rank {rank}: {problem}")
         self._check_whole()
 
     def _check_whole(self) -> None:
@@ -334,13 +341,42 @@ class _End(keras.callbacks.Callback):
         self.model.stop_training = bool(tf.reduce_sum(stop) > 0)
 
 
+def _apart(callbacks: Any) -> str:
+    """Return why callbacks would decide from a rank's own numbers what must be decided alike; or nothing."""
+    from hvdloss.keras.callbacks import MetricAverageCallback
+
+    merging = [i for i, one in enumerate(callbacks) if isinstance(one, MetricAverageCallback)]
+    kinds = (
+        keras.callbacks.EarlyStopping,
+        keras.callbacks.ModelCheckpoint,
+        keras.callbacks.ReduceLROnPlateau,
+    )
+    for place, one in enumerate(callbacks):
+        if not isinstance(one, kinds):
+            continue
+        if merging and place < merging[0]:
+            return (
+                f"{type(one).__name__} comes before MetricAverageCallback, so it would decide from this "
+                f"rank's own metrics; put MetricAverageCallback first"
+            )
+        # Stopping is told to all ranks; these would leave them with other models.
+        restores = getattr(one, "restore_best_weights", False)
+        if not merging and (restores or isinstance(one, keras.callbacks.ReduceLROnPlateau)):
+            what = "EarlyStopping(restore_best_weights=True)" if restores else type(one).__name__
+            return (
+                f"{what} would decide from each rank's own metrics, and leave the ranks with different "
+                f"models; put hvd.callbacks.MetricAverageCallback() before it"
+            )
+    return ""
+
+
 def _with_ours(model: Any, callbacks: Any) -> Any:
     """Return the callbacks of a ``fit``, ours around the user's."""
     if isinstance(callbacks, keras.callbacks.CallbackList):
         given = callbacks.callbacks
     else:
         given = keras.tree.flatten(callbacks) if callbacks else []
-    first = [_Begin()]
+    first = [_Begin(_apart(given))]
     last: list[Any] = [_End()]
     if not any(isinstance(one, SynchronizationCallback) for one in given):
         last.insert(0, SynchronizationCallback())
@@ -351,6 +387,41 @@ def _with_ours(model: Any, callbacks: Any) -> Any:
         callbacks.callbacks[:] = [*first, *given, *last]
         return callbacks
     return [*first, *given, *last]
+
+
+def _tell(model: Any, begin: _Begin, error: Exception, read: DataError | None) -> None:
+    """Have the other ranks of a ``fit`` know that this one cannot go on, in the step they are in.
+
+    Nothing where they know already, or are not in step with this rank.
+
+    Args:
+        model: being fitted.
+        begin: the first callback of the ``fit``.
+        error: what ended it on this rank.
+        read: what the data could not read, where that is the reason.
+
+    Raises:
+        RankError, DataError: as the other ranks do; not where all ranks failed, each with its own error.
+
+    Collectives: those of a training step, and one gather of why.
+    """
+    engine = engine_of(model.optimizer)
+    common = isinstance(error, HvdlossError) and (not isinstance(error, DataError) or bool(error.ranks))
+    if engine is None or not begin.agreed or not begin.training or common or engine.exchange.size == 1:
+        return
+    if not engine.included or not model.built:
+        return
+    period = engine.books.controller.act(SyncPeriod)
+    patience = _passes(model.optimizer) * (1 if period is None else period.period)
+    engine.books.tell(False, read or error)
+    try:
+        for _ in range(patience):
+            translated(run_idle_step, model)
+    except RankError as told:
+        if len(told.ranks) < engine.exchange.size:
+            raise told from error
+    finally:
+        engine.books.tell(False)
 
 
 # -- the layer around Keras's methods -----------------------------------------------------------------
@@ -389,11 +460,17 @@ def install() -> None:
                 raise ConfigError("pass the arguments of fit after `verbose` by name")
         kwargs["callbacks"] = _with_ours(self, kwargs.get("callbacks"))
         data = args[0] if args else kwargs.get("x")
-        if isinstance(data, ShardedDataset):
+        ours = kwargs["callbacks"]
+        begin = (ours.callbacks if isinstance(ours, keras.callbacks.CallbackList) else ours)[0]
+        if isinstance(data, EpochDataset):
             kwargs["shuffle"] = False  # Keras would take the batches in another order on every rank
             last = args[3] if len(args) > 3 else kwargs.get("epochs", 1)
             data.enter(last - kwargs.get("initial_epoch", 0))
-        return translated(plain_fit, self, *args, **kwargs)
+        try:
+            return translated(plain_fit, self, *args, **kwargs)
+        except Exception as error:
+            _tell(self, begin, error, getattr(data, "error", None))
+            raise
 
     @functools.wraps(plain_train)
     def train_on_batch(self: Any, *args: Any, **kwargs: Any) -> Any:

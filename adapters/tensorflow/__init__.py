@@ -19,6 +19,7 @@ from hvdloss.tensorflow.explain import (
     shap_values,
 )
 from hvdloss.tensorflow.guard import check_synchronized
+from hvdloss.tensorflow.metrics import Metrics
 from hvdloss.tensorflow.objective import Objective
 from hvdloss.tensorflow.optimizer import DistributedOptimizer
 from hvdloss.tensorflow.sharded import (
@@ -32,15 +33,20 @@ from hvdloss.tensorflow.sharded import (
     sharded_cross_entropy,
 )
 from hvdloss.tensorflow.tape import DistributedGradientTape, PartialDistributedGradientTape
+from hvdloss.tensorflow.training import BestCheckpoint, EarlyStopping, merged_value, seed_everything
+from hvdloss.tensorflow.uneven import uneven
 
 __all__ = [
     "ArcFace",
+    "BestCheckpoint",
     "ClassShards",
     "CosFace",
     "DistributedGradientTape",
     "DistributedOptimizer",
+    "EarlyStopping",
     "Grid",
     "LossAttribution",
+    "Metrics",
     "Objective",
     "PartialDistributedGradientTape",
     "RankReport",
@@ -49,11 +55,14 @@ __all__ = [
     "check_synchronized",
     "grid",
     "lime_weights",
+    "merged_value",
     "permutation_importance",
     "predict_function",
     "sample_columns",
+    "seed_everything",
     "shap_values",
     "sharded_cross_entropy",
+    "uneven",
 ]
 
 # Horovod has no list of its names; what its module shows is public.

@@ -16,7 +16,7 @@ from hvdloss.errors import AgreementError, ConfigError, HvdlossError, NoWeightEr
 from hvdloss.guard import ranks_apart
 from hvdloss.metrics.base import Metric, State
 
-__all__ = ["Metrics"]
+__all__ = ["Metrics", "read", "written"]
 
 
 class Metrics:
@@ -127,7 +127,7 @@ class Metrics:
         settings = {name: metric.settings() for name, metric in self.metrics.items()}
         ranks = self._communicator()
         found = [
-            _read(data) for data in ranks.gather(_written(settings, self._fault, packed), "hvdloss.metrics")
+            read(data) for data in ranks.gather(written(settings, self._fault, packed), "hvdloss.metrics")
         ]
         self._size = len(found)
         if apart := ranks_apart([head["settings"] for head, _ in found]):
@@ -145,9 +145,9 @@ class Metrics:
         }
 
 
-def _written(settings: dict[str, str], fault: list[str] | None, states: list[State]) -> bytes:
+def written(settings: dict[str, str], fault: list[str] | None, states: list[State]) -> bytes:
     """Return statistics as bytes: a line of JSON that says what there is, and the arrays."""
-    arrays = [[np.ascontiguousarray(x) for x in state] for state in states]
+    arrays = [[np.asarray(x, order="C") for x in state] for state in states]
     head = {
         "settings": list(settings.items()),
         "fault": fault,
@@ -156,8 +156,8 @@ def _written(settings: dict[str, str], fault: list[str] | None, states: list[Sta
     return b"".join([json.dumps(head).encode(), b"\n", *(x.tobytes() for state in arrays for x in state)])
 
 
-def _read(data: bytes) -> tuple[dict[str, Any], list[State]]:
-    """Return what :func:`_written` wrote."""
+def read(data: bytes) -> tuple[dict[str, Any], list[State]]:
+    """Return what :func:`written` wrote."""
     at = data.index(b"\n") + 1
     head = json.loads(data[:at])
     states = []

@@ -38,14 +38,16 @@ class Mixed:
         mixup; and since it is one of elements and weights, it is exact over ranks and micro-batches::
 
             loss = objective(*mixed.pairs(model(mixed.x)))
-
-        Given :attr:`x` instead of predictions it returns a batch for ``model.fit``.
         """
         return (
             self.concatenate([prediction, prediction]),
             self.concatenate(list(self.targets)),
             self.concatenate(list(self.weights)),
         )
+
+    def batch(self) -> tuple[Any, Any, Any]:
+        """Return inputs, targets and weights of all pairs: a batch for ``model.fit``, of twice the rows."""
+        return self.pairs(self.x)
 
 
 def partners(

@@ -32,7 +32,7 @@ from hvdloss.metrics import (
     Precision,
     Recall,
 )
-from hvdloss.metrics.collection import _read, _written
+from hvdloss.metrics.collection import read, written
 from hvdloss.numpy_ops import NumpyOps
 
 K = 4
@@ -435,12 +435,12 @@ def test_one_gather_and_few_bytes():
 
 
 def test_the_wire_gives_back_what_was_written():
-    states = [(np.arange(3), np.ones((2, 2), np.float32)), (), (np.array([1.5]),)]
-    head, again = _read(_written({"a": "b"}, ["ConfigError", "t"], states))
+    states = [(np.arange(3), np.ones((2, 2), np.float32).T), (), (np.array(1.5),)]
+    head, again = read(written({"a": "b"}, ["ConfigError", "t"], states))
     assert head["fault"] == ["ConfigError", "t"]
     assert head["settings"] == [["a", "b"]]
     for state, other in zip(states, again, strict=True):
-        assert [x.dtype for x in state] == [x.dtype for x in other]
+        assert [(x.dtype, x.shape) for x in state] == [(x.dtype, x.shape) for x in other]
         assert all((x == y).all() for x, y in zip(state, other, strict=True))
     assert json.dumps(head)
 
