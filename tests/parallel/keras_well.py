@@ -263,6 +263,22 @@ def case_keras_s_callbacks_decide_from_global_numbers_as_one_process():
     return {"error, float64": error}
 
 
+def case_what_keras_makes_of_nan_is_what_the_guide_says():
+    def stops(values):
+        stopping = keras.callbacks.EarlyStopping(monitor="v", mode="min", patience=2)
+        stopping.set_model(network())
+        stopping.model.stop_training = False
+        stopping.on_train_begin()
+        for epoch, value in enumerate(values):
+            stopping.on_epoch_end(epoch, {"v": value})
+            if stopping.model.stop_training:
+                return epoch
+        return None
+
+    assert stops([2.0, math.nan, 1.0, math.nan, math.nan]) == 4  # NaN is never better
+    assert stops([math.nan, 2.0, 1.0, 0.5]) == 2  # but the first value is the best, whatever it is
+
+
 def case_callbacks_that_would_decide_apart_are_refused_on_every_rank():
     x, y, _ = data(np.random.default_rng(9), 8)
     average = hvd.callbacks.MetricAverageCallback

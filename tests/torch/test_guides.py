@@ -65,5 +65,19 @@ def test_explain():
     assert abs(shap.values.sum(axis=1) + shap.base_values - predict(shap.data)).max() < 1e-6
 
 
+def test_metrics():
+    names = run("metrics.md")
+    assert set(names["values"]) == {"accuracy", "f1", "auc", "loss"}
+    assert 0 < names["estimate"].error < 0.01
+
+
+def test_training():
+    names = run("training.md")
+    best, stopping = names["best"], names["stopping"]
+    assert best.best == stopping.best
+    assert best.steps == stopping.steps >= 4
+    assert names["position"]["loader"]["epoch"] == 0
+
+
 def _text(guide: str) -> str:
     return (DOCS / guide).read_text()
