@@ -114,8 +114,8 @@ def groups_of(features: Any, count: int, names: list[str] | None) -> tuple[list[
     return labels or [" + ".join(names[c] for c in group) for group in columns], columns
 
 
-def shuffles(rows: int, repeats: int, seed: int) -> npt.NDArray[np.int64]:
-    """Return, per repeat, the row each row takes its value from: those of scikit-learn for that seed.
+def shuffles(rows: int, repeats: int, seed: int, mine: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Return, per repeat, the row each of `mine` takes its value from: scikit-learn's for that seed.
 
     Its ``permutation_importance(random_state=seed)`` draws one seed for all features, and shuffles what
     the repeat before has shuffled.
@@ -123,11 +123,11 @@ def shuffles(rows: int, repeats: int, seed: int) -> npt.NDArray[np.int64]:
     drawn = np.random.RandomState(seed).randint(np.iinfo(np.int32).max + 1)
     random = np.random.RandomState(drawn)
     order, taken = np.arange(rows), np.arange(rows)
-    out = np.empty((repeats, rows), np.int64)
+    out = np.empty((repeats, len(mine)), np.int64)
     for repeat in range(repeats):
         random.shuffle(order)
         taken = taken[order]
-        out[repeat] = taken
+        out[repeat] = taken[mine]
     return out
 
 
@@ -238,7 +238,7 @@ def permutation_importance(
 
     told = tell(ranks, name, "judging the rows as they are", as_they_are)
     mine = place[start : start + len(rows)]
-    taken = shuffles(total, n_repeats, seed)[:, mine]
+    taken = shuffles(total, n_repeats, seed, mine)
     order = np.argsort(place)
     measure = held["measure"]
 

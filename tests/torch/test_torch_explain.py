@@ -9,6 +9,6 @@ pytest.importorskip("torch")
 from ranks import Case, more, parallel_cases
 
 
-@parallel_cases("torch_explain", [("gloo", 3), *more(("gloo", 2))], group="explain")
+@parallel_cases("torch_explain", [("gloo", 3), *more(("gloo", 2))], group="torch")
 def test_explain(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)
