@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from hvdloss.communicator import Communicator
-from hvdloss.errors import AgreementError, DataError, HvdlossError, RankError
+from hvdloss.errors import AgreementError, DataError, RankError
 from hvdloss.guard import ranks_apart
 from hvdloss.plan import ParameterInfo
 
@@ -164,5 +164,6 @@ def _exchanged(communicator: Communicator, error: BaseException | None, value: A
     more = f" ({len(failed) - 1} more rank(s) failed as well)" if len(failed) > 1 else ""
     ours = kind in (DataError.__name__, RankError.__name__)
     text = f"rank {rank}: {text if ours else f'{kind}: {text}'}{more}"
-    out: HvdlossError = DataError(text) if kind == DataError.__name__ else RankError(text)
+    out = DataError(text) if kind == DataError.__name__ else RankError(text)
+    out.ranks = tuple(one[0] for one in failed)
     raise out from error

@@ -50,7 +50,13 @@ class NonFiniteLossError(HvdlossError, ArithmeticError):
 
 
 class RankError(HvdlossError):
-    """Something failed on some rank, so that the others cannot go on; the text is that rank's."""
+    """Something failed on some rank, so that the others cannot go on; the text is that rank's.
+
+    Attributes:
+        ranks: on which something failed, if that is known.
+    """
+
+    ranks: tuple[int, ...] = ()
 
 
 class DataError(RankError):

@@ -21,6 +21,7 @@ from hvdloss.term import Travel
 __all__ = ["Stretch"]
 
 _DENOMINATOR, _PASSES, _STRAYS = COLUMN["denominator"], COLUMN["micro_batches"], COLUMN["strays"]
+_FAILED = COLUMN["failed"]
 _TOLD_HERE = [[COLUMN["nonfinite_losses"]], [COLUMN["moved"]], [COLUMN["together"]]]
 
 
@@ -146,10 +147,11 @@ class Stretch:
         weight = tf.where(finite, weight, tf.zeros_like(weight))
         told = [tf.cast(~finite, tf.float64), tf.math.multiply_no_nan(length, weight), self.length]
         row = tf.tensor_scatter_nd_add(row, _TOLD_HERE, tf.stack(told))
-        table = self.wire.sum_table(self.wire.clock.told(row), "stretch")
+        table = self.wire.sum_table(self.wire.clock.told(self.books.signed(row)), "stretch")
         # At the end of an epoch of unknown length ranks without batches cannot tell that others have
         # none either; those steps did not happen.
-        rounds = tf.math.ceil(tf.reduce_max(table[:, _PASSES] + table[:, _STRAYS]) / self.passes)
+        made = table[:, _PASSES] + table[:, _STRAYS] + table[:, _FAILED]
+        rounds = tf.math.ceil(tf.reduce_max(made) / self.passes)
         real = tf.minimum(steps, tf.cast(rounds, tf.int64))
 
         def close() -> tf.Tensor:

@@ -15,6 +15,7 @@ from hvdloss.errors import ConfigError
 from hvdloss.keras._backend import hvd
 from hvdloss.keras.local import Stretch, check_local
 from hvdloss.keras.losses import ExactCompileLoss, Objective
+from hvdloss.ledger import COLUMN
 from hvdloss.report import StepReport
 from hvdloss.tensorflow.books import Books
 from hvdloss.tensorflow.exchange import Exchange, check_acts, check_options, scaled, tied
@@ -22,6 +23,7 @@ from hvdloss.tensorflow.objective import Objective as TensorFlowObjective
 
 __all__ = ["DistributedOptimizer", "PartialDistributedOptimizer", "engine_of"]
 
+_PASSES, _FAILED = COLUMN["micro_batches"], COLUMN["failed"]
 # Optimizers are told apart on the wire by the order of their construction.
 _counter: Iterator[int] = itertools.count()
 _classes: dict[type, type] = {}
@@ -44,6 +46,7 @@ class _Engine:
         self.stretch: Stretch | None = None  # of local steps, where terms decide on their number
         # Without an objective or a compiled loss every backward pass weighs the same, as in Horovod.
         self.books = Books() if objective is None else objective.books
+        self.books.process_set = exchange.process_set
         self.lenient = objective is None
         self.compile_loss: ExactCompileLoss | None = None
         self.window: tf.Variable | None = None
@@ -75,6 +78,7 @@ class _Engine:
             )
         self.compile_loss = compile_loss
         self.books, self.lenient = compile_loss.books, False
+        self.books.process_set = self.exchange.process_set
         # What was traced for another loss, and rows of another width, are of no use.
         self.window, self.idle_steps = None, {}
         self.follow(optimizer)
@@ -138,7 +142,7 @@ class _Engine:
         reduced, table = self.exchange.reduce(
             [gradients[i] for i in shared],
             [self.variables[i] for i in shared],
-            self.row,
+            self.books.signed(self.row),
             factor=self.factor,
             compress=self.books.compress,
         )
@@ -247,8 +251,8 @@ class _Exact:
             reduced, table = engine.reduce(self, grads)
             if not engine.ending:
                 return self._update(engine.settle(reduced, table), trainable_variables)
-            # This rank adds nothing; neither does any other, and there is no step.
-            anything = tf.reduce_sum(table[:, 4]) > 0
+            # This rank adds nothing; neither does any other, and there is no step, unless one failed.
+            anything = tf.reduce_any(table[:, _PASSES] + table[:, _FAILED] > 0)
             assert engine.ended is not None
             engine.ended.assign(~anything)
             return tf.cond(

@@ -12,13 +12,15 @@ from typing import Any
 import numpy as np
 
 import tensorflow as tf
+from hvdloss.agreement import raise_together
 from hvdloss.control.compression import AdaptiveCompression
 from hvdloss.control.period import SyncPeriod
 from hvdloss.control.weights import Proximal
 from hvdloss.controller import Controller
-from hvdloss.ledger import FAULTS, WIDTH, judge, unpack
+from hvdloss.ledger import COLUMN, FAULTS, WIDTH, judge, unpack
 from hvdloss.reduction import MEASURED
 from hvdloss.report import StepReport
+from hvdloss.tensorflow.ops import communicator_of
 from hvdloss.term import Travel
 
 __all__ = ["Books", "fault", "raise_fault", "translated"]
@@ -49,10 +51,7 @@ def translated(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         raise ours from None
 
 
-def _judge(table: np.ndarray, step: int) -> None:
-    error = judge(unpack(table[:, :WIDTH]), step)
-    if error is not None:
-        raise error
+_FAILED, _MORE = COLUMN["failed"], COLUMN["more"]
 
 
 class Books:
@@ -71,6 +70,9 @@ class Books:
         self._variables: tuple[tf.Variable, tf.Variable, tf.Variable] | None = None
         self._state: tf.Variable | None = None  # the terms' state, and what acts decided (see `_now`)
         self._bound: tuple[int, int] | None = None
+        self._signal: tf.Variable | None = None  # whether this rank cannot go on, and whether it has more
+        self._error: BaseException | None = None  # why it cannot go on
+        self.process_set: Any = None  # of the ranks; set by those who exchange
         self.choices: dict[str, Any] = {}  # of how gradients travel, for the report
 
     @property
@@ -158,6 +160,7 @@ class Books:
                     ),
                     tf.Variable(0, trainable=False, dtype=tf.int64, name="hvdloss_step"),
                 )
+                self._signal = tf.Variable(tf.zeros(2, tf.float64), trainable=False, name="hvdloss_signal")
         return self._variables[which]
 
     def _nothing(self) -> tf.Tensor:
@@ -189,6 +192,41 @@ class Books:
         if self.controller.width:
             parts = [row[:MEASURED], parts[1], row[MEASURED:]]
         return self._of(0).assign_add(tf.concat(parts, 0))
+
+    # -- what ranks tell each other ---------------------------------------------------------------
+
+    def tell(self, more: bool, error: BaseException | None = None) -> None:
+        """Say in the next exchange whether this rank has more data, or why it cannot go on. Eager only."""
+        self._of(2)
+        assert self._signal is not None
+        self._error = error
+        self._signal.assign([float(error is not None), float(more)])
+
+    @property
+    def heard(self) -> tuple[int, bool]:
+        """How many steps were closed, and whether a rank had more data by the last one. Eager only."""
+        table = self._of(1).numpy()
+        return int(self._of(2)), bool((table[:, _MORE] > 0).any())
+
+    def signed(self, row: tf.Tensor) -> tf.Tensor:
+        """Return the row that is exchanged with what this rank tells by now."""
+        self._of(2)
+        assert self._signal is not None
+        return tf.tensor_scatter_nd_update(row, [[_FAILED], [_MORE]], self._signal)
+
+    def _judge(self, table: np.ndarray, step: int) -> None:
+        """Raise what is wrong with a step, on all ranks alike.
+
+        Collectives: none, but where a rank cannot go on: one gather, of why.
+        """
+        ledgers = unpack(table[:, :WIDTH])
+        if any(ledger.failed for ledger in ledgers) and self.process_set is not None:
+            raise_together(communicator_of(self.process_set), self._error, "hvdloss.failed")
+        error = judge(ledgers, step)
+        if error is not None:
+            raise error
+
+    # -- a step -----------------------------------------------------------------------------------
 
     def forget(self) -> None:
         """Drop what was entered since the last step."""
@@ -240,7 +278,7 @@ class Books:
             bad = tf.reduce_any(table[:, FAULTS] > 0) | tf.equal(tf.reduce_sum(table[:, 1]), 0.0)
             done = tf.cond(
                 bad,
-                lambda: _raising(table, step + 1),
+                lambda: self._raising(table, step + 1),
                 lambda: tf.constant(True),
             )
             after.append(done.op)
@@ -285,7 +323,7 @@ class Books:
         Returns:
             what becomes of their state; None without terms.
         """
-        _judge(table, step)
+        self._judge(table, step)
         if not self.controller.terms:
             return None
         self.controller.close(step, table, travel(steps), self.reduction)
@@ -308,6 +346,13 @@ class Books:
         out = tf.numpy_function(call, [table, step, steps], tf.float64)
         return tf.ensure_shape(out, (more + len(self._now()),))
 
+    def _raising(self, table: tf.Tensor, step: tf.Tensor) -> tf.Tensor:
+        def judged(table: Any, step: Any) -> bool:
+            _kept(lambda: self._judge(table.numpy(), int(step)))
+            return True
+
+        return tf.ensure_shape(tf.py_function(judged, [table, step], tf.bool), ())
+
     def report(self, reduction: str) -> StepReport | None:
         """Return the last step's report; None before the first. Eager only."""
         if self._variables is None or not int(self._of(2)):
@@ -323,14 +368,6 @@ def _kept(call: Callable[[], Any]) -> Any:
     except Exception as error:
         _faults[:] = [error]
         raise
-
-
-def _raising(table: tf.Tensor, step: tf.Tensor) -> tf.Tensor:
-    def judged(table: Any, step: Any) -> bool:
-        _kept(lambda: _judge(table.numpy(), int(step)))
-        return True
-
-    return tf.ensure_shape(tf.py_function(judged, [table, step], tf.bool), ())
 
 
 def raise_fault() -> tf.Tensor:

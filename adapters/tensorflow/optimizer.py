@@ -35,6 +35,7 @@ class _ExactV1(tf.compat.v1.train.Optimizer):
         row = books.take()
         if not included(hvd, self._exchange.process_set):
             return pairs
+        row = books.signed(row)
         there = [(g, v) for g, v in pairs if g is not None]
         reduced, _ = self._exchange.reduce(
             [g for g, _ in there],
@@ -151,6 +152,7 @@ def DistributedOptimizer(
     if process_set is not None and ours is not None and process_set is not ours:
         raise ConfigError("objective and optimizer were given different process sets")
     objective.process_set = process_set or ours
+    objective.books.process_set = objective.process_set or hvd.global_process_set
     exchange = Exchange(
         f"hvdloss.v1.{name or type(optimizer).__name__}",
         process_set=objective.process_set,

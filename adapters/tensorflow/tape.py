@@ -85,6 +85,7 @@ class _Exact:
         row = books.take()
         if not included(hvd, process_set):
             return gradients
+        row = books.signed(row)
         flat_sources = tf.nest.flatten(sources)
         flat = tf.nest.flatten(gradients)
         local = [id(source) in self._hvd_local for source in flat_sources]
@@ -252,6 +253,7 @@ def DistributedGradientTape(
         "device_sparse": device_sparse,
         "bucket_cap_mb": bucket_cap_mb,
     }
+    objective.books.process_set = tape._hvd_options["process_set"]
     tape._hvd_local = set()
     tape._hvd_scale_local = scale_local_gradients
     return tape

@@ -9,7 +9,7 @@ Without Horovod installed the same names run one process.
 from __future__ import annotations
 
 from hvdloss.report import RankReport, StepReport
-from hvdloss.torch import _backend
+from hvdloss.torch import _backend, _elastic
 from hvdloss.torch.compression import Compression
 from hvdloss.torch.data import ShardedLoader
 from hvdloss.torch.explain import (
@@ -80,6 +80,8 @@ __all__ = [
     "synchronized",
     "uneven",
 ]
+
+_elastic.register()
 
 # Horovod has no list of its names; what its module shows is public. Modules of our own stay ours, so that
 # `import hvdloss.torch.optimizer as m` means what it says.

@@ -72,9 +72,10 @@ class ShardedLoader:
                 f"with len(dataset)"
             )
         self.sharding, self.batch_size = sharding, whole("batch_size", batch_size, 1)
+        self._process_set = process_set
         self.rank, self.ranks = rank_and_size(hvd, process_set)
         self.epoch = Epoch(sharding, self.ranks)
-        self._running = False
+        self._running: object = None  # the loop that is under way
         self._loader = DataLoader(
             dataset,
             batch_sampler=_Batches(self),
@@ -94,19 +95,22 @@ class ShardedLoader:
 
     def __iter__(self) -> Iterator[Any]:
         """Give what is left of this epoch, or the next one."""
-        if self._running:
+        if self._running is not None:
             raise UsageError("this ShardedLoader is being iterated over already; make another one")
         epoch = self.epoch = self._upcoming()
         left = len(self)
-        self._running = True
+        this = self._running = object()
         try:
             for batch in self._loader:
+                if self._running is not this:
+                    raise UsageError("a position was loaded in the middle of this loop; begin another one")
                 # The batch counts as used from here on: a state saved after its step has it.
                 epoch.took(1, self.batch_size)
                 left -= 1
                 yield batch
         finally:
-            self._running = False
+            if self._running is this:
+                self._running = None
         assert not left
 
     def mark(self) -> Any:
@@ -124,13 +128,19 @@ class ShardedLoader:
             reached.taken = mark
         return reached.state()
 
+    start_state = state_dict  # before a loop; see StreamLoader
+
     def load_state_dict(self, state: Any) -> None:
         """Go on from a position, with whatever number of ranks there is now.
+
+        A loop that is under way is over with it.
 
         Raises:
             ConfigError: no position, or one of other data or another sharding; nothing is changed then.
         """
-        self.epoch = Epoch.of(self.sharding, state, self.ranks)
+        rank, ranks = rank_and_size(hvd, self._process_set)  # in an elastic job there are others now
+        self.epoch = Epoch.of(self.sharding, state, ranks)
+        self.rank, self.ranks, self._running = rank, ranks, None
 
 
 class _Batches:

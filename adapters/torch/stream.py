@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from hvdloss.communicator import rank_and_size
+from hvdloss.communicator import Communicator, rank_and_size
 from hvdloss.data import Epoch, RowGroups, Source
 from hvdloss.data.sharding import whole
-from hvdloss.data.stream import LaneItems, Turns, opened, read_batches
+from hvdloss.data.stream import LaneItems, Opened, Rules, Turns, read_batches
 from hvdloss.errors import ConfigError, DataError, UsageError
 from hvdloss.torch._backend import hvd
 from hvdloss.torch.ops import communicator_of
@@ -46,7 +46,8 @@ class StreamLoader:
     Args:
         data: a :class:`hvdloss.data.Source`; or an iterable, such as an ``IterableDataset``, of samples.
         batch_size: rows of one rank in one step.
-        sharding: of files: :class:`hvdloss.data.RowGroups`; None for shuffled ones with seed 0.
+        sharding: of files: :class:`hvdloss.data.RowGroups`, or a function from their numbers of rows to one;
+            None for shuffled ones with seed 0.
         process_set: the ranks; None for all.
         collate_fn: makes a batch: from a dict of NumPy arrays (files; also from arrays without rows), by
             default the same as tensors; or from a list of items, by default as ``DataLoader`` does.
@@ -55,11 +56,12 @@ class StreamLoader:
 
     Raises:
         ConfigError: an argument that cannot be used.
-        DataError: a file cannot be read, naming it and the row group; of the constructor on every rank, and
-            in a loop over ``hvd.uneven`` too.
-        AgreementError: ranks see other files.
+        DataError: in a loop: a file cannot be opened, on every rank; or cannot be read any more, on this
+            rank, and on every rank in a loop over ``hvd.uneven``. Names the file and the row group.
+        AgreementError: in a loop: ranks see other files.
 
-    Collectives: of files, one gather in the constructor. ``state_dict()`` of an iterable, one gather.
+    Collectives: of files, one gather in the first loop, and the first after ``load_state_dict``.
+    ``state_dict()`` of an iterable, one gather.
     """
 
     def __init__(
@@ -67,7 +69,7 @@ class StreamLoader:
         data: Source | Iterable[Any],
         batch_size: int,
         *,
-        sharding: RowGroups | None = None,
+        sharding: Rules | None = None,
         process_set: Any = None,
         collate_fn: Callable[[Any], Any] | None = None,
         **options: Any,
@@ -76,24 +78,34 @@ class StreamLoader:
         if taken:
             raise ConfigError(f"{', '.join(taken)}: StreamLoader has its own; leave it out")
         self.batch_size = whole("batch_size", batch_size, 1)
+        self._process_set = process_set
         self.rank, self.ranks = rank_and_size(hvd, process_set)
-        self._communicator = communicator_of(process_set or hvd.global_process_set)
         self.lanes = max(1, whole("num_workers", options.get("num_workers", 0), 0))
         self.data = data
         self._turns: Turns | None = None  # of files
         # Steps of this epoch, items of this rank's lanes, and whether they are through.
         self._given, self._taken, self._over = 0, [0] * self.lanes, False
         if isinstance(data, Source):
-            self.sharding: RowGroups | None = opened(data, sharding, self._communicator)
+            self._opened: Opened | None = Opened(data, sharding)
+            self.sharding: RowGroups | None = self._opened.rule
             self._begin(Epoch(self.sharding, self.ranks * self.lanes))
         else:
             if sharding is not None:
                 raise ConfigError("sharding= is of files; the items of an iterable are dealt out in turns")
-            self.sharding = None
+            self._opened = self.sharding = None
             self._begin(LaneItems())
-        self._running = False
-        self._lane = _Lane(self, collate_fn)
-        self._loader = DataLoader(self._lane, batch_size=None, collate_fn=_same, **options)
+        self._agreed = False
+        self._running: object = None  # the loop that is under way
+        self._collate, self._options = collate_fn, options
+        self._make()
+
+    def _make(self) -> None:
+        """Make what reads, for the present rank."""
+        self._lane = _Lane(self, self._collate)
+        self._loader = DataLoader(self._lane, batch_size=None, collate_fn=_same, **self._options)
+
+    def _communicator(self) -> Communicator:
+        return communicator_of(self._process_set or hvd.global_process_set)
 
     # -- position ---------------------------------------------------------------------------------
 
@@ -115,24 +127,35 @@ class StreamLoader:
             reached.take(self._turns.taken(given))
             return reached.state()
         told = json.dumps([over, taken]).encode()
-        heard = [json.loads(text) for text in self._communicator.gather(told, "hvdloss.stream.position")]
+        heard = [json.loads(text) for text in self._communicator().gather(told, "hvdloss.stream.position")]
         if all(over for over, _ in heard):
             return LaneItems(epoch=self._items.number + 1).state()
         return self._items.state([count for _, taken in heard for count in taken])
 
+    def start_state(self) -> dict[str, Any]:
+        """Return the position at which the loop began that is under way, or was last; no collective."""
+        return self._items.state() if self._turns is None else self._turns.epoch.state()
+
     def load_state_dict(self, state: Any) -> None:
         """Go on from a position, with whatever number of ranks and workers there is now.
 
+        A loop that is under way is over with it.
+
         Raises:
             ConfigError: no position, or one of other data or another sharding; nothing is changed then.
-            UsageError: in the middle of a loop.
+            DataError: the files could not be opened.
         """
-        if self._running:
-            raise UsageError("load_state_dict() in a loop over this StreamLoader; leave the loop first")
+        if self._opened is not None:
+            self._opened.check()
+        rank, ranks = rank_and_size(hvd, self._process_set)  # in an elastic job there are others now
         if self.sharding is not None:
-            self._begin(Epoch.of(self.sharding, state, self.ranks * self.lanes))
+            self._begin(Epoch.of(self.sharding, state, ranks * self.lanes))
         else:
             self._begin(LaneItems.after(state))
+        if (rank, ranks) != (self.rank, self.ranks):
+            self.rank, self.ranks = rank, ranks
+            self._make()
+        self._agreed, self._running = False, None
 
     def _begin(self, position: Epoch[Any] | LaneItems) -> None:
         """Begin at a position."""
@@ -177,16 +200,21 @@ class StreamLoader:
 
     def __iter__(self) -> Iterator[Any]:
         """Give what is left of this epoch, or the next one."""
-        if self._running:
+        if self._running is not None:
             raise UsageError("this StreamLoader is being iterated over already; make another one")
+        if self._opened is not None and not self._agreed:
+            self._opened.agree(self._communicator())
+            self._agreed = True
         self._go_on()
-        self._running = True
+        this = self._running = object()
         batches: Any = None
         try:
             turns = self._turns
-            self._lane.begin(self._items.state() if turns is None else turns.epoch.state())
+            self._lane.begin(self.start_state())
             batches = iter(self._loader)
             for told in batches:
+                if self._running is not this:
+                    raise UsageError("a position was loaded in the middle of this loop; begin another one")
                 if told is None:  # a lane that is through, while others are not
                     continue
                 lane, count, batch = told
@@ -203,7 +231,8 @@ class StreamLoader:
             # A worker's comes with its traceback as text, of which the last line is the message.
             raise DataError(str(error).rsplit("DataError: ", 1)[-1].strip()) from error
         finally:
-            self._running = False
+            if self._running is this:
+                self._running = None
             if batches is not None and not self._loader.persistent_workers:
                 del batches  # ends workers that are reading ahead
 

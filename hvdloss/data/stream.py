@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -20,48 +20,85 @@ from hvdloss.communicator import Communicator
 from hvdloss.data.epoch import Epoch
 from hvdloss.data.files import Columns, Source
 from hvdloss.data.pieces import Pieces, RowGroups
-from hvdloss.data.sharding import Indices, Samples, whole
-from hvdloss.errors import ConfigError
+from hvdloss.data.sharding import Indices, Rule, Samples, whole
+from hvdloss.errors import ConfigError, DataError
 
-__all__ = ["LaneItems", "Turns", "opened", "read_batches"]
+__all__ = ["LaneItems", "Opened", "Rules", "Turns", "read_batches"]
 
 Item = TypeVar("Item")
 
 
-def opened(source: Source, sharding: RowGroups | None, communicator: Communicator) -> RowGroups:
-    """Open a source on all ranks, and return how its parts are shared out.
+Rules = RowGroups | Callable[[list[int]], RowGroups]
+
+
+class Opened:
+    """Files as one rank sees them, and how their parts are shared out.
+
+    Ranks that cannot open theirs tell the others when all meet (:meth:`agree`), rather than at once: in an
+    elastic job ranks come and go, and do not construct things together.
 
     Args:
         source: the files; the same on all ranks.
-        sharding: None for ``RowGroups(source.rows)``.
-        communicator: the ranks.
+        sharding: of their parts; a function from their numbers of rows to one; None for
+            ``RowGroups(source.rows)``.
 
     Raises:
-        DataError: on every rank alike, where a rank cannot open its files.
-        AgreementError: ranks see other files.
         ConfigError: the sharding is of other files.
-
-    Collectives: one gather.
     """
-    together(
-        communicator,
-        lambda: source.open().fingerprint(),
-        "hvdloss.data.open",
-        "the files (names, row groups, rows or columns)",
-    )
-    if sharding is None:
-        return RowGroups(source.rows)
-    if not isinstance(sharding, RowGroups):
-        raise ConfigError(
-            f"sharding={type(sharding).__name__} deals single samples; files are read by their parts: pass "
-            f"hvdloss.data.RowGroups(source.rows, ...), or None"
+
+    def __init__(self, source: Source, sharding: Rules | None) -> None:
+        self.source = source
+        self.problem: DataError | None = None
+        self.rule = RowGroups([])
+        try:
+            rows = source.rows
+        except DataError as error:
+            self.problem = error
+            return
+        rule = RowGroups(rows) if sharding is None else sharding
+        if not isinstance(rule, Rule) and callable(rule):
+            rule = rule(rows)
+        if not isinstance(rule, RowGroups):
+            raise ConfigError(
+                f"sharding={type(rule).__name__} deals single samples; files are read by their parts: pass "
+                f"hvdloss.data.RowGroups(source.rows, ...), a function from rows to one, or None"
+            )
+        if rule.rows.tolist() != rows:
+            raise ConfigError(
+                f"sharding: has {len(rule.rows)} parts of {rule.samples} rows, but the files {len(rows)} of "
+                f"{sum(rows)}; make it with RowGroups(source.rows, ...)"
+            )
+        self.rule = rule
+
+    def check(self) -> None:
+        """Raise what went wrong on this rank.
+
+        Raises:
+            DataError: the files could not be opened.
+        """
+        if self.problem is not None:
+            raise self.problem
+
+    def agree(self, communicator: Communicator) -> None:
+        """Check that all ranks see the same files.
+
+        Raises:
+            DataError: on every rank alike, where a rank cannot open its files.
+            AgreementError: ranks see other files.
+
+        Collectives: one gather.
+        """
+
+        def fingerprint() -> list[Any]:
+            self.check()
+            return [self.source.fingerprint(), self.rule.settings()]
+
+        together(
+            communicator,
+            fingerprint,
+            "hvdloss.data.open",
+            "the files (names, row groups, columns) or sharding",
         )
-    if sharding.rows.tolist() != source.rows:
-        raise ConfigError(
-            f"sharding: has {len(sharding.rows)} parts of {sharding.samples} rows, but the files "
-            f"{len(source.rows)} of {len(source)}; make it with RowGroups(source.rows, ...)"
-        )
-    return sharding
 
 
 @functools.cache

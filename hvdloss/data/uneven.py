@@ -151,13 +151,18 @@ class Uneven(Generic[Batch]):
             return self.batches.state_dict()
         return self.batches.state_dict(self._position) if hasattr(self.batches, "mark") else self._position
 
+    def start_state(self) -> Any:
+        """Return the position at which the loop began; no collective."""
+        return self.batches.start_state() if hasattr(self.batches, "start_state") else self.state_dict()
+
     def load_state_dict(self, state: Any) -> None:
         """Go on from a position."""
         load = getattr(self.batches, "load_state_dict", None)
         if load is None:
             raise UsageError(f"{type(self.batches).__name__} has no load_state_dict(), so no position")
         load(state)
-        self._position = None
+        # In an elastic job there are ranks now that do not know what a batch is.
+        self._position, self._template = None, _END
 
 
 # -- what a batch looks like ----------------------------------------------------------------------

@@ -54,6 +54,11 @@ def test_metrics(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)
 
 
+@parallel_cases("keras_stream", [("gloo", 2), *more(("gloo", 3), ("mpi", 2))], group="keras")
+def test_streams(case: Case, request: pytest.FixtureRequest) -> None:
+    case.check(request)
+
+
 @parallel_cases("keras_data", [("gloo", 2), *more(("gloo", 3))], group="keras")
 def test_data(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)

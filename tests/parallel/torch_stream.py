@@ -308,7 +308,7 @@ def case_files_that_are_damaged_missing_or_changed():
                 torch.optim.SGD(model.parameters(), lr=0.05), model.named_parameters(), objective
             )
             loader = hvd.StreamLoader(
-                source, 4, sharding=RowGroups(source.rows, shuffle=False), collate_fn=pair, **options
+                source, 4, sharding=lambda rows: RowGroups(rows, shuffle=False), collate_fn=pair, **options
             )
             for number, (x, y) in enumerate(hvd.uneven(loader, optimizer)):
                 if number == 0:
@@ -354,13 +354,18 @@ def case_files_that_are_damaged_missing_or_changed():
             pq.write_table(pa.table({"x": [1.0] * (1 + hvd.rank())}), other / "a.parquet")
         if hvd.size() > 1:
             raises_everywhere(
-                hvdloss.DataError, lambda: hvd.StreamLoader(Parquet(other), 4), f"rank {last}", "no .parquet"
+                hvdloss.DataError,
+                lambda: list(hvd.StreamLoader(Parquet(other), 4)),
+                f"rank {last}",
+                "no .parquet",
             )
         if hvd.rank() == last:
             pq.write_table(pa.table({"x": [1.0] * 7}), other / "a.parquet")
         if hvd.size() > 1:
             raises_everywhere(
-                hvdloss.AgreementError, lambda: hvd.StreamLoader(Parquet(other), 4), "differ between ranks"
+                hvdloss.AgreementError,
+                lambda: list(hvd.StreamLoader(Parquet(other), 4)),
+                "differ between ranks",
             )
 
 

@@ -40,7 +40,7 @@ def test_metrics(case: Case, request):
 
 
 @parallel_cases("torch_stream", [("gloo", 2), *more(("gloo", 3), ("mpi", 2))], group="torch")
-def test_streams(case: Case, request: pytest.FixtureRequest) -> None:
+def test_streams(case: Case, request):
     case.check(request)
 
 
