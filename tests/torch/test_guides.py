@@ -81,3 +81,43 @@ def test_training():
 
 def _text(guide: str) -> str:
     return (DOCS / guide).read_text()
+
+
+def test_what_guides_show_in_passing(tmp_path):
+    """Snippets that take names as given."""
+    names: dict[str, object] = {}
+    exec(
+        "import torch, hvdloss, hvdloss.torch as hvd\n"
+        "from hvdloss.control import BatchShares, ImportanceWeights\n"
+        "from hvdloss.losses import InfoNCE\n"
+        "from hvdloss.data import Parquet\n"
+        "import pyarrow as pa, pyarrow.parquet as pq\n"
+        "features = torch.nn.Linear(8, 32)\n"
+        "batches = [(torch.ones(2, 8), torch.tensor([1, 2]), torch.ones(2))]\n",
+        names,
+    )
+    readme = (DOCS.parent / "README.md").read_text()
+    for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL):
+        exec(block.replace("100_000", "1_000"), names)
+    (loop,) = re.findall(r"```python\n(.*?)```", _text("torch.md"), re.DOTALL)
+    exec(loop, names)
+    (simulated,) = re.findall(r"```python\n(.*?)```", _text("simulate.md"), re.DOTALL)
+    exec(simulated.replace("ranks=64", "ranks=4").replace("{3: 2.0}", "{1: 2.0}"), names)
+    (split,) = re.findall(r"```py\n(.*?)```", _text("losses.md"), re.DOTALL)
+    # One process has no ranks to split a model over: its grid is 1 x 1.
+    exec(split.replace("model=2", "model=1").replace('process_sets="dynamic"', ""), names)
+    assert names["optimizer"].last_step.step == 1
+
+    elastic = re.findall(r"```py\n(.*?)```", _text("data.md"), re.DOTALL)[1]
+    names["pq"].write_table(names["pa"].table({"x": [1.0] * 7, "y": [2.0] * 7}), tmp_path / "a.parquet")
+    exec("model = torch.nn.Linear(1, 1)\nobjective = hvd.Objective('mse')\n"
+         "optimizer = hvd.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), None, objective)",
+         names)  # fmt: skip
+    names["files"] = names["Parquet"](tmp_path)
+    steps = (
+        "optimizer.zero_grad(); objective(model(torch.ones(len(batch['x']), 1)), "
+        "batch['y'].float()[:, None]).backward(); optimizer.step()"
+    )
+    exec(elastic.replace("for x, y in", "for batch in").replace("...", steps), names)
+    exec("train(state)", names)
+    assert names["state"].step == 1
