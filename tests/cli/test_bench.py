@@ -67,6 +67,7 @@ def test_steps_are_measured_counted_and_drawn(tmp_path: Path) -> None:
     assert all(peak > 4 * entries for peak in conv["memory"].values())
 
 
+@pytest.mark.more
 @ranks
 def test_the_messages_of_tapes_are_counted(tmp_path: Path) -> None:
     pytest.importorskip("tensorflow")

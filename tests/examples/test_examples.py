@@ -115,7 +115,7 @@ def test_a_trained_model_is_explained_on_ranks(tmp_path):
 
 
 @launched
-@pytest.mark.parametrize("size", [4, 2])
+@pytest.mark.parametrize("size", [pytest.param(4, marks=pytest.mark.more), 2])
 @pytest.mark.parametrize("script", SPLIT_PRESENT)
 def test_a_split_model_is_one_process(script, size, tmp_path):
     arguments = ["--epochs", 1, "--output", tmp_path]

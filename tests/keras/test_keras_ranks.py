@@ -34,12 +34,27 @@ SLOW = [
 ]
 
 
-@parallel_cases("keras_fit", [("gloo", 2)], group="keras")
+SLOW_FITS = [
+    "generators_and_steps_per_execution",
+    "options_of_optimizers",
+    "fewer_batches_with_several_losses",
+    "several_outputs_with_their_own_losses_and_weights",
+    "other_losses_of_keras",
+    "embeddings_and_fewer_batches",
+]
+
+
+@parallel_cases("keras_fit", [("gloo", 2)], slow=SLOW_FITS, group="keras")
 def test_fit(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)
 
 
-@parallel_cases("keras_callbacks", [("gloo", 2)], group="keras")
+@parallel_cases(
+    "keras_callbacks",
+    [("gloo", 2)],
+    slow=["saved_models_load_without_the_library_and_train_on"],
+    group="keras",
+)
 def test_callbacks(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)
 
@@ -69,6 +84,6 @@ def test_terms(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)
 
 
-@parallel_cases("keras_terms", [("gloo", 1), *more(("gloo", 3))], cases=TERMS_EVERYWHERE, group="keras_fit")
+@parallel_cases("keras_terms", more(("gloo", 1), ("gloo", 3)), cases=TERMS_EVERYWHERE, group="keras_fit")
 def test_terms_everywhere(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)

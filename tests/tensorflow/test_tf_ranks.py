@@ -35,12 +35,12 @@ def test_tape(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)
 
 
-@parallel_cases("tf_tape", [("gloo", 3), ("mpi", 2), *more(("gloo", 4))], cases=EVERYWHERE)
+@parallel_cases("tf_tape", more(("gloo", 3), ("mpi", 2), ("gloo", 4)), cases=EVERYWHERE)
 def test_tape_everywhere(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)
 
 
-@parallel_cases("tf_tape", [("gloo", 1)], cases=["parity_with_torch"])
+@parallel_cases("tf_tape", more(("gloo", 1)), cases=["parity_with_torch"])
 def test_parity_of_one_rank(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)
 
@@ -57,7 +57,7 @@ def test_terms(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)
 
 
-@parallel_cases("tf_terms", [("gloo", 1), ("gloo", 3)], cases=TERMS_EVERYWHERE, group="tf_tape")
+@parallel_cases("tf_terms", more(("gloo", 1), ("gloo", 3)), cases=TERMS_EVERYWHERE, group="tf_tape")
 def test_terms_everywhere(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)
 

@@ -28,7 +28,7 @@ def test_sharded(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)
 
 
-@parallel_cases("tf_sharded", [("gloo", 4)], cases=FOUR, group="tf_losses")
+@parallel_cases("tf_sharded", more(("gloo", 4)), cases=FOUR, group="tf_losses")
 def test_sharded_on_a_grid(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)
 

@@ -7,7 +7,7 @@ from ranks import Case, more, parallel_cases
 LAUNCHES = [("gloo", 2), *more(("gloo", 3), ("mpi", 2), ("gloo", 4))]
 
 
-@parallel_cases("torch_exact", [("gloo", 2), ("gloo", 3), ("gloo", 4), ("mpi", 2)], group="torch")
+@parallel_cases("torch_exact", [("gloo", 2), ("gloo", 3), ("mpi", 2), *more(("gloo", 4))], group="torch")
 def test_exact(case: Case, request):
     case.check(request)
 
@@ -17,7 +17,7 @@ def test_training(case: Case, request):
     case.check(request)
 
 
-@parallel_cases("torch_faults", [("gloo", 2), ("mpi", 2), *more(("gloo", 3), ("gloo", 4))], group="torch")
+@parallel_cases("torch_faults", [("gloo", 2), *more(("gloo", 3), ("mpi", 2), ("gloo", 4))], group="torch")
 def test_faults(case: Case, request):
     case.check(request)
 

@@ -22,7 +22,7 @@ def test_sharded(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)
 
 
-@parallel_cases("torch_sharded", [("gloo", 4)], cases=FOUR, group="torch_losses")
+@parallel_cases("torch_sharded", more(("gloo", 4)), cases=FOUR, group="torch_losses")
 def test_sharded_on_a_grid(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)
 
