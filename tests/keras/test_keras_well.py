@@ -8,7 +8,6 @@ pytest.importorskip("tensorflow")
 
 from ranks import Case, more, parallel_cases
 
-
 SLOW = [
     "every_metric_of_keras_merges_by_summing",
     "dropout_differs_between_ranks_and_not_between_runs",
