@@ -13,7 +13,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from hvdloss.agreement import raise_together
 from hvdloss.communicator import Communicator
-from hvdloss.errors import ConfigError, UsageError
+from hvdloss.errors import AgreementError, ConfigError, RankError, UsageError
 
 __all__ = ["Signals", "Uneven", "structure", "without_rows"]
 
@@ -104,12 +104,16 @@ class Uneven(Generic[Batch]):
             signals.tell(False)
 
     def _fetch(self, batches: Iterator[Batch]) -> tuple[Any, BaseException | None]:
-        """Return the next batch, or that there is none; and what went wrong."""
+        """Return the next batch, or that there is none; and what went wrong on this rank."""
         try:
             return next(batches), None
         except StopIteration:
             return _END, None
+        except AgreementError:
+            raise  # on all ranks
         except Exception as error:
+            if isinstance(error, RankError) and error.ranks:
+                raise  # as well: they have told each other
             return _END, error
 
     def _know(self, first: Any, error: BaseException | None) -> bool:

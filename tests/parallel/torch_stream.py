@@ -353,20 +353,32 @@ def case_files_that_are_damaged_missing_or_changed():
         if hvd.rank() != last:
             pq.write_table(pa.table({"x": [1.0] * (1 + hvd.rank())}), other / "a.parquet")
         if hvd.size() > 1:
-            raises_everywhere(
-                hvdloss.DataError,
-                lambda: list(hvd.StreamLoader(Parquet(other), 4)),
-                f"rank {last}",
-                "no .parquet",
-            )
+            for loop in (list, unevenly):
+                text = raises_everywhere(
+                    hvdloss.DataError,
+                    lambda loop=loop: loop(hvd.StreamLoader(Parquet(other), 4)),
+                    "no .parquet",
+                )
+                assert text.startswith(f"rank {last}: "), text
         if hvd.rank() == last:
             pq.write_table(pa.table({"x": [1.0] * 7}), other / "a.parquet")
         if hvd.size() > 1:
-            raises_everywhere(
-                hvdloss.AgreementError,
-                lambda: list(hvd.StreamLoader(Parquet(other), 4)),
-                "differ between ranks",
-            )
+            for loop in (list, unevenly):
+                raises_everywhere(
+                    hvdloss.AgreementError,
+                    lambda loop=loop: loop(hvd.StreamLoader(Parquet(other), 4)),
+                    "differ between ranks",
+                )
+
+
+def unevenly(loader: Any) -> list[Any]:
+    """Go through a loader in a loop whose optimizer would make steps."""
+    weight = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    return list(
+        hvd.uneven(
+            loader, hvd.DistributedOptimizer(torch.optim.SGD([weight], lr=0.1), None, hvd.Objective("mse"))
+        )
+    )
 
 
 def pair(columns: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
