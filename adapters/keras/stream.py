@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 import keras
-from hvdloss.agreement import raise_together
+from hvdloss.agreement import together
 from hvdloss.communicator import rank_and_size
 from hvdloss.data import Epoch, Source
 from hvdloss.data.sharding import whole
@@ -75,7 +75,7 @@ class StreamDataset(EpochDataset):
         self.batch_size = whole("batch_size", batch_size, 1)
         self.rank, self.ranks = rank_and_size(hvd, process_set)
         self._ranks = communicator_of(process_set or hvd.global_process_set)
-        self._opened = Opened(data, sharding)
+        self._opened = Opened(data, sharding, self.ranks)
         self.sharding = self._opened.rule
         self.error: DataError | None = None  # which Keras's threads turn into another
         self._lock = threading.Lock()
@@ -100,12 +100,26 @@ class StreamDataset(EpochDataset):
         self._opened.agree(self._ranks)
         super().enter(epochs)
         self.error = None
-        try:
-            self[0]
-        except Exception as error:
-            raise_together(self._ranks, error, "hvdloss.stream.first")
-            raise
-        raise_together(self._ranks, None, "hvdloss.stream.first")
+        together(self._ranks, self._try, "hvdloss.stream.first", "what first batches tell")
+
+    def _try(self) -> None:
+        self[0]
+
+    def state_dict(self, steps: int | None = None) -> dict[str, Any]:
+        """Return the position, as :meth:`ShardedDataset.state_dict`, with which files it is of."""
+        return self._opened.signed(super().state_dict(steps))
+
+    def load_state_dict(self, state: Any) -> None:
+        """Go on from a position, with whatever number of ranks there is now.
+
+        Where this rank could not open its files the position is left alone: ``fit`` tells all ranks why.
+
+        Raises:
+            ConfigError: no position, or one of other files or another sharding; nothing is changed then.
+        """
+        if self._opened.problem is None:
+            self._opened.check(state, self.ranks)
+            super().load_state_dict(state)
 
     def __getitem__(self, number: int) -> Any:
         """Return a batch of this rank, by its number in what is left of the epoch; quick in order."""

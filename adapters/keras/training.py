@@ -16,7 +16,7 @@ import tensorflow as tf
 import keras
 from hvdloss.agreement import agree
 from hvdloss.control.period import SyncPeriod
-from hvdloss.errors import ConfigError, DataError, HvdlossError, RankError
+from hvdloss.errors import ConfigError, DataError, HvdlossError, RankError, ShapeError
 from hvdloss.guard import due
 from hvdloss.keras._backend import TensorFlowTrainer, Trainer
 from hvdloss.keras.data import EpochDataset
@@ -406,7 +406,14 @@ def _tell(model: Any, begin: _Begin, error: Exception, read: DataError | None) -
     Collectives: those of a training step, and one gather of why.
     """
     engine = engine_of(model.optimizer)
-    common = isinstance(error, HvdlossError) and (not isinstance(error, DataError) or bool(error.ranks))
+    # What is judged from global numbers all ranks know; shapes and files are one rank's own.
+    own = isinstance(error, ShapeError) or (isinstance(error, DataError) and not error.ranks)
+    common = isinstance(error, HvdlossError) and not own
+    # Horovod's own failures, where there is nobody to tell.
+    common |= type(error).__module__.startswith("horovod")
+    common |= isinstance(error, tf.errors.OpError) and "Horovod" in str(error)
+    if known := [count for count in begin.counts if count is not None]:
+        common |= len(known) == len(begin.counts) and begin.done >= max(known)  # the steps are over
     if engine is None or not begin.agreed or not begin.training or common or engine.exchange.size == 1:
         return
     if not engine.included or not model.built:
@@ -469,7 +476,8 @@ def install() -> None:
         try:
             return translated(plain_fit, self, *args, **kwargs)
         except Exception as error:
-            _tell(self, begin, error, getattr(data, "error", None))
+            read = getattr(data, "error", None) if isinstance(data, EpochDataset) else None
+            _tell(self, begin, error, read)
             raise
 
     @functools.wraps(plain_train)

@@ -40,9 +40,13 @@ class _Signals:
 def _array(value: Any) -> tuple[str, list[int]] | None:
     if isinstance(value, tf.Tensor):
         return f"tf.{value.dtype.name}", list(value.shape)
-    if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
+    if isinstance(value, np.ndarray):
         return value.dtype.str, list(value.shape)
     return None
+
+
+def _zero(value: Any) -> Any:
+    return None if _array(value) is None else value[:0] if len(value.shape) else value
 
 
 def _make(kind: str, shape: list[int]) -> Any:
@@ -98,7 +102,10 @@ def uneven(batches: Iterable[Batch], steps: Any) -> Uneven[Batch]:
     return Uneven(
         batches,
         _Signals(books, passes),
-        lambda: communicator_of(books.process_set or hvd.global_process_set),
+        lambda: communicator_of(
+            books.process_set or getattr(steps, "process_set", None) or hvd.global_process_set
+        ),
         array=_array,
+        zero=_zero,
         make=_make,
     )

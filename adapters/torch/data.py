@@ -6,12 +6,13 @@ import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 from hvdloss.communicator import rank_and_size
 from hvdloss.data import Epoch, Sharding
 from hvdloss.data.sharding import whole
+from hvdloss.data.uneven import cut
 from hvdloss.errors import ConfigError, UsageError
 from hvdloss.torch._backend import hvd
+from hvdloss.torch.uneven import zero
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 __all__ = ["ShardedLoader"]
@@ -117,6 +118,10 @@ class ShardedLoader:
         """Return what :meth:`state_dict` makes the position of now from, later."""
         return list(self.epoch.taken)
 
+    def rewind(self, mark: Any) -> None:
+        """Go back to an earlier position of a loop that was left, from :meth:`mark`."""
+        self.epoch.taken = list(mark)
+
     def state_dict(self, mark: Any = None) -> dict[str, Any]:
         """Return the position, the same on all ranks; JSON-able. The batch last given counts as used.
 
@@ -155,7 +160,7 @@ class _Batches:
     def __iter__(self) -> Iterator[list[int]]:
         # The epoch notes what is used while it goes on: its batches must not shift meanwhile.
         batches = list(self.loader.epoch.batches(self.loader.rank, self.loader.batch_size))
-        return iter([batch.tolist() for batch in batches])
+        return (batch.tolist() for batch in batches)
 
 
 class _Collate:
@@ -167,20 +172,4 @@ class _Collate:
     def __call__(self, samples: list[Any]) -> Any:
         if samples:
             return self.collate(samples)
-        return _without_rows(self.collate([self.dataset[0]]))
-
-
-def _without_rows(batch: Any) -> Any:
-    """Return a batch with no rows: tensors and lists are cut, what holds them is kept."""
-    if isinstance(batch, torch.Tensor):
-        return batch[:0]
-    if isinstance(batch, dict):
-        return {key: _without_rows(value) for key, value in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(_without_rows(value) for value in batch))
-    if isinstance(batch, tuple):
-        return tuple(_without_rows(value) for value in batch)
-    if isinstance(batch, list):  # of tensors, as default_collate gives; or one entry per row
-        holds = any(isinstance(value, torch.Tensor | dict | list | tuple) for value in batch)
-        return [_without_rows(value) for value in batch] if holds else []
-    return batch
+        return cut(self.collate([self.dataset[0]]), zero)

@@ -86,7 +86,7 @@ class StreamLoader:
         # Steps of this epoch, items of this rank's lanes, and whether they are through.
         self._given, self._taken, self._over = 0, [0] * self.lanes, False
         if isinstance(data, Source):
-            self._opened: Opened | None = Opened(data, sharding)
+            self._opened: Opened | None = Opened(data, sharding, self.ranks)
             self.sharding: RowGroups | None = self._opened.rule
             self._begin(Epoch(self.sharding, self.ranks * self.lanes))
         else:
@@ -113,6 +113,11 @@ class StreamLoader:
         """Return what :meth:`state_dict` makes the position of now from, later; no collective."""
         return self._given, self._over, list(self._taken)
 
+    def rewind(self, mark: Any) -> None:
+        """Go back to an earlier position of a loop that was left, from :meth:`mark`."""
+        self._given, self._over, taken = mark
+        self._taken = list(taken)
+
     def state_dict(self, mark: Any = None) -> dict[str, Any]:
         """Return the position, the same on all ranks; JSON-able. The batch last given counts as used.
 
@@ -125,30 +130,36 @@ class StreamLoader:
         if self._turns is not None:
             reached = copy.copy(self._turns.epoch)
             reached.take(self._turns.taken(given))
-            return reached.state()
+            return self._of_files(reached.state())
         told = json.dumps([over, taken]).encode()
         heard = [json.loads(text) for text in self._communicator().gather(told, "hvdloss.stream.position")]
         if all(over for over, _ in heard):
             return LaneItems(epoch=self._items.number + 1).state()
         return self._items.state([count for _, taken in heard for count in taken])
 
+    def _of_files(self, state: dict[str, Any]) -> dict[str, Any]:
+        return state if self._opened is None else self._opened.signed(state)
+
     def start_state(self) -> dict[str, Any]:
         """Return the position at which the loop began that is under way, or was last; no collective."""
-        return self._items.state() if self._turns is None else self._turns.epoch.state()
+        return self._items.state() if self._turns is None else self._of_files(self._turns.epoch.state())
 
     def load_state_dict(self, state: Any) -> None:
         """Go on from a position, with whatever number of ranks and workers there is now.
 
-        A loop that is under way is over with it.
+        A loop that is under way is over with it. Where this rank could not open its files the position is
+        left alone: the next loop tells all ranks why.
 
         Raises:
-            ConfigError: no position, or one of other data or another sharding; nothing is changed then.
-            DataError: the files could not be opened.
+            ConfigError: no position, or one of other files or another sharding; nothing is changed then.
         """
-        if self._opened is not None:
-            self._opened.check()
         rank, ranks = rank_and_size(hvd, self._process_set)  # in an elastic job there are others now
+        if self._opened is not None and self._opened.problem is not None:
+            self._agreed, self._running = False, None
+            return
         if self.sharding is not None:
+            assert self._opened is not None
+            self._opened.check(state, ranks)
             self._begin(Epoch.of(self.sharding, state, ranks * self.lanes))
         else:
             self._begin(LaneItems.after(state))

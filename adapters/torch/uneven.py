@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
+import numpy as np
+
 import torch
 from hvdloss.control.period import SyncPeriod
 from hvdloss.data.uneven import Uneven
 from hvdloss.errors import ConfigError
 from hvdloss.torch.ops import communicator_of
 
-__all__ = ["uneven"]
+__all__ = ["uneven", "zero"]
 
 Batch = TypeVar("Batch")
 
@@ -36,12 +38,25 @@ class _Signals:
 
 
 def _array(value: Any) -> tuple[str, list[int]] | None:
+    if isinstance(value, np.ndarray):  # of words, say
+        return f"numpy {value.dtype.str}", list(value.shape)
     if not isinstance(value, torch.Tensor):
         return None
     return str(value.dtype).removeprefix("torch."), list(value.shape)
 
 
-def _make(kind: str, shape: list[int]) -> torch.Tensor:
+def zero(value: Any) -> Any:
+    """Return a tensor or an array without its rows; None for what is neither."""
+    if isinstance(value, np.ndarray):
+        return value[:0].copy() if value.ndim else value
+    if not isinstance(value, torch.Tensor):
+        return None
+    return value[:0].clone() if value.dim() else value
+
+
+def _make(kind: str, shape: list[int]) -> Any:
+    if kind.startswith("numpy "):
+        return np.zeros(shape, kind.removeprefix("numpy "))
     return torch.zeros(shape, dtype=getattr(torch, kind))
 
 
@@ -59,7 +74,8 @@ def uneven(batches: Iterable[Batch], optimizer: Any) -> Uneven[Batch]:
     Whether a rank has more is told in the ledgers of the steps, for which it reads one batch ahead. With
     accumulation (``backward_passes_per_step``) and local steps the loop ends with the step, or exchange,
     after which no rank has more. If a rank's batches raise, its last step's batches are still used; in the
-    next step every rank raises the same error, and nothing is updated. The model must bear batches without
+    next step every rank raises the same error, and nothing is updated (in a stretch of local steps the
+    whole stretch is undone, as with any fault). The model must bear batches without
     rows, as with :class:`ShardedLoader`.
 
     Args:
@@ -85,5 +101,10 @@ def uneven(batches: Iterable[Batch], optimizer: Any) -> Uneven[Batch]:
             f"objective, in whose steps ranks tell whether they have more"
         )
     return Uneven(
-        batches, _Signals(engine), lambda: communicator_of(engine.process_set), array=_array, make=_make
+        batches,
+        _Signals(engine),
+        lambda: communicator_of(engine.process_set),
+        array=_array,
+        zero=zero,
+        make=_make,
     )

@@ -73,20 +73,30 @@ def _listed(paths: Paths, endings: tuple[str, ...]) -> list[str]:
     out: list[str] = []
     for one in (os.fspath(each) for each in given):
         if os.path.isdir(one):
-            inside = [str(p) for p in sorted(Path(one).rglob("*")) if p.name.endswith(endings)]
-            if not inside:
-                raise DataError(f"{one}: the folder has no {' or '.join(endings)} file")
-            out += inside
+            out += _inside(one, endings)
         elif glob.has_magic(one) and not os.path.exists(one):
             found = sorted(glob.glob(one, recursive=True))
             if not found:
                 raise DataError(f"{one}: no file has such a name")
-            out += found
+            for match in found:
+                out += _inside(match, endings) if os.path.isdir(match) else [match]
         else:
             out.append(one)
     if not out:
         raise ConfigError(f"paths={paths!r} name no file")
     return out
+
+
+def _inside(folder: str, endings: tuple[str, ...]) -> list[str]:
+    """Return a folder's files, in the order of their names.
+
+    Raises:
+        DataError: there is none.
+    """
+    found = [str(p) for p in sorted(Path(folder).rglob("*")) if p.name.endswith(endings) and p.is_file()]
+    if not found:
+        raise DataError(f"{folder}: the folder has no {' or '.join(endings)} file")
+    return found
 
 
 def _stamp(file: str) -> tuple[int, int, int]:
@@ -153,10 +163,22 @@ class Source(ABC):
             if lengths - {part.rows}:
                 raise DataError(
                     f"{part}: has {sorted(lengths)} rows now, and had {part.rows} when it was opened; it "
-                    f"was written to since, or is damaged"
+                    f"was written to since, or is damaged{self._hint}"
                 )
+            for name, column in columns.items():
+                if column.dtype != (kind := self._kind_of[name]):
+                    raise DataError(
+                        f"{part}: column {name!r} is {column.dtype} here, but {kind} by the files' types, so "
+                        f"it has nulls here; write it as floating-point numbers{self._hint}"
+                    )
             self._unchanged(part.file)  # what was read is then what was there
         return columns
+
+    @cached_property
+    def _kind_of(self) -> dict[str, np.dtype[Any]]:
+        return {name: column.dtype for name, column in self.empty().items()}
+
+    _hint = ""  # what else may be the reason, for messages
 
     def empty(self) -> Columns:
         """Return every column without rows.
@@ -173,7 +195,7 @@ class Source(ABC):
         kinds = {name: [str(c.dtype), list(c.shape[1:])] for name, c in self.empty().items()}
         return hashlib.sha256(json.dumps([told, kinds]).encode()).hexdigest()[:16]
 
-    def _opened(self, file: str) -> None:
+    def _note(self, file: str) -> None:
         """Note a file as it is now."""
         with self._of(file):
             self._stamps[file] = _stamp(file)
@@ -194,9 +216,12 @@ class Source(ABC):
             raise
         except FileNotFoundError as error:
             raise DataError(f"{where}: there is no such file (any more)") from error
-        except (OSError, ValueError, EOFError, ArithmeticError, KeyError) as error:  # pyarrow's are of these
+        except Exception as error:
+            ours = isinstance(error, OSError | ValueError | EOFError | ArithmeticError | KeyError)
+            if not ours and not type(error).__module__.startswith("pyarrow"):
+                raise
             text = " ".join(str(error).split())[:300]
-            raise DataError(f"{where}: cannot be read: {type(error).__name__}: {text}") from error
+            raise DataError(f"{where}: cannot be read: {type(error).__name__}: {text}{self._hint}") from error
 
 
 def _column(column: Any) -> npt.NDArray[Any]:
@@ -223,7 +248,8 @@ def _columns(table: Any) -> Columns:
 class Parquet(Source):
     """Parquet files; their row groups are the parts.
 
-    Numbers and booleans become arrays of their dtype (integers with nulls: float64, NaN), lists of fixed
+    Numbers and booleans become arrays of their dtype (integers and booleans of a column with nulls: float64,
+    NaN), lists of fixed
     size rows of a matrix, strings, bytes and other lists arrays of objects.
 
     Args:
@@ -241,6 +267,7 @@ class Parquet(Source):
     ) -> None:
         _pyarrow("Parquet")
         self._metadata: dict[str, Any] = {}
+        self._nulls: set[str] = set()  # columns that have any
         self.paths, self.use_threads = paths, use_threads
         self.columns = None if columns is None else list(columns)
 
@@ -249,12 +276,19 @@ class Parquet(Source):
 
         out: list[Part] = []
         first: Any = None
-        self._metadata = {}
+        self._metadata, self._nulls = {}, set()
         for file in _listed(self.paths, (".parquet", ".pq")):
-            self._opened(file)
+            self._note(file)
             with self._of(file), pq.ParquetFile(file) as opened:
                 schema, found = opened.schema_arrow, opened.metadata
                 self._metadata[file] = found
+                for n in range(found.num_row_groups):
+                    chunks = (found.row_group(n).column(j) for j in range(found.num_columns))
+                    self._nulls |= {
+                        chunk.path_in_schema
+                        for chunk in chunks
+                        if chunk.statistics is not None and chunk.statistics.null_count
+                    }
                 missing = [name for name in self.columns or () if name not in schema.names]
                 if missing:
                     raise ConfigError(f"columns: {file} has no {missing}, but {schema.names}")
@@ -274,13 +308,21 @@ class Parquet(Source):
 
         # Opened anew, since several threads may read, but without looking for the row groups again.
         with pq.ParquetFile(part.file, metadata=self._metadata[part.file]) as opened:
-            return _columns(
-                opened.read_row_group(part.place[0], columns=self.columns, use_threads=self.use_threads)
-            )
+            table = opened.read_row_group(part.place[0], columns=self.columns, use_threads=self.use_threads)
+        return self._as_arrays(table)
+
+    def _as_arrays(self, table: Any) -> Columns:
+        """Return columns as arrays, of the same dtype in every row group."""
+        columns = _columns(table)
+        for name in self._nulls & set(columns):
+            kind = table.schema.field(name).type
+            if columns[name].dtype.kind in "biu" or str(kind) == "bool":
+                columns[name] = columns[name].astype(np.float64)
+        return columns
 
     def _nothing(self) -> Columns:
         table = self._schema.empty_table()
-        return _columns(table if self.columns is None else table.select(self.columns))
+        return self._as_arrays(table if self.columns is None else table.select(self.columns))
 
 
 class Csv(Source):
@@ -318,15 +360,18 @@ class Csv(Source):
         self.names = None if names is None else list(names)
         self.part_bytes = whole("part_bytes", part_bytes, 1)
 
+    _hint = " (a line break inside a value? a value that does not fit its column's type: types={...}?)"
+
     def _find(self) -> list[Part]:
         out: list[Part] = []
         self._names = self.names or []
         for file in _listed(self.paths, (".csv",)):
-            self._opened(file)
+            self._note(file)
             with self._of(file), open(file, "rb") as opened:
                 if self.names is None:
                     line = opened.readline()
-                    header = next(csv.reader(io.StringIO(line.decode()), delimiter=self.delimiter), [])
+                    text = io.StringIO(line.decode("utf-8-sig"))
+                    header = next(csv.reader(text, delimiter=self.delimiter), [])
                     if self._names and header != self._names:
                         raise DataError(f"{file}: its first line names {header}, but others' {self._names}")
                     self._names = header
@@ -411,7 +456,7 @@ class NumpyFiles(Source):
         self._heads: dict[str, tuple[int, Any, tuple[int, ...]]] = {}
         rows = {}
         for name, file in self.files.items():
-            self._opened(file)
+            self._note(file)
             with self._of(file), open(file, "rb") as opened:
                 version = np.lib.format.read_magic(opened)
                 read = np.lib.format.read_array_header_1_0 if version == (1, 0) else None

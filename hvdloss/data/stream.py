@@ -41,15 +41,17 @@ class Opened:
         source: the files; the same on all ranks.
         sharding: of their parts; a function from their numbers of rows to one; None for
             ``RowGroups(source.rows)``.
+        ranks: how many there are.
 
     Raises:
-        ConfigError: the sharding is of other files.
+        ConfigError: the sharding is of other files, or has shares for other ranks.
     """
 
-    def __init__(self, source: Source, sharding: Rules | None) -> None:
+    def __init__(self, source: Source, sharding: Rules | None, ranks: int) -> None:
         self.source = source
         self.problem: DataError | None = None
         self.rule = RowGroups([])
+        self.fingerprint = ""
         try:
             rows = source.rows
         except DataError as error:
@@ -69,15 +71,32 @@ class Opened:
                 f"{sum(rows)}; make it with RowGroups(source.rows, ...)"
             )
         self.rule = rule
+        self.fingerprint = source.fingerprint()
+        self._check_shares(ranks)
 
-    def check(self) -> None:
-        """Raise what went wrong on this rank.
+    def _check_shares(self, ranks: int) -> None:
+        if self.rule.shares is not None and len(self.rule.shares) != ranks:
+            raise ConfigError(
+                f"shares={self.rule.shares} are {len(self.rule.shares)}, but there are {ranks} ranks; give "
+                f"one each"
+            )
+
+    def signed(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Return a position with what tells which files it is of."""
+        return {**state, "files": self.fingerprint}
+
+    def check(self, state: Any, ranks: int) -> None:
+        """Check that a position is of these files, which may lie in another folder.
 
         Raises:
-            DataError: the files could not be opened.
+            ConfigError: it is of others; or the sharding has shares for other ranks.
         """
-        if self.problem is not None:
-            raise self.problem
+        self._check_shares(ranks)
+        if isinstance(state, dict) and state.get("files", self.fingerprint) != self.fingerprint:
+            raise ConfigError(
+                "the state is of other files: their names, order, row groups or columns differ; go on with "
+                "the files that the epoch began with, in the same order"
+            )
 
     def agree(self, communicator: Communicator) -> None:
         """Check that all ranks see the same files.
@@ -90,8 +109,9 @@ class Opened:
         """
 
         def fingerprint() -> list[Any]:
-            self.check()
-            return [self.source.fingerprint(), self.rule.settings()]
+            if self.problem is not None:
+                raise self.problem
+            return [self.fingerprint, self.rule.settings()]
 
         together(
             communicator,
@@ -111,7 +131,8 @@ def _reading() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(2, "hvdloss-read")
 
 
-os.register_at_fork(after_in_child=_reading.cache_clear)  # a child has none of its parent's threads
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_reading.cache_clear)  # a child has none of its parent's threads
 
 
 def read_batches(
@@ -142,9 +163,8 @@ def read_batches(
             order = rule.within(part, epoch)
             while start < end:
                 stop = min(start + batch_size - count, end)
-                # A copy: a view would keep the whole part in memory, and Arrow's cannot be written to.
                 rows: Any = slice(start, stop) if order is None else order[start:stop]
-                held.append({name: np.array(column[rows]) for name, column in columns.items()})
+                held.append({name: _copied(column, rows) for name, column in columns.items()})
                 count += stop - start
                 start = stop
                 if count == batch_size:
@@ -156,6 +176,11 @@ def read_batches(
     finally:
         for one in coming:
             one.cancel()
+
+
+def _copied(column: Any, rows: Any) -> Any:
+    """Return rows of a column as a copy: a view keeps the whole part, and Arrow's cannot be written to."""
+    return column[rows].copy() if isinstance(rows, slice) else column[rows]
 
 
 def _joined(held: Sequence[Columns]) -> Columns:

@@ -15,7 +15,7 @@ from hvdloss.agreement import raise_together
 from hvdloss.communicator import Communicator
 from hvdloss.errors import AgreementError, ConfigError, RankError, UsageError
 
-__all__ = ["Signals", "Uneven", "structure", "without_rows"]
+__all__ = ["Signals", "Uneven", "cut", "structure", "without_rows"]
 
 Batch = TypeVar("Batch")
 _END = object()
@@ -44,6 +44,8 @@ class Uneven(Generic[Batch]):
         signals: of the optimizer that every batch's loss is for.
         communicator: of its ranks.
         array: tells dtype and shape of an array (a tensor) in a batch; None for what is none.
+        zero: returns an array without rows like a given one, which it does not keep in memory; None for
+            what is none.
         make: makes an array of a dtype's name and a shape.
     """
 
@@ -54,6 +56,7 @@ class Uneven(Generic[Batch]):
         communicator: Callable[[], Communicator],
         *,
         array: Callable[[Any], tuple[str, Sequence[int]] | None],
+        zero: Callable[[Any], Any],
         make: Callable[[str, list[int]], Any],
     ) -> None:
         try:
@@ -61,15 +64,17 @@ class Uneven(Generic[Batch]):
         except TypeError:
             raise ConfigError(f"batches={type(batches).__name__} cannot be iterated over") from None
         self.batches, self._signals, self._communicator = batches, signals, communicator
-        self._array, self._make = array, make
+        self._array, self._zero, self._make = array, zero, make
         self._template: Any = _END
         self._position: Any = None
+        self._held: tuple[Any, BaseException | None] | None = None  # read ahead in a loop that was left
 
     def __iter__(self) -> Iterator[Batch]:
         """Give this rank's batches, then empty ones until every rank is through."""
         signals = self._signals
         batches = iter(self.batches)
-        ahead, error = self._fetch(batches)
+        ahead, error = self._held or self._fetch(batches)
+        self._held, ended = None, False
         if self._template is _END and not self._know(ahead, error):
             return
         idle = 0
@@ -91,6 +96,8 @@ class Uneven(Generic[Batch]):
                         raise failed
                     idle = 0
                     if not more:
+                        ended = True
+                        self._note()  # by now this rank knows that its batches are used up
                         return
                     continue
                 idle += not own
@@ -102,6 +109,17 @@ class Uneven(Generic[Batch]):
                     )
         finally:
             signals.tell(False)
+            if not ended:
+                self._give_back(batches, ahead, error)
+
+    def _give_back(self, batches: Iterator[Batch], ahead: Any, error: BaseException | None) -> None:
+        """Leave a loop before its end: the batch read ahead is the next loop's first."""
+        if batches is self.batches:
+            self._held = (ahead, error)
+        elif hasattr(self.batches, "rewind") and self._position is not None:
+            if hasattr(batches, "close"):
+                batches.close()
+            self.batches.rewind(self._position)
 
     def _fetch(self, batches: Iterator[Batch]) -> tuple[Any, BaseException | None]:
         """Return the next batch, or that there is none; and what went wrong on this rank."""
@@ -125,13 +143,19 @@ class Uneven(Generic[Batch]):
         Collectives: two small gathers.
         """
         communicator = self._communicator()
+        told = None
+        if first is not _END:
+            try:
+                told = structure(first, self._array)
+            except ConfigError as found:
+                error = found
         raise_together(communicator, error, "hvdloss.uneven.first")
-        told = None if first is _END else structure(first, self._array)
         texts = communicator.gather(json.dumps(told).encode(), "hvdloss.uneven.batch")
         known = [one for one in map(json.loads, texts) if one is not None]
         if not known:
             return False
-        self._template = without_rows(known[0] if told is None else told, self._make)
+        # From the rank's own batch, if it has any: JSON knows neither devices nor kinds of containers.
+        self._template = without_rows(known[0], self._make) if told is None else cut(first, self._zero)
         return True
 
     # -- position ---------------------------------------------------------------------------------
@@ -166,7 +190,7 @@ class Uneven(Generic[Batch]):
             raise UsageError(f"{type(self.batches).__name__} has no load_state_dict(), so no position")
         load(state)
         # In an elastic job there are ranks now that do not know what a batch is.
-        self._position, self._template = None, _END
+        self._position, self._held, self._template = None, None, _END
 
 
 # -- what a batch looks like ----------------------------------------------------------------------
@@ -179,18 +203,48 @@ def structure(batch: Any, array: Callable[[Any], tuple[str, Sequence[int]] | Non
         batch: arrays, whose first axis is rows, in tuples, lists and dicts; a list of anything else has one
             entry per row.
         array: tells an array's dtype and shape; None for what is no array.
+
+    Raises:
+        ConfigError: something of another kind, of which nobody knows what it is without rows.
     """
     found = array(batch)
     if found is not None:
         return {"array": [found[0], list(found[1])]}
     if isinstance(batch, Mapping):
-        return {"dict": {str(key): structure(value, array) for key, value in batch.items()}}
+        return {"dict": [[key, structure(value, array)] for key, value in batch.items()]}
     if isinstance(batch, tuple | list):
         parts = [structure(value, array) for value in batch]
         if isinstance(batch, list) and not any("value" not in part for part in parts):
             return {"list": []}  # of rows
         return {"tuple" if isinstance(batch, tuple) else "list": parts}
-    return {"value": batch if isinstance(batch, str | int | float | bool) else None}
+    if batch is None or isinstance(batch, str | int | float | bool):
+        return {"value": batch}
+    raise ConfigError(
+        f"batches: hold a {type(batch).__name__}, of which nobody knows what it is without rows; give "
+        f"tensors or arrays in tuples, lists and dicts"
+    )
+
+
+def cut(batch: Any, zero: Callable[[Any], Any]) -> Any:
+    """Return a batch without rows like another one, held in the same kinds of containers.
+
+    Args:
+        batch: as for :func:`structure`.
+        zero: returns an array without rows like a given one; None for what is no array.
+    """
+    found = zero(batch)
+    if found is not None:
+        return found
+    if isinstance(batch, Mapping):
+        parts = {key: cut(value, zero) for key, value in batch.items()}
+        return parts if type(batch) is dict else type(batch)(parts)  # type: ignore[call-arg]
+    if isinstance(batch, tuple):
+        values = [cut(value, zero) for value in batch]
+        return type(batch)(*values) if hasattr(batch, "_fields") else tuple(values)
+    if isinstance(batch, list):  # of arrays, or with an entry per row
+        held = any(zero(value) is not None or isinstance(value, Mapping | tuple | list) for value in batch)
+        return [cut(value, zero) for value in batch] if held else []
+    return batch
 
 
 def without_rows(told: Mapping[str, Any], make: Callable[[str, list[int]], Any]) -> Any:
@@ -204,7 +258,7 @@ def without_rows(told: Mapping[str, Any], make: Callable[[str, list[int]], Any])
     if kind == "array":
         return make(value[0], [0, *value[1][1:]] if value[1] else [])
     if kind == "dict":
-        return {key: without_rows(part, make) for key, part in value.items()}
+        return {key: without_rows(part, make) for key, part in value}
     if kind in ("tuple", "list"):
         parts = [without_rows(part, make) for part in value]
         return tuple(parts) if kind == "tuple" else parts

@@ -58,6 +58,46 @@ def test_parquet_columns_become_arrays(tmp_path):
     assert again.read(2)["integer"].tolist() == [5]
 
 
+def test_a_column_has_one_dtype_in_all_parts(tmp_path):
+    table = pa.table({"n": pa.array([1, 2, None, 4], pa.int64()), "b": pa.array([True, False, True, None])})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=2)
+    source = Parquet(tmp_path)
+    for part in (source.read(0), source.read(1), source.empty()):
+        assert part["n"].dtype == part["b"].dtype == np.float64
+    np.testing.assert_array_equal(whole(source)["b"], [1, 0, 1, np.nan])
+    (tmp_path / "a.csv").write_text("n,m\n1,1\n2,2\n,3\n4,4\n")
+    with pytest.raises(DataError, match=r"column 'n' is float64 here, but int64 .*types="):
+        whole(Csv(tmp_path / "a.csv", part_bytes=5))
+    mended = Csv(tmp_path / "a.csv", part_bytes=5, types={"n": "float64"})
+    np.testing.assert_array_equal(whole(mended)["n"], [1, 2, np.nan, 4])
+
+
+def test_folders_that_are_called_like_files_and_marks_of_byte_order(tmp_path):
+    for name in ("day1.parquet", "day2.parquet"):
+        (tmp_path / name).mkdir()
+        pq.write_table(pa.table({"a": [1, 2]}), tmp_path / name / "part-0.parquet")
+    assert Parquet(tmp_path).rows == Parquet(tmp_path / "*.parquet").rows == [2, 2]
+    (tmp_path / "b.csv").write_bytes("x,y\n1,2\n".encode("utf-8-sig"))
+    assert list(Csv(tmp_path / "b.csv", columns=["x"]).read(0)) == ["x"]
+
+
+def test_damage_is_always_a_data_error(tmp_path):
+    rng = np.random.default_rng(0)
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"a": rng.normal(size=300), "w": [str(i) for i in range(300)]}), path)
+    good, refused = path.read_bytes(), 0
+    for _ in range(300):
+        bad = bytearray(good)
+        bad[rng.integers(len(bad))] ^= 1 << rng.integers(8)
+        path.write_bytes(bad)
+        try:
+            whole(Parquet(path).open())
+        except DataError as error:
+            refused += str(path) in str(error)
+            continue
+    assert refused > 50
+
+
 def test_csv_parts_are_whole_lines(tmp_path):
     for ending in ("\n", "\r\n"):
         rows = [f'{i},"a, {i}",{i / 2}' for i in range(50)]

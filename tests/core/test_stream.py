@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
 import json
 
@@ -14,7 +15,7 @@ from hvdloss import ConfigError, RankError, UsageError, simulate
 from hvdloss.agreement import raise_together, together
 from hvdloss.data import Epoch, Pieces, RowGroups
 from hvdloss.data.stream import LaneItems, Turns, read_batches
-from hvdloss.data.uneven import Uneven
+from hvdloss.data.uneven import Uneven, cut, structure, without_rows
 from hvdloss.errors import AgreementError, DataError
 
 MANY = settings(max_examples=60, deadline=None)
@@ -175,12 +176,21 @@ def array(value):
     return (str(value.dtype), value.shape) if isinstance(value, np.ndarray) else None
 
 
+def make(kind, shape):
+    return np.zeros(shape, kind)
+
+
+def zero(value):
+    return value[:0] if isinstance(value, np.ndarray) else None
+
+
+HELD = {"array": array, "zero": zero, "make": make}
+
+
 def loop(ranks, batches, passes=1):
     """Return the sizes of the batches this rank was given, and what ended it."""
     ledger = Ledger(ranks, passes)
-    uneven = Uneven(
-        batches, ledger, lambda: ranks, array=array, make=lambda kind, shape: np.zeros(shape, kind)
-    )
+    uneven = Uneven(batches, ledger, lambda: ranks, **HELD)
     sizes, error = [], ""
     try:
         for number, batch in enumerate(uneven):
@@ -236,9 +246,9 @@ def test_a_failure_is_raised_on_all_ranks_after_what_was_read(counts, bad, passe
 def test_a_loop_without_steps_is_refused():
     def work(ranks):
         ledger = Ledger(ranks)
-        uneven = Uneven([batch(1)] * (1 + ranks.rank), ledger, lambda: ranks, array=array, make=np.zeros)
+        uneven = Uneven([batch(1)] * (1 + ranks.rank), ledger, lambda: ranks, **HELD)
         with pytest.raises(UsageError, match="the optimizer made no step"):
-            list(Uneven([np.ones(1)], ledger, lambda: ranks, array=array, make=lambda k, s: np.zeros(s)))
+            list(Uneven([np.ones(1)], ledger, lambda: ranks, **HELD))
         with pytest.raises(UsageError, match="no state_dict"):
             uneven.state_dict()
         with pytest.raises(UsageError, match="no load_state_dict"):
@@ -246,7 +256,7 @@ def test_a_loop_without_steps_is_refused():
 
     simulate(2, work)
     with pytest.raises(ConfigError, match="batches=int cannot be iterated"):
-        Uneven(3, None, None, array=array, make=np.zeros)
+        Uneven(3, None, None, **HELD)
 
 
 def test_what_fails_on_one_rank_fails_together():
@@ -263,3 +273,77 @@ def test_what_fails_on_one_rank_fails_together():
         assert together(ranks, lambda: {"a": [1]}, "open", "files") == {"a": [1]}
 
     simulate(3, work)
+
+
+Pair = collections.namedtuple("Pair", "x y")
+
+
+class Named(dict):
+    """A batch as some libraries have them."""
+
+
+def test_a_batch_without_rows_is_held_as_others_are():
+    x = np.ones((3, 2))
+    batch = Named({0: Pair(x, [x, x]), "words": ["a", "b", "c"], "rows": [{"a": x}, 2], "one": np.float64(1)})
+    empty = cut(batch, zero)
+    assert type(empty) is Named
+    assert type(empty[0]) is Pair
+    assert empty[0].x.shape == empty[0].y[1].shape == empty["rows"][0]["a"].shape == (0, 2)
+    assert empty["words"] == []
+    told = json.loads(json.dumps(structure(batch, array)))
+    other = without_rows(told, lambda kind, shape: np.zeros(shape, kind))
+    assert set(other) == {0, "words", "rows", "one"}
+    assert other[0][0].shape == (0, 2)
+    with pytest.raises(ConfigError, match="hold a set, of which nobody knows"):
+        structure((x, {1}), array)
+
+
+class Loader:
+    """Batches with a position, as the adapters' loaders have one."""
+
+    def __init__(self, n):
+        self.n, self.given = n, 0
+
+    def __iter__(self):
+        for number in range(self.given, self.n):
+            self.given = number + 1
+            yield np.full(1, number)
+        self.given = 0
+
+    def mark(self):
+        return self.given
+
+    def rewind(self, mark):
+        self.given = mark
+
+    def state_dict(self, mark=None):
+        return self.given if mark is None else mark
+
+
+def test_a_loop_that_was_left_goes_on_with_the_batch_that_was_read_ahead():
+    def work(ranks):
+        for data in (lambda: Loader(6), lambda: iter([np.full(1, i) for i in range(6)])):
+            ledger = Ledger(ranks)
+            batches = data()
+            uneven = Uneven(
+                batches,
+                ledger,
+                lambda: ranks,
+                array=array,
+                zero=zero,
+                make=lambda kind, shape: np.zeros(shape),
+            )
+            seen = []
+            for stop in (0, 2, 9):
+                for number, one in enumerate(uneven):
+                    ledger.step()
+                    seen += one.tolist()
+                    if number == stop:
+                        break
+                if isinstance(batches, Loader) and stop < 9:
+                    assert uneven.state_dict() == batches.state_dict() == len(seen)
+            assert seen == [0, 1, 2, 3, 4, 5]
+            if isinstance(batches, Loader):
+                assert uneven.state_dict() == 0  # the end of an epoch is the beginning of the next
+
+    simulate(2, work)
