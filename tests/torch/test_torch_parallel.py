@@ -49,7 +49,7 @@ def test_data(case: Case, request):
     case.check(request)
 
 
-@parallel_cases("torch_compiled", [("gloo", 2)], group="torch")
+@parallel_cases("torch_compiled", more(("gloo", 2)), group="torch")
 def test_compiled(case: Case, request):
     case.check(request)
 
