@@ -1,0 +1,247 @@
+"""Starts the ranks of a job, does to them what is done from outside, and sees how they end.
+
+Ranks are started as `horovodrun` starts them, with Horovod's own rendezvous, but nobody ends the others when
+one of them ends: they have to find out by themselves. (`horovodrun` would kill them, and hide a hang.)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
+
+from fault_job import Item  # noqa: E402
+from faults import BY_NAME, STUCK, Fault  # noqa: E402
+from ranks import environment  # noqa: E402
+
+JOB = Path(__file__).resolve().parent / "fault_job.py"
+START_SECONDS = 120.0
+GRACE = 8.0  # seconds beyond a fault's own until a rank counts as hung
+SIGNALS = {"oom": signal.SIGKILL, "sigterm": signal.SIGTERM, "sigstop": signal.SIGSTOP}
+
+
+@dataclass
+class Launch:
+    """What became of a launch.
+
+    Attributes:
+        records: what the ranks wrote, by rank.
+        status: exit statuses by rank, negative for signals (of the launcher, under key -1, with horovodrun).
+        hung: why it was ended from outside; empty if it ended by itself.
+        stacks: of the ranks that were left then, by rank.
+        output: the end of what the ranks printed.
+        inflicted: when a signal was sent from outside.
+    """
+
+    records: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
+    status: dict[int, int] = field(default_factory=dict)
+    hung: str = ""
+    stacks: dict[int, str] = field(default_factory=dict)
+    output: str = ""
+    inflicted: float | None = None
+
+
+class _Records:
+    """The ranks' records, read as they are written."""
+
+    def __init__(self, folder: Path, size: int) -> None:
+        self.paths = [folder / f"rank-{rank}.jsonl" for rank in range(size)]
+        self.places = [0] * size
+        self.all: dict[int, list[dict[str, Any]]] = {rank: [] for rank in range(size)}
+
+    def read(self) -> None:
+        for rank, path in enumerate(self.paths):
+            if not path.exists():
+                continue
+            with path.open("rb") as file:
+                file.seek(self.places[rank])
+                for line in file:
+                    if not line.endswith(b"\n"):
+                        break
+                    self.places[rank] += len(line)
+                    self.all[rank].append(json.loads(line))
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        return [record for records in self.all.values() for record in records if record["event"] == name]
+
+
+def _start(
+    command: Sequence[str], folder: Path, size: int, variables: Mapping[str, str], horovodrun: bool
+) -> tuple[list[subprocess.Popen[bytes]], Any]:
+    """Start the ranks (or horovodrun); return the processes and what has to be stopped at the end."""
+    base = {**environment(), **variables}
+    out = (folder / "output.txt").open("wb")
+    options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": subprocess.STDOUT}
+    if horovodrun:
+        beside = Path(sys.executable).with_name("horovodrun")
+        launcher = [str(beside), "--gloo", "-np", str(size), "--network-interfaces", "lo", *command]
+        return [subprocess.Popen(launcher, env=base, start_new_session=True, **options)], None
+    from horovod.runner.common.util.hosts import get_host_assignments, parse_hosts
+    from horovod.runner.gloo_run import create_slot_env_vars
+    from horovod.runner.http.http_server import RendezvousServer
+
+    slots = get_host_assignments(parse_hosts(f"localhost:{size}"), size)
+    server = RendezvousServer()
+    port = server.start()
+    server.init(slots)
+    base |= {
+        "HOROVOD_GLOO_RENDEZVOUS_ADDR": "127.0.0.1",
+        "HOROVOD_GLOO_RENDEZVOUS_PORT": str(port),
+        "HOROVOD_GLOO_IFACE": "lo",
+        "HOROVOD_CONTROLLER": "gloo",
+        "HOROVOD_CPU_OPERATIONS": "gloo",
+    }
+    ranks = [
+        subprocess.Popen(list(command), env={**base, **create_slot_env_vars(slot)}, **options)
+        for slot in slots
+    ]
+    return ranks, server
+
+
+def launch(
+    loop: str,
+    plan: Sequence[Item],
+    folder: Path,
+    size: int,
+    *,
+    environment: Mapping[str, str] | None = None,
+    horovodrun: bool = False,
+) -> Launch:
+    """Run a plan once, and return what became of it.
+
+    Args:
+        loop: of :data:`faults.LOOPS`.
+        plan: what to inflict, in order.
+        folder: empty; for records.
+        size: ranks.
+        environment: further variables.
+        horovodrun: start through it, and wait for it.
+    """
+    (folder / "plan.json").write_text(json.dumps([asdict(item) for item in plan]))
+    command = [sys.executable, str(JOB), loop, str(folder)]
+    processes, server = _start(command, folder, size, environment or {}, horovodrun)
+    records = _Records(folder, size)
+    out = Launch(records=records.all)
+    pids: dict[int, int] = {}
+    try:
+        _watch(out, records, processes, plan, loop, pids, horovodrun)
+    finally:
+        for rank, pid in pids.items() if horovodrun else ():
+            _signal(pid, signal.SIGUSR1 if out.hung else 0)
+        for process in processes:
+            if process.poll() is None and horovodrun:
+                process.terminate()
+        left = [rank for rank, process in enumerate(processes) if process.poll() is None]
+        if out.hung:
+            for process in processes if not horovodrun else ():
+                if process.poll() is None:
+                    process.send_signal(signal.SIGCONT)
+                    process.send_signal(signal.SIGUSR1)
+            time.sleep(0.5)
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+        for pid in pids.values() if horovodrun else ():
+            _signal(pid, signal.SIGKILL)
+        if server is not None:
+            server.stop()
+    records.read()
+    for rank in left:
+        path = folder / f"stacks-{rank}.txt"
+        out.stacks[rank] = path.read_text()[-3000:] if path.exists() else ""
+    out.output = (folder / "output.txt").read_text(errors="replace")[-6000:]
+    return out
+
+
+def _signal(pid: int, number: int) -> None:
+    if Path(f"/proc/{pid}/cmdline").exists() and JOB.name in Path(f"/proc/{pid}/cmdline").read_text():
+        os.kill(pid, number)
+
+
+def _watch(
+    out: Launch,
+    records: _Records,
+    processes: Sequence[subprocess.Popen[bytes]],
+    plan: Sequence[Item],
+    loop: str,
+    pids: dict[int, int],
+    horovodrun: bool,
+) -> None:
+    """Wait for the end, or for what takes too long."""
+    began = time.time()
+    number, since = -1, began  # of the item under way
+    waking: float | None = None  # when the stuck rank was let go
+    while True:
+        now = time.time()
+        for rank, process in enumerate(processes):
+            key = -1 if horovodrun else rank
+            if key not in out.status and process.poll() is not None:
+                out.status[key] = process.returncode
+        if len(out.status) == len(processes):
+            return
+        records.read()
+        for record in records.events("started"):
+            pids[record["rank"]] = record["pid"]
+        current = max((r[-1]["number"] for r in records.all.values() if r), default=-1)
+        if current > number:
+            number, since = current, now
+        if number < 0:
+            if now - began > START_SECONDS:
+                out.hung = "did not start"
+                return
+            time.sleep(0.01)
+            continue
+        if number >= len(plan):
+            if now - since > 30.0:
+                out.hung = "did not end"
+                return
+            time.sleep(0.01)
+            continue
+        item = plan[number]
+        fault = BY_NAME[item.fault]
+        if out.inflicted is None and fault.how == "signal" and records.events("ready"):
+            out.inflicted = time.time()
+            os.kill(pids[item.victim], SIGNALS[item.fault])
+        inflicted = [r["time"] for r in records.events("inflicted") if r["number"] == number]
+        if out.inflicted is not None:
+            inflicted.append(out.inflicted)
+        waking = _wake(out, item, fault, processes, waking, now, horovodrun)
+        if inflicted:
+            limit = min(inflicted) + fault.seconds + GRACE
+            if fault.stuck and waking is not None:
+                limit = max(waking, min(inflicted) + STUCK) + fault.seconds + GRACE
+        else:
+            limit = since + 60.0  # building, and the good steps
+        if now > limit:
+            out.hung = f"{fault.seconds + GRACE:.0f} s after the fault" if inflicted else "before the fault"
+            return
+        time.sleep(0.005)
+
+
+def _wake(
+    out: Launch,
+    item: Item,
+    fault: Fault,
+    processes: Sequence[subprocess.Popen[bytes]],
+    waking: float | None,
+    now: float,
+    horovodrun: bool,
+) -> float | None:
+    """Let a stuck rank go when all others have ended; return when."""
+    if not fault.stuck or horovodrun or waking is not None:
+        return waking
+    if any(rank not in out.status for rank in range(len(processes)) if rank != item.victim):
+        return None
+    if fault.name == "sigstop":
+        processes[item.victim].send_signal(signal.SIGCONT)
+    return now
