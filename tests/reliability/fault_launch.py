@@ -26,6 +26,7 @@ from ranks import environment  # noqa: E402
 JOB = Path(__file__).resolve().parent / "fault_job.py"
 START_SECONDS = 120.0
 GRACE = 8.0  # seconds beyond a fault's own until a rank counts as hung
+ENDING = 40.0  # the same for ranks that know, and are about to end; a busy machine takes long
 SIGNALS = {"oom": signal.SIGKILL, "sigterm": signal.SIGTERM, "sigstop": signal.SIGSTOP}
 
 
@@ -217,13 +218,23 @@ def _watch(
             inflicted.append(out.inflicted)
         waking = _wake(out, item, fault, processes, waking, now, horovodrun)
         if inflicted:
-            limit = min(inflicted) + fault.seconds + GRACE
+            told = {
+                r["rank"]
+                for event in ("knew", "unnoticed", "ended")
+                for r in records.events(event)
+                if r["number"] == number
+            }
+            ignorant = any(
+                rank not in told and (rank != item.victim or fault.victim) and rank not in out.status
+                for rank in records.all
+            )
+            limit = min(inflicted) + fault.seconds + (GRACE if ignorant else ENDING)
             if fault.stuck and waking is not None:
-                limit = max(waking, min(inflicted) + STUCK) + fault.seconds + GRACE
+                limit = max(waking, min(inflicted) + STUCK) + fault.seconds + ENDING
         else:
             limit = since + 60.0  # building, and the good steps
         if now > limit:
-            out.hung = f"{fault.seconds + GRACE:.0f} s after the fault" if inflicted else "before the fault"
+            out.hung = f"{now - min(inflicted):.0f} s after the fault" if inflicted else "before the fault"
             return
         time.sleep(0.005)
 
