@@ -2,10 +2,10 @@
 
 PYTHON_BIN := .venv/bin/python
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-more lint format bench clean distclean
+.PHONY: help setup demo test test-more reliability soak lint format bench clean distclean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## make .venv with the frameworks, hvdloss and Horovod (quick when up to date)
 	@./scripts/setup.sh
@@ -18,6 +18,12 @@ test: setup ## run the tests
 
 test-more: setup ## run what `test` leaves out: more of everything on 3 and 4 ranks and over MPI
 	$(PYTHON_BIN) -m pytest -m more
+
+reliability: setup ## inflict every kind of fault on real jobs, and write docs/reliability.md's table (30 minutes)
+	$(PYTHON_BIN) tests/reliability/inflict.py --docs
+
+soak: setup ## train on 8 ranks for 20 minutes while ranks are killed (SOAK="--minutes 720" for a night)
+	$(PYTHON_BIN) tests/reliability/soak.py $(SOAK)
 
 lint: setup ## check style and types
 	$(PYTHON_BIN) -m ruff check .

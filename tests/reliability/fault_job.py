@@ -27,7 +27,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from faults import BY_NAME, FIT, STUCK, Fault  # noqa: E402
+from faults import BY_NAME, FIT, STUCK, Fault
 
 ROWS = 8  # of a rank's batch; ranks have different numbers
 LONG = 4000  # steps of a job that ends otherwise
@@ -293,7 +293,6 @@ def survive(log: Log, loop: Any, digits: Digits, item: Item, mine: bool) -> None
         log.write("did not go on", text=f"{type(error).__name__}: {error}"[:3000])
 
 
-
 def perish(log: Log, loop: Any, digits: Digits, item: Item, mine: bool) -> None:
     """Inflict what ends the job, and let it end."""
     hooks = Inflict(log, loop, item, mine)
@@ -323,7 +322,9 @@ def main() -> None:
     parser.add_argument("loop")
     parser.add_argument("folder", type=Path)
     args = parser.parse_args()
-    module = "fault_torch" if args.loop == "torch" else "fault_keras" if args.loop == FIT else "fault_tensorflow"
+    module = (
+        "fault_torch" if args.loop == "torch" else "fault_keras" if args.loop == FIT else "fault_tensorflow"
+    )
     make: Callable[[str], Any] = importlib.import_module(module).make
     loop = make(args.loop)
     hvd = loop.hvd

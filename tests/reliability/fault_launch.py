@@ -6,6 +6,7 @@ one of them ends: they have to find out by themselves. (`horovodrun` would kill 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -24,7 +25,7 @@ from faults import BY_NAME, STUCK, Fault  # noqa: E402
 from ranks import environment  # noqa: E402
 
 JOB = Path(__file__).resolve().parent / "fault_job.py"
-START_SECONDS = 120.0
+START_SECONDS = 240.0
 GRACE = 8.0  # seconds beyond a fault's own until a rank counts as hung
 ENDING = 40.0  # the same for ranks that know, and are about to end; a busy machine takes long
 SIGNALS = {"oom": signal.SIGKILL, "sigterm": signal.SIGTERM, "sigstop": signal.SIGSTOP}
@@ -136,24 +137,19 @@ def launch(
     try:
         _watch(out, records, processes, plan, loop, pids, horovodrun)
     finally:
-        for rank, pid in pids.items() if horovodrun else ():
-            _signal(pid, signal.SIGUSR1 if out.hung else 0)
-        for process in processes:
-            if process.poll() is None and horovodrun:
-                process.terminate()
-        left = [rank for rank, process in enumerate(processes) if process.poll() is None]
-        if out.hung:
-            for process in processes if not horovodrun else ():
-                if process.poll() is None:
-                    process.send_signal(signal.SIGCONT)
-                    process.send_signal(signal.SIGUSR1)
+        left = sorted(set(range(size)) - set(out.status)) if not horovodrun else []
+        if out.hung:  # the stacks of those that are left
+            for pid in pids.values():
+                _signal(pid, signal.SIGCONT)
+                _signal(pid, signal.SIGUSR1)
             time.sleep(0.5)
         for process in processes:
             if process.poll() is None:
-                process.kill()
-            process.wait()
-        for pid in pids.values() if horovodrun else ():
+                process.terminate() if horovodrun else process.kill()
+        for pid in pids.values():
             _signal(pid, signal.SIGKILL)
+        for process in processes:
+            process.wait()
         if server is not None:
             server.stop()
     records.read()
@@ -165,8 +161,10 @@ def launch(
 
 
 def _signal(pid: int, number: int) -> None:
-    if Path(f"/proc/{pid}/cmdline").exists() and JOB.name in Path(f"/proc/{pid}/cmdline").read_text():
-        os.kill(pid, number)
+    """Send a signal to a rank, if it is still there."""
+    with contextlib.suppress(OSError):
+        if JOB.name in Path(f"/proc/{pid}/cmdline").read_text():
+            os.kill(pid, number)
 
 
 def _watch(
@@ -212,7 +210,7 @@ def _watch(
         fault = BY_NAME[item.fault]
         if out.inflicted is None and fault.how == "signal" and records.events("ready"):
             out.inflicted = time.time()
-            os.kill(pids[item.victim], SIGNALS[item.fault])
+            _signal(pids[item.victim], SIGNALS[item.fault])
         inflicted = [r["time"] for r in records.events("inflicted") if r["number"] == number]
         if out.inflicted is not None:
             inflicted.append(out.inflicted)

@@ -9,7 +9,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from faults import FAULTS, LOOPS  # noqa: E402
+from faults import FAULTS, LOOPS
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 JSON_PATH, PAGE = DOCS / "reliability.json", DOCS / "reliability.md"
@@ -63,9 +63,7 @@ def table(result: dict[str, Any]) -> str:
         cells = [_cell(rows.get((fault.name, loop)), loop in fault.loops) for loop in LOOPS]
         errors = ", ".join(f"`{e}`" for e in sorted({e for row in ours for e in row["errors"]})) or "nothing"
         lost = "nothing" if not any(row["failed"] for row in ours) else "see below"
-        lines.append(
-            f"| {fault.what} | {' | '.join(cells)} | {fault.seconds:.0f} s | {errors} | {lost} |"
-        )
+        lines.append(f"| {fault.what} | {' | '.join(cells)} | {fault.seconds:.0f} s | {errors} | {lost} |")
     bad = [row for row in result["rows"] if row["failed"]]
     if bad:
         lines += ["", "### What did not go as it should", ""]

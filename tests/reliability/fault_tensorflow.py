@@ -67,9 +67,7 @@ class TapeLoop:
         return y + trip
 
     def _gradients(self, x: tf.Tensor, y: tf.Tensor, w: tf.Tensor, middle: Any = None) -> Any:
-        tape = hvd.DistributedGradientTape(
-            tf.GradientTape(), self.objective, compression=self.compression
-        )
+        tape = hvd.DistributedGradientTape(tf.GradientTape(), self.objective, compression=self.compression)
         with tape:
             loss = self.objective(self._predict(x), y, w)
         if middle is not None:

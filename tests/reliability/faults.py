@@ -86,7 +86,16 @@ STOPPED = "ranks that are stuck"
 
 def _judged(name: str, what: str, error: str, *way: str, **more: object) -> Fault:
     return Fault(
-        name, what, JUDGED, ALL, "batch", ALL, (error,), step="exact", way=way, **more  # type: ignore[arg-type]
+        name,
+        what,
+        JUDGED,
+        ALL,
+        "batch",
+        ALL,
+        (error,),
+        step="exact",
+        way=way,
+        **more,  # type: ignore[arg-type]
     )
 
 

@@ -86,7 +86,9 @@ def judge(item: Item, number: int, loop: str, size: int, done: Launch) -> Verdic
             elif first(rank, "unnoticed") or first(rank, "ended"):
                 out.problems.append(f"{_who(rank, item)} noticed nothing")
             else:
-                out.problems.append(f"{_who(rank, item)} did not know ({done.hung or 'ended without a word'})")
+                out.problems.append(
+                    f"{_who(rank, item)} did not know ({done.hung or 'ended without a word'})"
+                )
             continue
         out.errors[rank], out.texts[rank] = told["kinds"][0], told["text"]
         if gone:

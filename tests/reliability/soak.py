@@ -11,7 +11,9 @@ random. Afterwards:
 - every sample of every epoch was used exactly once, relative to the commits from which the job went on;
 - the ranks never differed in any bit, checked every few steps;
 - the parameters are those of one process that took the same steps, all of them;
-- memory of every rank is flat: the robust slope (Theil and Sen) after warming up is below a bound.
+- memory of every rank is flat: by its robust slope (Theil and Sen) after warming up it grows by no more than
+  12 MiB an hour, or 3 MiB in a window so short that this would be less. The last third of the time is left
+  in peace, so that ranks grow old enough to tell.
 
 Exit status 1 if any of it does not hold.
 """
@@ -41,8 +43,9 @@ JOB = Path(__file__).resolve().parent / "soak_job.py"
 ROW_GROUP = 13  # rows that go to one rank together, so that ranks have different numbers
 WARM_UP = 30.0  # seconds of a rank's life that say nothing about leaks
 SHORTEST = 60.0  # seconds of samples after it, without which a slope says nothing
-#: MiB that a rank may grow per hour. An all-day job of 24 hours then grows by less than its own size.
-FLAT = 12.0
+PEACE = 0.35  # of the time, at the end, without kills: so that ranks grow old enough to judge their memory
+#: MiB that a rank may grow per hour, and in all in a window so short that steps of the allocator count.
+FLAT, STEP = 12.0, 3.0
 SAME = 1e-9  # relative difference of parameters from one process
 
 
@@ -64,8 +67,7 @@ class Soak:
     checks: int = 0
     difference: float | None = None
     recovery_seconds: list[float] = field(default_factory=list)
-    slopes: dict[str, float] = field(default_factory=dict)
-    resident: dict[str, float] = field(default_factory=dict)
+    memory: list[dict[str, float]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
 
@@ -131,7 +133,7 @@ def run(ranks: int, minutes: float, kill_every: float, folder: Path, seed: int, 
             start_new_session=True,
         )
         try:
-            _kill_at_random(job, logs, killed, ranks, until, kill_every, random.Random(seed), say)
+            _kill_at_random(job, logs, killed, ranks, until - PEACE * 60 * minutes, kill_every, seed, say)
             try:
                 job.wait(300.0)
             except subprocess.TimeoutExpired:
@@ -175,10 +177,11 @@ def _kill_at_random(
     ranks: int,
     until: float,
     every: float,
-    rng: random.Random,
+    seed: int,
     say: Any,
 ) -> None:
     """Kill a rank now and then, when all are there and have made steps, until it is time."""
+    rng = random.Random(seed)
     wait = rng.uniform(0.5, 1.5) * every
     since: float | None = None  # when all ranks were there
     while time.time() < until and job.poll() is None:
@@ -270,10 +273,16 @@ def _judge_memory(out: Soak, records: list[dict[str, Any]]) -> None:
             continue
         times, sizes = zip(*late[:: max(1, len(late) // 500)], strict=True)
         slope = float(theilslopes(sizes, times)[0]) * 3600
-        out.slopes[str(pid)] = round(slope, 3)
-        out.resident[str(pid)] = round(sizes[-1], 1)
-        if slope > FLAT:
-            out.problems.append(f"memory of process {pid} grows by {slope:.1f} MiB an hour, over {FLAT}")
+        hours = (times[-1] - times[0]) / 3600
+        out.memory.append(
+            {"minutes": round(60 * hours, 1), "MiB": round(sizes[-1], 1), "MiB an hour": round(slope, 2)}
+        )
+        if slope * hours > max(FLAT * hours, STEP):
+            out.problems.append(
+                f"memory of process {pid} grows by {slope:.1f} MiB an hour, seen for {60 * hours:.0f} minutes"
+            )
+    if out.minutes >= 5 and not out.memory:
+        out.problems.append("no rank lived long enough to judge its memory")
 
 
 def _replayed(steps: dict[int, list[dict[str, Any]]], folder: Path) -> float:
