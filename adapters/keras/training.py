@@ -220,7 +220,8 @@ class _Begin(keras.callbacks.Callback):
             "initial_epoch": epoch,
             "gradient_accumulation_steps": _passes(model.optimizer),
             "optimizer": model.optimizer.__class__.__name__,
-            **self.engine.exchange.tuning.shared(),
+            **self.engine.exchange.settings(),
+            **_loss_settings(model.loss),
             **self.engine.books.controller.settings(),
         }
         _agree_on_model(self.communicator(), model, settings)
@@ -276,6 +277,22 @@ class _Begin(keras.callbacks.Callback):
                 pass
         if self.engine.stretch is not None:
             self.engine.stretch.exchange()
+
+
+def _loss_settings(loss: Any) -> dict[str, Any]:
+    """Return what the losses of a model must have alike on all ranks: by number, where there are several."""
+    losses = keras.tree.flatten(loss)
+    out: dict[str, Any] = {}
+    for number, one in enumerate(losses):
+        if isinstance(one, Objective):
+            told = one._exact.settings()
+        else:
+            name = (
+                one if isinstance(one, str) else getattr(one, "name", None) or getattr(one, "__name__", None)
+            )
+            told = {"objective": name or type(one).__name__}
+        out |= told if len(losses) == 1 else {f"loss {number}: {key}": value for key, value in told.items()}
+    return out
 
 
 def _agree_on_model(communicator: Any, model: Any, settings: dict[str, Any]) -> None:

@@ -171,6 +171,16 @@ class Exchange:
         """How many ranks share the step; 1 for a rank outside the process set."""
         return self.process_set.size() if included(hvd, self.process_set) else 1
 
+    def settings(self) -> dict[str, Any]:
+        """Return what must be equal on all ranks, for the agreement of the first step."""
+        return {
+            "compression": getattr(self.compression, "__name__", str(self.compression)),
+            "gradient_predivide_factor": self.predivide,
+            "sparse_as_dense": self.sparse_as_dense,
+            "groups": self.groups if isinstance(self.groups, int) else bool(self.groups),
+            **self.tuning.shared(),
+        }
+
     def sum_table(self, rows: tf.Tensor, name: str = "ledger") -> tf.Tensor:
         """Return the rows of all ranks, ``(size, n)``, from this rank's vector of float64.
 

@@ -14,8 +14,10 @@ import faulthandler
 import importlib
 import json
 import os
+import select
 import signal
 import sys
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -27,7 +29,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from faults import BY_NAME, FIT, STUCK, Fault
+from faults import BY_NAME, FIT, STUCK, TORCH, Fault
 
 ROWS = 8  # of a rank's batch; ranks have different numbers
 LONG = 4000  # steps of a job that ends otherwise
@@ -317,25 +319,76 @@ def perish(log: Log, loop: Any, digits: Digits, item: Item, mine: bool) -> None:
         raise
 
 
+def module_of(loop: str) -> Any:
+    """Import the framework and the loop."""
+    name = {TORCH: "fault_torch", FIT: "fault_keras"}.get(loop, "fault_tensorflow")
+    return importlib.import_module(name)
+
+
+def serve(loop: str) -> Path:
+    """Import the framework once, and fork ranks as they are asked for on standard input, a line of JSON each.
+
+    Returns in every rank, with the environment it was to have: the rank's folder. From there on it is as if
+    it had been started by itself. What is told on standard output: the processes, and how they end.
+    """
+    module_of(loop)
+    importlib.import_module("sklearn.datasets")
+    left: set[int] = set()
+    pending = b""
+    print(json.dumps({"ready": True}), flush=True)
+    while True:
+        readable, _, _ = select.select([0], [], [], 0.01 if left else 1.0)
+        if readable:
+            data = os.read(0, 1 << 16)
+            if not data:
+                os._exit(0)
+            pending += data
+        while b"\n" in pending:
+            line, pending = pending.split(b"\n", 1)
+            asked = json.loads(line)
+            pid = os.fork()
+            if not pid:
+                os.environ.update(asked["environment"])
+                out = os.open(asked["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+                nothing = os.open(os.devnull, os.O_RDONLY)
+                for old, new in ((nothing, 0), (out, 1), (out, 2)):
+                    os.dup2(old, new)
+                return Path(asked["folder"])
+            left.add(pid)
+            print(json.dumps({"pid": pid, "name": asked["name"]}), flush=True)
+        for pid in list(left):
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                left.remove(pid)
+                print(json.dumps({"pid": pid, "status": os.waitstatus_to_exitcode(status)}), flush=True)
+
+
+def follow(outer: str | None) -> None:
+    """End this process if whoever started the launch is gone, maybe without having had time to end it."""
+    while outer is not None and Path(f"/proc/{outer}").exists():
+        time.sleep(0.5)
+    if outer is not None:
+        os._exit(5)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Be one rank of a job on which faults are inflicted.")
     parser.add_argument("loop")
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, nargs="?", help="not given: fork ranks as standard input says")
     args = parser.parse_args()
-    module = (
-        "fault_torch" if args.loop == "torch" else "fault_keras" if args.loop == FIT else "fault_tensorflow"
-    )
-    make: Callable[[str], Any] = importlib.import_module(module).make
+    folder = args.folder or serve(args.loop)
+    make: Callable[[str], Any] = module_of(args.loop).make
+    threading.Thread(target=follow, args=(os.environ.get("HVDLOSS_TEST_PROCESS"),), daemon=True).start()
     loop = make(args.loop)
     hvd = loop.hvd
     hvd.init()
     rank, size = hvd.rank(), hvd.size()
-    log = Log(args.folder, rank)
-    stacks = (args.folder / f"stacks-{rank}.txt").open("w")
+    log = Log(folder, rank)
+    stacks = (folder / f"stacks-{rank}.txt").open("w")
     faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
     log.write("started", pid=os.getpid())
     digits = Digits(rank)
-    plan = [Item(**item) for item in json.loads((args.folder / "plan.json").read_text())]
+    plan = [Item(**item) for item in json.loads((folder / "plan.json").read_text())]
     for number, item in enumerate(plan):
         log.number = number
         meet(log, number, size)

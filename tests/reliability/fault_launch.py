@@ -1,7 +1,9 @@
 """Starts the ranks of a job, does to them what is done from outside, and sees how they end.
 
-Ranks are started as `horovodrun` starts them, with Horovod's own rendezvous, but nobody ends the others when
-one of them ends: they have to find out by themselves. (`horovodrun` would kill them, and hide a hang.)
+Ranks are joined as `horovodrun` joins them, by Horovod's own rendezvous, but nobody ends the others when one
+of them ends: they have to find out by themselves. (`horovodrun` would kill them, and hide a hang.) They are
+forked from a process that has only imported the framework, so that a launch takes a second; with horovodrun
+they are started afresh.
 """
 
 from __future__ import annotations
@@ -9,9 +11,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import queue
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -76,17 +80,87 @@ class _Records:
         return [record for records in self.all.values() for record in records if record["event"] == name]
 
 
-def _start(
-    command: Sequence[str], folder: Path, size: int, variables: Mapping[str, str], horovodrun: bool
-) -> tuple[list[subprocess.Popen[bytes]], Any]:
-    """Start the ranks (or horovodrun); return the processes and what has to be stopped at the end."""
-    base = {**environment(), **variables}
-    out = (folder / "output.txt").open("wb")
-    options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": subprocess.STDOUT}
-    if horovodrun:
-        beside = Path(sys.executable).with_name("horovodrun")
-        launcher = [str(beside), "--gloo", "-np", str(size), "--network-interfaces", "lo", *command]
-        return [subprocess.Popen(launcher, env=base, start_new_session=True, **options)], None
+class Child:
+    """A forked rank; what is needed of `subprocess.Popen`."""
+
+    def __init__(self, nursery: Nursery, pid: int) -> None:
+        self.nursery, self.pid = nursery, pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self.nursery.ended.get(self.pid)
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            _signal(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def wait(self) -> None:
+        deadline = time.monotonic() + 30.0
+        while self.poll() is None and self.nursery.process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+
+class Nursery:
+    """A process that has imported a framework, and forks ranks: a launch then takes no time to import it.
+
+    Ranks are forked before the framework has done anything, so nothing is shared between them.
+    """
+
+    def __init__(self, loop: str) -> None:
+        self.loop = loop
+        self.ended: dict[int, int] = {}
+        self._told: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self.process = subprocess.Popen(
+            [sys.executable, str(JOB), loop], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment()
+        )
+        threading.Thread(target=self._listen, daemon=True).start()
+        self._told.get(timeout=START_SECONDS)
+
+    def _listen(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            told = json.loads(line)
+            if "status" in told:
+                self.ended[told["pid"]] = told["status"]
+            else:
+                self._told.put(told)
+
+    def start(self, folder: Path, environments: Sequence[Mapping[str, str]]) -> list[Child]:
+        """Fork a rank for each environment."""
+        assert self.process.stdin is not None
+        for number, variables in enumerate(environments):
+            asked = {
+                "name": number,
+                "folder": str(folder),
+                "output": str(folder / "output.txt"),
+                "environment": dict(variables),
+            }
+            self.process.stdin.write(json.dumps(asked).encode() + b"\n")
+            self.process.stdin.flush()
+        pids = [self._told.get(timeout=30.0)["pid"] for _ in environments]
+        return [Child(self, pid) for pid in pids]
+
+    def __enter__(self) -> Nursery:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        try:
+            self.process.wait(5.0)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+def _rendezvous(size: int) -> tuple[list[dict[str, str]], Any]:
+    """Start Horovod's rendezvous; return each rank's environment, and the server."""
     from horovod.runner.common.util.hosts import get_host_assignments, parse_hosts
     from horovod.runner.gloo_run import create_slot_env_vars
     from horovod.runner.http.http_server import RendezvousServer
@@ -95,18 +169,30 @@ def _start(
     server = RendezvousServer()
     port = server.start()
     server.init(slots)
-    base |= {
+    common = {
         "HOROVOD_GLOO_RENDEZVOUS_ADDR": "127.0.0.1",
         "HOROVOD_GLOO_RENDEZVOUS_PORT": str(port),
         "HOROVOD_GLOO_IFACE": "lo",
         "HOROVOD_CONTROLLER": "gloo",
         "HOROVOD_CPU_OPERATIONS": "gloo",
     }
-    ranks = [
-        subprocess.Popen(list(command), env={**base, **create_slot_env_vars(slot)}, **options)
-        for slot in slots
-    ]
-    return ranks, server
+    return [{**common, **create_slot_env_vars(slot)} for slot in slots], server
+
+
+def _horovodrun(loop: str, folder: Path, size: int, variables: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    with (folder / "output.txt").open("wb") as out:
+        return subprocess.Popen(
+            [
+                str(Path(sys.executable).with_name("horovodrun")),
+                *("--gloo", "-np", str(size), "--network-interfaces", "lo"),
+                *(sys.executable, str(JOB), loop, str(folder)),
+            ],
+            env={**environment(), **variables},
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
 
 
 def launch(
@@ -115,8 +201,8 @@ def launch(
     folder: Path,
     size: int,
     *,
-    environment: Mapping[str, str] | None = None,
-    horovodrun: bool = False,
+    nursery: Nursery | None,
+    variables: Mapping[str, str] | None = None,
 ) -> Launch:
     """Run a plan once, and return what became of it.
 
@@ -125,12 +211,18 @@ def launch(
         plan: what to inflict, in order.
         folder: empty; for records.
         size: ranks.
-        environment: further variables.
-        horovodrun: start through it, and wait for it.
+        nursery: where ranks come from; None to start them through horovodrun, and wait for it.
+        variables: of the environment.
     """
     (folder / "plan.json").write_text(json.dumps([asdict(item) for item in plan]))
-    command = [sys.executable, str(JOB), loop, str(folder)]
-    processes, server = _start(command, folder, size, environment or {}, horovodrun)
+    server = None
+    horovodrun = nursery is None
+    processes: Sequence[Any]
+    if nursery is None:
+        processes = [_horovodrun(loop, folder, size, variables or {})]
+    else:
+        environments, server = _rendezvous(size)
+        processes = nursery.start(folder, [{**one, **(variables or {})} for one in environments])
     records = _Records(folder, size)
     out = Launch(records=records.all)
     pids: dict[int, int] = {}
@@ -170,7 +262,7 @@ def _signal(pid: int, number: int) -> None:
 def _watch(
     out: Launch,
     records: _Records,
-    processes: Sequence[subprocess.Popen[bytes]],
+    processes: Sequence[Any],
     plan: Sequence[Item],
     loop: str,
     pids: dict[int, int],
@@ -241,7 +333,7 @@ def _wake(
     out: Launch,
     item: Item,
     fault: Fault,
-    processes: Sequence[subprocess.Popen[bytes]],
+    processes: Sequence[Any],
     waking: float | None,
     now: float,
     horovodrun: bool,

@@ -27,7 +27,7 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 
 from fault_job import Item  # noqa: E402
-from fault_launch import Launch, launch  # noqa: E402
+from fault_launch import Launch, Nursery, launch  # noqa: E402
 from fault_page import JSON_PATH, write_page  # noqa: E402
 from faults import BY_NAME, FAULTS, LOOPS, Fault  # noqa: E402
 
@@ -43,6 +43,7 @@ class Verdict:
         errors: classes that were raised, by rank; "" where the rank was gone.
         texts: what they said.
         problems: what was not as it should be; empty if it was.
+        stacks: of ranks that were left, by rank.
     """
 
     fault: str
@@ -54,6 +55,7 @@ class Verdict:
     errors: dict[int, str] = field(default_factory=dict)
     texts: dict[int, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    stacks: dict[int, str] = field(default_factory=dict)
 
 
 def judge(item: Item, number: int, loop: str, size: int, done: Launch) -> Verdict:
@@ -61,6 +63,8 @@ def judge(item: Item, number: int, loop: str, size: int, done: Launch) -> Verdic
     fault = BY_NAME[item.fault]
     caught = loop in fault.caught
     out = Verdict(item.fault, loop, item.repeat, item.victim, item.step)
+    if done.hung:
+        out.stacks = done.stacks
     records = {rank: [r for r in done.records[rank] if r["number"] == number] for rank in range(size)}
 
     def first(rank: int, event: str) -> dict[str, Any] | None:
@@ -212,15 +216,32 @@ def run(
         deadly: repeats of the others, a launch each.
         slow: repeats of those that take long.
         say: is given a line per launch.
-        horovodrun: how many repeats of the deadly ones are started through horovodrun.
+        horovodrun: how many more of the deadly ones, except where something is done from outside or a rank is
+            stuck, are started through horovodrun.
         give_up: after so many repeats of a fault that hung, no more.
     """
+    with Nursery(loop) as nursery:
+        return _run(loop, faults, nursery, size, repeats, deadly, slow, say, horovodrun, give_up)
+
+
+def _run(
+    loop: str,
+    faults: Iterable[Fault],
+    nursery: Nursery,
+    size: int,
+    repeats: int,
+    deadly: int,
+    slow: int,
+    say: Any,
+    horovodrun: int,
+    give_up: int,
+) -> list[Verdict]:
     chosen = [fault for fault in faults if loop in fault.loops]
     together = [item for f in chosen if loop in f.caught for item in items(f, repeats, size)]
     out: list[Verdict] = []
     hung: dict[str, int] = {}
     while together:
-        done = _launch(loop, together, size)
+        done = _launch(loop, together, size, nursery)
         numbers = [r["number"] for records in done.records.values() for r in records]
         reached = min(max(numbers, default=-1), len(together) - 1)
         ended = not done.hung and any(r["event"] == "finished" for r in done.records[0])
@@ -237,20 +258,25 @@ def run(
             continue
         failed = 0
         for item in items(fault, slow if fault.slow else deadly, size):
-            through = item.repeat < horovodrun and not fault.stuck and fault.how != "signal"
-            done = _launch(loop, [item], size, environment=dict(fault.environment), horovodrun=through)
+            done = _launch(loop, [item], size, nursery, dict(fault.environment))
             verdict = judge(item, 0, loop, size, done)
-            if through:
-                # horovodrun ends the others when one ends: how it ended is what counts.
-                verdict.problems = [p for p in verdict.problems if "horovodrun" in p or "hung" in p]
-                verdict.seconds = None
-                verdict.repeat = -1
             out.append(verdict)
             took = "" if verdict.seconds is None else f" {verdict.seconds:.2f} s"
             say(f"{loop}: {fault.name} #{item.repeat}:{took} {'; '.join(verdict.problems) or 'ok'}")
             failed += bool(verdict.problems)
             if failed >= give_up:
                 break
+        if fault.stuck or fault.how == "signal":
+            continue
+        for item in items(fault, horovodrun, size):
+            done = _launch(loop, [item], size, None, dict(fault.environment))
+            verdict = Verdict(fault.name, loop, -1, item.victim, item.step)
+            # horovodrun ends the others when one ends; what counts is how it ends itself. A rank that ends in
+            # peace is no failure to it, so the others must have failed.
+            if done.hung or done.status.get(-1) in (None, 0):
+                verdict.problems.append(f"horovodrun: {done.hung or 'its exit status was 0'}")
+            out.append(verdict)
+            say(f"{loop}: {fault.name} under horovodrun: {'; '.join(verdict.problems) or 'ok'}")
     return out
 
 
@@ -258,9 +284,15 @@ def _why(done: Launch) -> str:
     return done.hung or f"ranks ended with {done.status}: {done.output[-600:]}"
 
 
-def _launch(loop: str, plan: Sequence[Item], size: int, **options: Any) -> Launch:
+def _launch(
+    loop: str,
+    plan: Sequence[Item],
+    size: int,
+    nursery: Nursery | None,
+    variables: dict[str, str] | None = None,
+) -> Launch:
     with tempfile.TemporaryDirectory(prefix="hvdloss-faults-") as folder:
-        return launch(loop, plan, Path(folder), size, **options)
+        return launch(loop, plan, Path(folder), size, nursery=nursery, variables=variables)
 
 
 # -- results ------------------------------------------------------------------------------------------
@@ -329,9 +361,10 @@ def main() -> int:
                 faults,
                 size=args.ranks if loop == "torch" else max(2, args.ranks - 1),
                 repeats=args.repeats,
-                deadly=args.deadly_repeats,
-                slow=args.slow_repeats,
-                horovodrun=args.horovodrun,
+                # The two tapes do the same where a rank ends.
+                deadly=args.deadly_repeats if loop != "function" else min(1, args.deadly_repeats),
+                slow=args.slow_repeats if loop != "function" else 0,
+                horovodrun=args.horovodrun if loop in ("torch", "fit") else 0,
                 say=lambda line: print(f"{time.time() - began:6.0f} s  {line}", flush=True),
             )
             verdicts += fresh
@@ -340,6 +373,7 @@ def main() -> int:
             log.flush()
     settings = {
         "ranks": {loop: args.ranks if loop == "torch" else max(2, args.ranks - 1) for loop in LOOPS},
+        "repeats": {"survived": args.repeats, "ending": args.deadly_repeats, "slow": args.slow_repeats},
         "minutes": round((time.time() - began) / 60, 1),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
