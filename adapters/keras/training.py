@@ -15,7 +15,7 @@ import tensorflow as tf
 
 import keras
 from hvdloss.agreement import agree
-from hvdloss.control.period import SyncPeriod
+from hvdloss.control.period import period_of
 from hvdloss.errors import ConfigError, DataError, HvdlossError, RankError, ShapeError
 from hvdloss.guard import due
 from hvdloss.keras._backend import TensorFlowTrainer, Trainer
@@ -418,11 +418,9 @@ def _tell(model: Any, begin: _Begin, error: Exception, read: DataError | None) -
         return
     if not engine.included or not model.built:
         return
-    period = engine.books.controller.act(SyncPeriod)
-    patience = _passes(model.optimizer) * (1 if period is None else period.period)
     engine.books.tell(False, read or error)
     try:
-        for _ in range(patience):
+        for _ in range(_passes(model.optimizer) * period_of(engine.books.controller)):
             translated(run_idle_step, model)
     except RankError as told:
         if len(told.ranks) < engine.exchange.size:

@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow as tf
 from hvdloss.agreement import raise_together
 from hvdloss.control.compression import AdaptiveCompression
-from hvdloss.control.period import SyncPeriod
+from hvdloss.control.period import period_of
 from hvdloss.control.weights import Proximal
 from hvdloss.controller import Controller
 from hvdloss.ledger import COLUMN, FAULTS, WIDTH, judge, unpack
@@ -84,11 +84,10 @@ class Books:
 
     def _now(self) -> np.ndarray:
         """Return the terms' state; behind it the period, the proximal strength, and whether to compress."""
-        period = self.controller.act(SyncPeriod)
         proximal = self.controller.act(Proximal)
         compressing = self.compressing
         decided = [
-            1.0 if period is None else period.period,
+            period_of(self.controller),
             0.0 if proximal is None else proximal.mu,
             0.0 if compressing is None else compressing.on,
         ]

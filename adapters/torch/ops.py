@@ -14,7 +14,7 @@ from hvdloss.errors import second_derivative_error
 from hvdloss.objective import IGNORED, loss_named
 from hvdloss.torch._backend import hvd
 
-__all__ = ["NAMED_LOSSES", "HorovodCommunicator", "TorchOps", "communicator_of"]
+__all__ = ["NAMED_LOSSES", "HorovodCommunicator", "TorchOps", "as_array", "communicator_of"]
 
 
 class TorchOps:
@@ -326,6 +326,14 @@ class HorovodCommunicator:
         flat = hvd.allgather(mine, name=f"{name}.bytes", process_set=self._process_set).numpy().tobytes()
         ends = np.cumsum(lengths.numpy())
         return [flat[end - length : end] for end, length in zip(ends, lengths.tolist(), strict=True)]
+
+
+def as_array(value: Any) -> Any:
+    """Return a tensor as a NumPy array, floats in at least 32 bits; what is no tensor, as it is."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    value = value.detach().cpu()
+    return (value.float() if value.is_floating_point() and value.itemsize < 4 else value).numpy()
 
 
 def communicator_of(process_set: Any) -> Communicator:

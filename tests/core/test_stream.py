@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import itertools
 import json
 
@@ -17,6 +18,7 @@ from hvdloss.data import Epoch, Pieces, RowGroups
 from hvdloss.data.stream import LaneItems, Turns, read_batches
 from hvdloss.data.uneven import Uneven, cut, structure, without_rows
 from hvdloss.errors import AgreementError, DataError
+from hvdloss.training import TransformedBatches
 
 MANY = settings(max_examples=60, deadline=None)
 groups = st.lists(st.integers(0, 9), min_size=1, max_size=12)
@@ -320,9 +322,32 @@ class Loader:
         return self.given if mark is None else mark
 
 
+class Foreign:
+    """Batches of another library, with a position."""
+
+    def __init__(self):
+        self.inner = Loader(6)
+
+    def __iter__(self):
+        return iter(self.inner)
+
+    def state_dict(self):
+        return {"at": self.inner.given}
+
+    def load_state_dict(self, state):
+        self.inner.given = state["at"]
+
+
 def test_a_loop_that_was_left_goes_on_with_the_batch_that_was_read_ahead():
     def work(ranks):
-        for data in (lambda: Loader(6), lambda: iter([np.full(1, i) for i in range(6)])):
+        changed = functools.partial(TransformedBatches, transform=lambda batch, rng: batch)
+        sources = (
+            lambda: Loader(6),
+            lambda: iter([np.full(1, i) for i in range(6)]),
+            lambda: changed(Loader(6)),
+            Foreign,
+        )
+        for data in sources:
             ledger = Ledger(ranks)
             batches = data()
             uneven = Uneven(
