@@ -12,10 +12,12 @@ __all__ = [
     "ConfigError",
     "DataError",
     "HvdlossError",
+    "LostRankError",
     "NoWeightError",
     "NonFiniteLossError",
     "RankError",
     "ShapeError",
+    "StallError",
     "UsageError",
     "WeightError",
 ]
@@ -61,6 +63,14 @@ class RankError(HvdlossError):
 
 class DataError(RankError):
     """A file of data is missing, damaged, or was changed while it was in use; names it and the place."""
+
+
+class LostRankError(RankError):
+    """A rank is gone, has ended before the others, or does not answer."""
+
+
+class StallError(RankError):
+    """Ranks wait for each other in different places, or for one that does not come."""
 
 
 class AgreementError(HvdlossError):

@@ -8,6 +8,7 @@ Without Horovod installed the same names run one process.
 
 from __future__ import annotations
 
+from hvdloss import watch
 from hvdloss.report import RankReport, StepReport
 from hvdloss.torch import _backend, _elastic
 from hvdloss.torch.compression import Compression
@@ -22,6 +23,7 @@ from hvdloss.torch.explain import (
 from hvdloss.torch.guard import check_synchronized
 from hvdloss.torch.metrics import Metrics, synchronized
 from hvdloss.torch.objective import Objective
+from hvdloss.torch.ops import communicator_of
 from hvdloss.torch.optimizer import DistributedOptimizer
 from hvdloss.torch.sharded import (
     ArcFace,
@@ -45,6 +47,7 @@ from hvdloss.torch.training import (
     seed_everything,
 )
 from hvdloss.torch.uneven import uneven
+from hvdloss.watch import same_fate
 
 __all__ = [
     "ArcFace",
@@ -74,6 +77,7 @@ __all__ = [
     "mixup",
     "permutation_importance",
     "predict_function",
+    "same_fate",
     "seed_everything",
     "shap_values",
     "sharded_cross_entropy",
@@ -81,11 +85,13 @@ __all__ = [
     "uneven",
 ]
 
-_elastic.register()
+_watched = watch.begins_with(_backend.hvd, communicator_of)
+_elastic.register(_watched)
 
 # Horovod has no list of its names; what its module shows is public. Modules of our own stay ours, so that
 # `import hvdloss.torch.optimizer as m` means what it says.
 _names = getattr(_backend.hvd, "__all__", None) or [n for n in vars(_backend.hvd) if not n.startswith("_")]
 _theirs = [name for name in _names if name not in __all__ and name not in ("compression", "optimizer")]
 globals().update({name: getattr(_backend.hvd, name) for name in _theirs})
+globals().update(_watched)
 __all__ += _theirs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from hvdloss.data.uneven import Uneven
@@ -15,16 +16,22 @@ from hvdloss.torch.stream import StreamLoader
 __all__ = ["register"]
 
 
-def register() -> None:
+def register(watched: Mapping[str, Callable[..., Any]]) -> None:
     """Let ``hvd.elastic.TorchState(model, optimizer, data=loader)`` know loaders' positions; once.
 
     ``commit`` keeps where the loader is, ``restore`` goes back there, and after ranks have come or gone
     ``sync`` has all go on from rank 0's position, with what is left of the epoch shared out anew: relative
     to the last commit every sample is used exactly once. One process without Horovod does so anyway.
+
+    Args:
+        watched: ``init`` and ``shutdown``, which the elastic loop is to call when ranks come or go.
     """
     if importlib.util.find_spec("horovod") is None:
         return
+    import horovod.torch.elastic as loop
     from horovod.torch.elastic import state
+
+    vars(loop).update(watched)
 
     kinds = [kind for kind, _ in state.get_handler_registry()]
     if ShardedLoader in kinds:
