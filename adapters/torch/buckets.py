@@ -6,11 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from hvdloss import watch
 from hvdloss.plan import Bucket
 from hvdloss.torch._backend import hvd
 from hvdloss.torch.compression import BF16Compressor
-from hvdloss.torch.waiting import wait
+from hvdloss.torch.waiting import explaining, wait
 
 __all__ = ["FlatBucket", "LoneGradient", "SparseSlot", "Wire", "as_numbers", "from_numbers"]
 
@@ -377,12 +376,12 @@ class Wire:
             return lambda: None
         if self._compression is BF16Compressor and flat.dtype is not torch.bfloat16:
             return self._send_exchanged(flat, name)
-        watch.check()
         wire, ctx = self._compression.compress(flat)
         decompress = self._compression.decompress
         if wire.dtype in _WIDER:
             wire = wire.to(_WIDER[wire.dtype])
-        handle = hvd.allreduce_async_(wire, name=name, op=hvd.Sum, process_set=self._process_set)
+        with explaining():
+            handle = hvd.allreduce_async_(wire, name=name, op=hvd.Sum, process_set=self._process_set)
 
         def finish() -> None:
             summed = wait(handle)
@@ -397,9 +396,10 @@ class Wire:
         piece = -(-n // size)
         padded = torch.zeros(size * piece, dtype=torch.bfloat16, device=flat.device)
         padded[:n].copy_(flat)
-        handle = hvd.alltoall_async(
-            padded.view(torch.uint8), name=f"{name}.pieces", process_set=self._process_set
-        )
+        with explaining():
+            handle = hvd.alltoall_async(
+                padded.view(torch.uint8), name=f"{name}.pieces", process_set=self._process_set
+            )
 
         def finish() -> None:
             mine = wait(handle)
@@ -417,6 +417,6 @@ class Wire:
         """Start gathering along the first axis, lengths may differ; the result calls for the wait."""
         if self.size == 1:
             return lambda: tensor
-        watch.check()
-        handle = hvd.allgather_async(tensor, name=name, process_set=self._process_set)
+        with explaining():
+            handle = hvd.allgather_async(tensor, name=name, process_set=self._process_set)
         return lambda: wait(handle)

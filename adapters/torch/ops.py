@@ -13,7 +13,7 @@ from hvdloss.communicator import Communicator, OneProcess
 from hvdloss.errors import second_derivative_error
 from hvdloss.objective import IGNORED, loss_named
 from hvdloss.torch._backend import hvd
-from hvdloss.torch.waiting import wait
+from hvdloss.torch.waiting import explaining, wait
 
 __all__ = ["NAMED_LOSSES", "HorovodCommunicator", "TorchOps", "communicator_of"]
 
@@ -315,7 +315,8 @@ class HorovodCommunicator:
     def sum(self, array: np.ndarray, name: str) -> np.ndarray:
         """Sum over ranks; one all-reduce."""
         tensor = torch.from_numpy(np.array(array, dtype=np.float64))
-        handle = hvd.allreduce_async(tensor, name=name, op=hvd.Sum, process_set=self._process_set)
+        with explaining():
+            handle = hvd.allreduce_async(tensor, name=name, op=hvd.Sum, process_set=self._process_set)
         return wait(handle, name).numpy()
 
     def gather(self, data: bytes, name: str) -> list[bytes]:
@@ -323,7 +324,8 @@ class HorovodCommunicator:
         mine = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0).byte()
 
         def gathered(tensor: torch.Tensor, what: str) -> np.ndarray:
-            handle = hvd.allgather_async(tensor, name=f"{name}.{what}", process_set=self._process_set)
+            with explaining():
+                handle = hvd.allgather_async(tensor, name=f"{name}.{what}", process_set=self._process_set)
             return wait(handle, name).numpy()
 
         lengths = gathered(torch.tensor([len(data)]), "lengths")

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from hvdloss.errors import HvdlossError
-from hvdloss.watch.verdict import Fault, Limits, RankState, deadlocked, find, left_behind, missing
+from hvdloss.watch.verdict import Fault, Limits, RankState, deadlocked, find, left_behind, missing, step_of
 from hvdloss.watch.wire import NONCE, Channel, WireError
 
 __all__ = ["TICK", "Hub"]
@@ -22,6 +22,7 @@ TICK = 0.25  # seconds between two looks
 BEAT = 1.0  # seconds between two signs of life
 _HELLO_S = 5.0  # for a connection to say who it is
 _STRANGERS = 16  # connections that have not said who they are, beyond one for each rank
+_ANSWER_S = 0.2  # for ranks that are asked where they are
 _BETTER_S = 1.5  # for a better reason than "Horovod gave up" to come in
 _log = logging.getLogger("hvdloss.watch")
 
@@ -83,6 +84,7 @@ class Hub:
         self._told = [0.0] * size  # when its state came
         self._since = [(-1, 0.0)] * size  # serial of the wait, and when it was first told
         self._stuck: tuple[tuple[tuple[int, int], ...], float] = ((), 0.0)
+        self._asked = 0.0
         self._broken: tuple[float, Fault] | None = None
         self._warned: set[tuple[int, int]] = set()
         self.fault: Fault | None = None
@@ -219,6 +221,7 @@ class Hub:
             state.status = "left"
             state.wait = None
             self._drop(guest, lost=False)
+            self._ask()
 
     def _drop(self, guest: _Guest, *, lost: bool) -> None:
         if guest not in self._all:
@@ -230,7 +233,12 @@ class Hub:
         guest.sock.close()
         if guest.rank is not None and lost and self.states[guest.rank].status == "running":
             self.states[guest.rank].status = "lost"
-            self._look(time.monotonic())
+            self._ask()
+
+    def _ask(self) -> None:
+        """Have the others say where they are by now, before it is said what is wrong."""
+        self._asked = time.monotonic()
+        self._tell_all({"ask": 1})
 
     def _tell(self, guest: _Guest, message: dict[str, Any]) -> None:
         if guest.channel is None:
@@ -256,7 +264,7 @@ class Hub:
         """Find out whether something is wrong, and say so."""
         for guest in [one for one in self._strangers if now - one.since > _HELLO_S]:
             self._drop(guest, lost=False)
-        if self.fault is not None or len(self._guests) < self.size:
+        if self.fault is not None or len(self._guests) < self.size or now - self._asked < _ANSWER_S:
             return
         for rank, state in enumerate(self.states):
             state.silent = now - self._heard[rank]
@@ -273,7 +281,7 @@ class Hub:
             since, fault = self._broken
             left = [state for state in self.states if state.status == "left"]
             if left:
-                fault = left_behind(left[0], fault.ranks, self.states[fault.ranks[0]].step)
+                fault = left_behind(left[0], fault.ranks, step_of(self.states))
             elif now - since < _BETTER_S:
                 fault = None
         if fault is not None:

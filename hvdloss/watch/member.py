@@ -175,6 +175,8 @@ class Member:
                 # Nobody can go on, nor even leave, while its connections are open and dead.
                 process.end(who, only_stopped=not self._recovers)
             self._found(fault)
+        if "ask" in message:
+            self._send({"state": self.activity.state(self.rank).told()})
         if "closing" in message:
             self._hub_ended = RankState(0, status="left")
             self._hub_ended.hear(message["closing"])

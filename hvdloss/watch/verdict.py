@@ -245,6 +245,13 @@ def deadlocked(states: Sequence[RankState]) -> list[RankState]:
     return [state for state in states if state.status == "running" and state.rank not in live]
 
 
+def step_of(states: Iterable[RankState]) -> int:
+    """Return the step, counted from 1, that the ranks that go on are in."""
+    alive = [state for state in states if state.status == "running"]
+    steps = [state.wait.step for state in alive if state.wait is not None and state.wait.step is not None]
+    return max(steps, default=max((state.step for state in alive), default=1))
+
+
 def _named(ranks: Iterable[int]) -> str:
     listed = sorted(ranks)
     return f"rank{'s' if len(listed) > 1 else ''} {', '.join(map(str, listed))}"
@@ -262,18 +269,15 @@ def find(states: Sequence[RankState], limits: Limits, held: float) -> Fault | No
         limits: when waiting counts as wrong.
         held: for how many seconds the ranks :func:`deadlocked` have been the same ones in the same waits.
     """
+    step = step_of(states)
     for state in states:
         if state.status == "lost":
-            return Fault(
-                "lost",
-                (state.rank,),
-                gone_text(state.step, state.rank, f" It was {_at(state)}."),
-            )
+            return Fault("lost", (state.rank,), gone_text(step, state.rank, f" It was {_at(state)}."))
         if state.status == "running" and limits.silence and state.silent > limits.silence:
             return Fault(
                 "silent",
                 (state.rank,),
-                silent_text(state.step, state.rank, limits, f" It was {_at(state)}.{_list([state])}"),
+                silent_text(step, state.rank, limits, f" It was {_at(state)}.{_list([state])}"),
             )
     for state in states:
         wait = state.wait
@@ -283,7 +287,7 @@ def find(states: Sequence[RankState], limits: Limits, held: float) -> Fault | No
             if other.status != "left" or wait.seconds < limits.left:
                 continue
             waiting = [s.rank for s in states if s.status == "running" and _same(s.wait, wait)]
-            return left_behind(other, waiting, wait.step or state.step, f" in {wait.place}")
+            return left_behind(other, waiting, wait.step or step, f" in {wait.place}")
     stuck = deadlocked(states)
     if stuck and held >= limits.deadlock:
         places = sorted({state.wait.place for state in stuck if state.wait is not None})
@@ -291,7 +295,7 @@ def find(states: Sequence[RankState], limits: Limits, held: float) -> Fault | No
         return Fault(
             "deadlock",
             ranks,
-            f"step {min(state.step for state in stuck)}: {_named(ranks)} wait for each other in different "
+            f"step {step}: {_named(ranks)} wait for each other in different "
             f"places ({'; '.join(places)}), and none can go on. All ranks must make the same steps and the "
             f"same collective calls in the same order.{_list(stuck)}",
         )
@@ -305,7 +309,7 @@ def find(states: Sequence[RankState], limits: Limits, held: float) -> Fault | No
                 return Fault(
                     "stall",
                     tuple(one.rank for one in away),
-                    f"step {state.wait.step or state.step}: {_named(one.rank for one in away)} did not come "
+                    f"step {state.wait.step or step}: {_named(one.rank for one in away)} did not come "
                     f"to {state.wait.place} within {state.wait.seconds:.0f} s (HVDLOSS_WATCH_STALL="
                     f"{limits.stall:g}), in which rank {state.rank} waits.{_list(away)}",
                 )
@@ -344,10 +348,8 @@ def left_behind(gone: RankState, waiting: Iterable[int], step: int, place: str =
 def _at(state: RankState) -> str:
     """Return where a rank was when it was last heard of."""
     if state.wait is not None:
-        return f"last heard of in {state.wait.place}"
-    if state.did:
-        return f"last known to have {state.did}"
-    return f"last heard of after {state._done()}"
+        return f"last heard of {state.silent:.1f} s before, in {state.wait.place}"
+    return f"last heard of {state.silent:.1f} s before, after {state._done()}"
 
 
 def error_text(rank: int, step: int, error: BaseException, where: str) -> str:
