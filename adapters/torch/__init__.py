@@ -8,7 +8,6 @@ Without Horovod installed the same names run one process.
 
 from __future__ import annotations
 
-from hvdloss import watch
 from hvdloss.report import RankReport, StepReport
 from hvdloss.torch import _backend, _elastic
 from hvdloss.torch.compression import Compression
@@ -23,7 +22,6 @@ from hvdloss.torch.explain import (
 from hvdloss.torch.guard import check_synchronized
 from hvdloss.torch.metrics import Metrics, synchronized
 from hvdloss.torch.objective import Objective
-from hvdloss.torch.ops import communicator_of
 from hvdloss.torch.optimizer import DistributedOptimizer
 from hvdloss.torch.sharded import (
     ArcFace,
@@ -85,8 +83,7 @@ __all__ = [
     "uneven",
 ]
 
-_watched = watch.begins_with(_backend.hvd, communicator_of)
-_elastic.register(_watched)
+_watched = _elastic.register()
 
 # Horovod has no list of its names; what its module shows is public. Modules of our own stay ours, so that
 # `import hvdloss.torch.optimizer as m` means what it says.

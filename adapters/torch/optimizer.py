@@ -386,9 +386,9 @@ class _Engine:
         """Return the ranks that share the steps, among all; empty for all."""
         return () if self.process_set is hvd.global_process_set else tuple(self.process_set.ranks or ())
 
-    def _waiting(self, step: int) -> AbstractContextManager[None]:
+    def _waiting(self) -> AbstractContextManager[None]:
         """Say, while it lasts, that this rank waits for the others in a step."""
-        return watch.waiting(self.name, step, self._members())
+        return watch.waiting_in_step(self.name, self._members())
 
     def communicator(self) -> Communicator:
         """Return the exchange of small arrays among this optimizer's ranks."""
@@ -500,7 +500,7 @@ class _Engine:
             if self._local:
                 self._step_alone()
                 return
-            with self._waiting(self.step_count + 1):
+            with self._waiting():
                 if not self._planned:
                     self._make_plan()
                 self._launch()
@@ -510,7 +510,7 @@ class _Engine:
                 if self.objective.reduction == "sum"
                 else math.fsum(one.denominator for one in ledgers) / self._reference
             )
-            with self._waiting(self.step_count + 1):
+            with self._waiting():
                 for slot in (*self.buckets, *self.sparse):
                     slot.finish(denominator)
             self._close(ledgers, self.step_count + 1, self._gradients_travel())
@@ -531,7 +531,7 @@ class _Engine:
             if p.grad is not None:
                 p.grad = p.grad.to_sparse(1)
         self.step_count += 1
-        watch.stepped(self.name, self.step_count)
+        watch.stepped(self.name)
         self._begin_step()
         self.synchronized = True
 

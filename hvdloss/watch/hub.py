@@ -23,6 +23,7 @@ BEAT = 1.0  # seconds between two signs of life
 _HELLO_S = 5.0  # for a connection to say who it is
 _STRANGERS = 16  # connections that have not said who they are, beyond one for each rank
 _ANSWER_S = 0.2  # for ranks that are asked where they are
+_ALIKE_S = 2.0  # for all ranks to fail alike, where nobody waits for one that has
 _BETTER_S = 1.5  # for a better reason than "Horovod gave up" to come in
 _log = logging.getLogger("hvdloss.watch")
 
@@ -85,6 +86,7 @@ class Hub:
         self._since = [(-1, 0.0)] * size  # serial of the wait, and when it was first told
         self._stuck: tuple[tuple[tuple[int, int], ...], float] = ((), 0.0)
         self._asked = 0.0
+        self._errors: dict[int, tuple[float, Fault]] = {}
         self._broken: tuple[float, Fault] | None = None
         self._warned: set[tuple[int, int]] = set()
         self.fault: Fault | None = None
@@ -215,8 +217,10 @@ class Hub:
             if fault.kind == "broken":
                 if self._broken is None:
                     self._broken = (now, fault)
-            else:
-                self._announce(fault)
+            elif self.fault is None:
+                self._errors.setdefault(rank, (now, fault))
+                if len(self._errors) == sum(one.status == "running" for one in self.states):
+                    self._alone()
         if "bye" in message:
             state.status = "left"
             state.wait = None
@@ -277,6 +281,7 @@ class Hub:
         # Each of them must have said so again meanwhile, lest an old state be taken for the present one.
         again = all(self._told[rank] > self._stuck[1] + BEAT / 2 for rank, _ in stuck)
         fault = find(self.states, self.limits, now - self._stuck[1] if stuck and again else 0.0)
+        fault = fault if fault is not None and fault.kind != "left" else self._pending(now) or fault
         if fault is None and self._broken is not None:
             since, fault = self._broken
             left = [state for state in self.states if state.status == "left"]
@@ -288,6 +293,25 @@ class Hub:
             self._announce(fault)
         else:
             self._warn()
+
+    def _pending(self, now: float) -> Fault | None:
+        """Return an error that a rank told of itself, once others wait for it or have not failed too."""
+        for rank, (since, fault) in self._errors.items():
+            ended = self.states[rank].status != "running"
+            waited_for = any(
+                state.wait is not None and any(one.rank == rank for one in missing(state, self.states))
+                for state in self.states
+                if state.rank not in self._errors
+            )
+            if ended or waited_for or now - since > _ALIKE_S:
+                return fault
+        return None
+
+    def _alone(self) -> None:
+        """Every rank has failed by itself, each with an error of its own: nobody is to be told of another."""
+        for rank in self._errors:
+            self._tell(self._guests[rank], {"alone": 1})
+        self._errors.clear()
 
     def _warn(self) -> None:
         if not self.limits.warn:

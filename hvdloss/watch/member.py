@@ -58,6 +58,7 @@ class Member:
         self._fault: Fault | None = None
         self._taken = False
         self._closed = False
+        self._alone = False
         self._hub_ended: RankState | None = None
         self._sending = threading.Lock()
         self._sock, self._channel = _connected(addresses, key)
@@ -107,11 +108,20 @@ class Member:
             self._taken = True
         return self._fault
 
-    def tell(self, fault: Fault, seconds: float = 1.5) -> Fault:
-        """Tell all ranks what is wrong, unless they know of something; return what all are told by then."""
+    def tell(self, fault: Fault, seconds: float = 4.0) -> Fault | None:
+        """Tell all ranks what is wrong, unless they know of something.
+
+        Returns:
+            What all are told by then; None if all ranks failed by themselves.
+        """
         with self._changed:
+            self._alone = False
             if self._fault is None and self._send({"fault": fault.told()}):
-                self._changed.wait_for(lambda: self._fault is not None or self._closed, seconds)
+                self._changed.wait_for(
+                    lambda: self._fault is not None or self._closed or self._alone, seconds
+                )
+            if self._alone:
+                return None
             if self._fault is None:
                 self._fault = fault
             self._taken = True
@@ -175,6 +185,10 @@ class Member:
                 # Nobody can go on, nor even leave, while its connections are open and dead.
                 process.end(who, only_stopped=not self._recovers)
             self._found(fault)
+        if "alone" in message:
+            with self._changed:
+                self._alone = True
+                self._changed.notify_all()
         if "ask" in message:
             self._send({"state": self.activity.state(self.rank).told()})
         if "closing" in message:

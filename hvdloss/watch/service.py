@@ -36,16 +36,17 @@ from hvdloss.watch.verdict import Fault, Limits, error_text
 __all__ = [
     "begins_with",
     "check",
-    "count_by",
     "current",
     "did",
     "explained",
+    "follow",
     "same_fate",
     "start",
     "stepped",
     "stop",
     "tell_error",
     "waiting",
+    "waiting_in_step",
     "watched",
 ]
 
@@ -59,8 +60,9 @@ _installed = False
 _before: Any = None  # the excepthook that was there
 
 waiting = _activity.waiting
+waiting_in_step = _activity.waiting_in_step
 stepped = _activity.stepped
-count_by = _activity.count_by
+follow = _activity.follow
 did = _activity.did
 
 
@@ -115,6 +117,7 @@ def start(communicator: Communicator, abort: Callable[[], None]) -> bool:
     """
     global _member, _hub, _pid
     stop()
+    _activity.begin()
     if communicator.size == 1:
         return False
     try:
@@ -322,7 +325,8 @@ def explained(error: BaseException) -> BaseException:
         return error
     if not watched(error) and member.fault is None:
         return error
-    if (fault := member.take()) is None:
+    fault = member.take()
+    if fault is None:
         step = _activity.state(member.rank).step
         text = " ".join(str(error).split())[:500]
         fault = member.tell(
@@ -332,8 +336,9 @@ def explained(error: BaseException) -> BaseException:
                 f"step {step}: Horovod gave up on rank {member.rank}: {text}. Another rank, its machine or "
                 f"the network between them failed. Start the job again from its last checkpoint.",
             ),
-            seconds=4.0,
         )
+    if fault is None:
+        return error
     out = _raisable(fault)
     out.__cause__ = error
     return out
@@ -362,8 +367,9 @@ def tell_error(error: BaseException) -> RankError | None:
         "" if frame is None else f"{os.path.basename(frame.filename)}, line {frame.lineno}, in {frame.name}"
     )
     state = _activity.state(member.rank)
-    fault = member.tell(Fault("error", (member.rank,), error_text(member.rank, state.step, error, where)))
-    return _raisable(fault)
+    told = Fault("error", (member.rank,), error_text(member.rank, state.step, error, where))
+    fault = member.tell(told)
+    return None if fault is None else _raisable(fault)
 
 
 def _known(error: BaseException) -> bool:
