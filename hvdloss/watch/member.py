@@ -131,10 +131,10 @@ class Member:
         """End: say goodbye, so that others know that this rank was not killed."""
         if self._closed:
             return
+        self._closed = True  # before it is said: the hub may be quicker to close
         if bye and self._fault is None:
             self._send({"state": self.activity.state(self.rank).told()})
             self._send({"bye": 1})
-        self._closed = True
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_WR)
         self._thread.join(1.0)
