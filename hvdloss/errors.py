@@ -23,6 +23,10 @@ __all__ = [
 ]
 
 
+#: What to do where an error of another kind ended one rank.
+WAY_OUT = "The others cannot go on without it. Mend it there, and start from the last checkpoint."
+
+
 class HvdlossError(RuntimeError):
     """Base class of every error that hvdloss raises."""
 

@@ -226,7 +226,7 @@ class Books:
         """
         ledgers = unpack(table[:, :WIDTH])
         if any(ledger.failed for ledger in ledgers) and self.process_set is not None:
-            raise_together(communicator_of(self.process_set), self._error, "hvdloss.failed")
+            raise_together(communicator_of(self.process_set), self._error, "hvdloss.failed", f"step {step}")
         error = judge(ledgers, step)
         if error is not None:
             raise error

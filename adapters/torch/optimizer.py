@@ -457,7 +457,7 @@ class _Engine:
         ledgers = unpack(self._ledger_table)
         self.heard = (self.heard[0] + 1, any(ledger.more for ledger in ledgers))
         if any(ledger.failed for ledger in ledgers):
-            raise_together(self.communicator(), self.error, f"{self.name}.failed")
+            raise_together(self.communicator(), self.error, f"{self.name}.failed", f"step {step}")
         error = judge(ledgers, step)
         if error is not None:
             raise error

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from hvdloss.errors import ConfigError, HvdlossError, LostRankError, RankError, StallError
+from hvdloss.errors import WAY_OUT, ConfigError, HvdlossError, LostRankError, RankError, StallError
 
 __all__ = ["Fault", "Limits", "RankState", "Wait", "deadlocked", "find", "missing"]
 
@@ -361,4 +361,4 @@ def error_text(rank: int, step: int, error: BaseException, where: str) -> str:
     )
     if ours:  # it says what to do
         return out
-    return f"{out}. The others cannot go on without it. Mend it there, and start from the last checkpoint."
+    return f"{out}. {WAY_OUT}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -63,10 +64,8 @@ def test_a_changed_bit_is_noticed(said, data):
 @given(st.binary(max_size=300))
 def test_garbage_is_refused_or_waited_for_and_never_a_message(data):
     _, member = channels()
-    try:
+    with contextlib.suppress(WireError):
         assert member.feed(data) == []
-    except WireError:
-        pass
 
 
 def test_replayed_reflected_and_foreign_frames_are_refused():
@@ -126,10 +125,7 @@ def test_who_is_deadlocked_waits_only_for_others_who_are_or_have_ended(ranks):
     if any(state.status == "running" and state.wait is None for state in ranks):
         # One that computes may still come to everything that takes it.
         free = next(s for s in ranks if s.status == "running" and s.wait is None)
-        assert all(
-            (s.wait.members and free.rank not in s.wait.members) or free not in missing(s, ranks)
-            for s in stuck
-        )
+        assert all(free not in missing(state, ranks) for state in stuck)
 
 
 @given(states)
