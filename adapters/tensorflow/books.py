@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 import tensorflow as tf
+from hvdloss import watch
 from hvdloss.agreement import raise_together
 from hvdloss.control.compression import AdaptiveCompression
 from hvdloss.control.period import period_of
@@ -42,13 +43,17 @@ def fault() -> Exception | None:
 def translated(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call, and raise our own error for one that crossed a TensorFlow graph."""
     fault()
+    watch.check()
     try:
         return function(*args, **kwargs)
-    except tf.errors.OpError:
+    except tf.errors.OpError as error:
         ours = fault()
-        if ours is None:
+        if ours is not None:
+            raise ours from None
+        why = watch.explained(error)
+        if why is error:
             raise
-        raise ours from None
+        raise why from error
 
 
 _FAILED, _MORE = COLUMN["failed"], COLUMN["more"]
@@ -220,7 +225,7 @@ class Books:
         """
         ledgers = unpack(table[:, :WIDTH])
         if any(ledger.failed for ledger in ledgers) and self.process_set is not None:
-            raise_together(communicator_of(self.process_set), self._error, "hvdloss.failed")
+            raise_together(communicator_of(self.process_set), self._error, "hvdloss.failed", f"step {step}")
         error = judge(ledgers, step)
         if error is not None:
             raise error

@@ -154,7 +154,7 @@ class Uneven(Generic[Batch]):
                 told = structure(first, self._array)
             except ConfigError as found:
                 error = found
-        raise_together(communicator, error, "hvdloss.uneven.first")
+        raise_together(communicator, error, "hvdloss.uneven.first", "before the first step")
         texts = communicator.gather(json.dumps(told).encode(), "hvdloss.uneven.batch")
         known = [one for one in map(json.loads, texts) if one is not None]
         if not known:

@@ -240,7 +240,8 @@ def test_a_failure_is_raised_on_all_ranks_after_what_was_read(counts, bad, passe
             raise DataError("file f, row group 3: torn")
 
     found = simulate(len(counts), lambda ranks: loop(ranks, own(ranks.rank), passes))
-    assert {error for _, error in found} == {f"rank {bad}: file f, row group 3: torn"}
+    when = "" if counts[bad] else "before the first step: "
+    assert {error for _, error in found} == {f"{when}rank {bad}: file f, row group 3: torn"}
     if counts[bad]:
         assert found[bad][0][: counts[bad]] == [2] * counts[bad]
 
