@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from hvdloss import errors
 from hvdloss.communicator import Communicator
 from hvdloss.errors import AgreementError, DataError, RankError
 from hvdloss.guard import ranks_apart
@@ -142,18 +143,28 @@ def together(communicator: Communicator, work: Callable[[], Any], name: str, wha
     return value
 
 
-def raise_together(communicator: Communicator, error: BaseException | None, name: str) -> None:
+def raise_together(
+    communicator: Communicator, error: BaseException | None, name: str, when: str = ""
+) -> None:
     """Raise on every rank what any rank brings; nothing where none brings any.
+
+    Args:
+        communicator: the ranks.
+        error: what went wrong on this one; None for nothing.
+        name: of the exchange.
+        when: how the message begins: "step 3", say.
 
     Raises:
         DataError, RankError: see :func:`together`.
 
     Collectives: one gather.
     """
-    _exchanged(communicator, error, None, name)
+    _exchanged(communicator, error, None, name, when)
 
 
-def _exchanged(communicator: Communicator, error: BaseException | None, value: Any, name: str) -> list[Any]:
+def _exchanged(
+    communicator: Communicator, error: BaseException | None, value: Any, name: str, when: str = ""
+) -> list[Any]:
     """Return what ranks bring, ``[kind of error, its text, value]``; raise the first error."""
     told = ["", "", value] if error is None else [type(error).__name__, str(error), None]
     heard = [json.loads(text) for text in communicator.gather(json.dumps(told).encode(), name)]
@@ -163,7 +174,11 @@ def _exchanged(communicator: Communicator, error: BaseException | None, value: A
     rank, kind, text = failed[0]
     more = f" ({len(failed) - 1} more rank(s) failed as well)" if len(failed) > 1 else ""
     ours = kind in (DataError.__name__, RankError.__name__)
-    text = f"rank {rank}: {text if ours else f'{kind}: {text}'}{more}"
+    if not ours:
+        text = f"{kind}: {text}"
+        if kind not in errors.__all__:  # one of ours says by itself what to do
+            text += f". {errors.WAY_OUT}"
+    text = f"{f'{when}: ' if when else ''}rank {rank}: {text}{more}"
     out = DataError(text) if kind == DataError.__name__ else RankError(text)
     out.ranks = tuple(one[0] for one in failed)
     raise out from error

@@ -12,13 +12,19 @@ __all__ = [
     "ConfigError",
     "DataError",
     "HvdlossError",
+    "LostRankError",
     "NoWeightError",
     "NonFiniteLossError",
     "RankError",
     "ShapeError",
+    "StallError",
     "UsageError",
     "WeightError",
 ]
+
+
+#: What to do where an error of another kind ended one rank.
+WAY_OUT = "The others cannot go on without it. Mend it there, and start from the last checkpoint."
 
 
 class HvdlossError(RuntimeError):
@@ -61,6 +67,14 @@ class RankError(HvdlossError):
 
 class DataError(RankError):
     """A file of data is missing, damaged, or was changed while it was in use; names it and the place."""
+
+
+class LostRankError(RankError):
+    """A rank is gone, has ended before the others, or does not answer."""
+
+
+class StallError(RankError):
+    """Ranks wait for each other in different places, or for one that does not come."""
 
 
 class AgreementError(HvdlossError):

@@ -35,12 +35,14 @@ from hvdloss.keras.sharded import ShardedCrossEntropy, ShardedDense, full_weight
 from hvdloss.keras.stream import StreamDataset
 from hvdloss.keras.training import SynchronizationCallback
 from hvdloss.report import RankReport, StepReport
+from hvdloss.tensorflow import _elastic
 from hvdloss.tensorflow.guard import check_synchronized
 from hvdloss.tensorflow.metrics import Metrics
 from hvdloss.tensorflow.sharded import ArcFace, ClassShards, CosFace, Grid, grid
 from hvdloss.tensorflow.training import BestCheckpoint, EarlyStopping, merged_value
 from hvdloss.tensorflow.uneven import uneven
 from hvdloss.training import mixup
+from hvdloss.watch import same_fate
 
 __all__ = [
     "ArcFace",
@@ -79,6 +81,7 @@ __all__ = [
     "permutation_importance",
     "predict_function",
     "reducescatter",
+    "same_fate",
     "seed_everything",
     "shap_values",
     "synchronized",
@@ -92,6 +95,7 @@ _THEIRS = [
     if not name.startswith("_") and name not in __all__ and name not in ("DistributedGradientTape",)
 ]
 globals().update({name: getattr(_backend.hvd, name) for name in _THEIRS})
+globals().update(_elastic.register())
 
 if "KerasState" not in vars(globals()["elastic"]):
     globals()["elastic"] = _backend.elastic()

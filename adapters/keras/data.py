@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 import keras
+from hvdloss.checks import whole
 from hvdloss.communicator import rank_and_size
 from hvdloss.data import Epoch, Sharding
-from hvdloss.data.sharding import whole
 from hvdloss.errors import ConfigError
 from hvdloss.keras._backend import hvd
 from hvdloss.training.seeds import generator_for

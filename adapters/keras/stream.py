@@ -11,9 +11,9 @@ import tensorflow as tf
 
 import keras
 from hvdloss.agreement import together
+from hvdloss.checks import whole
 from hvdloss.communicator import rank_and_size
 from hvdloss.data import Epoch, Source
-from hvdloss.data.sharding import whole
 from hvdloss.data.stream import Opened, Rules, read_batches
 from hvdloss.errors import ConfigError, DataError
 from hvdloss.keras._backend import hvd

@@ -14,8 +14,9 @@ from typing import Any
 import tensorflow as tf
 
 import keras
+from hvdloss import watch
 from hvdloss.agreement import agree
-from hvdloss.control.period import SyncPeriod
+from hvdloss.control.period import period_of
 from hvdloss.errors import ConfigError, DataError, HvdlossError, RankError, ShapeError
 from hvdloss.guard import due
 from hvdloss.keras._backend import TensorFlowTrainer, Trainer
@@ -195,6 +196,7 @@ class _Begin(keras.callbacks.Callback):
         self.counts: list[int | None] = []
         self.done = 0
         self.training = False
+        self.last = False  # whether this is the last epoch
         self.agreed = False
 
     @property
@@ -210,6 +212,8 @@ class _Begin(keras.callbacks.Callback):
             self.model.optimizer.build(self.model.trainable_variables)
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        watch.did(f"begun epoch {epoch + 1}")
+        self.last = epoch + 1 == self.params.get("epochs")
         self.done, self.training = 0, True
         if self.agreed or not self.engine.included:
             return
@@ -407,9 +411,10 @@ def _with_ours(model: Any, callbacks: Any) -> Any:
 
 
 def _tell(model: Any, begin: _Begin, error: Exception, read: DataError | None) -> None:
-    """Have the other ranks of a ``fit`` know that this one cannot go on, in the step they are in.
+    """Have the other ranks of a ``fit`` know that this one cannot go on.
 
-    Nothing where they know already, or are not in step with this rank.
+    In the step they are in, where they are in step with this rank; else through the watch. Nothing where
+    they know already.
 
     Args:
         model: being fitted.
@@ -420,7 +425,7 @@ def _tell(model: Any, begin: _Begin, error: Exception, read: DataError | None) -
     Raises:
         RankError, DataError: as the other ranks do; not where all ranks failed, each with its own error.
 
-    Collectives: those of a training step, and one gather of why.
+    Collectives: those of a training step, and one gather of why; or none.
     """
     engine = engine_of(model.optimizer)
     # What is judged from global numbers all ranks know; shapes and files are one rank's own.
@@ -429,17 +434,20 @@ def _tell(model: Any, begin: _Begin, error: Exception, read: DataError | None) -
     # Horovod's own failures, where there is nobody to tell.
     common |= type(error).__module__.startswith("horovod")
     common |= isinstance(error, tf.errors.OpError) and "Horovod" in str(error)
+    if engine is None or not begin.agreed or common or engine.exchange.size == 1 or not engine.included:
+        return
+    over = False  # the steps of the epoch
     if known := [count for count in begin.counts if count is not None]:
-        common |= len(known) == len(begin.counts) and begin.done >= max(known)  # the steps are over
-    if engine is None or not begin.agreed or not begin.training or common or engine.exchange.size == 1:
+        over = len(known) == len(begin.counts) and begin.done >= max(known)
+    if over and begin.last:
+        return  # nobody waits any more
+    if not begin.training or over or not model.built:  # in validation, say, or a callback after the last step
+        if (told := watch.tell_error(error)) is not None:
+            raise told from error
         return
-    if not engine.included or not model.built:
-        return
-    period = engine.books.controller.act(SyncPeriod)
-    patience = _passes(model.optimizer) * (1 if period is None else period.period)
     engine.books.tell(False, read or error)
     try:
-        for _ in range(patience):
+        for _ in range(_passes(model.optimizer) * period_of(engine.books.controller)):
             translated(run_idle_step, model)
     except RankError as told:
         if len(told.ranks) < engine.exchange.size:

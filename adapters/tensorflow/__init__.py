@@ -9,7 +9,7 @@ Every public name of Horovod's module is here. New are :class:`Objective`, the e
 from __future__ import annotations
 
 from hvdloss.report import RankReport, StepReport
-from hvdloss.tensorflow import _backend
+from hvdloss.tensorflow import _backend, _elastic
 from hvdloss.tensorflow._compat import let_variables_be_called
 from hvdloss.tensorflow.explain import (
     LossAttribution,
@@ -35,6 +35,7 @@ from hvdloss.tensorflow.sharded import (
 from hvdloss.tensorflow.tape import DistributedGradientTape, PartialDistributedGradientTape
 from hvdloss.tensorflow.training import BestCheckpoint, EarlyStopping, merged_value, seed_everything
 from hvdloss.tensorflow.uneven import uneven
+from hvdloss.watch import same_fate
 
 __all__ = [
     "ArcFace",
@@ -58,6 +59,7 @@ __all__ = [
     "merged_value",
     "permutation_importance",
     "predict_function",
+    "same_fate",
     "sample_columns",
     "seed_everything",
     "shap_values",
@@ -68,6 +70,8 @@ __all__ = [
 # Horovod has no list of its names; what its module shows is public.
 _THEIRS = [name for name in vars(_backend.hvd) if not name.startswith("_") and name not in __all__]
 globals().update({name: getattr(_backend.hvd, name) for name in _THEIRS})
+
+globals().update(_elastic.register())
 
 __all__ += _THEIRS
 

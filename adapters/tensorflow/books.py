@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 import tensorflow as tf
+from hvdloss import watch
 from hvdloss.agreement import raise_together
 from hvdloss.control.compression import AdaptiveCompression
-from hvdloss.control.period import SyncPeriod
+from hvdloss.control.period import period_of
 from hvdloss.control.weights import Proximal
 from hvdloss.controller import Controller
 from hvdloss.ledger import COLUMN, FAULTS, WIDTH, judge, unpack
@@ -42,13 +43,17 @@ def fault() -> Exception | None:
 def translated(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call, and raise our own error for one that crossed a TensorFlow graph."""
     fault()
+    watch.check()
     try:
         return function(*args, **kwargs)
-    except tf.errors.OpError:
+    except tf.errors.OpError as error:
         ours = fault()
-        if ours is None:
+        if ours is not None:
+            raise ours from None
+        why = watch.explained(error)
+        if why is error:
             raise
-        raise ours from None
+        raise why from error
 
 
 _FAILED, _MORE = COLUMN["failed"], COLUMN["more"]
@@ -84,11 +89,10 @@ class Books:
 
     def _now(self) -> np.ndarray:
         """Return the terms' state; behind it the period, the proximal strength, and whether to compress."""
-        period = self.controller.act(SyncPeriod)
         proximal = self.controller.act(Proximal)
         compressing = self.compressing
         decided = [
-            1.0 if period is None else period.period,
+            period_of(self.controller),
             0.0 if proximal is None else proximal.mu,
             0.0 if compressing is None else compressing.on,
         ]
@@ -221,7 +225,7 @@ class Books:
         """
         ledgers = unpack(table[:, :WIDTH])
         if any(ledger.failed for ledger in ledgers) and self.process_set is not None:
-            raise_together(communicator_of(self.process_set), self._error, "hvdloss.failed")
+            raise_together(communicator_of(self.process_set), self._error, "hvdloss.failed", f"step {step}")
         error = judge(ledgers, step)
         if error is not None:
             raise error

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import tensorflow as tf
+from hvdloss import watch
 from hvdloss.communicator import included
 from hvdloss.control.compression import AdaptiveCompression
 from hvdloss.control.period import SyncPeriod
@@ -15,6 +16,7 @@ from hvdloss.errors import ConfigError
 from hvdloss.ledger import COLUMN, WIDTH
 from hvdloss.plan import ParameterInfo, plan_buckets
 from hvdloss.tensorflow._backend import hvd
+from hvdloss.tensorflow.waiting import explaining
 from hvdloss.term import Travel
 from hvdloss.tuning import choose, launched
 
@@ -88,6 +90,7 @@ class Clock:
 
     def __init__(self) -> None:
         self._variable: tf.Variable | None = None
+        self._counts: tf.Variable | None = None
 
     def _times(self) -> tf.Variable:
         """Return seconds held up and computed of the last exchange, and when it ended (0: there was none)."""
@@ -96,6 +99,20 @@ class Clock:
                 self._variable = tf.Variable(tf.zeros(3, tf.float64), trainable=False, name="hvdloss_times")
         return self._variable
 
+    def _progress(self) -> tf.Variable:
+        """Return how many exchanges have begun, and how many are over."""
+        if self._counts is None:
+            with tf.init_scope(), tf.device("CPU:0"):
+                self._counts = tf.Variable(tf.zeros(2, tf.int64), trainable=False, name="hvdloss_progress")
+        return self._counts
+
+    def progress(self) -> tuple[int, int]:
+        """Return how many exchanges have begun to wait for other ranks, and how many are over; eager only."""
+        if self._counts is None:
+            return 0, 0
+        begun, ended = self._counts.numpy()
+        return int(begun), int(ended)
+
     def told(self, row: tf.Tensor) -> tf.Tensor:
         """Return a ledger row with the last exchange's times in it."""
         return tf.concat([row[: _TIMES.start], self._times()[:2], row[_TIMES.stop :]], 0)
@@ -103,7 +120,10 @@ class Clock:
     def begin(self, given: Sequence[Gradient]) -> tf.Tensor:
         """Return when all that this rank gives is there, in a graph; no message waits for it."""
         with tf.control_dependencies(tf.nest.flatten(list(given), expand_composites=True)):
-            return tf.timestamp()
+            began = tf.timestamp()
+        with tf.control_dependencies([began]):
+            self._progress().assign_add([1, 0], read_value=False)
+        return began
 
     def end(self, began: tf.Tensor, got: Sequence[Gradient]) -> None:
         """Note the times of an exchange that began then, when all that this rank gets is there."""
@@ -112,6 +132,8 @@ class Clock:
         before = self._times()[2]
         computed = tf.where(before > 0, began - before, tf.zeros_like(before))
         self._times().assign(tf.stack([ended - began, computed, ended]))
+        with tf.control_dependencies([ended]):
+            self._progress().assign_add([0, 1], read_value=False)
 
 
 def wire_name(text: str) -> str:
@@ -162,6 +184,8 @@ class Exchange:
         self.choices: dict[str, Any] = {k: v for k, v in self.tuning.as_dict().items() if k != "overlap"}
         self._eager: dict[Any, Any] = {}
         self.clock = Clock()
+        alone = self.process_set is hvd.global_process_set
+        watch.follow(self.name, self.clock, () if alone else tuple(self.process_set.ranks or ()))
         self._payload = (0, 0, 0, 0)  # of the last exchange: messages, bytes: full, as sent, in 16 bits
         self._zero: tf.Variable | None = None
         self._measured: tf.Variable | None = None
@@ -283,7 +307,8 @@ class Exchange:
             made = tf.function(together, autograph=False, reduce_retracing=True)
             self._eager[key] = made, self._payload, self.choices
         function, self._payload, self.choices = self._eager[key]
-        summed, table = function(list(gradients), row, factor, compress)
+        with explaining():
+            summed, table = function(list(gradients), row, factor, compress)
         judged(table)
         return summed, table
 

@@ -13,6 +13,7 @@ from hvdloss.communicator import Communicator, OneProcess
 from hvdloss.errors import ShapeError, second_derivative_error
 from hvdloss.objective import IGNORED, loss_named
 from hvdloss.tensorflow._backend import hvd
+from hvdloss.tensorflow.waiting import explaining
 
 __all__ = ["NAMED_LOSSES", "HorovodCommunicator", "TensorFlowOps", "communicator_of", "once"]
 
@@ -360,7 +361,7 @@ class HorovodCommunicator:
     def sum(self, array: np.ndarray, name: str) -> np.ndarray:
         """Sum over ranks; one all-reduce."""
         tensor = tf.constant(np.asarray(array, dtype=np.float64))
-        with tf.init_scope():
+        with tf.init_scope(), explaining(name):
             out = hvd.allreduce(tensor, name=name, op=hvd.Sum, process_set=self._process_set)
         return out.numpy()
 
@@ -368,8 +369,9 @@ class HorovodCommunicator:
         """Gather bytes, never pickles; two all-gathers."""
         mine = tf.constant(np.frombuffer(data, dtype=np.uint8))
         length = tf.constant([len(data)], tf.int64)
-        lengths = hvd.allgather(length, name=f"{name}.lengths", process_set=self._process_set).numpy()
-        flat = hvd.allgather(mine, name=f"{name}.bytes", process_set=self._process_set).numpy().tobytes()
+        with explaining(name):
+            lengths = hvd.allgather(length, name=f"{name}.lengths", process_set=self._process_set).numpy()
+            flat = hvd.allgather(mine, name=f"{name}.bytes", process_set=self._process_set).numpy().tobytes()
         ends = np.cumsum(lengths)
         return [flat[end - n : end] for end, n in zip(ends.tolist(), lengths.tolist(), strict=True)]
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 import tensorflow as tf
-from hvdloss.control.period import SyncPeriod
+from hvdloss.control.period import period_of
 from hvdloss.data.uneven import Uneven
 from hvdloss.errors import ConfigError
 from hvdloss.tensorflow._backend import hvd
@@ -29,8 +29,7 @@ class _Signals:
 
     @property
     def patience(self) -> int:
-        period = self.books.controller.act(SyncPeriod)
-        return self.passes * (1 if period is None else period.period)
+        return self.passes * period_of(self.books.controller)
 
     @property
     def heard(self) -> tuple[int, bool]:

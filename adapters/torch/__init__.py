@@ -45,6 +45,7 @@ from hvdloss.torch.training import (
     seed_everything,
 )
 from hvdloss.torch.uneven import uneven
+from hvdloss.watch import same_fate
 
 __all__ = [
     "ArcFace",
@@ -74,6 +75,7 @@ __all__ = [
     "mixup",
     "permutation_importance",
     "predict_function",
+    "same_fate",
     "seed_everything",
     "shap_values",
     "sharded_cross_entropy",
@@ -81,11 +83,12 @@ __all__ = [
     "uneven",
 ]
 
-_elastic.register()
+_watched = _elastic.register()
 
 # Horovod has no list of its names; what its module shows is public. Modules of our own stay ours, so that
 # `import hvdloss.torch.optimizer as m` means what it says.
 _names = getattr(_backend.hvd, "__all__", None) or [n for n in vars(_backend.hvd) if not n.startswith("_")]
 _theirs = [name for name in _names if name not in __all__ and name not in ("compression", "optimizer")]
 globals().update({name: getattr(_backend.hvd, name) for name in _theirs})
+globals().update(_watched)
 __all__ += _theirs

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Callable
 from typing import Any
 
+from hvdloss import watch
 from hvdloss.data.uneven import Uneven
 from hvdloss.torch._backend import hvd
 from hvdloss.torch.data import ShardedLoader
@@ -15,20 +17,27 @@ from hvdloss.torch.stream import StreamLoader
 __all__ = ["register"]
 
 
-def register() -> None:
+def register() -> dict[str, Callable[..., Any]]:
     """Let ``hvd.elastic.TorchState(model, optimizer, data=loader)`` know loaders' positions; once.
 
     ``commit`` keeps where the loader is, ``restore`` goes back there, and after ranks have come or gone
     ``sync`` has all go on from rank 0's position, with what is left of the epoch shared out anew: relative
     to the last commit every sample is used exactly once. One process without Horovod does so anyway.
+
+    Returns:
+        ``init`` and ``shutdown`` with which the watch begins and ends; Horovod's elastic loop calls them too.
     """
+    watched = watch.begins_with(hvd, communicator_of)
     if importlib.util.find_spec("horovod") is None:
-        return
+        return watched
+    import horovod.torch.elastic as loop
     from horovod.torch.elastic import state
+
+    vars(loop).update(watched)
 
     kinds = [kind for kind, _ in state.get_handler_registry()]
     if ShardedLoader in kinds:
-        return
+        return watched
 
     class Position(state.StateHandler):
         """Where a loader is; the twin of Horovod's handlers for models and optimizers."""
@@ -56,3 +65,4 @@ def register() -> None:
 
     ours = [(kind, Position) for kind in (ShardedLoader, StreamLoader, Uneven)]
     state.set_handler_registry([*ours, *state.get_handler_registry()])
+    return watched

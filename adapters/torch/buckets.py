@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -10,30 +9,17 @@ import torch
 from hvdloss.plan import Bucket
 from hvdloss.torch._backend import hvd
 from hvdloss.torch.compression import BF16Compressor
+from hvdloss.torch.waiting import explaining, wait
 
 __all__ = ["FlatBucket", "LoneGradient", "SparseSlot", "Wire", "as_numbers", "from_numbers"]
 
 # Horovod sums these dtypes; others travel as a wider one.
 _WIDER = {torch.bfloat16: torch.float32}
-_FIRST_LOOK, _LAST_LOOK = 5e-5, 1e-3  # seconds
 
 
 def _scaled(tensor: torch.Tensor, scale: Any) -> bool:
     """Return whether multiplying `tensor` by `scale` would change anything (unknown on a device)."""
     return not (isinstance(scale, float) and scale == 1.0)
-
-
-def _wait(handle: int) -> Any:
-    """Return the result of an asynchronous call.
-
-    Looks soon at first, where Horovod looks once a millisecond; then less and less often, since ranks
-    that share cores need them more than this one.
-    """
-    delay = _FIRST_LOOK
-    while not hvd.poll(handle):
-        time.sleep(delay)
-        delay = min(2 * delay, _LAST_LOOK)
-    return hvd.synchronize(handle)
 
 
 def as_numbers(table: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -348,7 +334,7 @@ class SparseSlot:
     def drain(self) -> list[torch.Tensor]:
         """Wait for the gathers, if they are under way, and return all ranks' rows and values."""
         handles, self._handles = self._handles or (), None
-        return [wait() for wait in handles]
+        return [ready() for ready in handles]
 
 
 class Wire:
@@ -394,10 +380,11 @@ class Wire:
         decompress = self._compression.decompress
         if wire.dtype in _WIDER:
             wire = wire.to(_WIDER[wire.dtype])
-        handle = hvd.allreduce_async_(wire, name=name, op=hvd.Sum, process_set=self._process_set)
+        with explaining():
+            handle = hvd.allreduce_async_(wire, name=name, op=hvd.Sum, process_set=self._process_set)
 
         def finish() -> None:
-            summed = _wait(handle)
+            summed = wait(handle)
             if summed.data_ptr() != flat.data_ptr():
                 flat.copy_(decompress(summed, ctx))
 
@@ -409,17 +396,19 @@ class Wire:
         piece = -(-n // size)
         padded = torch.zeros(size * piece, dtype=torch.bfloat16, device=flat.device)
         padded[:n].copy_(flat)
-        handle = hvd.alltoall_async(
-            padded.view(torch.uint8), name=f"{name}.pieces", process_set=self._process_set
-        )
+        with explaining():
+            handle = hvd.alltoall_async(
+                padded.view(torch.uint8), name=f"{name}.pieces", process_set=self._process_set
+            )
 
         def finish() -> None:
-            mine = _wait(handle)
+            mine = wait(handle)
             mine = mine[0] if isinstance(mine, tuple) else mine
             summed = mine.view(torch.bfloat16).view(size, piece).float().sum(0).to(torch.bfloat16)
-            whole = hvd.allgather(
+            gathering = hvd.allgather_async(
                 summed.view(torch.uint8), name=f"{name}.sums", process_set=self._process_set
             )
+            whole = wait(gathering)
             flat.copy_(whole.view(torch.bfloat16)[:n])
 
         return finish
@@ -428,5 +417,6 @@ class Wire:
         """Start gathering along the first axis, lengths may differ; the result calls for the wait."""
         if self.size == 1:
             return lambda: tensor
-        handle = hvd.allgather_async(tensor, name=name, process_set=self._process_set)
-        return lambda: _wait(handle)
+        with explaining():
+            handle = hvd.allgather_async(tensor, name=name, process_set=self._process_set)
+        return lambda: wait(handle)

@@ -6,9 +6,9 @@ import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from hvdloss.checks import whole
 from hvdloss.communicator import rank_and_size
 from hvdloss.data import Epoch, Sharding
-from hvdloss.data.sharding import whole
 from hvdloss.data.uneven import cut
 from hvdloss.errors import ConfigError, UsageError
 from hvdloss.torch._backend import hvd

@@ -18,7 +18,7 @@ from hvdloss.metrics import Metric
 from hvdloss.objective import CLASS_LOSSES, LOSSES
 from hvdloss.torch._backend import hvd
 from hvdloss.torch.objective import Objective
-from hvdloss.torch.ops import TorchOps, communicator_of
+from hvdloss.torch.ops import TorchOps, as_array, communicator_of
 
 __all__ = ["LossAttribution", "lime_weights", "permutation_importance", "predict_function", "shap_values"]
 
@@ -61,15 +61,9 @@ def predict_function(
                 y = y if output is None else output(y)
         finally:
             model.train(training)
-        return _array(y)
+        return as_array(y)
 
     return predict
-
-
-def _array(y: torch.Tensor) -> np.ndarray:
-    """Return a tensor as an array; NumPy knows no bfloat16."""
-    y = y.detach().cpu()
-    return (y.float() if y.dtype in (torch.bfloat16, torch.float16) else y).numpy()
 
 
 def _objective(loss: Any) -> Objective:
@@ -89,7 +83,7 @@ def _elements(objective: Objective) -> Callable[[Any, Any, Any], tuple[np.ndarra
             t = t.to(y.dtype)
         w = None if weight is None else torch.as_tensor(weight, device=y.device)
         losses, weights = objective.per_element(y, t, w)
-        return _array(losses).astype(np.float64), _array(weights).astype(np.float64)
+        return as_array(losses).astype(np.float64), as_array(weights).astype(np.float64)
 
     return elements
 
@@ -176,7 +170,7 @@ def permutation_importance(
     ranks = _communicator(process_set, "permutation_importance")
     function = predict_function(model, output=output)
     return core.permutation_importance(
-        function, _plain(x), _plain(y), loss=_measure(loss), communicator=ranks, **_plain_all(options)
+        function, as_array(x), as_array(y), loss=_measure(loss), communicator=ranks, **_plain_all(options)
     )
 
 
@@ -208,7 +202,7 @@ def shap_values(
         explainer = _of_module(explainer, model, output)
     function = predict_function(model, output=output)
     return core.shap_values(
-        function, _plain(x), explainer=explainer, communicator=ranks, **_plain_all(options)
+        function, as_array(x), explainer=explainer, communicator=ranks, **_plain_all(options)
     )
 
 
@@ -233,7 +227,7 @@ def lime_weights(
     """
     ranks = _communicator(process_set, "lime_weights")
     function = predict_function(model, output=output)
-    return core.lime_weights(function, _plain(x), communicator=ranks, **_plain_all(options))
+    return core.lime_weights(function, as_array(x), communicator=ranks, **_plain_all(options))
 
 
 def _of_module(kind: str, model: Any, output: Any) -> Any:
@@ -253,7 +247,7 @@ def _of_module(kind: str, model: Any, output: Any) -> Any:
 
         ground = tensor(background)
         with torch.no_grad():
-            base = _array(own(ground)).mean(axis=0, dtype=np.float64)
+            base = as_array(own(ground)).mean(axis=0, dtype=np.float64)
         made = shap.DeepExplainer(own, ground) if kind == "deep" else shap.GradientExplainer(own, ground)
 
         def explain(row: Any, seed: int) -> Mapping[str, Any]:
@@ -269,9 +263,5 @@ def _of_module(kind: str, model: Any, output: Any) -> Any:
     return make
 
 
-def _plain(x: Any) -> Any:
-    return _array(x) if isinstance(x, torch.Tensor) else x
-
-
 def _plain_all(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: _plain(value) for name, value in options.items()}
+    return {name: as_array(value) for name, value in options.items()}

@@ -15,7 +15,7 @@ from hvdloss.communicator import among, included
 from hvdloss.errors import ConfigError
 from hvdloss.torch._backend import hvd
 from hvdloss.torch.collectives import all_gather
-from hvdloss.torch.ops import communicator_of
+from hvdloss.torch.ops import as_array, communicator_of
 
 __all__ = ["Metrics", "synchronized"]
 
@@ -48,19 +48,11 @@ class Metrics(core.Metrics):
         super().__init__(metrics, communicator=functools.partial(among, hvd, communicator_of, process_set))
 
     def _arrays(self, prediction: Any, target: Any, weight: Any) -> tuple[Any, Any, Any]:
-        p, t, w = map(_array, (prediction, target, weight))
+        p, t, w = map(as_array, (prediction, target, weight))
         shape = getattr(t, "shape", None)
         if shape is not None and p.ndim == len(shape) + 1 > 2 and p.shape[:1] + p.shape[2:] == shape:
             p = np.moveaxis(p, 1, -1)
         return p, t, w
-
-
-def _array(value: Any) -> Any:
-    """Return a NumPy array of a tensor; what is none, as it is."""
-    if not isinstance(value, torch.Tensor):
-        return value
-    value = value.detach().cpu()
-    return (value.float() if value.is_floating_point() and value.itemsize < 4 else value).numpy()
 
 
 def _gathered(tensor: torch.Tensor, group: Any = None, *, process_set: Any) -> list[torch.Tensor]:

@@ -13,8 +13,9 @@ from hvdloss.communicator import Communicator, OneProcess
 from hvdloss.errors import second_derivative_error
 from hvdloss.objective import IGNORED, loss_named
 from hvdloss.torch._backend import hvd
+from hvdloss.torch.waiting import explaining, wait
 
-__all__ = ["NAMED_LOSSES", "HorovodCommunicator", "TorchOps", "communicator_of"]
+__all__ = ["NAMED_LOSSES", "HorovodCommunicator", "TorchOps", "as_array", "communicator_of"]
 
 
 class TorchOps:
@@ -314,18 +315,31 @@ class HorovodCommunicator:
     def sum(self, array: np.ndarray, name: str) -> np.ndarray:
         """Sum over ranks; one all-reduce."""
         tensor = torch.from_numpy(np.array(array, dtype=np.float64))
-        out = hvd.allreduce(tensor, name=name, op=hvd.Sum, process_set=self._process_set)
-        return out.numpy()
+        with explaining():
+            handle = hvd.allreduce_async(tensor, name=name, op=hvd.Sum, process_set=self._process_set)
+        return wait(handle, name).numpy()
 
     def gather(self, data: bytes, name: str) -> list[bytes]:
         """Gather bytes, never pickles; two all-gathers."""
         mine = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0).byte()
-        lengths = hvd.allgather(
-            torch.tensor([len(data)]), name=f"{name}.lengths", process_set=self._process_set
-        )
-        flat = hvd.allgather(mine, name=f"{name}.bytes", process_set=self._process_set).numpy().tobytes()
-        ends = np.cumsum(lengths.numpy())
+
+        def gathered(tensor: torch.Tensor, what: str) -> np.ndarray:
+            with explaining():
+                handle = hvd.allgather_async(tensor, name=f"{name}.{what}", process_set=self._process_set)
+            return wait(handle, name).numpy()
+
+        lengths = gathered(torch.tensor([len(data)]), "lengths")
+        flat = gathered(mine, "bytes").tobytes()
+        ends = np.cumsum(lengths)
         return [flat[end - length : end] for end, length in zip(ends, lengths.tolist(), strict=True)]
+
+
+def as_array(value: Any) -> Any:
+    """Return a tensor as a NumPy array, floats in at least 32 bits; what is no tensor, as it is."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    value = value.detach().cpu()
+    return (value.float() if value.is_floating_point() and value.itemsize < 4 else value).numpy()
 
 
 def communicator_of(process_set: Any) -> Communicator:

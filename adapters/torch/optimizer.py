@@ -9,12 +9,13 @@ import time
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
 
 import torch
+from hvdloss import watch
 from hvdloss.agreement import agree, raise_together
 from hvdloss.communicator import Communicator, included
 from hvdloss.control.compression import AdaptiveCompression
@@ -381,6 +382,14 @@ class _Engine:
         """Whether any of the step's reductions is under way."""
         return self._table is not None or any(b.launched for b in self.buckets)
 
+    def _members(self) -> tuple[int, ...]:
+        """Return the ranks that share the steps, among all; empty for all."""
+        return () if self.process_set is hvd.global_process_set else tuple(self.process_set.ranks or ())
+
+    def _waiting(self) -> AbstractContextManager[None]:
+        """Say, while it lasts, that this rank waits for the others in a step."""
+        return watch.waiting_in_step(self.name, self._members())
+
     def communicator(self) -> Communicator:
         """Return the exchange of small arrays among this optimizer's ranks."""
         return communicator_of(self.process_set)
@@ -448,7 +457,7 @@ class _Engine:
         ledgers = unpack(self._ledger_table)
         self.heard = (self.heard[0] + 1, any(ledger.more for ledger in ledgers))
         if any(ledger.failed for ledger in ledgers):
-            raise_together(self.communicator(), self.error, f"{self.name}.failed")
+            raise_together(self.communicator(), self.error, f"{self.name}.failed", f"step {step}")
         error = judge(ledgers, step)
         if error is not None:
             raise error
@@ -481,6 +490,7 @@ class _Engine:
         began = time.perf_counter()
         computed = 0.0 if self._ended is None else began - self._ended
         try:
+            watch.check()
             if self._active:  # a backward pass ended in an exception: its gradients are not whole
                 self._active = False
                 self._strays += 1
@@ -490,17 +500,19 @@ class _Engine:
             if self._local:
                 self._step_alone()
                 return
-            if not self._planned:
-                self._make_plan()
-            self._launch()
-            ledgers = self._judged_ledgers()
+            with self._waiting():
+                if not self._planned:
+                    self._make_plan()
+                self._launch()
+                ledgers = self._judged_ledgers()
             denominator = (
                 1.0
                 if self.objective.reduction == "sum"
                 else math.fsum(one.denominator for one in ledgers) / self._reference
             )
-            for slot in (*self.buckets, *self.sparse):
-                slot.finish(denominator)
+            with self._waiting():
+                for slot in (*self.buckets, *self.sparse):
+                    slot.finish(denominator)
             self._close(ledgers, self.step_count + 1, self._gradients_travel())
         except BaseException:
             self.abandon()
@@ -519,6 +531,7 @@ class _Engine:
             if p.grad is not None:
                 p.grad = p.grad.to_sparse(1)
         self.step_count += 1
+        watch.stepped(self.name)
         self._begin_step()
         self.synchronized = True
 
@@ -587,8 +600,9 @@ class _Engine:
         reference = self._stretch_reference or 1.0
         told = self._plain_wire.send(table, f"{self.name}.stretch")
         waits, travel = stretch.send(flats, weight / reference, self.wire)
-        for wait in (told, *waits):
-            wait()
+        with watch.waiting(f"{self.name}.exchange.{self.step_count}", members=self._members()):
+            for wait in (told, *waits):
+                wait()
         try:
             ledgers = self._judge(table, self.step_count)
             total = math.fsum(

@@ -16,6 +16,7 @@ import numpy as np
 
 import torch
 import torch.nn.functional as F
+from hvdloss import watch
 from hvdloss.collectives import At, members
 from hvdloss.errors import ConfigError, ShapeError
 from hvdloss.losses.shards import (
@@ -35,6 +36,7 @@ from hvdloss.losses.shards import (
 from hvdloss.torch._backend import hvd
 from hvdloss.torch.collectives import all_gather, copy_to_ranks
 from hvdloss.torch.ops import TorchOps
+from hvdloss.torch.waiting import wait
 
 __all__ = [
     "ArcFace",
@@ -582,5 +584,6 @@ def broadcast_parameters(params: Any, root_rank: int = 0, process_set: Any = Non
         for name, tensor in pairs
         if isinstance(tensor, torch.Tensor)
     ]
-    for handle in handles:
-        hvd.synchronize(handle)
+    with watch.waiting("broadcast_parameters"):
+        for handle in handles:
+            wait(handle)

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+from hvdloss.checks import whole
 from hvdloss.communicator import Communicator, rank_and_size
 from hvdloss.data import Epoch, RowGroups, Source
-from hvdloss.data.sharding import whole
 from hvdloss.data.stream import LaneItems, Opened, Rules, Turns, read_batches
 from hvdloss.errors import ConfigError, DataError, UsageError
 from hvdloss.torch._backend import hvd

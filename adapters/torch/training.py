@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import io
-import random
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -119,10 +118,8 @@ def seed_everything(
 
     Collectives: none.
     """
-    rank = 0 if alike else rank_and_size(hvd, process_set)[0]
-    made = core.seed_for(seed, rank=rank, epoch=epoch, stream="alike" if alike else stream)
-    random.seed(made)
-    np.random.seed(made % 2**32)
+    rank = rank_and_size(hvd, process_set)[0]
+    made = core.seed_process(seed, rank, epoch=epoch, stream=stream, alike=alike)
     torch.manual_seed(made)
     return made
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 import torch
-from hvdloss.control.period import SyncPeriod
+from hvdloss.control.period import period_of
 from hvdloss.data.uneven import Uneven
 from hvdloss.errors import ConfigError
 from hvdloss.torch.ops import communicator_of
@@ -26,8 +26,7 @@ class _Signals:
 
     @property
     def patience(self) -> int:
-        period = self.engine.controller.act(SyncPeriod)
-        return self.engine.passes * (1 if period is None else period.period)
+        return self.engine.passes * period_of(self.engine.controller)
 
     @property
     def heard(self) -> tuple[int, bool]:

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+from hvdloss.controller import Controller
 from hvdloss.errors import ConfigError
 from hvdloss.term import Act, Closed, Decision
 
-__all__ = ["RULES", "OuterStep", "SyncPeriod"]
+__all__ = ["RULES", "OuterStep", "SyncPeriod", "period_of"]
 
 RULES = ("constant", "adacomm", "predicted", "priced")
 
@@ -260,3 +261,9 @@ class SyncPeriod(Act):
         if not progress or self._loss_now() <= self.target_loss:
             return None
         return (self._loss_now() - self.target_loss) / progress
+
+
+def period_of(controller: Controller) -> int:
+    """Return how many steps lie between two exchanges by now; 1 where nothing decides on them."""
+    period = controller.act(SyncPeriod)
+    return 1 if period is None else period.period

@@ -6,7 +6,8 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any, Generic
 
-from hvdloss.data.sharding import Rule, Samples, whole
+from hvdloss.checks import whole
+from hvdloss.data.sharding import Rule, Samples
 from hvdloss.errors import ConfigError
 
 __all__ = ["Epoch"]

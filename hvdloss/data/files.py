@@ -25,8 +25,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hvdloss.data.sharding import whole
+from hvdloss.checks import whole
 from hvdloss.errors import ConfigError, DataError
+from hvdloss.extras import library
 
 __all__ = ["Csv", "NumpyFiles", "Parquet", "Part", "Source"]
 
@@ -52,15 +53,6 @@ class Part:
 
     def __str__(self) -> str:
         return f"{self.file}, {self.label}"
-
-
-def _pyarrow(what: str) -> Any:
-    """Import pyarrow, or say how to get it."""
-    try:
-        import pyarrow
-    except ImportError as error:
-        raise ConfigError(f"{what} files are read by pyarrow: pip install 'hvdloss[data]'") from error
-    return pyarrow
 
 
 def _listed(paths: Paths, endings: tuple[str, ...]) -> list[str]:
@@ -265,7 +257,7 @@ class Parquet(Source):
     def __init__(
         self, paths: Paths, columns: Sequence[str] | None = None, *, use_threads: bool = True
     ) -> None:
-        _pyarrow("Parquet")
+        library("pyarrow", "data", "reading Parquet files")
         self._metadata: dict[str, Any] = {}
         self._nulls: set[str] = set()  # columns that have any
         self.paths, self.use_threads = paths, use_threads
@@ -353,7 +345,7 @@ class Csv(Source):
         names: Sequence[str] | None = None,
         part_bytes: int = 16 << 20,
     ) -> None:
-        _pyarrow("CSV")
+        library("pyarrow", "data", "reading CSV files")
         self.paths, self.delimiter = paths, delimiter
         self.columns = None if columns is None else list(columns)
         self.types = dict(types or {})

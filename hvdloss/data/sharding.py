@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hvdloss.apportion import apportion
+from hvdloss.checks import whole
 from hvdloss.errors import ConfigError
 
 __all__ = [
@@ -35,13 +36,6 @@ __all__ = [
 ]
 
 Indices = npt.NDArray[np.int64]
-
-
-def whole(name: str, value: Any, least: int) -> int:
-    """Return `value` if it is an integer of at least `least`, else raise ConfigError."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-        raise ConfigError(f"{name}={value!r} must be an integer of at least {least}")
-    return int(value)
 
 
 class Run(Protocol):

@@ -16,11 +16,12 @@ from typing import Any, TypeVar
 import numpy as np
 
 from hvdloss.agreement import together
+from hvdloss.checks import whole
 from hvdloss.communicator import Communicator
 from hvdloss.data.epoch import Epoch
 from hvdloss.data.files import Columns, Source
 from hvdloss.data.pieces import Pieces, RowGroups
-from hvdloss.data.sharding import Indices, Rule, Samples, whole
+from hvdloss.data.sharding import Indices, Rule, Samples
 from hvdloss.errors import ConfigError, DataError
 
 __all__ = ["LaneItems", "Opened", "Rules", "Turns", "read_batches"]

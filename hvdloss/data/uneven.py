@@ -116,10 +116,15 @@ class Uneven(Generic[Batch]):
         """Leave a loop before its end: the batch read ahead is the next loop's first."""
         if batches is self.batches:
             self._held = (ahead, error)
-        elif hasattr(self.batches, "rewind") and self._position is not None:
-            if hasattr(batches, "close"):
-                batches.close()
+            return
+        if hasattr(batches, "close"):
+            batches.close()
+        if self._position is None:
+            return
+        if hasattr(self.batches, "rewind"):
             self.batches.rewind(self._position)
+        elif hasattr(self.batches, "load_state_dict"):
+            self.batches.load_state_dict(self._position)
 
     def _fetch(self, batches: Iterator[Batch]) -> tuple[Any, BaseException | None]:
         """Return the next batch, or that there is none; and what went wrong on this rank."""
@@ -149,7 +154,7 @@ class Uneven(Generic[Batch]):
                 told = structure(first, self._array)
             except ConfigError as found:
                 error = found
-        raise_together(communicator, error, "hvdloss.uneven.first")
+        raise_together(communicator, error, "hvdloss.uneven.first", "before the first step")
         texts = communicator.gather(json.dumps(told).encode(), "hvdloss.uneven.batch")
         known = [one for one in map(json.loads, texts) if one is not None]
         if not known:

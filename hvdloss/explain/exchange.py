@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -13,9 +12,9 @@ import numpy.typing as npt
 
 from hvdloss import errors
 from hvdloss.communicator import Communicator
-from hvdloss.errors import AgreementError, ConfigError, HvdlossError
+from hvdloss.errors import AgreementError, HvdlossError
 
-__all__ = ["Told", "equal_on_all", "library", "tell", "text_table"]
+__all__ = ["Told", "equal_on_all", "tell", "text_table"]
 
 
 class Told:
@@ -105,20 +104,6 @@ def equal_on_all(what: str, values: Sequence[Any], but: Any = _ANY) -> Any:
                 f"{known[0][1]!r}; call with the same on every rank"
             )
     return known[0][1] if known else but
-
-
-def library(name: str, extra: str, purpose: str) -> Any:
-    """Import a library that only some need.
-
-    Raises:
-        ConfigError: it is not installed; names the extra that has it.
-    """
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ConfigError(
-            f"{purpose} needs the library {name.partition('.')[0]} ({error}): pip install 'hvdloss[{extra}]'"
-        ) from error
 
 
 def text_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

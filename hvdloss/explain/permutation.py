@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from hvdloss.checks import whole
 from hvdloss.communicator import Communicator, OneProcess
-from hvdloss.data.sharding import whole
 from hvdloss.errors import ConfigError, ShapeError
 from hvdloss.explain.exchange import Told, equal_on_all, tell, text_table
 from hvdloss.explain.inputs import Predict, along, ids_of, names_of, predictor, rows_of, where_of

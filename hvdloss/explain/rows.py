@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from hvdloss.checks import whole
 from hvdloss.communicator import Communicator
-from hvdloss.data.sharding import whole
 from hvdloss.errors import ConfigError, ShapeError
 from hvdloss.explain.exchange import Told, equal_on_all, tell
 from hvdloss.explain.inputs import along, ids_of, names_of, rows_of

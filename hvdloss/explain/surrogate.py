@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from hvdloss.checks import whole
 from hvdloss.communicator import Communicator, OneProcess
-from hvdloss.data.sharding import whole
 from hvdloss.errors import ConfigError, ShapeError
-from hvdloss.explain.exchange import library
 from hvdloss.explain.inputs import Predict, predictor
 from hvdloss.explain.rows import Explain, explain_rows
+from hvdloss.extras import library
 
 __all__ = ["LimeExplanation", "lime_weights"]
 

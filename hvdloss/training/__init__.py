@@ -5,7 +5,7 @@ from hvdloss.training.decisions import BestCheckpoint, EarlyStopping, merged_val
 from hvdloss.training.files import write_atomically
 from hvdloss.training.mixing import Mixed, mixup, partners
 from hvdloss.training.rates import SCALING_RULES, Warmup, scale_factor
-from hvdloss.training.seeds import generator_for, seed_for
+from hvdloss.training.seeds import generator_for, seed_for, seed_process
 
 __all__ = [
     "SCALING_RULES",
@@ -20,5 +20,6 @@ __all__ = [
     "partners",
     "scale_factor",
     "seed_for",
+    "seed_process",
     "write_atomically",
 ]

@@ -67,6 +67,14 @@ class TransformedBatches:
         mark = getattr(self.loader, "mark", None)
         return self.epoch, self.step, mark() if mark else self._inner()
 
+    def rewind(self, mark: Any) -> None:
+        """Go back to an earlier position of a loop that was left, from :meth:`mark`."""
+        self.epoch, self.step, inner = mark
+        if hasattr(self.loader, "rewind"):
+            self.loader.rewind(inner)
+        elif inner is not None and hasattr(self.loader, "load_state_dict"):
+            self.loader.load_state_dict(inner)
+
     def _inner(self) -> Any:
         state = getattr(self.loader, "state_dict", None)
         return state() if state else None

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import random
 import zlib
 
 import numpy as np
 
-from hvdloss.errors import ConfigError
+from hvdloss.checks import whole
 
-__all__ = ["generator_for", "seed_for"]
+__all__ = ["generator_for", "seed_for", "seed_process"]
 
 
 def _sequence(seed: int, rank: int, epoch: int, step: int, stream: str) -> np.random.SeedSequence:
     for name, value in (("seed", seed), ("rank", rank), ("epoch", epoch), ("step", step)):
-        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 0:
-            raise ConfigError(f"{name}={value!r} must be an integer of at least 0")
+        whole(name, value, 0)
     # The length parts streams whose CRC is equal; and a key of five parts is no other sequence's spawn.
     word = stream.encode()
     return np.random.SeedSequence(
@@ -50,3 +50,22 @@ def generator_for(
 ) -> np.random.Generator:
     """Return NumPy's generator of the same name as :func:`seed_for`'s seed; arguments and errors are its."""
     return np.random.default_rng(_sequence(seed, rank, epoch, step, stream))
+
+
+def seed_process(
+    seed: int, rank: int, *, epoch: int = 0, stream: str = "training", alike: bool = False
+) -> int:
+    """Seed Python's and NumPy's random numbers for a rank, and return the seed for those of a framework.
+
+    Args:
+        seed, epoch, stream: see :func:`seed_for`.
+        rank: this process's.
+        alike: the same numbers on every rank.
+
+    Raises:
+        ConfigError: see :func:`seed_for`.
+    """
+    made = seed_for(seed, rank=0 if alike else rank, epoch=epoch, stream="alike" if alike else stream)
+    random.seed(made)
+    np.random.seed(made % 2**32)
+    return made

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import itertools
 import json
 
@@ -17,6 +18,7 @@ from hvdloss.data import Epoch, Pieces, RowGroups
 from hvdloss.data.stream import LaneItems, Turns, read_batches
 from hvdloss.data.uneven import Uneven, cut, structure, without_rows
 from hvdloss.errors import AgreementError, DataError
+from hvdloss.training import TransformedBatches
 
 MANY = settings(max_examples=60, deadline=None)
 groups = st.lists(st.integers(0, 9), min_size=1, max_size=12)
@@ -238,7 +240,8 @@ def test_a_failure_is_raised_on_all_ranks_after_what_was_read(counts, bad, passe
             raise DataError("file f, row group 3: torn")
 
     found = simulate(len(counts), lambda ranks: loop(ranks, own(ranks.rank), passes))
-    assert {error for _, error in found} == {f"rank {bad}: file f, row group 3: torn"}
+    when = "" if counts[bad] else "before the first step: "
+    assert {error for _, error in found} == {f"{when}rank {bad}: file f, row group 3: torn"}
     if counts[bad]:
         assert found[bad][0][: counts[bad]] == [2] * counts[bad]
 
@@ -320,9 +323,32 @@ class Loader:
         return self.given if mark is None else mark
 
 
+class Foreign:
+    """Batches of another library, with a position."""
+
+    def __init__(self):
+        self.inner = Loader(6)
+
+    def __iter__(self):
+        return iter(self.inner)
+
+    def state_dict(self):
+        return {"at": self.inner.given}
+
+    def load_state_dict(self, state):
+        self.inner.given = state["at"]
+
+
 def test_a_loop_that_was_left_goes_on_with_the_batch_that_was_read_ahead():
     def work(ranks):
-        for data in (lambda: Loader(6), lambda: iter([np.full(1, i) for i in range(6)])):
+        changed = functools.partial(TransformedBatches, transform=lambda batch, rng: batch)
+        sources = (
+            lambda: Loader(6),
+            lambda: iter([np.full(1, i) for i in range(6)]),
+            lambda: changed(Loader(6)),
+            Foreign,
+        )
+        for data in sources:
             ledger = Ledger(ranks)
             batches = data()
             uneven = Uneven(

@@ -43,6 +43,10 @@ def test_terms():
     assert names["objective"].terms[0].name == "padding"
 
 
+def test_watch():
+    assert run("watch.md")["optimizer"].last_step.step == 4
+
+
 def test_collectives():
     assert run("collectives.md")
 

@@ -1,0 +1,502 @@
+"""The watch: its wire, its verdicts, and a real hub with real members over loopback."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hvdloss import watch
+from hvdloss.communicator import OneProcess, simulate
+from hvdloss.errors import ConfigError, HvdlossError, LostRankError, RankError, StallError
+from hvdloss.watch import Fault, Limits, RankState, Wait, process, service
+from hvdloss.watch.activity import Activity
+from hvdloss.watch.hub import Hub
+from hvdloss.watch.member import Member
+from hvdloss.watch.verdict import deadlocked, error_text, find, missing
+from hvdloss.watch.wire import LIMIT, NONCE, Channel, WireError
+
+KEY = bytes(range(32))
+QUICK = Limits(deadlock=0.3, left=0.1, warn=0.0, stall=2.0, silence=0.0)
+
+# -- the wire -----------------------------------------------------------------------------------------
+
+messages = st.dictionaries(st.text(max_size=5), st.integers() | st.text(max_size=20) | st.none(), max_size=4)
+
+
+def channels() -> tuple[Channel, Channel]:
+    return Channel(KEY, b"n" * 2 * NONCE, hub=True), Channel(KEY, b"n" * 2 * NONCE, hub=False)
+
+
+@given(st.lists(messages, max_size=6), st.lists(st.integers(1, 70), max_size=30))
+def test_messages_arrive_whole_and_in_order_however_they_are_cut(said, cuts):
+    hub, member = channels()
+    stream = b"".join(hub.frame(one) for one in said)
+    heard, at = [], 0
+    for cut in [*cuts, len(stream)]:
+        heard += member.feed(stream[at : at + cut])
+        at += cut
+    heard += member.feed(stream[at:])
+    assert heard == said
+
+
+@given(messages, st.data())
+def test_a_changed_bit_is_noticed(said, data):
+    hub, member = channels()
+    frame = bytearray(hub.frame(said))
+    bit = data.draw(st.integers(4 * 8, 8 * len(frame) - 1))  # behind the length
+    frame[bit // 8] ^= 1 << bit % 8
+    with pytest.raises(WireError):
+        member.feed(bytes(frame))
+
+
+@given(st.binary(max_size=300))
+def test_garbage_is_refused_or_waited_for_and_never_a_message(data):
+    _, member = channels()
+    with contextlib.suppress(WireError):
+        assert member.feed(data) == []
+
+
+def test_replayed_reflected_and_foreign_frames_are_refused():
+    hub, member = channels()
+    frame = hub.frame({"fault": 1})
+    assert member.feed(frame) == [{"fault": 1}]
+    with pytest.raises(WireError, match="out of turn"):
+        member.feed(frame)  # once more
+    hub, member = channels()
+    with pytest.raises(WireError):
+        hub.feed(hub.frame({"a": 1}))  # back to its sender
+    other = Channel(KEY, b"m" * 2 * NONCE, hub=False)
+    with pytest.raises(WireError):
+        other.feed(channels()[0].frame({"a": 1}))  # recorded on another connection
+    stranger = Channel(b"x" * 32, b"n" * 2 * NONCE, hub=False)
+    with pytest.raises(WireError):
+        stranger.feed(channels()[0].frame({"a": 1}))
+
+
+def test_large_frames_are_refused_by_their_head():
+    hub, member = channels()
+    with pytest.raises(WireError, match="longer"):
+        hub.frame({"a": "x" * LIMIT})
+    with pytest.raises(WireError, match="at most"):
+        member.feed((LIMIT + 1).to_bytes(4, "big"))
+
+
+# -- verdicts -----------------------------------------------------------------------------------------
+
+waits = st.none() | st.builds(
+    Wait,
+    st.sampled_from("abc"),
+    st.none() | st.integers(1, 3),
+    st.sampled_from([(), (0, 1), (1, 2)]),
+    st.integers(0, 3),
+    st.floats(0, 5),
+)
+states = st.lists(
+    st.tuples(
+        waits,
+        st.dictionaries(st.sampled_from("abc"), st.integers(0, 3)),
+        st.sampled_from(["running", "left"]),
+    ),
+    min_size=1,
+    max_size=5,
+).map(lambda rows: [RankState(i, status, 0.0, steps, wait) for i, (wait, steps, status) in enumerate(rows)])
+
+
+@given(states)
+def test_who_is_deadlocked_waits_only_for_others_who_are_or_have_ended(ranks):
+    stuck = deadlocked(ranks)
+    for state in stuck:
+        assert state.wait is not None
+        away = missing(state, ranks)
+        assert away
+        assert all(one in stuck or one.status != "running" for one in away)
+    if any(state.status == "running" and state.wait is None for state in ranks):
+        # One that computes may still come to everything that takes it.
+        free = next(s for s in ranks if s.status == "running" and s.wait is None)
+        assert all(free not in missing(state, ranks) for state in stuck)
+
+
+@given(states)
+def test_states_and_faults_survive_json(ranks):
+    for state in ranks:
+        copy = RankState(state.rank, state.status)
+        copy.hear(json.loads(json.dumps(state.told())))
+        assert copy == state
+    fault = find(ranks, QUICK, 1.0)
+    if fault is not None:
+        assert Fault.heard(json.loads(json.dumps(fault.told()))) == fault
+        error = fault.error()
+        assert isinstance(error, RankError)
+        assert error.ranks == fault.ranks
+        assert "step " in str(error)
+        assert all(f"{rank}" in str(error) for rank in fault.ranks)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(
+    json_values | st.fixed_dictionaries(dict.fromkeys(("steps", "wait", "did", "ago", "stack"), json_values))
+)
+def test_what_is_no_state_and_no_fault_is_refused_and_changes_nothing(told):
+    state = RankState(1, steps={"a": 3})
+    try:
+        state.hear(told)
+    except ConfigError:
+        assert state == RankState(1, steps={"a": 3})
+    with pytest.raises(ConfigError):
+        Fault.heard(told)
+
+
+def test_a_rank_that_took_part_may_end_and_go_on():
+    here = RankState(0, wait=Wait("o", 5, seconds=9.0))
+    for status in ("left", "running"):
+        there = RankState(1, status, steps={"o": 5}, wait=Wait("other") if status == "running" else None)
+        assert find([here, there], QUICK, 9.0) is None
+    fault = find([here, RankState(1, "left", steps={"o": 4})], QUICK, 0.0)
+    assert fault is not None
+    assert fault.kind == "left"
+    assert (
+        "step 5: rank 1 has ended after step 4 of o, while rank 0 wait(s) for it in step 5 of o" in fault.text
+    )
+
+
+def test_ranks_of_other_process_sets_are_not_waited_for():
+    ranks = [RankState(0, wait=Wait("x", members=(0, 1))), RankState(1, wait=Wait("x", members=(0, 1)))]
+    ranks += [RankState(2, wait=Wait("y", members=(2, 3))), RankState(3)]
+    assert deadlocked(ranks) == []
+    ranks[1] = RankState(1, wait=Wait("y2", members=(1, 2)))
+    assert deadlocked(ranks) == []  # rank 3 may come, then 2 goes on, then 1, then 0
+    ranks[3] = RankState(3, wait=Wait("z"))
+    assert [state.rank for state in deadlocked(ranks)] == [0, 1, 2, 3]
+
+
+def test_a_stall_names_who_is_missing_what_it_did_and_where_it_is():
+    ranks = [
+        RankState(0, wait=Wait("o", 3, seconds=3.0)),
+        RankState(1, steps={"o": 2}, did="finished a step", ago=3.0, stack=("a/b.py:3 in f",)),
+    ]
+    fault = find(ranks, QUICK, 0.0)
+    assert fault is not None
+    assert isinstance(fault.error(), StallError)
+    for part in ("step 3: rank 1 did not come to step 3 of o", "finished a step 3 s ago", "a/b.py:3 in f"):
+        assert part in fault.text
+
+
+def test_errors_of_ours_keep_their_way_out_and_others_get_one():
+    assert error_text(2, 7, ValueError("boom"), "f.py, line 3").startswith(
+        "step 7: rank 2: ValueError: boom [f.py, line 3]. The others cannot go on"
+    )
+    assert error_text(2, 7, ConfigError("x=1 must be 2"), "") == "step 7: rank 2: ConfigError: x=1 must be 2"
+
+
+def test_limits_that_cannot_be_used_are_named():
+    for value in (-1.0, float("nan"), float("inf"), "3"):
+        with pytest.raises(ConfigError, match="stall="):
+            Limits(stall=value)  # type: ignore[arg-type]
+
+
+# -- hub and members ----------------------------------------------------------------------------------
+
+
+class Rig:
+    """A hub and members of one process, each with an activity of its own."""
+
+    def __init__(self, size: int, limits: Limits = QUICK) -> None:
+        self.hub = Hub(["127.0.0.1"], size, KEY, limits)
+        self.activities = [Activity() for _ in range(size)]
+        self.aborted: list[int] = []
+        self.members = [
+            Member(
+                rank,
+                self.hub.addresses,
+                KEY,
+                self.activities[rank],
+                limits,
+                lambda r=rank: self.aborted.append(r),
+                False,
+            )
+            for rank in range(size)
+        ]
+
+    def __enter__(self) -> Rig:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.hub.close(None)
+        for member in self.members:
+            member.close(bye=False)
+
+    def faults(self, *ranks: int, seconds: float = 10.0) -> list[Fault]:
+        until = time.monotonic() + seconds
+        found = [self.members[rank] for rank in ranks or range(len(self.members))]
+        while time.monotonic() < until and any(member.fault is None for member in found):
+            time.sleep(0.01)
+        assert all(member.fault is not None for member in found), [m.fault for m in found]
+        return [member.take() for member in found]  # type: ignore[misc]
+
+    def quiet(self, seconds: float = 1.0) -> None:
+        time.sleep(seconds)
+        assert [member.fault for member in self.members] == [None] * len(self.members)
+
+
+def cut(member: Member) -> None:
+    """End a member's connection as a killed process does."""
+    member._closed = True
+    member._sock.shutdown(socket.SHUT_RDWR)
+
+
+def test_an_error_of_one_rank_is_told_to_those_that_wait_for_it():
+    with Rig(3) as rig, rig.activities[0].waiting("x"), rig.activities[2].waiting("x"):
+        told = rig.members[1].tell(Fault("error", (1,), "step 1: rank 1: alas"))
+        assert rig.faults() == [Fault("error", (1,), "step 1: rank 1: alas")] * 3
+        assert told == rig.members[0].fault
+
+
+def test_ranks_that_all_fail_by_themselves_keep_their_own_errors():
+    with Rig(3) as rig:
+        told: list[object] = [0] * 3
+
+        def fail(rank: int) -> None:
+            time.sleep(0.1 * rank)
+            told[rank] = rig.members[rank].tell(Fault("error", (rank,), f"step 1: rank {rank}"))
+
+        threads = [threading.Thread(target=fail, args=(rank,)) for rank in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert told == [None] * 3
+        rig.quiet(0.6)
+
+
+def test_a_rank_whose_connection_ends_is_lost_and_one_that_says_goodbye_is_not():
+    with Rig(3) as rig:
+        rig.members[2].close(bye=True)
+        rig.quiet()
+        cut(rig.members[1])
+        (fault,) = rig.faults(0)
+        assert fault.kind == "lost"
+        assert fault.ranks == (1,)
+        assert isinstance(fault.error(), LostRankError)
+
+
+def test_the_loss_of_rank_0_is_found_by_all_the_others():
+    with Rig(3) as rig:
+        rig.hub.close(None)
+        assert {fault.ranks for fault in rig.faults(1, 2)} == {(0,)}
+        assert "rank 0 is gone" in rig.faults(1)[0].text
+
+
+def test_when_rank_0_ends_only_who_waits_for_it_has_a_fault():
+    with Rig(3) as rig:
+        rig.activities[0].stepped("o")
+        rig.hub.close(rig.activities[0].state(0).told())
+        rig.quiet(0.5)
+        with rig.activities[1].waiting_in_step("o"):  # the first step, in which rank 0 took part
+            rig.quiet(0.7)
+        rig.activities[1].stepped("o")
+        with rig.activities[1].waiting_in_step("o"):
+            (fault,) = rig.faults(1)
+        assert fault.kind == "left"
+        assert "rank 0 has ended after step 1 of o" in fault.text
+        assert rig.members[2].fault is None
+
+
+def test_waiting_in_different_places_is_found_and_waiting_in_one_is_not():
+    with Rig(2) as rig:
+        with rig.activities[0].waiting("x"), rig.activities[1].waiting("x"):
+            rig.quiet()
+        with rig.activities[0].waiting("x"), rig.activities[1].waiting_in_step("o"):
+            faults = rig.faults()
+        assert {fault.kind for fault in faults} == {"deadlock"}
+        assert "step 1 of o; x" in faults[0].text
+
+
+def test_who_is_blocked_is_ended_if_it_does_not_look_and_else_is_not():
+    with Rig(2) as rig, rig.activities[0].waiting("x"):
+        rig.members[1].tell(Fault("error", (1,), "step 1: rank 1: alas"))
+        until = time.monotonic() + 10
+        while not rig.aborted and time.monotonic() < until:
+            time.sleep(0.01)
+        time.sleep(0.2)
+        assert rig.aborted == [0]
+
+
+def test_strangers_change_nothing():
+    with Rig(2) as rig:
+        address = tuple(rig.hub.addresses[0])
+        with socket.create_connection(address) as quiet, socket.create_connection(address) as loud:
+            nonce = loud.recv(NONCE)
+            loud.sendall(b"\0" * NONCE + b"\xff" * 100000)
+            forged = Channel(b"?" * 32, nonce + b"\1" * NONCE, hub=False)
+            with socket.create_connection(address) as forger:
+                forger.sendall(b"\1" * NONCE + forged.frame({"rank": 1}))
+                assert forger.recv(1000)  # the hub's random number
+                forger.settimeout(5)
+                assert forger.recv(1000) == b""  # and then nothing
+            many = []
+            for _ in range(60):  # only so many who have not said who they are
+                many.append(socket.create_connection(address))
+            time.sleep(0.3)
+            refused = 0
+            for one in many:
+                one.settimeout(0.2)
+                try:
+                    refused += one.recv(NONCE) == b""
+                except OSError:
+                    refused += 1
+                one.close()
+            assert refused > 20
+            quiet.close()
+        rig.quiet(0.5)
+        with rig.activities[0].waiting("x"):  # and the ranks are heard as before
+            rig.members[1].tell(Fault("error", (1,), "step 1: rank 1: alas"))
+            rig.faults()
+
+
+def test_a_second_connection_cannot_take_a_ranks_place():
+    with Rig(2) as rig:
+        with pytest.raises(WireError):
+            Member(1, rig.hub.addresses, KEY, Activity(), QUICK, lambda: None, False)
+        rig.quiet(0.5)
+
+
+def test_a_hub_that_is_none_is_no_hub():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        threading.Thread(target=lambda: server.accept()[0].close(), daemon=True).start()
+        with pytest.raises((OSError, HvdlossError)):
+            Member(0, [("127.0.0.1", port)], KEY, Activity(), QUICK, lambda: None, False)
+
+
+# -- the service --------------------------------------------------------------------------------------
+
+
+def test_one_process_has_nobody_to_watch():
+    assert watch.start(OneProcess(), lambda: None) is False
+    assert watch.current() is None
+    watch.check()
+    error = ValueError("mine")
+    assert watch.tell_error(error) is None
+    assert watch.explained(error) is error
+    with pytest.raises(ValueError, match="mine"), watch.same_fate():
+        raise error
+
+
+def test_settings_that_differ_or_are_no_numbers_are_named_on_all_ranks(monkeypatch):
+    monkeypatch.setenv("HVDLOSS_WATCH_STALL", "soon")
+    with pytest.raises(ConfigError, match="HVDLOSS_WATCH_STALL='soon'"):
+        simulate(2, lambda c: watch.start(c, lambda: None))
+    monkeypatch.setenv("HVDLOSS_WATCH_STALL", "5")
+    monkeypatch.setenv("HVDLOSS_WATCH", "perhaps")
+    with pytest.raises(ConfigError, match="HVDLOSS_WATCH='perhaps'"):
+        service.limits_from_environment()
+    monkeypatch.setenv("HVDLOSS_WATCH", "0")
+    assert service.limits_from_environment() is None
+    assert simulate(2, lambda c: watch.start(c, lambda: None)) == [False, False]
+
+
+def test_the_address_is_that_of_the_interface_in_use(monkeypatch):
+    monkeypatch.setenv("HOROVOD_GLOO_IFACE", "lo")
+    assert service.addresses() == ["127.0.0.1"]
+    monkeypatch.setenv("HVDLOSS_WATCH_ADDRESS", "10.1.2.3")
+    assert service.addresses() == ["10.1.2.3"]
+    monkeypatch.delenv("HVDLOSS_WATCH_ADDRESS")
+    monkeypatch.setenv("HOROVOD_GLOO_IFACE", "none-such")
+    with pytest.raises(OSError, match="device"):
+        service.addresses()
+
+
+# -- processes ----------------------------------------------------------------------------------------
+
+
+def test_only_the_very_process_is_ended_and_only_if_it_is_stopped():
+    child = subprocess.Popen(
+        [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(60)"], stdout=subprocess.PIPE
+    )
+    try:
+        assert child.stdout is not None
+        child.stdout.readline()
+        started = process._stat(child.pid)[1]
+        who = {"pid": child.pid, "started": started, "host": process.host()}
+        assert not process.end(who, only_stopped=True)
+        os.kill(child.pid, signal.SIGSTOP)
+        until = time.monotonic() + 5
+        while process._stat(child.pid)[0] != "T" and time.monotonic() < until:
+            time.sleep(0.01)
+        for wrong in ({**who, "started": started + 1}, {**who, "host": "other"}, {}, {"pid": "x"}):
+            assert not process.end(wrong, only_stopped=True)
+        assert child.poll() is None
+        assert process.end(who, only_stopped=True)
+        assert child.wait(10) == -signal.SIGKILL
+        assert not process.end(who, only_stopped=False)
+    finally:
+        child.kill()
+        child.wait()
+        child.stdout.close()  # type: ignore[union-attr]
+
+
+# -- activity -----------------------------------------------------------------------------------------
+
+
+class Counted:
+    def __init__(self) -> None:
+        self.counts = (0, 0)
+
+    def progress(self) -> tuple[int, int]:
+        return self.counts
+
+
+def test_steps_of_graphs_are_followed_and_counted_anew_after_a_reset():
+    activity, graph = Activity(), Counted()
+    activity.follow("g", graph, (0, 1))
+    assert activity.state(0).wait is None
+    graph.counts = (3, 2)
+    state = activity.state(0)
+    assert state.steps == {"g": 2}
+    assert (state.wait.what, state.wait.step, state.wait.members) == ("g", 3, (0, 1))
+    again = activity.state(0).wait
+    assert again.serial == state.wait.serial
+    activity.begin()  # that step never ends
+    assert activity.state(0).wait is None
+    assert activity.state(0).steps == {}
+    graph.counts = (4, 2)
+    assert activity.state(0).wait.step == 1
+    assert activity.state(0).wait.serial != state.wait.serial
+    graph.counts = (4, 3)
+    assert activity.state(0).wait is None
+    assert activity.state(0).steps == {"g": 1}
+    del graph
+    assert activity.state(0).steps == {}
+
+
+def test_the_innermost_wait_counts_and_steps_too():
+    activity = Activity()
+    with activity.waiting_in_step("o"):
+        with activity.waiting("inner", (1, 2)):
+            assert activity.state(0).wait.what == "inner"
+        assert activity.state(0).wait.place == "step 1 of o"
+    activity.stepped("o")
+    with activity.waiting_in_step("o"):
+        assert activity.state(0).wait.step == 2
+    assert activity.state(0).wait is None
+    assert activity.state(0).did == "finished a step"
+    assert any("test_watch.py" in frame for frame in activity.state(0).stack)
+    assert np.isfinite(activity.state(0).ago)
