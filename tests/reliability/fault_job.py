@@ -9,6 +9,7 @@ machine.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import faulthandler
 import importlib
@@ -29,7 +30,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from faults import BY_NAME, FIT, STUCK, TORCH, Fault
+from faults import BY_NAME, FIT, FUNCTION, STUCK, TORCH, Fault
 
 ROWS = 8  # of a rank's batch; ranks have different numbers
 LONG = 4000  # steps of a job that ends otherwise
@@ -38,7 +39,7 @@ AFTER = 2  # good steps after a fault that was survived
 
 # Steps after the fault's, in jobs that are neither.
 SHORT = {
-    **dict.fromkeys(("raise-caught", "end-early", "fewer-steps"), 5),
+    **dict.fromkeys(("raise-caught", "end-early", "fewer-steps", "fewer-steps-plain"), 5),
     **dict.fromkeys(("raise-uneven", "raise-callback", "raise-validation"), 1),
 }
 
@@ -171,7 +172,7 @@ class Inflict(Hooks):
             return
         if name in ("raise-between", "raise-caught", "sigkill", "raise-uneven", "raise-callback"):
             return  # later in the step
-        if name in ("raise-validation", "raise-loader", "end-early", "fewer-steps"):
+        if name in ("raise-validation", "raise-loader", "end-early", "fewer-steps", "fewer-steps-plain"):
             return  # not in a step
         self.inflicted()
         self.act(name)
@@ -229,7 +230,7 @@ class Inflict(Hooks):
         for step in range(1, count + 1):
             batch = digits.batch()
             here = step == item.step
-            if here and self.mine and fault.name in ("end-early", "fewer-steps"):
+            if here and self.mine and fault.name in ("end-early", "fewer-steps", "fewer-steps-plain"):
                 self.inflicted()
                 return
             if here and self.mine and fault.name in ("raise-loader", "raise-uneven"):
@@ -296,21 +297,28 @@ def survive(log: Log, loop: Any, digits: Digits, item: Item, mine: bool) -> None
 
 
 def perish(log: Log, loop: Any, digits: Digits, item: Item, mine: bool) -> None:
-    """Inflict what ends the job, and let it end."""
+    """Inflict what ends the job, and let it end.
+
+    As the guide says, Horovod's own operations are inside `same_fate`, and a `tf.function`; other loops of
+    ours need none.
+    """
     hooks = Inflict(log, loop, item, mine)
     name = item.fault
     try:
         if name == "raise-early" and mine:
             hooks.inflicted()
             raise InflictedError("user code right after hvd.init()")
-        loop.build("", broadcast=True)
+        with loop.hvd.same_fate():  # Horovod's own operations say only that something is wrong somewhere
+            loop.build("", broadcast=True)
         hooks.keep()
         if name == "raise-unstepped" and mine:
             hooks.inflicted()
             raise InflictedError("user code before the first step")
-        loop.train(hooks.batches(digits), hooks, item)
-        if name == "fewer-steps":
-            loop.evaluate()
+        with loop.hvd.same_fate() if loop.name == FUNCTION else contextlib.nullcontext():
+            loop.train(hooks.batches(digits), hooks, item)
+        if name.startswith("fewer-steps"):
+            with loop.hvd.same_fate():
+                loop.evaluate(plain=name != "fewer-steps")
         log.write("ended", steps=hooks.steps)
     except BaseException as error:
         # As any script would end; the record is all that is done here.

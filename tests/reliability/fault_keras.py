@@ -154,7 +154,7 @@ class FitLoop:
             validation_data=validation,
         )
 
-    def evaluate(self) -> None:
+    def evaluate(self, plain: bool) -> None:
         """Not called: `fit` keeps ranks in step."""
         raise NotImplementedError
 

@@ -293,7 +293,7 @@ def _watch(
             time.sleep(0.01)
             continue
         if number >= len(plan):
-            if now - since > 30.0:
+            if now - since > 60.0:
                 out.hung = "did not end"
                 return
             time.sleep(0.01)

@@ -37,10 +37,11 @@ def table(result: dict[str, Any]) -> str:
     failed = sum(row["failed"] for row in rows.values())
     kinds = len({fault for fault, _ in rows})
     through = result["horovodrun"]
+    minutes = f" in {settings['minutes']} minutes" if settings["minutes"] else ""
     lines = [
         f"{kinds} kinds of fault, {total} inflictions, of which {failed} did not go as they should; and "
         f"{through['launches']} launches under `horovodrun`, of which {through['failed']} did not end with a "
-        f"status other than 0. Measured in {settings['minutes']} minutes on {settings['cores']} cores with "
+        f"status other than 0. Measured{minutes} on {settings['cores']} cores with "
         f"{settings['ranks']['torch']} ranks (PyTorch) and {settings['ranks']['tape']} (TensorFlow, Keras); "
         f"Python {settings['python']}, PyTorch {settings['torch']}, TensorFlow {settings['tensorflow']}, "
         f"Keras {settings['keras']}, Horovod {settings['horovod']}.",

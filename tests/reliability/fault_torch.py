@@ -93,9 +93,12 @@ class TorchLoop:
             self.optimizer.step()
             hooks.done(step)
 
-    def evaluate(self) -> None:
+    def evaluate(self, plain: bool) -> None:
         """A number of all ranks, for which they meet."""
-        hvd.allreduce(torch.ones(1), name="evaluation")
+        if plain:
+            hvd.allreduce(torch.ones(1), name="evaluation")
+        else:
+            hvd.merged_value(1.0)
 
     def trip(self, factor: float | None) -> None:
         """Make the next gradients NaN (0.0) or infinite (1.0), or finite again (None)."""

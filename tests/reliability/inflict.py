@@ -18,7 +18,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -203,6 +203,7 @@ def run(
     deadly: int,
     slow: int,
     say: Any = print,
+    keep: Callable[[Verdict], object] = lambda verdict: None,
     horovodrun: int = 0,
     give_up: int = 2,
 ) -> list[Verdict]:
@@ -216,12 +217,13 @@ def run(
         deadly: repeats of the others, a launch each.
         slow: repeats of those that take long.
         say: is given a line per launch.
+        keep: is given every verdict as soon as there is one.
         horovodrun: how many more of the deadly ones, except where something is done from outside or a rank is
             stuck, are started through horovodrun.
         give_up: after so many repeats of a fault that hung, no more.
     """
     with Nursery(loop) as nursery:
-        return _run(loop, faults, nursery, size, repeats, deadly, slow, say, horovodrun, give_up)
+        return _run(loop, faults, nursery, size, repeats, deadly, slow, say, keep, horovodrun, give_up)
 
 
 def _run(
@@ -233,6 +235,7 @@ def _run(
     deadly: int,
     slow: int,
     say: Any,
+    keep: Callable[[Verdict], object],
     horovodrun: int,
     give_up: int,
 ) -> list[Verdict]:
@@ -248,6 +251,8 @@ def _run(
         upto = len(together) if ended else reached + 1
         verdicts = [judge(item, n, loop, size, done) for n, item in enumerate(together[:upto])]
         out += verdicts
+        for verdict in verdicts:
+            keep(verdict)
         say(f"{loop}: {upto} of {len(together)} in one launch{'' if ended else ', then: ' + _why(done)}")
         if not ended:
             name = together[max(reached, 0)].fault
@@ -261,6 +266,7 @@ def _run(
             done = _launch(loop, [item], size, nursery, dict(fault.environment))
             verdict = judge(item, 0, loop, size, done)
             out.append(verdict)
+            keep(verdict)
             took = "" if verdict.seconds is None else f" {verdict.seconds:.2f} s"
             say(f"{loop}: {fault.name} #{item.repeat}:{took} {'; '.join(verdict.problems) or 'ok'}")
             failed += bool(verdict.problems)
@@ -276,6 +282,7 @@ def _run(
             if done.hung or done.status.get(-1) in (None, 0):
                 verdict.problems.append(f"horovodrun: {done.hung or 'its exit status was 0'}")
             out.append(verdict)
+            keep(verdict)
             say(f"{loop}: {fault.name} under horovodrun: {'; '.join(verdict.problems) or 'ok'}")
     return out
 
@@ -345,6 +352,12 @@ def main() -> int:
     add("--horovodrun", type=int, default=1, help="how many more of the deadly ones through it (%(default)s)")
     add("--out", type=Path, default=ROOT / "runs" / "reliability", help="folder of the results (%(default)s)")
     add("--docs", action="store_true", help="write docs/reliability.json and the page's table too")
+    add(
+        "--gather",
+        type=Path,
+        nargs="+",
+        help="inflictions.jsonl of runs, to write the docs from; inflicts nothing",
+    )
     add("--page", action="store_true", help="only write the page's table from docs/reliability.json")
     args = parser.parse_args()
     if args.page:
@@ -354,9 +367,13 @@ def main() -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     began = time.time()
     verdicts: list[Verdict] = []
+    if args.gather:
+        lines = [line for path in args.gather for line in path.read_text().splitlines()]
+        _write([Verdict(**json.loads(line)) for line in lines], args, docs=True)
+        return 0
     with (args.out / "inflictions.jsonl").open("w") as log:
         for loop in args.loop or LOOPS:
-            fresh = run(
+            verdicts += run(
                 loop,
                 faults,
                 size=args.ranks if loop == "torch" else max(2, args.ranks - 1),
@@ -366,29 +383,31 @@ def main() -> int:
                 slow=args.slow_repeats if loop != "function" else 0,
                 horovodrun=args.horovodrun if loop in ("torch", "fit") else 0,
                 say=lambda line: print(f"{time.time() - began:6.0f} s  {line}", flush=True),
+                keep=lambda verdict: print(json.dumps(asdict(verdict)), file=log, flush=True),
             )
-            verdicts += fresh
-            for verdict in fresh:
-                log.write(json.dumps(asdict(verdict)) + "\n")
-            log.flush()
+    _write(verdicts, args, docs=args.docs, minutes=round((time.time() - began) / 60, 1))
+    bad = [v for v in verdicts if v.problems]
+    print(f"{len(verdicts)} inflictions, {len(bad)} not as they should be; results in {args.out}")
+    return 1 if bad else 0
+
+
+def _write(
+    verdicts: Sequence[Verdict], args: argparse.Namespace, *, docs: bool, minutes: float | None = None
+) -> None:
+    """Write the results, and the page if `docs`."""
     settings = {
         "ranks": {loop: args.ranks if loop == "torch" else max(2, args.ranks - 1) for loop in LOOPS},
-        "repeats": {"survived": args.repeats, "ending": args.deadly_repeats, "slow": args.slow_repeats},
-        "minutes": round((time.time() - began) / 60, 1),
+        "minutes": minutes,
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "keras", "horovod")},
         "tensorflow": _tensorflow(),
     }
-    result = summary(verdicts, settings)
-    text = json.dumps(result, indent=1) + "\n"
+    text = json.dumps(summary(verdicts, settings), indent=1) + "\n"
     (args.out / "reliability.json").write_text(text)
-    if args.docs:
+    if docs:
         JSON_PATH.write_text(text)
         write_page()
-    bad = [v for v in verdicts if v.problems]
-    print(f"{len(verdicts)} inflictions, {len(bad)} not as they should be; results in {args.out}")
-    return 1 if bad else 0
 
 
 def _tensorflow() -> str:
