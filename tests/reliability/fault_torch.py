@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch._dynamo  # an optimizer's first step would import it, in every rank
 from torch import nn
 
 import hvdloss

@@ -105,12 +105,22 @@ def _agreed(name: str, what: str, *way: str, loops: tuple[str, ...] = ALL) -> Fa
     )
 
 
+_AGAIN = ("checkpoint", "same number of steps", "same steps")
+
+
 def _raised(name: str, what: str, loops: tuple[str, ...] = ALL, **more: object) -> Fault:
-    return Fault(name, what, RAISED, loops, "act", others=("RankError",), errors=(), **more)  # type: ignore[arg-type]
+    settings: dict[str, object] = {"others": ("RankError",), "errors": (), "way": _AGAIN, **more}
+    return Fault(name, what, RAISED, loops, "act", **settings)  # type: ignore[arg-type]
 
 
 def _ended(name: str, what: str, group: str, how: str, loops: tuple[str, ...] = ALL, **more: object) -> Fault:
-    settings: dict[str, object] = {"others": ("RankError",), "errors": (), "victim": False, **more}
+    settings: dict[str, object] = {
+        "others": ("RankError",),
+        "errors": (),
+        "way": _AGAIN,
+        "victim": False,
+        **more,
+    }
     return Fault(name, what, group, loops, how, **settings)  # type: ignore[arg-type]
 
 
@@ -154,7 +164,7 @@ FAULTS = (
     _agreed("compression-differs", "another compression", *_SETTING),
     _agreed("passes-differ", "another backward_passes_per_step", *_SETTING, loops=(TORCH, FIT)),
     # A rank's own error, and the same news for the others.
-    _raised("weight-shape", "a weight whose shape does not broadcast", caught=(FIT,)),
+    _raised("weight-shape", "a weight whose shape does not broadcast", caught=(FIT,), way=("shape", *_AGAIN)),
     _raised("raise-between", "an exception between backward and step", (TORCH, TAPE)),
     _raised(
         "raise-caught",
@@ -172,7 +182,7 @@ FAULTS = (
         "act",
         (TORCH, TAPE),
         ("RankError",),
-        step="none",
+        way=_AGAIN,
     ),
     _raised("raise-callback", "an exception in a callback at the end of an epoch", (FIT,)),
     _raised("raise-validation", "an exception in the validation data", (FIT,)),

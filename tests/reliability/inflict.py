@@ -356,7 +356,7 @@ def main() -> int:
         "--gather",
         type=Path,
         nargs="+",
-        help="inflictions.jsonl of runs, to write the docs from; inflicts nothing",
+        help="write the docs from inflictions.jsonl of earlier runs",
     )
     add("--page", action="store_true", help="only write the page's table from docs/reliability.json")
     args = parser.parse_args()
