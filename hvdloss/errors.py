@@ -9,6 +9,7 @@ from __future__ import annotations
 
 __all__ = [
     "AgreementError",
+    "CheckpointError",
     "ConfigError",
     "DataError",
     "HvdlossError",
@@ -61,6 +62,10 @@ class RankError(HvdlossError):
 
 class DataError(RankError):
     """A file of data is missing, damaged, or was changed while it was in use; names it and the place."""
+
+
+class CheckpointError(HvdlossError):
+    """A checkpoint is damaged, was cut off, is none, or does not fit what it is loaded into; names it."""
 
 
 class AgreementError(HvdlossError):
