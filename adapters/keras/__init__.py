@@ -35,6 +35,7 @@ from hvdloss.keras.sharded import ShardedCrossEntropy, ShardedDense, full_weight
 from hvdloss.keras.stream import StreamDataset
 from hvdloss.keras.training import SynchronizationCallback
 from hvdloss.report import RankReport, StepReport
+from hvdloss.tensorflow.checkpoint import Checkpoint
 from hvdloss.tensorflow.guard import check_synchronized
 from hvdloss.tensorflow.metrics import Metrics
 from hvdloss.tensorflow.sharded import ArcFace, ClassShards, CosFace, Grid, grid
@@ -45,6 +46,7 @@ from hvdloss.training import mixup
 __all__ = [
     "ArcFace",
     "BestCheckpoint",
+    "Checkpoint",
     "ClassShards",
     "CosFace",
     "DistributedOptimizer",
@@ -93,9 +95,7 @@ _THEIRS = [
 ]
 globals().update({name: getattr(_backend.hvd, name) for name in _THEIRS})
 
-if "KerasState" not in vars(globals()["elastic"]):
-    globals()["elastic"] = _backend.elastic()
-
+globals()["elastic"] = _backend.elastic()
 __all__ += _THEIRS
 
 training.install()

@@ -34,9 +34,13 @@ from keras.src.utils.python_utils import pythonify_logs
 
 
 def elastic() -> Any:
-    """Return what Horovod's ``elastic`` module for Keras shows."""
+    """Return what ``hvd.elastic`` shows: Horovod's callbacks, and states that know hvdloss and Keras 3."""
     if importlib.util.find_spec("horovod") is None:
         return SimpleNamespace(**vars(hvd.elastic), KerasState=hvd.elastic.TensorFlowKerasState)
     from horovod.tensorflow.keras import elastic as theirs
 
-    return theirs
+    from hvdloss.tensorflow._elastic import elastic as ours
+
+    names = {name: value for name, value in vars(theirs).items() if not name.startswith("_")}
+    mine = vars(ours())
+    return SimpleNamespace(**{**names, **mine, "KerasState": mine["TensorFlowKerasState"]})

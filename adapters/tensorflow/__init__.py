@@ -9,8 +9,9 @@ Every public name of Horovod's module is here. New are :class:`Objective`, the e
 from __future__ import annotations
 
 from hvdloss.report import RankReport, StepReport
-from hvdloss.tensorflow import _backend
+from hvdloss.tensorflow import _backend, _elastic
 from hvdloss.tensorflow._compat import let_variables_be_called
+from hvdloss.tensorflow.checkpoint import Checkpoint
 from hvdloss.tensorflow.explain import (
     LossAttribution,
     lime_weights,
@@ -39,6 +40,7 @@ from hvdloss.tensorflow.uneven import uneven
 __all__ = [
     "ArcFace",
     "BestCheckpoint",
+    "Checkpoint",
     "ClassShards",
     "CosFace",
     "DistributedGradientTape",
@@ -69,6 +71,7 @@ __all__ = [
 _THEIRS = [name for name in vars(_backend.hvd) if not name.startswith("_") and name not in __all__]
 globals().update({name: getattr(_backend.hvd, name) for name in _THEIRS})
 
+globals()["elastic"] = _elastic.elastic()
 __all__ += _THEIRS
 
 let_variables_be_called()

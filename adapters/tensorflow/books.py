@@ -13,15 +13,19 @@ import numpy as np
 
 import tensorflow as tf
 from hvdloss.agreement import raise_together
+from hvdloss.communicator import rank_and_size
 from hvdloss.control.compression import AdaptiveCompression
 from hvdloss.control.period import SyncPeriod
 from hvdloss.control.weights import Proximal
 from hvdloss.controller import Controller
+from hvdloss.errors import ConfigError
 from hvdloss.ledger import COLUMN, FAULTS, WIDTH, judge, unpack
 from hvdloss.reduction import MEASURED
 from hvdloss.report import StepReport
+from hvdloss.tensorflow._backend import hvd
 from hvdloss.tensorflow.ops import communicator_of
 from hvdloss.term import Travel
+from hvdloss.world import following
 
 __all__ = ["Books", "fault", "raise_fault", "translated"]
 
@@ -75,6 +79,39 @@ class Books:
         self.process_set: Any = None  # of the ranks; set by those who exchange
         self.choices: dict[str, Any] = {}  # of how gradients travel, for the report
 
+        following(self)
+
+    # -- other ranks, and going on ----------------------------------------------------------------
+
+    def renew(self) -> None:
+        """Forget what was of other ranks."""
+        self._bound = self._error = None
+        if self._variables is None:
+            return
+        self.forget()
+        self._of(1).assign(tf.zeros((0, self.width), tf.float64))
+        assert self._signal is not None
+        self._signal.assign(tf.zeros_like(self._signal))
+
+    def memory(self) -> dict[str, Any]:
+        """Return what a run that goes on needs: plain values and arrays, equal on all ranks. Eager only."""
+        return {"steps": int(self._of(2)), "terms": self.controller.memory()}
+
+    def remember(self, memory: Any, *, same_ranks: bool) -> None:
+        """Go on from a :meth:`memory`; no collective. Eager only.
+
+        Raises:
+            ConfigError: it is none.
+        """
+        if not isinstance(memory, dict) or not isinstance(memory.get("steps"), int):
+            raise ConfigError(f"memory={str(memory)[:200]} is not what Books.memory() gives")
+        if self.controller.terms:
+            self.begin(*rank_and_size(hvd, self.process_set))
+            self.controller.remember(memory["terms"], same_ranks=same_ranks)
+            assert self._state is not None
+            self._state.assign(self._now())
+        self._of(2).assign(memory["steps"])
+
     @property
     def width(self) -> int:
         """How many numbers a row has: the ledger's, and the terms'."""
@@ -99,7 +136,7 @@ class Books:
         if self._bound == (rank, size):
             return
         self._bound = (rank, size)
-        self.controller.begin(rank, size)
+        self.controller.begin(rank, size, anew=True)
         with tf.init_scope(), tf.device("CPU:0"):
             if self._state is None:
                 self._state = tf.Variable(
