@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ import keras
 from hvdloss.communicator import rank_and_size
 from hvdloss.data import Epoch, Sharding
 from hvdloss.data.sharding import whole
-from hvdloss.errors import ConfigError
+from hvdloss.errors import ConfigError, UsageError
 from hvdloss.keras._backend import hvd
 from hvdloss.training.seeds import generator_for
 
@@ -60,6 +60,25 @@ class EpochDataset(keras.utils.PyDataset):
             self.next_epoch()
         self._begun = True
         self.made = 0 if self._fitting else None
+
+    def batches(self) -> Iterator[Any]:
+        """Give what is left of this epoch, or else the next one, in a loop of one's own.
+
+        The batch last given counts as used: :meth:`state_dict` has it.
+
+        Raises:
+            UsageError: a position was loaded in the middle of the loop.
+        """
+        if self.made is not None and self.made < len(self):  # a loop that was left
+            self.load_state_dict(self.state_dict())
+        self.on_epoch_begin()
+        epoch, self.made = self.epoch, 0
+        for number in range(len(self)):
+            batch = self[number]
+            if self.epoch is not epoch:
+                raise UsageError("a position was loaded in the middle of this loop; begin another one")
+            self.made = number + 1
+            yield batch
 
     def next_epoch(self) -> None:
         """Leave what is left of this epoch, and begin with the next one."""

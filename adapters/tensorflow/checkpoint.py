@@ -21,7 +21,7 @@ __all__ = ["Checkpoint", "from_array", "memory_of", "remember", "settle", "to_ar
 
 
 def to_array(value: Any) -> Any:
-    """Return a tensor's or variable's dtype and values; as bytes where safetensors does not know the dtype."""
+    """Return a tensor's or variable's dtype and values; as bytes where NumPy does not know the dtype."""
     if isinstance(value, keras.Variable):
         value = value.value
     if not isinstance(value, tf.Tensor | tf.Variable):
@@ -215,8 +215,8 @@ def _part(name: str, value: Any) -> Any:
     if hasattr(value, "state_dict") and hasattr(value, "load_state_dict"):
         return StateDict(value)
     raise ConfigError(
-        f"{name}={type(value).__name__} is no model, optimizer, objective or variable, and has no state_dict() "
-        f"and load_state_dict(); give plain values to checkpoint.save(step, {name}=...)"
+        f"{name}={type(value).__name__} is no model, optimizer, objective or variable, and has no "
+        f"state_dict() and load_state_dict(); give plain values to checkpoint.save(step, {name}=...)"
     )
 
 
