@@ -38,6 +38,7 @@ from hvdloss.report import RankReport, StepReport
 from hvdloss.tensorflow.checkpoint import Checkpoint
 from hvdloss.tensorflow.guard import check_synchronized
 from hvdloss.tensorflow.metrics import Metrics
+from hvdloss.tensorflow.preemption import Preemption
 from hvdloss.tensorflow.sharded import ArcFace, ClassShards, CosFace, Grid, grid
 from hvdloss.tensorflow.training import BestCheckpoint, EarlyStopping, merged_value
 from hvdloss.tensorflow.uneven import uneven
@@ -56,6 +57,7 @@ __all__ = [
     "Metrics",
     "Objective",
     "PartialDistributedOptimizer",
+    "Preemption",
     "RankReport",
     "ShardedCrossEntropy",
     "ShardedDataset",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -60,6 +60,7 @@ class _Engine:
         self.variables: list[Any] = []
         self.reduced: Any = None
         self.done = 0
+        self.after_idle: Callable[[], None] = lambda: None  # what to do after an idle step
         following(self)
 
     def renew(self) -> None:

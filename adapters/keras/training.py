@@ -274,9 +274,10 @@ class _Begin(keras.callbacks.Callback):
         if len(known) == len(self.counts):
             for _ in range(max(known) - self.done):
                 run_idle_step(self.model)
+                self.engine.after_idle()
         else:
             while not run_idle_step(self.model, ending=True):
-                pass
+                self.engine.after_idle()
         if self.engine.stretch is not None:
             self.engine.stretch.exchange()
 

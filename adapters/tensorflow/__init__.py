@@ -23,6 +23,7 @@ from hvdloss.tensorflow.guard import check_synchronized
 from hvdloss.tensorflow.metrics import Metrics
 from hvdloss.tensorflow.objective import Objective
 from hvdloss.tensorflow.optimizer import DistributedOptimizer
+from hvdloss.tensorflow.preemption import Preemption
 from hvdloss.tensorflow.sharded import (
     ArcFace,
     ClassShards,
@@ -51,6 +52,7 @@ __all__ = [
     "Metrics",
     "Objective",
     "PartialDistributedGradientTape",
+    "Preemption",
     "RankReport",
     "ShardedCrossEntropy",
     "StepReport",

@@ -55,7 +55,7 @@ def translated(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         raise ours from None
 
 
-_FAILED, _MORE = COLUMN["failed"], COLUMN["more"]
+_FAILED, _MORE, _LEAVING = COLUMN["failed"], COLUMN["more"], COLUMN["leaving"]
 
 
 class Books:
@@ -74,7 +74,10 @@ class Books:
         self._variables: tuple[tf.Variable, tf.Variable, tf.Variable] | None = None
         self._state: tf.Variable | None = None  # the terms' state, and what acts decided (see `_now`)
         self._bound: tuple[int, int] | None = None
-        self._signal: tf.Variable | None = None  # whether this rank cannot go on, and whether it has more
+        # Whether this rank cannot go on, whether it has more, and whether it is to leave.
+        self._signal: tf.Variable | None = None
+        self._told = (False, False)  # the first two
+        self._leaving: Callable[[], bool] = lambda: False
         self._error: BaseException | None = None  # why it cannot go on
         self.process_set: Any = None  # of the ranks; set by those who exchange
         self.choices: dict[str, Any] = {}  # of how gradients travel, for the report
@@ -90,8 +93,8 @@ class Books:
             return
         self.forget()
         self._of(1).assign(tf.zeros((0, self.width), tf.float64))
-        assert self._signal is not None
-        self._signal.assign(tf.zeros_like(self._signal))
+        self._told = (False, False)
+        self._signal_now()
 
     def memory(self) -> dict[str, Any]:
         """Return what a run that goes on needs: plain values and arrays, equal on all ranks. Eager only."""
@@ -197,7 +200,7 @@ class Books:
                     ),
                     tf.Variable(0, trainable=False, dtype=tf.int64, name="hvdloss_step"),
                 )
-                self._signal = tf.Variable(tf.zeros(2, tf.float64), trainable=False, name="hvdloss_signal")
+                self._signal = tf.Variable(tf.zeros(3, tf.float64), trainable=False, name="hvdloss_signal")
         return self._variables[which]
 
     def _nothing(self) -> tf.Tensor:
@@ -234,10 +237,30 @@ class Books:
 
     def tell(self, more: bool, error: BaseException | None = None) -> None:
         """Say in the next exchange whether this rank has more data, or why it cannot go on. Eager only."""
+        self._error = error
+        self._told = (error is not None, more)
+        self._signal_now()
+
+    def _signal_now(self) -> None:
         self._of(2)
         assert self._signal is not None
-        self._error = error
-        self._signal.assign([float(error is not None), float(more)])
+        self._signal.assign([*map(float, self._told), float(self._leaving())])
+
+    @property
+    def leaving(self) -> Callable[[], bool]:
+        """Whether this rank is to leave; the next step tells it after :attr:`wished` was asked for."""
+        return self._leaving
+
+    @leaving.setter
+    def leaving(self, asked: Callable[[], bool]) -> None:
+        self._leaving = asked
+
+    @property
+    def wished(self) -> tuple[int, ...]:
+        """Which ranks were to leave by the last step, as all know. Eager only."""
+        if self._leaving():  # graphs see variables only
+            self._signal_now()
+        return tuple(int(rank) for rank in np.flatnonzero(self._of(1).numpy()[:, _LEAVING]))
 
     @property
     def heard(self) -> tuple[int, bool]:
@@ -249,7 +272,7 @@ class Books:
         """Return the row that is exchanged with what this rank tells by now."""
         self._of(2)
         assert self._signal is not None
-        return tf.tensor_scatter_nd_update(row, [[_FAILED], [_MORE]], self._signal)
+        return tf.tensor_scatter_nd_update(row, [[_FAILED], [_MORE], [_LEAVING]], self._signal)
 
     def _judge(self, table: np.ndarray, step: int) -> None:
         """Raise what is wrong with a step, on all ranks alike.

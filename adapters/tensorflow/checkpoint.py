@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from hvdloss.tensorflow.ops import communicator_of
 from hvdloss.training import checkpoint as core
 from hvdloss.training.checkpoint import StateDict
 
-__all__ = ["Checkpoint", "from_array", "memory_of", "remember", "settle", "to_array"]
+__all__ = ["Checkpoint", "books_of", "from_array", "memory_of", "remember", "settle", "to_array"]
 
 
 def to_array(value: Any) -> Any:
@@ -69,6 +70,11 @@ def _books_and_stretch(value: Any) -> tuple[Any, Any]:
     return (books, None) if hasattr(books, "controller") else (None, None)
 
 
+def books_of(value: Any) -> Any:
+    """Return the books of an optimizer or an objective; None for anything else."""
+    return _books_and_stretch(value)[0]
+
+
 def memory_of(value: Any) -> Any:
     """Return what an optimizer or an objective remembers; None for anything else."""
     books, stretch = _books_and_stretch(value)
@@ -114,11 +120,9 @@ class _Variables:
 
     def variables(self) -> dict[str, Any]:
         """Return them."""
-        out: dict[str, Any] = {}
-        for number, one in enumerate(self._variables):
-            key = str(getattr(one, "path", None) or one.name)
-            out[f"{key}:{number}" if key in out else key] = one
-        return out
+        # Keras numbers names by how many of a kind were made before, in this process.
+        names = [re.sub(r"_\d+(?=/|$)", "", str(getattr(v, "path", None) or v.name)) for v in self._variables]
+        return {f"{i}.{name}": v for i, (name, v) in enumerate(zip(names, self._variables, strict=True))}
 
     def state(self) -> Any:
         """Return their values."""

@@ -24,6 +24,7 @@ from hvdloss.torch.guard import check_synchronized
 from hvdloss.torch.metrics import Metrics, synchronized
 from hvdloss.torch.objective import Objective
 from hvdloss.torch.optimizer import DistributedOptimizer
+from hvdloss.torch.preemption import Preemption
 from hvdloss.torch.sharded import (
     ArcFace,
     ClassShards,
@@ -60,6 +61,7 @@ __all__ = [
     "LossAttribution",
     "Metrics",
     "Objective",
+    "Preemption",
     "RankReport",
     "ShardedCrossEntropy",
     "ShardedLinear",

@@ -94,6 +94,8 @@ class _Engine:
         self.more = False  # whether this rank has more data after this step
         self.error: BaseException | None = None  # why it cannot go on
         self.heard = (0, False)  # how many tables of ledgers there were, and whether a rank had more
+        self.leaving: Callable[[], bool] = lambda: False  # whether this rank is to leave
+        self.wished: tuple[int, ...] = ()  # which ranks are, as all know
         self._idle = False  # whether this rank has nothing to update with
         self._active = False
         self._rows: list[torch.Tensor] = []
@@ -119,7 +121,7 @@ class _Engine:
         self._reference, self._together = 1.0, 0.0
         self._held_up = self._computed = 0.0
         self._ended = None  # or the time without any ranks would be taken for computation
-        self.heard = (0, False)
+        self.heard, self.wished = (0, False), ()
         self.more, self.error = False, None
         self.velocity = None
         if included(hvd, self.process_set):
@@ -465,6 +467,7 @@ class _Engine:
             moved=moved,
             together=self._together,
             more=float(self.more),
+            leaving=float(self.leaving()),
         )
         table = torch.from_numpy(pack(own, rank, size).reshape(-1))
         width = self.controller.width
@@ -486,6 +489,7 @@ class _Engine:
         self._ledger_table = table.view(self.process_set.size(), WIDTH).cpu().numpy()
         ledgers = unpack(self._ledger_table)
         self.heard = (self.heard[0] + 1, any(ledger.more for ledger in ledgers))
+        self.wished = tuple(rank for rank, ledger in enumerate(ledgers) if ledger.leaving)
         if any(ledger.failed for ledger in ledgers):
             raise_together(self.communicator(), self.error, f"{self.name}.failed")
         error = judge(ledgers, step)
