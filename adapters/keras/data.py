@@ -61,6 +61,20 @@ class EpochDataset(keras.utils.PyDataset):
         self._begun = True
         self.made = 0 if self._fitting else None
 
+    def epochs(self, count: int) -> Iterator[int]:
+        """Give the numbers of the epochs that are left of so many, as often as a loop over each begins.
+
+        An interrupted run goes on in the middle of one: its number comes from the position, so that no epoch
+        is left out or done twice, wherever the position was taken.
+        """
+        while (number := self._upcoming()) < count:
+            yield number
+
+    def _upcoming(self) -> int:
+        """Return the number of the epoch that the next batch is of."""
+        over = self._begun and (self.made is None or self.made >= len(self))
+        return self.epoch.number + over
+
     def batches(self) -> Iterator[Any]:
         """Give what is left of this epoch, or else the next one, in a loop of one's own.
 

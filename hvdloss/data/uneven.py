@@ -163,6 +163,10 @@ class Uneven(Generic[Batch]):
         self._template = without_rows(known[0], self._make) if told is None else cut(first, self._zero)
         return True
 
+    def epochs(self, count: int) -> Iterator[int]:
+        """Give the numbers of the epochs that are left of so many; see the loader's ``epochs``."""
+        return iter(self.batches.epochs(count))  # type: ignore[attr-defined]
+
     # -- position ---------------------------------------------------------------------------------
 
     def _note(self) -> None:

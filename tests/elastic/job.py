@@ -10,6 +10,7 @@ in that step (once, see `Faults`).
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import signal
@@ -85,12 +86,12 @@ def torch_job(folder: Path, faults: Faults, log: Log) -> None:
     optimizer = hvd.DistributedOptimizer(sgd, model.named_parameters(), objective, check_every=2)
     rows = torch.utils.data.TensorDataset(x, y, torch.arange(ROWS))
     loader = hvd.ShardedLoader(rows, Shuffled(ROWS, seed=1), BATCH)
-    state = hvd.elastic.TorchState(model, optimizer, data=loader, step=0, epoch=0)
+    state = hvd.elastic.TorchState(model, optimizer, data=loader, step=0)
 
     @hvd.elastic.run
     def train(state) -> None:
         log.attempt = hvd.broadcast_object(time.time(), 0)
-        while state.epoch < EPOCHS:
+        for epoch in loader.epochs(EPOCHS):
             for bx, by, ids in loader:
                 optimizer.zero_grad()
                 objective(model(bx), by).backward()
@@ -98,12 +99,10 @@ def torch_job(folder: Path, faults: Faults, log: Log) -> None:
                 optimizer.step()
                 report = optimizer.last_step
                 assert report.step == state.step + 1
-                log(step=state.step, epoch=state.epoch, ids=ids.tolist(), size=hvd.size(), loss=report.loss)
+                log(step=state.step, epoch=epoch, ids=ids.tolist(), size=hvd.size(), loss=report.loss)
                 state.step += 1
                 if state.step % COMMIT == 0:
                     state.commit()
-            state.epoch += 1
-            state.commit()
 
     train(state)
     if hvd.rank() == 0:
@@ -132,12 +131,12 @@ def tape_job(folder: Path, faults: Faults, log: Log) -> None:
         return hvd.DistributedGradientTape(tape, objective).gradient(loss, [w, b])
 
     data = hvdloss.keras.ShardedDataset((x, y, np.arange(ROWS)), Shuffled(ROWS, seed=1), BATCH)
-    state = hvd.elastic.TensorFlowState([w, b, *momenta], data=data, objective=objective, step=0, epoch=0)
+    state = hvd.elastic.TensorFlowState([w, b, *momenta], data=data, objective=objective, step=0)
 
     @hvd.elastic.run
     def train(state) -> None:
         log.attempt = hvd.broadcast_object(time.time(), 0)
-        while state.epoch < EPOCHS:
+        for epoch in data.epochs(EPOCHS):
             for bx, by, ids in data.batches():
                 faults.strike(state.step)
                 for v, m, g in zip((w, b), momenta, gradients(bx, by), strict=True):
@@ -145,12 +144,10 @@ def tape_job(folder: Path, faults: Faults, log: Log) -> None:
                     v.assign_sub(RATE * m)
                 report = objective.last_step
                 assert report.step == state.step + 1
-                log(step=state.step, epoch=state.epoch, ids=ids.tolist(), size=hvd.size(), loss=report.loss)
+                log(step=state.step, epoch=epoch, ids=ids.tolist(), size=hvd.size(), loss=report.loss)
                 state.step += 1
                 if state.step % COMMIT == 0:
                     state.commit()
-            state.epoch += 1
-            state.commit()
 
     train(state)
     if hvd.rank() == 0:
@@ -173,7 +170,7 @@ def fit_job(folder: Path, faults: Faults, log: Log) -> None:
     optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(RATE, MOMENTUM))
     model.compile(optimizer, hvd.Objective("mse"))
     data = hvd.ShardedDataset((x, y), Shuffled(ROWS, seed=1), BATCH)
-    state = hvd.elastic.KerasState(model, data=data, step=0, epoch=0, batch=0)
+    state = hvd.elastic.KerasState(model, data=data, step=0)
 
     class Tell(keras.callbacks.Callback):
         def on_train_batch_begin(self, batch, logs=None):
@@ -183,7 +180,7 @@ def fit_job(folder: Path, faults: Faults, log: Log) -> None:
             report = optimizer.last_step
             assert report.step == state.step + 1
             ids = data._batches[batch].tolist()
-            log(step=state.step, epoch=state.epoch, ids=ids, size=hvd.size(), loss=report.loss)
+            log(step=state.step, epoch=data.epoch.number, ids=ids, size=hvd.size(), loss=report.loss)
             state.step += 1
 
     @hvd.elastic.run
@@ -191,11 +188,9 @@ def fit_job(folder: Path, faults: Faults, log: Log) -> None:
         log.attempt = hvd.broadcast_object(time.time(), 0)
         callbacks = [
             Tell(),
-            hvd.elastic.UpdateEpochStateCallback(state),
-            hvd.elastic.UpdateBatchStateCallback(state),
             hvd.elastic.CommitStateCallback(state, batches_per_commit=COMMIT),
         ]
-        while state.epoch < EPOCHS:
+        for _ in data.epochs(EPOCHS):
             model.fit(data, epochs=1, callbacks=callbacks, verbose=0)
 
     train(state)
@@ -207,6 +202,7 @@ def fit_job(folder: Path, faults: Faults, log: Log) -> None:
 
 def main() -> None:
     framework, folder = sys.argv[1], Path(sys.argv[2])
+    faulthandler.register(signal.SIGUSR1, (folder / f"stack-{os.getpid()}").open("w"))  # for those who wait
     faults = Faults(folder, json.loads(sys.argv[3]))
     {"torch": torch_job, "tape": tape_job, "fit": fit_job}[framework](folder, faults, Log(folder))
 

@@ -33,9 +33,9 @@ def torch_job(folder: Path, seconds: float, log: Log) -> None:
     loader = hvd.ShardedLoader(rows, Shuffled(ROWS, seed=1), BATCH)
     checkpoint = hvd.Checkpoint(folder / "checkpoints", model=model, optimizer=optimizer, data=loader)
     before = checkpoint.load()
-    step, epoch = (before.step, before.values["epoch"]) if before else (0, 0)
+    step = before.step if before else 0
     leaving = hvd.Preemption(optimizer)
-    while epoch < EPOCHS:
+    for epoch in loader.epochs(EPOCHS):
         for bx, by, ids in loader:
             optimizer.zero_grad()
             objective(model(bx), by).backward()
@@ -46,10 +46,9 @@ def torch_job(folder: Path, seconds: float, log: Log) -> None:
             log(step=step, epoch=epoch, ids=ids.tolist(), size=hvd.size(), loss=report.loss)
             step += 1
             if leaving():
-                checkpoint.save(step, epoch=epoch)
+                checkpoint.save(step)
                 log(left=step, ranks=leaving.ranks)
                 leaving.leave()
-        epoch += 1
     if hvd.rank() == 0:
         np.savez(folder / "model.npz", w=model.weight.detach().numpy().T, b=model.bias.detach().numpy())
 
@@ -79,9 +78,9 @@ def tape_job(folder: Path, seconds: float, log: Log) -> None:
         folder / "checkpoints", variables=[w, b, *momenta], objective=objective, data=data
     )
     before = checkpoint.load()
-    step, epoch = (before.step, before.values["epoch"]) if before else (0, 0)
+    step = before.step if before else 0
     leaving = hvd.Preemption(objective)
-    while epoch < EPOCHS:
+    for epoch in data.epochs(EPOCHS):
         for bx, by, ids in data.batches():
             time.sleep(seconds)
             for v, m, g in zip((w, b), momenta, gradients(bx, by), strict=True):
@@ -92,10 +91,9 @@ def tape_job(folder: Path, seconds: float, log: Log) -> None:
             log(step=step, epoch=epoch, ids=ids.tolist(), size=hvd.size(), loss=report.loss)
             step += 1
             if leaving():
-                checkpoint.save(step, epoch=epoch)
+                checkpoint.save(step)
                 log(left=step, ranks=leaving.ranks)
                 leaving.leave()
-        epoch += 1
     if hvd.rank() == 0:
         np.savez(folder / "model.npz", w=w.numpy(), b=b.numpy())
 
@@ -134,7 +132,7 @@ def fit_job(folder: Path, seconds: float, log: Log) -> None:
         log(left=step, ranks=leave.leaving.ranks)
 
     leave = hvd.callbacks.PreemptionCallback(checkpoint=save)
-    while data.epoch.number < EPOCHS and not (data.epoch.number == EPOCHS - 1 and data.made):
+    for _ in data.epochs(EPOCHS):
         model.fit(data, epochs=1, callbacks=[Tell(), leave], verbose=0)
     if hvd.rank() == 0:
         w, b = model.get_weights()
