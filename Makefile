@@ -2,10 +2,10 @@
 
 PYTHON_BIN := .venv/bin/python
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-more lint format bench clean distclean
+.PHONY: help setup demo test test-more test-elastic lint format bench clean distclean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## make .venv with the frameworks, hvdloss and Horovod (quick when up to date)
 	@./scripts/setup.sh
@@ -18,6 +18,9 @@ test: setup ## run the tests
 
 test-more: setup ## run what `test` leaves out: more of everything on 3 and 4 ranks and over MPI
 	$(PYTHON_BIN) -m pytest -m more
+
+test-elastic: setup ## kill, add, take away and preempt ranks of real elastic jobs (also part of `test-more`)
+	$(PYTHON_BIN) -m pytest tests/elastic -m "more or not more"
 
 lint: setup ## check style and types
 	$(PYTHON_BIN) -m ruff check .
