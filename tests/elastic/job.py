@@ -87,6 +87,7 @@ def torch_job(folder: Path, faults: Faults, log: Log) -> None:
     rows = torch.utils.data.TensorDataset(x, y, torch.arange(ROWS))
     loader = hvd.ShardedLoader(rows, Shuffled(ROWS, seed=1), BATCH)
     state = hvd.elastic.TorchState(model, optimizer, data=loader, step=0)
+    leaving = hvd.Preemption(optimizer)
 
     @hvd.elastic.run
     def train(state) -> None:
@@ -101,7 +102,10 @@ def torch_job(folder: Path, faults: Faults, log: Log) -> None:
                 assert report.step == state.step + 1
                 log(step=state.step, epoch=epoch, ids=ids.tolist(), size=hvd.size(), loss=report.loss)
                 state.step += 1
-                if state.step % COMMIT == 0:
+                if leaving():
+                    state.commit()
+                    leaving.leave()  # only the rank that was told to; the others go on
+                elif state.step % COMMIT == 0:
                     state.commit()
 
     train(state)

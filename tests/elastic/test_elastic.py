@@ -145,6 +145,16 @@ def test_a_rank_is_taken_away(framework, tmp_path):
     assert [step["size"] for step in (steps[0], steps[-1])] == [3, 2]
 
 
+@pytest.mark.more
+@pytest.mark.timeout(300)
+def test_a_rank_that_is_told_to_leave(tmp_path):
+    """SIGTERM to one: it commits with the others and goes; they go on from there, and nothing is undone."""
+    steps = check(tmp_path, run(tmp_path, "torch", [{"kind": "term", "step": 4, "host": "127.0.0.1"}]))
+    assert not any(step["undone"] for step in steps)
+    assert steps[5]["size"] == 3  # the step in which all ranks were told
+    assert 2 in {step["size"] for step in steps}
+
+
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("framework", ALL)
 def test_a_stopped_rank(framework, tmp_path):
