@@ -2,10 +2,10 @@
 
 PYTHON_BIN := .venv/bin/python
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-more reliability soak lint format bench clean distclean
+.PHONY: help setup demo test test-more test-elastic reliability soak lint format bench clean distclean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## make .venv with the frameworks, hvdloss and Horovod (quick when up to date)
 	@./scripts/setup.sh
@@ -24,6 +24,9 @@ reliability: setup ## inflict every kind of fault on real jobs, and write docs/r
 
 soak: setup ## train on 8 ranks for 20 minutes while ranks are killed (SOAK="--minutes 720" for a night)
 	$(PYTHON_BIN) tests/reliability/soak.py $(SOAK)
+
+test-elastic: setup ## kill, add, take away and preempt ranks of real elastic jobs (also part of `test-more`)
+	$(PYTHON_BIN) -m pytest tests/elastic -m "more or not more"
 
 lint: setup ## check style and types
 	$(PYTHON_BIN) -m ruff check .

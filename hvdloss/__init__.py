@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from hvdloss.communicator import OneProcess, SimulatedRank, simulate
     from hvdloss.errors import (
         AgreementError,
+        CheckpointError,
         ConfigError,
         DataError,
         HvdlossError,
@@ -39,6 +40,8 @@ _HOMES = {
     "communicator": ("OneProcess", "SimulatedRank", "simulate"),
     "errors": (
         "AgreementError",
+        "CheckpointError",
+        "CheckpointError",
         "ConfigError",
         "DataError",
         "HvdlossError",
@@ -64,6 +67,7 @@ __all__ = [
     "REDUCTIONS",
     "AgreementError",
     "Batch",
+    "CheckpointError",
     "Closed",
     "CommunicationCost",
     "ConfigError",

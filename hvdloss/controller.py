@@ -114,6 +114,58 @@ class Controller:
             if state is not None:
                 term.restore_prepared(state)
 
+    # -- going on ---------------------------------------------------------------------------------
+
+    def memory(self) -> dict[str, Any]:
+        """Return what terms and acts remember: plain values and arrays, equal on all ranks."""
+        return {
+            "ranks": self.size,
+            "terms": {
+                name: {
+                    "always": {key: _plain(getattr(one, key)) for key in one.remembers},
+                    "of ranks": {key: _plain(getattr(one, key)) for key in one.remembers_of_ranks},
+                }
+                for name, one in self._remembering()
+            },
+        }
+
+    def remember(self, memory: Any, *, same_ranks: bool) -> None:
+        """Go on from a :meth:`memory`; after :meth:`begin`.
+
+        What it does not have is left as it is: terms and acts may have been added.
+
+        Args:
+            memory: of a controller whose terms have these names.
+            same_ranks: whether it is of the ranks there are now, or as many: else what is of ranks starts
+                afresh.
+
+        Raises:
+            ConfigError: no such memory; nothing is changed then.
+        """
+        try:
+            held = memory["terms"]
+            size = int(memory["ranks"])
+            kinds = ("always", "of ranks") if same_ranks and size == self.size else ("always",)
+            found = [
+                (one, key, held[name][kind][key])
+                for name, one in self._remembering()
+                if name in held
+                for kind in kinds
+                for key in (one.remembers if kind == "always" else one.remembers_of_ranks)
+                if key in held[name][kind]
+            ]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f"memory={str(memory)[:200]} is not what Controller.memory() gives") from error
+        for one, key, value in found:
+            _give(one, key, value)
+        for term in self.terms:
+            term.settle()
+
+    def _remembering(self) -> list[tuple[str, Term | Act]]:
+        """Return terms and acts by name."""
+        terms: list[tuple[str, Term | Act]] = [(term.name, term) for term in self.terms]
+        return terms + [(f"{term.name}.{type(act).__name__}", act) for term, act in self.acts]
+
     # -- a batch ----------------------------------------------------------------------------------
 
     @property
@@ -232,3 +284,14 @@ class Controller:
     def settings(self) -> dict[str, Any]:
         """Return what must be equal on all ranks, for the agreement of the first step."""
         return {f"terms.{term.name}": term.settings() for term in self.terms}
+
+
+def _plain(value: Any) -> Any:
+    """Return an attribute as plain values; what has ``memory()`` by what that gives."""
+    return value.memory() if hasattr(value, "memory") else value
+
+
+def _give(one: Any, key: str, value: Any) -> None:
+    """Set an attribute from what :func:`_plain` gave."""
+    there = getattr(one, key)
+    setattr(one, key, there.remembered(value) if hasattr(there, "remembered") else value)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 __all__ = [
     "AgreementError",
+    "CheckpointError",
     "ConfigError",
     "DataError",
     "HvdlossError",
@@ -75,6 +76,10 @@ class LostRankError(RankError):
 
 class StallError(RankError):
     """Ranks wait for each other in different places, or for one that does not come."""
+
+
+class CheckpointError(HvdlossError):
+    """A checkpoint is damaged, was cut off, is none, or does not fit what it is loaded into; names it."""
 
 
 class AgreementError(HvdlossError):

@@ -48,6 +48,7 @@ class Ledger:
         moved: after local steps, the squared length of the rank's move times its denominator.
         together: squared length of the mean move of the exchange before, as this rank has it.
         more: 1 if the rank has more data after this step (:mod:`hvdloss.data.uneven`).
+        leaving: 1 if the rank was told to leave (:mod:`hvdloss.training.preemption`).
     """
 
     numerator: float = 0.0
@@ -65,6 +66,7 @@ class Ledger:
     moved: float = 0.0
     together: float = 0.0
     more: float = 0.0
+    leaving: float = 0.0
 
     @classmethod
     def zero(cls) -> Ledger:

@@ -170,7 +170,8 @@ class ObjectState:
     """Values that an elastic job commits and restores; here in memory only."""
 
     def __init__(self, **values: Any) -> None:
-        self._values = list(values)
+        # Objectives, of which a copy is another one, are left as they are.
+        self._values = [name for name, value in values.items() if not hasattr(value, "controller")]
         for name, value in values.items():
             setattr(self, name, value)
         self._callbacks: list[Callable[[], None]] = []

@@ -12,7 +12,7 @@ all ranks; what it decides from that alone is therefore equal on all ranks too.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import numpy as np
@@ -72,6 +72,15 @@ class Travel:
     full_bytes: int = 0
     steps: int = 1
     parameters: bool = False
+
+    def memory(self) -> tuple[Any, ...]:
+        """Return it as plain numbers."""
+        return astuple(self)
+
+    @classmethod
+    def remembered(cls, told: Any) -> Travel:
+        """Return what :meth:`memory` told of."""
+        return cls(*told)
 
 
 @dataclass(frozen=True)
@@ -145,6 +154,10 @@ class Act:
 
     #: whether ranks take steps without each other
     steps_alone: bool = False
+    #: attributes that a run which goes on from a checkpoint, or with other ranks, has again; and those that
+    #: are of the ranks there were, so that only as many ranks have them again. Plain values and arrays.
+    remembers: tuple[str, ...] = ()
+    remembers_of_ranks: tuple[str, ...] = ()
 
     def begin(self, rank: int, size: int) -> None:
         """Start afresh with these ranks (again when an elastic job changes them)."""
@@ -167,6 +180,9 @@ class Term:
         state: float64 vector handed to every batch (``batch.state``); its length never changes after
             :meth:`begin`.
         acts: what it does about what it measures.
+        remembers, remembers_of_ranks: names of attributes that a run which goes on from a checkpoint, or
+            with other ranks in an elastic job, has again; the second ones only with the same ranks. Their
+            values are numbers, strings, None, arrays, and lists, tuples and dicts of them.
 
     A term that counts tokens per rank, and reports the share of padding::
 
@@ -188,6 +204,8 @@ class Term:
     penalizes: bool = False
     state: Array = np.zeros(0)
     acts: tuple[Act, ...] = ()
+    remembers: tuple[str, ...] = ()
+    remembers_of_ranks: tuple[str, ...] = ()
 
     def begin(self, rank: int, size: int) -> None:
         """Start afresh with these ranks."""

@@ -36,8 +36,10 @@ from hvdloss.keras.stream import StreamDataset
 from hvdloss.keras.training import SynchronizationCallback
 from hvdloss.report import RankReport, StepReport
 from hvdloss.tensorflow import _elastic
+from hvdloss.tensorflow.checkpoint import Checkpoint
 from hvdloss.tensorflow.guard import check_synchronized
 from hvdloss.tensorflow.metrics import Metrics
+from hvdloss.tensorflow.preemption import Preemption
 from hvdloss.tensorflow.sharded import ArcFace, ClassShards, CosFace, Grid, grid
 from hvdloss.tensorflow.training import BestCheckpoint, EarlyStopping, merged_value
 from hvdloss.tensorflow.uneven import uneven
@@ -47,6 +49,7 @@ from hvdloss.watch import same_fate
 __all__ = [
     "ArcFace",
     "BestCheckpoint",
+    "Checkpoint",
     "ClassShards",
     "CosFace",
     "DistributedOptimizer",
@@ -56,6 +59,7 @@ __all__ = [
     "Metrics",
     "Objective",
     "PartialDistributedOptimizer",
+    "Preemption",
     "RankReport",
     "ShardedCrossEntropy",
     "ShardedDataset",
@@ -95,11 +99,9 @@ _THEIRS = [
     if not name.startswith("_") and name not in __all__ and name not in ("DistributedGradientTape",)
 ]
 globals().update({name: getattr(_backend.hvd, name) for name in _THEIRS})
-globals().update(_elastic.register())
+globals().update(_elastic.watched)
 
-if "KerasState" not in vars(globals()["elastic"]):
-    globals()["elastic"] = _backend.elastic()
-
+globals()["elastic"] = _backend.elastic()
 __all__ += _THEIRS
 
 training.install()

@@ -33,10 +33,35 @@ from keras.src.trainers.trainer import Trainer
 from keras.src.utils.python_utils import pythonify_logs
 
 
+class _CommitStateCallback(keras.callbacks.Callback):
+    """Horovod's, where that is not installed: commits a state after every so many batches, and epochs."""
+
+    def __init__(self, state: Any, batches_per_commit: int = 1) -> None:
+        super().__init__()
+        self.state, self.batches_per_commit = state, batches_per_commit
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        """Commit if due."""
+        if (batch + 1) % self.batches_per_commit == 0:
+            self.state.commit()
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        """Commit."""
+        self.state.commit()
+
+
 def elastic() -> Any:
-    """Return what Horovod's ``elastic`` module for Keras shows."""
+    """Return what ``hvd.elastic`` shows: Horovod's callbacks, and states that know hvdloss and Keras 3."""
     if importlib.util.find_spec("horovod") is None:
-        return SimpleNamespace(**vars(hvd.elastic), KerasState=hvd.elastic.TensorFlowKerasState)
+        return SimpleNamespace(
+            **vars(hvd.elastic),
+            KerasState=hvd.elastic.TensorFlowKerasState,
+            CommitStateCallback=_CommitStateCallback,
+        )
     from horovod.tensorflow.keras import elastic as theirs
 
-    return theirs
+    from hvdloss.tensorflow._elastic import elastic as ours
+
+    names = {name: value for name, value in vars(theirs).items() if not name.startswith("_")}
+    mine = vars(ours())
+    return SimpleNamespace(**{**names, **mine, "KerasState": mine["TensorFlowKerasState"]})

@@ -25,6 +25,7 @@ __all__ = [
     "LearningRateScheduleCallback",
     "LearningRateWarmupCallback",
     "MetricAverageCallback",
+    "PreemptionCallback",
     "SeedCallback",
     "SynchronizationCallback",
     "broadcast_variables",
@@ -332,3 +333,69 @@ class SeedCallback(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Seed."""
         seed_everything(self.seed, epoch=epoch, stream=self.stream, model=self.model)
+
+
+class PreemptionCallback(keras.callbacks.Callback):
+    """On SIGTERM, finishes the step, keeps the state, and has all ranks leave together.
+
+    ::
+
+        checkpoint = hvd.Checkpoint("checkpoints", model=model, optimizer=model.optimizer, data=data)
+        checkpoint.load()
+        model.fit(data, epochs=1, callbacks=[hvd.callbacks.PreemptionCallback(checkpoint=checkpoint)])
+
+    That SIGTERM came to any rank rides in the ledger of the next step: no message more. In an elastic job
+    pass `state`; then only ranks that were told to leave do, and the others go on from the commit.
+
+    Args:
+        checkpoint: :class:`hvdloss.keras.Checkpoint`, saved with the number of steps; or a function to call.
+        state: of an elastic job, which is committed.
+        everyone: see :meth:`hvdloss.training.preemption.Preemption.leave`.
+        options: of :class:`hvdloss.keras.Preemption`: ``signals``, ``status``.
+
+    Raises:
+        ConfigError: an argument that cannot be used.
+        SystemExit: in ``fit``, on ranks that leave, with status 143.
+
+    Collectives: none, but for what is saved.
+    """
+
+    def __init__(
+        self, *, checkpoint: Any = None, state: Any = None, everyone: bool | None = None, **options: Any
+    ) -> None:
+        super().__init__()
+        self.checkpoint, self.state, self.everyone, self.options = checkpoint, state, everyone, options
+        self.leaving: Any = None
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        """Begin to notice SIGTERM."""
+        from hvdloss.keras.optimizer import engine_of
+        from hvdloss.tensorflow.preemption import Preemption
+
+        self.on_train_end()
+        engine = engine_of(self.model.optimizer)
+        if engine is None:
+            raise ConfigError("PreemptionCallback needs a model compiled with hvd.DistributedOptimizer")
+        self.leaving = Preemption(self.model.optimizer, **self.options)
+        engine.after_idle = self._after_step
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        """Leave, if a rank is to."""
+        self._after_step()
+
+    def _after_step(self) -> None:
+        if not self.leaving():
+            return
+        if self.state is not None:
+            self.state.commit()
+        if callable(self.checkpoint):
+            self.checkpoint()
+        elif self.checkpoint is not None:
+            self.checkpoint.save(int(self.model.optimizer.iterations))
+        self.leaving.leave(self.everyone)
+
+    def on_train_end(self, logs: Any = None) -> None:
+        """Handle SIGTERM as before."""
+        if self.leaving is not None:
+            self.leaving.close()
+            self.leaving = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ import keras
 from hvdloss.checks import whole
 from hvdloss.communicator import rank_and_size
 from hvdloss.data import Epoch, Sharding
-from hvdloss.errors import ConfigError
+from hvdloss.errors import ConfigError, UsageError
 from hvdloss.keras._backend import hvd
 from hvdloss.training.seeds import generator_for
 
@@ -30,7 +30,11 @@ class EpochDataset(keras.utils.PyDataset):
     sharding: Any
     rank: int
     ranks: int
+    _process_set: Any
     _begun = False
+    #: steps of this epoch that a ``fit`` has made, which tells; None without one
+    made: int | None = None
+    _fitting = False
 
     def _start(self, epoch: Epoch[Any]) -> None:
         """Fix the batches of what is left of an epoch: ``fit`` asks for them ahead, and by number."""
@@ -39,6 +43,7 @@ class EpochDataset(keras.utils.PyDataset):
         # The steps of this epoch that were made before, by whatever number of ranks.
         self._done = sum(-(-max(taken) // self.batch_size) for taken in epoch.state()["parts"])
         self._begun = False
+        self.made = None
 
     @property
     def num_batches(self) -> int:
@@ -54,6 +59,40 @@ class EpochDataset(keras.utils.PyDataset):
         if self._begun:
             self.next_epoch()
         self._begun = True
+        self.made = 0 if self._fitting else None
+
+    def epochs(self, count: int) -> Iterator[int]:
+        """Give the numbers of the epochs that are left of so many, as often as a loop over each begins.
+
+        An interrupted run goes on in the middle of one: its number comes from the position, so that no epoch
+        is left out or done twice, wherever the position was taken.
+        """
+        while (number := self._upcoming()) < count:
+            yield number
+
+    def _upcoming(self) -> int:
+        """Return the number of the epoch that the next batch is of."""
+        over = self._begun and (self.made is None or self.made >= len(self))
+        return self.epoch.number + over
+
+    def batches(self) -> Iterator[Any]:
+        """Give what is left of this epoch, or else the next one, in a loop of one's own.
+
+        The batch last given counts as used: :meth:`state_dict` has it.
+
+        Raises:
+            UsageError: a position was loaded in the middle of the loop.
+        """
+        if self.made is not None and self.made < len(self):  # a loop that was left
+            self.load_state_dict(self.state_dict())
+        self.on_epoch_begin()
+        epoch, self.made = self.epoch, 0
+        for number in range(len(self)):
+            batch = self[number]
+            if self.epoch is not epoch:
+                raise UsageError("a position was loaded in the middle of this loop; begin another one")
+            self.made = number + 1
+            yield batch
 
     def next_epoch(self) -> None:
         """Leave what is left of this epoch, and begin with the next one."""
@@ -73,17 +112,22 @@ class EpochDataset(keras.utils.PyDataset):
                 f"left, and Keras would take as few of the epochs after it; fit the rest of this one by "
                 f"itself (epochs=initial_epoch + 1), and then the others"
             )
+        self._fitting = True
+
+    def leave(self) -> None:
+        """Take note that the ``fit`` is over, which calls it."""
+        self._fitting = False
 
     def state_dict(self, steps: int | None = None) -> dict[str, Any]:
         """Return the position after so many steps of this epoch, the same on all ranks; JSON-able.
 
         Args:
             steps: that this ``fit`` has made of it, such as ``batch + 1`` in a callback's
-                ``on_train_batch_end(batch)``. ``fit`` reads ahead, so the data set cannot know. None: all
-                of an epoch that has begun, as at its end, and none of one that has not.
+                ``on_train_batch_end(batch)``; None for what the ``fit`` has made by now. Without one, all of
+                an epoch that has begun, and none of one that has not.
         """
         if steps is None:
-            steps = len(self) if self._begun else 0
+            steps = self.made if self.made is not None else len(self) if self._begun else 0
         reached = copy.copy(self.epoch)  # which notes what is taken anew
         reached.took(steps, self.batch_size)
         return reached.state()
@@ -94,8 +138,10 @@ class EpochDataset(keras.utils.PyDataset):
         Raises:
             ConfigError: no position, or one of other data or another sharding; nothing is changed then.
         """
-        epoch = Epoch.of(self.sharding, state, self.ranks)
-        self._start(Epoch(self.sharding, self.ranks, epoch.number + 1) if epoch.over else epoch)
+        rank, ranks = rank_and_size(hvd, self._process_set)  # in an elastic job there are others now
+        epoch = Epoch.of(self.sharding, state, ranks)
+        self.rank, self.ranks = rank, ranks
+        self._start(Epoch(self.sharding, ranks, epoch.number + 1) if epoch.over else epoch)
 
 
 class ShardedDataset(EpochDataset):
@@ -159,6 +205,7 @@ class ShardedDataset(EpochDataset):
                     f"sharding with their length"
                 )
         self.arrays, self.sharding, self.batch_size = arrays, sharding, whole("batch_size", batch_size, 1)
+        self._process_set = process_set
         self.rank, self.ranks = rank_and_size(hvd, process_set)
         self._start(Epoch(sharding, self.ranks))
 

@@ -216,6 +216,17 @@ class Stretch:
             self.steps.assign(0, read_value=False),
         ]
 
+    def renew(self) -> None:
+        """Forget what was of other ranks. Eager only."""
+        self.forget()
+        self.length.assign(0.0)
+        for velocity in self.velocity:
+            velocity.assign(tf.zeros_like(velocity))
+
+    def forget(self) -> None:
+        """Start counting anew, as parameters were loaded. Eager only."""
+        self._begin()
+
     def _go_back(self) -> tf.Tensor:
         """Return to the parameters of the last exchange, and raise what was wrong."""
         done = [p.assign(a, read_value=False) for p, a in zip(self.parameters, self.anchor, strict=True)]

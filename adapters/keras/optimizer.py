@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -20,12 +19,11 @@ from hvdloss.report import StepReport
 from hvdloss.tensorflow.books import Books
 from hvdloss.tensorflow.exchange import Exchange, check_acts, check_options, scaled, tied
 from hvdloss.tensorflow.objective import Objective as TensorFlowObjective
+from hvdloss.world import following, next_number
 
 __all__ = ["DistributedOptimizer", "PartialDistributedOptimizer", "engine_of"]
 
 _PASSES, _FAILED = COLUMN["micro_batches"], COLUMN["failed"]
-# Optimizers are told apart on the wire by the order of their construction.
-_counter: Iterator[int] = itertools.count()
 _classes: dict[type, type] = {}
 
 
@@ -62,6 +60,18 @@ class _Engine:
         self.variables: list[Any] = []
         self.reduced: Any = None
         self.done = 0
+        self.after_idle: Callable[[], None] = lambda: None  # what to do after an idle step
+        following(self)
+
+    def renew(self) -> None:
+        """Forget what was of other ranks."""
+        self.idle_steps = {}
+        self.row = self.factor = self.reduced = None
+        self.idle, self.ending = None, False
+        if self.window is not None:
+            self.window.assign(tf.zeros_like(self.window))
+        if self.stretch is not None and self.stretch.built:
+            self.stretch.renew()
 
     def listen(self, compile_loss: ExactCompileLoss, optimizer: Any) -> None:
         """Have the compiled loss of a model tell the weight of each backward pass.
@@ -492,7 +502,8 @@ def DistributedOptimizer(
         exact.process_set = process_set or ours
         exact.passes = inner.gradient_accumulation_steps or 1
     exchange = Exchange(
-        f"hvdloss.keras.{name or next(_counter)}",
+        # Optimizers are told apart on the wire by the order of their construction.
+        f"hvdloss.keras.{name or next_number('keras')}",
         process_set=process_set or ours,
         compression=compression,
         sparse_as_dense=sparse_as_dense,

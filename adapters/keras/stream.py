@@ -12,7 +12,7 @@ import tensorflow as tf
 import keras
 from hvdloss.agreement import together
 from hvdloss.checks import whole
-from hvdloss.communicator import rank_and_size
+from hvdloss.communicator import Communicator, rank_and_size
 from hvdloss.data import Epoch, Source
 from hvdloss.data.stream import Opened, Rules, read_batches
 from hvdloss.errors import ConfigError, DataError
@@ -73,13 +73,17 @@ class StreamDataset(EpochDataset):
             )
         self.data, self.collate_fn = data, collate_fn
         self.batch_size = whole("batch_size", batch_size, 1)
+        self._process_set = process_set
         self.rank, self.ranks = rank_and_size(hvd, process_set)
-        self._ranks = communicator_of(process_set or hvd.global_process_set)
         self._opened = Opened(data, sharding, self.ranks)
         self.sharding = self._opened.rule
         self.error: DataError | None = None  # which Keras's threads turn into another
         self._lock = threading.Lock()
         self._start(Epoch(self.sharding, self.ranks))
+
+    @property
+    def _ranks(self) -> Communicator:
+        return communicator_of(self._process_set or hvd.global_process_set)
 
     def _start(self, epoch: Epoch[Any]) -> None:
         with self._lock:
@@ -118,7 +122,7 @@ class StreamDataset(EpochDataset):
             ConfigError: no position, or one of other files or another sharding; nothing is changed then.
         """
         if self._opened.problem is None:
-            self._opened.check(state, self.ranks)
+            self._opened.check(state, rank_and_size(hvd, self._process_set)[1])
             super().load_state_dict(state)
 
     def __getitem__(self, number: int) -> Any:

@@ -193,6 +193,7 @@ class _Begin(keras.callbacks.Callback):
     def __init__(self, problem: str = "") -> None:
         super().__init__()
         self.problem = problem  # of this rank's callbacks
+        self.data: EpochDataset | None = None  # which is told where it is
         self.counts: list[int | None] = []
         self.done = 0
         self.training = False
@@ -258,6 +259,8 @@ class _Begin(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         self.done = batch + 1
+        if self.data is not None:
+            self.data.made = self.done
 
     def on_test_begin(self, logs: Any = None) -> None:
         if self.training:  # validation at the end of an epoch
@@ -276,9 +279,10 @@ class _Begin(keras.callbacks.Callback):
         if len(known) == len(self.counts):
             for _ in range(max(known) - self.done):
                 run_idle_step(self.model)
+                self.engine.after_idle()
         else:
             while not run_idle_step(self.model, ending=True):
-                pass
+                self.engine.after_idle()
         if self.engine.stretch is not None:
             self.engine.stretch.exchange()
 
@@ -498,12 +502,16 @@ def install() -> None:
             kwargs["shuffle"] = False  # Keras would take the batches in another order on every rank
             last = args[3] if len(args) > 3 else kwargs.get("epochs", 1)
             data.enter(last - kwargs.get("initial_epoch", 0))
+            begin.data = data
         try:
             return translated(plain_fit, self, *args, **kwargs)
         except Exception as error:
             read = getattr(data, "error", None) if isinstance(data, EpochDataset) else None
             _tell(self, begin, error, read)
             raise
+        finally:
+            if isinstance(data, EpochDataset):
+                data.leave()
 
     @functools.wraps(plain_train)
     def train_on_batch(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from hvdloss.report import RankReport, StepReport
 from hvdloss.tensorflow import _backend, _elastic
 from hvdloss.tensorflow._compat import let_variables_be_called
+from hvdloss.tensorflow.checkpoint import Checkpoint
 from hvdloss.tensorflow.explain import (
     LossAttribution,
     lime_weights,
@@ -22,6 +23,7 @@ from hvdloss.tensorflow.guard import check_synchronized
 from hvdloss.tensorflow.metrics import Metrics
 from hvdloss.tensorflow.objective import Objective
 from hvdloss.tensorflow.optimizer import DistributedOptimizer
+from hvdloss.tensorflow.preemption import Preemption
 from hvdloss.tensorflow.sharded import (
     ArcFace,
     ClassShards,
@@ -40,6 +42,7 @@ from hvdloss.watch import same_fate
 __all__ = [
     "ArcFace",
     "BestCheckpoint",
+    "Checkpoint",
     "ClassShards",
     "CosFace",
     "DistributedGradientTape",
@@ -50,6 +53,7 @@ __all__ = [
     "Metrics",
     "Objective",
     "PartialDistributedGradientTape",
+    "Preemption",
     "RankReport",
     "ShardedCrossEntropy",
     "StepReport",
@@ -71,8 +75,8 @@ __all__ = [
 _THEIRS = [name for name in vars(_backend.hvd) if not name.startswith("_") and name not in __all__]
 globals().update({name: getattr(_backend.hvd, name) for name in _THEIRS})
 
-globals().update(_elastic.register())
-
+globals().update(_elastic.watched)
+globals()["elastic"] = _elastic.elastic()
 __all__ += _THEIRS
 
 let_variables_be_called()

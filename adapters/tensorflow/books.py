@@ -14,15 +14,19 @@ import numpy as np
 import tensorflow as tf
 from hvdloss import watch
 from hvdloss.agreement import raise_together
+from hvdloss.communicator import rank_and_size
 from hvdloss.control.compression import AdaptiveCompression
 from hvdloss.control.period import period_of
 from hvdloss.control.weights import Proximal
 from hvdloss.controller import Controller
+from hvdloss.errors import ConfigError
 from hvdloss.ledger import COLUMN, FAULTS, WIDTH, judge, unpack
 from hvdloss.reduction import MEASURED
 from hvdloss.report import StepReport
+from hvdloss.tensorflow._backend import hvd
 from hvdloss.tensorflow.ops import communicator_of
 from hvdloss.term import Travel
+from hvdloss.world import following
 
 __all__ = ["Books", "fault", "raise_fault", "translated"]
 
@@ -56,7 +60,7 @@ def translated(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         raise why from error
 
 
-_FAILED, _MORE = COLUMN["failed"], COLUMN["more"]
+_FAILED, _MORE, _LEAVING = COLUMN["failed"], COLUMN["more"], COLUMN["leaving"]
 
 
 class Books:
@@ -75,10 +79,46 @@ class Books:
         self._variables: tuple[tf.Variable, tf.Variable, tf.Variable] | None = None
         self._state: tf.Variable | None = None  # the terms' state, and what acts decided (see `_now`)
         self._bound: tuple[int, int] | None = None
-        self._signal: tf.Variable | None = None  # whether this rank cannot go on, and whether it has more
+        # Whether this rank cannot go on, whether it has more, and whether it is to leave.
+        self._signal: tf.Variable | None = None
+        self._told = (False, False)  # the first two
+        self._leaving: Callable[[], bool] = lambda: False
         self._error: BaseException | None = None  # why it cannot go on
         self.process_set: Any = None  # of the ranks; set by those who exchange
         self.choices: dict[str, Any] = {}  # of how gradients travel, for the report
+
+        following(self)
+
+    # -- other ranks, and going on ----------------------------------------------------------------
+
+    def renew(self) -> None:
+        """Forget what was of other ranks."""
+        self._bound = self._error = None
+        if self._variables is None:
+            return
+        self.forget()
+        self._of(1).assign(tf.zeros((0, self.width), tf.float64))
+        self._told = (False, False)
+        self._signal_now()
+
+    def memory(self) -> dict[str, Any]:
+        """Return what a run that goes on needs: plain values and arrays, equal on all ranks. Eager only."""
+        return {"steps": int(self._of(2)), "terms": self.controller.memory()}
+
+    def remember(self, memory: Any, *, same_ranks: bool) -> None:
+        """Go on from a :meth:`memory`; no collective. Eager only.
+
+        Raises:
+            ConfigError: it is none.
+        """
+        if not isinstance(memory, dict) or not isinstance(memory.get("steps"), int):
+            raise ConfigError(f"memory={str(memory)[:200]} is not what Books.memory() gives")
+        if self.controller.terms:
+            self.begin(*rank_and_size(hvd, self.process_set))
+            self.controller.remember(memory["terms"], same_ranks=same_ranks)
+            assert self._state is not None
+            self._state.assign(self._now())
+        self._of(2).assign(memory["steps"])
 
     @property
     def width(self) -> int:
@@ -103,7 +143,7 @@ class Books:
         if self._bound == (rank, size):
             return
         self._bound = (rank, size)
-        self.controller.begin(rank, size)
+        self.controller.begin(rank, size, anew=True)
         with tf.init_scope(), tf.device("CPU:0"):
             if self._state is None:
                 self._state = tf.Variable(
@@ -164,7 +204,7 @@ class Books:
                     ),
                     tf.Variable(0, trainable=False, dtype=tf.int64, name="hvdloss_step"),
                 )
-                self._signal = tf.Variable(tf.zeros(2, tf.float64), trainable=False, name="hvdloss_signal")
+                self._signal = tf.Variable(tf.zeros(3, tf.float64), trainable=False, name="hvdloss_signal")
         return self._variables[which]
 
     def _nothing(self) -> tf.Tensor:
@@ -201,10 +241,30 @@ class Books:
 
     def tell(self, more: bool, error: BaseException | None = None) -> None:
         """Say in the next exchange whether this rank has more data, or why it cannot go on. Eager only."""
+        self._error = error
+        self._told = (error is not None, more)
+        self._signal_now()
+
+    def _signal_now(self) -> None:
         self._of(2)
         assert self._signal is not None
-        self._error = error
-        self._signal.assign([float(error is not None), float(more)])
+        self._signal.assign([*map(float, self._told), float(self._leaving())])
+
+    @property
+    def leaving(self) -> Callable[[], bool]:
+        """Whether this rank is to leave; the next step tells it after :attr:`wished` was asked for."""
+        return self._leaving
+
+    @leaving.setter
+    def leaving(self, asked: Callable[[], bool]) -> None:
+        self._leaving = asked
+
+    @property
+    def wished(self) -> tuple[int, ...]:
+        """Which ranks were to leave by the last step, as all know. Eager only."""
+        if self._leaving():  # graphs see variables only
+            self._signal_now()
+        return tuple(int(rank) for rank in np.flatnonzero(self._of(1).numpy()[:, _LEAVING]))
 
     @property
     def heard(self) -> tuple[int, bool]:
@@ -216,7 +276,7 @@ class Books:
         """Return the row that is exchanged with what this rank tells by now."""
         self._of(2)
         assert self._signal is not None
-        return tf.tensor_scatter_nd_update(row, [[_FAILED], [_MORE]], self._signal)
+        return tf.tensor_scatter_nd_update(row, [[_FAILED], [_MORE], [_LEAVING]], self._signal)
 
     def _judge(self, table: np.ndarray, step: int) -> None:
         """Raise what is wrong with a step, on all ranks alike.

@@ -16,9 +16,11 @@ from hvdloss.errors import ConfigError
 from hvdloss.ledger import COLUMN, WIDTH
 from hvdloss.plan import ParameterInfo, plan_buckets
 from hvdloss.tensorflow._backend import hvd
+from hvdloss.tensorflow._traces import noted
 from hvdloss.tensorflow.waiting import explaining
 from hvdloss.term import Travel
 from hvdloss.tuning import choose, launched
+from hvdloss.world import following
 
 __all__ = ["Clock", "Exchange", "check_acts", "check_options", "empty_row", "scaled", "tied"]
 
@@ -91,6 +93,11 @@ class Clock:
     def __init__(self) -> None:
         self._variable: tf.Variable | None = None
         self._counts: tf.Variable | None = None
+
+    def renew(self) -> None:
+        """Forget when the last exchange was: what came between is no computation."""
+        if self._variable is not None:
+            self._variable.assign(tf.zeros_like(self._variable))
 
     def _times(self) -> tf.Variable:
         """Return seconds held up and computed of the last exchange, and when it ended (0: there was none)."""
@@ -189,6 +196,14 @@ class Exchange:
         self._payload = (0, 0, 0, 0)  # of the last exchange: messages, bytes: full, as sent, in 16 bits
         self._zero: tf.Variable | None = None
         self._measured: tf.Variable | None = None
+        following(self)
+
+    def renew(self) -> None:
+        """Forget what was made for other ranks, and what steps were measured in: all measure in the same."""
+        self._eager.clear()
+        self.clock.renew()
+        if self._measured is not None:
+            self._measured.assign(1.0)
 
     @property
     def size(self) -> int:
@@ -210,6 +225,7 @@ class Exchange:
 
         One all-reduce of ``size x n`` float64; none with one rank.
         """
+        noted()
         if self.size == 1:
             return rows[tf.newaxis]
         return self._sum(self._own_row(rows), f"{self.name}.{name}")
@@ -274,6 +290,7 @@ class Exchange:
         all-gathers per sparse one; the ledgers ride in a bucket, and what terms tell is one small message
         more; or all of it is one where there is no such bucket or `compress` is given. None with one rank.
         """
+        noted()
         if factor is not None:
             factor = tf.convert_to_tensor(factor, tf.float64)
         if self.size == 1:

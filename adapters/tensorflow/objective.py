@@ -14,6 +14,7 @@ from hvdloss.objective import CLASS_LOSSES, IGNORED, ObjectiveBase, expand_mask_
 from hvdloss.reduction import Contribution, contribution, weights_for
 from hvdloss.report import StepReport
 from hvdloss.tensorflow._backend import hvd
+from hvdloss.tensorflow._traces import noted
 from hvdloss.tensorflow.books import Books
 from hvdloss.tensorflow.collectives import group_of
 from hvdloss.tensorflow.ops import NAMED_LOSSES, TensorFlowOps, communicator_of, once
@@ -242,6 +243,7 @@ class Objective(ObjectiveBase[tf.Tensor]):
             return self._contribute_whole(prediction, target, weight, keys, total)
         if total is not None:
             raise ConfigError(f"total= is for functions of sums, which {self.name} is not; leave it out")
+        noted()
         rank, size = rank_and_size(hvd, self.process_set)
         given = prediction
         if self.name in CLASS_LOSSES:
@@ -279,6 +281,7 @@ class Objective(ObjectiveBase[tf.Tensor]):
     def _contribute_whole(self, prediction: Any, target: Any, weight: Any, keys: Any, total: Any) -> Told:
         """Return what these elements add to a step's loss of all ranks' elements."""
         assert self.whole is not None
+        noted()
         group: Group = OneRank() if self.alone else group_of(self.process_set)
         holder: list[tf.Tensor] = []
         given = prediction

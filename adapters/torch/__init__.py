@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from hvdloss.report import RankReport, StepReport
 from hvdloss.torch import _backend, _elastic
+from hvdloss.torch.checkpoint import Checkpoint
 from hvdloss.torch.compression import Compression
 from hvdloss.torch.data import ShardedLoader
 from hvdloss.torch.explain import (
@@ -23,6 +24,7 @@ from hvdloss.torch.guard import check_synchronized
 from hvdloss.torch.metrics import Metrics, synchronized
 from hvdloss.torch.objective import Objective
 from hvdloss.torch.optimizer import DistributedOptimizer
+from hvdloss.torch.preemption import Preemption
 from hvdloss.torch.sharded import (
     ArcFace,
     ClassShards,
@@ -50,6 +52,7 @@ from hvdloss.watch import same_fate
 __all__ = [
     "ArcFace",
     "BestCheckpoint",
+    "Checkpoint",
     "ClassShards",
     "Compression",
     "CosFace",
@@ -59,6 +62,7 @@ __all__ = [
     "LossAttribution",
     "Metrics",
     "Objective",
+    "Preemption",
     "RankReport",
     "ShardedCrossEntropy",
     "ShardedLinear",
@@ -83,12 +87,11 @@ __all__ = [
     "uneven",
 ]
 
-_watched = _elastic.register()
-
 # Horovod has no list of its names; what its module shows is public. Modules of our own stay ours, so that
 # `import hvdloss.torch.optimizer as m` means what it says.
 _names = getattr(_backend.hvd, "__all__", None) or [n for n in vars(_backend.hvd) if not n.startswith("_")]
 _theirs = [name for name in _names if name not in __all__ and name not in ("compression", "optimizer")]
 globals().update({name: getattr(_backend.hvd, name) for name in _theirs})
-globals().update(_watched)
+globals().update(_elastic.watched)
+globals()["elastic"] = _elastic.elastic()
 __all__ += _theirs

@@ -1,43 +1,56 @@
-"""Data positions as part of Horovod's elastic state."""
+"""Horovod's elastic state, for exact optimizers and data positions."""
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
-from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+
+import torch
 from hvdloss import watch
-from hvdloss.data.uneven import Uneven
+from hvdloss.elastic import runner
 from hvdloss.torch._backend import hvd
+from hvdloss.torch.checkpoint import from_array, to_array
 from hvdloss.torch.data import ShardedLoader
 from hvdloss.torch.ops import communicator_of
 from hvdloss.torch.stream import StreamLoader
+from hvdloss.torch.uneven import Uneven
+from hvdloss.training.checkpoint import state_of_bytes, state_to_bytes
+from hvdloss.training.tree import put_together, take_apart
 
-__all__ = ["register"]
+__all__ = ["elastic", "watched"]
+
+#: ``init`` and ``shutdown``, with which the watch begins and ends.
+watched = watch.begins_with(hvd, communicator_of)
 
 
-def register() -> dict[str, Callable[..., Any]]:
-    """Let ``hvd.elastic.TorchState(model, optimizer, data=loader)`` know loaders' positions; once.
+def _from_first(told: bytes, name: str) -> bytes:
+    """Return what rank 0 tells, on every rank. Collectives: one gather."""
+    communicator = communicator_of(hvd.global_process_set)
+    return communicator.gather(told if communicator.rank == 0 else b"", name)[0]
 
-    ``commit`` keeps where the loader is, ``restore`` goes back there, and after ranks have come or gone
-    ``sync`` has all go on from rank 0's position, with what is left of the epoch shared out anew: relative
-    to the last commit every sample is used exactly once. One process without Horovod does so anyway.
 
-    Returns:
-        ``init`` and ``shutdown`` with which the watch begins and ends; Horovod's elastic loop calls them too.
+def elastic() -> Any:
+    """Return what ``hvd.elastic`` shows: Horovod's, with a state and a ``run`` that know hvdloss.
+
+    ``hvd.elastic.TorchState(model, optimizer, data=loader, step=0)`` holds the model, the optimizer with
+    what its objective's terms decided, where loaders are, and plain values. ``commit`` keeps them,
+    ``restore`` goes back there, and after ranks have come or gone ``sync`` has all go on from rank 0's last
+    commit, with what is left of the epoch shared out anew: relative to the last commit every sample is used
+    exactly once.
     """
-    watched = watch.begins_with(hvd, communicator_of)
     if importlib.util.find_spec("horovod") is None:
-        return watched
-    import horovod.torch.elastic as loop
+        return hvd.elastic
+    import horovod.torch.elastic as theirs
+    from horovod.common.elastic import run_fn
+    from horovod.common.exceptions import HorovodInternalError, HostsUpdatedInterrupt
     from horovod.torch.elastic import state
 
-    vars(loop).update(watched)
-
-    kinds = [kind for kind, _ in state.get_handler_registry()]
-    if ShardedLoader in kinds:
-        return watched
+    vars(theirs).update(watched)  # for those who use Horovod's own loop
 
     class Position(state.StateHandler):
         """Where a loader is; the twin of Horovod's handlers for models and optimizers."""
@@ -57,12 +70,80 @@ def register() -> dict[str, Callable[..., Any]]:
 
         def sync(self) -> None:
             """Go on from where rank 0 was at its last commit. Collectives: one gather of JSON."""
-            told = communicator_of(hvd.global_process_set).gather(
-                json.dumps(self.saved).encode(), "hvdloss.elastic"
-            )
-            self.saved = json.loads(told[0])
+            self.saved = json.loads(_from_first(json.dumps(self.saved).encode(), "hvdloss.elastic"))
             self.value.load_state_dict(self.saved)
 
+    class Model(state.ModelStateHandler):
+        """Horovod's; what came from rank 0 is kept as well, should rank 0 be lost before a commit."""
+
+        def sync(self) -> None:
+            super().sync()
+            self.save()
+
+    class Optimizer(state.OptimizerStateHandler):
+        """An optimizer's state as it is on rank 0, and what an exact one's objective decided.
+
+        Horovod makes a fresh optimizer's state by a step with gradients of zero, in which weight decay moves
+        the parameters that were just made equal.
+        """
+
+        def __init__(self, optimizer: Any) -> None:
+            super().__init__(optimizer)
+            self.memory = self._told()
+
+        def _told(self) -> Any:
+            engine = getattr(self.value, "_hvdloss", None)
+            return None if engine is None else copy.deepcopy(engine.memory())
+
+        def save(self) -> None:
+            super().save()
+            self.memory = self._told()
+
+        def restore(self) -> None:
+            super().restore()
+            if self.memory is not None:
+                self.value._hvdloss.remember(copy.deepcopy(self.memory), same_ranks=True)
+
+        def sync(self) -> None:
+            """Collectives: one gather of numbers, one broadcast per tensor."""
+            tree, arrays = take_apart(self._saved_optimizer_state, to_array, name="optimizer")
+            memory = b"" if self.memory is None else state_to_bytes(self.memory, to_array)
+            kinds = [[key, array.dtype.str, array.shape] for key, array in arrays.items()]
+            told = json.dumps([tree, kinds, memory.hex()]).encode()
+            tree, kinds, memory_told = json.loads(_from_first(told, "hvdloss.elastic.optimizer"))
+            received = {}
+            for number, (key, dtype, shape) in enumerate(kinds):
+                received[key] = array = arrays[key] if hvd.rank() == 0 else np.empty(shape, dtype)
+                if array.size:
+                    flat = torch.from_numpy(array.reshape(-1).view(np.uint8))
+                    hvd.broadcast_(flat, 0, name=f"hvdloss.elastic.{number}")
+            self.value.load_state_dict(put_together(tree, received, from_array))
+            if memory_told and hasattr(self.value, "_hvdloss"):
+                memory = state_of_bytes(bytes.fromhex(memory_told), from_array)
+                # Ranks have come or gone, or this is the beginning.
+                self.value._hvdloss.remember(memory, same_ranks=False)
+            self.save()
+
+    class TorchState(theirs.TorchState):
+        """Horovod's; after local steps parameters are exchanged before they are kept."""
+
+        def save(self) -> None:
+            for handler in self._handlers.values():
+                if hasattr(handler.value, "_hvdloss"):
+                    handler.value.exchange()
+            super().save()
+
     ours = [(kind, Position) for kind in (ShardedLoader, StreamLoader, Uneven)]
-    state.set_handler_registry([*ours, *state.get_handler_registry()])
-    return watched
+    ours += [(torch.nn.Module, Model), (torch.optim.Optimizer, Optimizer)]
+    kinds = {kind for kind, _ in ours}
+    rest = [(kind, handler) for kind, handler in state.get_handler_registry() if kind not in kinds]
+    state.set_handler_registry([*ours, *rest])
+    names = {name: value for name, value in vars(theirs).items() if not name.startswith("_")}
+    run = runner(
+        run_fn=run_fn,
+        changed=HostsUpdatedInterrupt,
+        failed=HorovodInternalError,
+        shutdown=watched["shutdown"],
+        init=watched["init"],
+    )
+    return SimpleNamespace(**{**names, "TorchState": TorchState, "run": run})

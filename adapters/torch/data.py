@@ -88,6 +88,15 @@ class ShardedLoader:
         """Return how many steps this epoch still has, or the next one if it is over; equal on all ranks."""
         return self._upcoming().steps(self.batch_size)
 
+    def epochs(self, count: int) -> Iterator[int]:
+        """Give the numbers of the epochs that are left of so many, as often as a loop over each begins.
+
+        An interrupted run goes on in the middle of one: its number comes from the position, so that no epoch
+        is left out or done twice, wherever the position was taken.
+        """
+        while (number := self._upcoming().number) < count:
+            yield number
+
     def _upcoming(self) -> Epoch:
         """Return the epoch that the next batch is of."""
         if self.epoch.over and self.sharding.samples:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 import time
 import weakref
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -36,11 +34,9 @@ from hvdloss.torch.local import Stretch, share_memory
 from hvdloss.torch.objective import Objective
 from hvdloss.torch.ops import communicator_of
 from hvdloss.tuning import Tuning, choose, launched
+from hvdloss.world import following, next_number
 
 __all__ = ["DistributedOptimizer"]
-
-# Optimizers are told apart on the wire by the order of their construction in a process set.
-_counters: defaultdict[Any, Iterator[int]] = defaultdict(itertools.count)
 
 
 class _Engine:
@@ -81,7 +77,8 @@ class _Engine:
         self.synchronized = False
         self.should_synchronize = True
         self.names = self._named(optimizer, named_parameters)
-        self.name = f"hvdloss.{next(_counters[getattr(process_set, 'process_set_id', 0)])}"
+        # Optimizers are told apart on the wire by the order of their construction in a process set.
+        self.name = f"hvdloss.{next_number(('torch', getattr(process_set, 'process_set_id', 0)))}"
         self._plain_wire = Wire(process_set, Compression.none)  # for ledgers
         self._held_up = self._computed = 0.0
         self._ended: float | None = None  # when the last exchange was over
@@ -92,11 +89,14 @@ class _Engine:
         self._compressing = self.controller.act(AdaptiveCompression)
         self._proximal = self.controller.act(Proximal)
         self._stretch: Stretch | None = None
+        self.velocity: list[torch.Tensor] | None = None  # of the outer step, for the stretch to come
         self._local = False  # whether this step's gradients stay here
         self._due = False  # an exchange of parameters
         self.more = False  # whether this rank has more data after this step
         self.error: BaseException | None = None  # why it cannot go on
         self.heard = (0, False)  # how many tables of ledgers there were, and whether a rank had more
+        self.leaving: Callable[[], bool] = lambda: False  # whether this rank is to leave
+        self.wished: tuple[int, ...] = ()  # which ranks are, as all know
         self._idle = False  # whether this rank has nothing to update with
         self._active = False
         self._rows: list[torch.Tensor] = []
@@ -108,6 +108,46 @@ class _Engine:
             self._hook_parameters()
             objective.attach(self, passes)
             self.controller.begin(process_set.rank(), process_set.size(), anew=True)
+        following(self)
+
+    # -- other ranks, and going on ----------------------------------------------------------------
+
+    def renew(self) -> None:
+        """Forget what was of other ranks: the plan, what was under way, and what steps were measured in."""
+        self._table_ready = self._told_ready = None
+        self._forget_plan()
+        self._stretch = self._stretch_reference = None
+        self._begin_step()
+        self.synchronized = self._due = self._local = self._idle = False
+        self._reference, self._together = 1.0, 0.0
+        self._held_up = self._computed = 0.0
+        self._ended = None  # or the time without any ranks would be taken for computation
+        self.heard, self.wished = (0, False), ()
+        self.more, self.error = False, None
+        self.velocity = None
+        if included(hvd, self.process_set):
+            self.controller.begin(self.process_set.rank(), self.process_set.size(), anew=True)
+
+    def memory(self) -> dict[str, Any]:
+        """Return what a run that goes on needs besides the optimizer's own state; equal on all ranks.
+
+        To be asked for when parameters are equal: after :meth:`exchange`.
+        """
+        velocity = self.velocity if self._stretch is None else self._stretch.velocity
+        return {"steps": self.step_count, "terms": self.controller.memory(), "velocity": velocity}
+
+    def remember(self, memory: Any, *, same_ranks: bool) -> None:
+        """Go on from a :meth:`memory`; no collective.
+
+        Raises:
+            ConfigError: it is none.
+        """
+        if not isinstance(memory, dict) or not isinstance(memory.get("steps"), int):
+            raise ConfigError(f"memory={str(memory)[:200]} is not of a DistributedOptimizer")
+        self.controller.remember(memory["terms"], same_ranks=same_ranks)
+        self.step_count = memory["steps"]
+        self._stretch = None
+        self.velocity = memory["velocity"]
 
     # -- parameters and plan ----------------------------------------------------------------------
 
@@ -208,6 +248,7 @@ class _Engine:
             self._forget_plan()
         if self._local and self._stretch is None:
             self._stretch = Stretch(self.parameters(), self.name)
+            self._stretch.velocity, self.velocity = self.velocity, None
 
     @property
     def _apart(self) -> bool:
@@ -435,6 +476,7 @@ class _Engine:
             moved=moved,
             together=self._together,
             more=float(self.more),
+            leaving=float(self.leaving()),
         )
         table = torch.from_numpy(pack(own, rank, size).reshape(-1))
         width = self.controller.width
@@ -456,6 +498,7 @@ class _Engine:
         self._ledger_table = table.view(self.process_set.size(), WIDTH).cpu().numpy()
         ledgers = unpack(self._ledger_table)
         self.heard = (self.heard[0] + 1, any(ledger.more for ledger in ledgers))
+        self.wished = tuple(rank for rank, ledger in enumerate(ledgers) if ledger.leaving)
         if any(ledger.failed for ledger in ledgers):
             raise_together(self.communicator(), self.error, f"{self.name}.failed", f"step {step}")
         error = judge(ledgers, step)

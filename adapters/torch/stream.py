@@ -209,6 +209,21 @@ class StreamLoader:
         following = Epoch(self.sharding, self.ranks * self.lanes, self._turns.epoch.number + 1)
         return Turns(following, self.lanes, self.batch_size).steps
 
+    def epochs(self, count: int) -> Iterator[int]:
+        """Give the numbers of the epochs that are left of so many, as often as a loop over each begins.
+
+        An interrupted run goes on in the middle of one: its number comes from the position, so that no epoch
+        is left out or done twice, wherever the position was taken.
+        """
+        while (number := self._upcoming()) < count:
+            yield number
+
+    def _upcoming(self) -> int:
+        """Return the number of the epoch that the next batch is of."""
+        if self._turns is None:
+            return self._items.number + self._over
+        return self._turns.epoch.number + (self._given >= self._turns.steps)
+
     def __iter__(self) -> Iterator[Any]:
         """Give what is left of this epoch, or the next one."""
         if self._running is not None:

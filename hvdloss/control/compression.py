@@ -28,6 +28,8 @@ class AdaptiveCompression(Act):
     of = "communication"
     needs_link = True
 
+    remembers = ("on", "_seen")
+
     def __init__(self, gain: float = 0.1, *, every: int = 5) -> None:
         if not 0 < gain < 1:
             raise ConfigError(f"gain={gain!r} of AdaptiveCompression must lie between 0 and 1")

@@ -78,6 +78,7 @@ class SyncPeriod(Act):
 
     of = "communication"
     steps_alone = True
+    remembers = ("_chosen", "_step", "_first_loss", "_clock", "_due", "_spread", "_recent", "_computing")
 
     def __init__(
         self,

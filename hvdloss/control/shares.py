@@ -42,6 +42,8 @@ class BatchShares(Act):
     """
 
     of = "communication"
+    remembers = ("step",)
+    remembers_of_ranks = ("_before", "_from", "_plans", "_seconds")
 
     def __init__(
         self, batch_size: int, *, every: int = 10, gain: float = 0.05, least: int = 1, delay: int = 0

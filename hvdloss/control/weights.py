@@ -121,6 +121,8 @@ class RankWeights(Act):
 
     of = "skew"
 
+    remembers_of_ranks = ("shares", "losses", "factors")
+
     def __init__(
         self, kind: str = "dro", *, step: float = 0.01, q: float = 1.0, smoothing: float = 0.0
     ) -> None:
@@ -181,6 +183,8 @@ class Proximal(Act):
     """
 
     of = "skew"
+
+    remembers_of_ranks = ("mu",)
 
     def __init__(self, strength: float | None = None) -> None:
         if strength is not None and not 0 <= strength < math.inf:

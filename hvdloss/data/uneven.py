@@ -68,10 +68,12 @@ class Uneven(Generic[Batch]):
         self._template: Any = _END
         self._position: Any = None
         self._held: tuple[Any, BaseException | None] | None = None  # read ahead in a loop that was left
+        self._loop: object = None  # the one under way
 
     def __iter__(self) -> Iterator[Batch]:
         """Give this rank's batches, then empty ones until every rank is through."""
         signals = self._signals
+        this = self._loop = object()
         batches = iter(self.batches)
         ahead, error = self._held or self._fetch(batches)
         self._held, ended = None, False
@@ -108,9 +110,12 @@ class Uneven(Generic[Batch]):
                         f"optimizer.step() in the loop over hvd.uneven(...)"
                     )
         finally:
-            signals.tell(False)
-            if not ended:
-                self._give_back(batches, ahead, error)
+            # One that an error ended may be closed when another is under way, or a position was loaded.
+            if self._loop is this:
+                self._loop = None
+                signals.tell(False)
+                if not ended:
+                    self._give_back(batches, ahead, error)
 
     def _give_back(self, batches: Iterator[Batch], ahead: Any, error: BaseException | None) -> None:
         """Leave a loop before its end: the batch read ahead is the next loop's first."""
@@ -163,6 +168,10 @@ class Uneven(Generic[Batch]):
         self._template = without_rows(known[0], self._make) if told is None else cut(first, self._zero)
         return True
 
+    def epochs(self, count: int) -> Iterator[int]:
+        """Give the numbers of the epochs that are left of so many; see the loader's ``epochs``."""
+        return iter(self.batches.epochs(count))  # type: ignore[attr-defined]
+
     # -- position ---------------------------------------------------------------------------------
 
     def _note(self) -> None:
@@ -195,7 +204,7 @@ class Uneven(Generic[Batch]):
             raise UsageError(f"{type(self.batches).__name__} has no load_state_dict(), so no position")
         load(state)
         # In an elastic job there are ranks now that do not know what a batch is.
-        self._position, self._held, self._template = None, None, _END
+        self._position, self._held, self._template, self._loop = None, None, _END, None
 
 
 # -- what a batch looks like ----------------------------------------------------------------------

@@ -45,6 +45,10 @@ class CommunicationCost(Term):
 
     name = "communication"
     unit = "s"
+    remembers_of_ranks = (
+        *("link", "exposed", "waiting", "moving", "computation", "steps", "travel", "spread"),
+        *("_before", "_moved"),
+    )
 
     def __init__(
         self, price: float = 0.0, *, acts: Sequence[Act] = (), calibrate: bool | None = None

@@ -714,6 +714,16 @@ class Window:
         self._fresh: list[Array] = []  # arrays since the last renewal
         self._suffixes: list[Array] = []  # sums of the last 1, 2, ... arrays before it
 
+    def memory(self) -> dict[str, Any]:
+        """Return :meth:`state`."""
+        return self.state()
+
+    def remembered(self, state: Mapping[str, Any]) -> Window:
+        """Return a window like this one that holds what :meth:`memory` told of."""
+        new = Window(self.steps, self.half_life)
+        new.restore(state)
+        return new
+
     @property
     def total(self) -> Array | None:
         """The sum, a new array; None before the first array."""

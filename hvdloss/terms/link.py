@@ -240,6 +240,13 @@ class LinkModel:
             "samples": [[one.seconds, one.bytes, one.messages] for one in self._samples],
         }
 
+    memory = state
+
+    @classmethod
+    def remembered(cls, state: Mapping[str, Any]) -> LinkModel:
+        """Return the model of a :meth:`memory`; see :meth:`restore`."""
+        return cls.restore(state)
+
     @classmethod
     def restore(cls, state: Mapping[str, Any]) -> LinkModel:
         """Return the model whose :meth:`state` this is; it fits and predicts the same to the last bit.

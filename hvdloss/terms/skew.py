@@ -64,6 +64,8 @@ class DataSkew(Term):
     """
 
     name = "skew"
+    remembers = ("edges", "positions")
+    remembers_of_ranks = ("_window", "counts", "skew", "overall", "_sketches", "_sketched")
 
     def __init__(
         self,

@@ -1,6 +1,7 @@
 """Training well on many ranks: decisions from global numbers, seeds, mixing, learning rates."""
 
 from hvdloss.training.batches import TransformedBatches
+from hvdloss.training.checkpoint import Checkpoint, CheckpointWarning, Loaded
 from hvdloss.training.decisions import BestCheckpoint, EarlyStopping, merged_value
 from hvdloss.training.files import write_atomically
 from hvdloss.training.mixing import Mixed, mixup, partners
@@ -10,7 +11,10 @@ from hvdloss.training.seeds import generator_for, seed_for, seed_process
 __all__ = [
     "SCALING_RULES",
     "BestCheckpoint",
+    "Checkpoint",
+    "CheckpointWarning",
     "EarlyStopping",
+    "Loaded",
     "Mixed",
     "TransformedBatches",
     "Warmup",

@@ -32,7 +32,13 @@ def replace_durably(source: Path, path: str | os.PathLike[str]) -> None:
         os.close(folder)
 
 
-def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], Any]) -> None:
+def write_atomically(
+    path: str | os.PathLike[str],
+    write: Callable[[BinaryIO], Any],
+    *,
+    mode: int | None = None,
+    folder_mode: int = 0o777,
+) -> None:
     """Write a file whole or not at all: under another name, forced to disk, then renamed over `path`.
 
     Whoever reads `path` finds the former file or the new one, also where this process is killed meanwhile.
@@ -40,14 +46,23 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], A
     Args:
         path: where to; its folder is made if need be.
         write: is given the open binary file.
+        mode: of the file, whatever the umask says; None for the usual one.
+        folder_mode: of its folder, where that is made; the umask takes from it.
 
     Raises:
         OSError: the file cannot be written. This, or what `write` raises, leaves the former file as it was.
     """
     new = unfinished(path)
-    new.parent.mkdir(parents=True, exist_ok=True)
+    new.parent.mkdir(mode=folder_mode, parents=True, exist_ok=True)
+
+    def opened(name: str, flags: int) -> int:
+        # Not through a link that somebody else put there.
+        return os.open(name, flags | getattr(os, "O_NOFOLLOW", 0), 0o666 if mode is None else mode)
+
     try:
-        with open(new, "wb") as file:
+        with open(new, "wb", opener=opened) as file:
+            if mode is not None:  # what a killed writer left had another one, maybe
+                os.fchmod(file.fileno(), mode)
             write(file)
         replace_durably(new, path)
     except BaseException:

@@ -11,6 +11,7 @@ import pytest
 import tensorflow as tf
 
 import hvdloss.keras as hvd
+import hvdloss.tensorflow as tf_hvd
 from hvdloss.data import Shuffled
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
@@ -30,7 +31,17 @@ def given() -> dict[str, object]:
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1, activation="sigmoid")])
     model.compile(hvd.DistributedOptimizer(keras.optimizers.SGD(0.1)), hvd.Objective("mse"))
     dataset = tf.data.Dataset.from_tensor_slices((x, y)).batch(16)
-    names = {"x": x, "y": y, "w": np.ones(64), "model": model, "dataset": dataset}
+    data = hvd.ShardedDataset((x, y), Shuffled(64), 16)
+    checkpoint = hvd.Checkpoint("checkpoints", model=model)
+    names = {
+        "data": data,
+        "checkpoint": checkpoint,
+        "x": x,
+        "y": y,
+        "w": np.ones(64),
+        "model": model,
+        "dataset": dataset,
+    }
     return {**names, "keras": keras, "hvd": hvd, "Shuffled": Shuffled}
 
 
@@ -49,6 +60,9 @@ def _initialised(tmp_path, monkeypatch):
         ("training.md", "py", "ShardedDataset", "model.fit(data, verbose=0)"),
         ("metrics.md", "py", "synchronized", "assert 0 <= float(auc.result()) <= 1"),
         ("tensorflow.md", "python", "model.compile", ""),
+        ("elastic.md", "py", "checkpoint = hvd.Checkpoint", "assert checkpoint.load().step == 2"),
+        ("elastic.md", "py", "KerasState", "train(state)\nassert data.epoch.number == 1 and data.made == 4"),
+        ("elastic.md", "py", "PreemptionCallback", ""),
     ],
 )  # fmt: skip
 def test_snippets_for_keras(guide, kind, word, then):
@@ -56,6 +70,23 @@ def test_snippets_for_keras(guide, kind, word, then):
     names = given()
     exec(compile(block + "\n" + then, guide, "exec"), names)
     assert all(np.isfinite(w).all() for w in names["model"].get_weights())
+
+
+def test_elastic_loop_with_a_tape():
+    (block,) = blocks("elastic.md", "py", "TensorFlowState")
+    names = given()
+    w = tf.Variable(tf.ones((4, 1)))
+    objective = tf_hvd.Objective("mse")
+
+    def train_step(x, y):
+        with tf.GradientTape() as tape:
+            loss = objective(x @ w, y)
+        (g,) = tf_hvd.DistributedGradientTape(tape, objective).gradient(loss, [w])
+        w.assign_sub(0.1 * g)
+
+    names.update(hvd=tf_hvd, variables=[w], objective=objective, train_step=train_step)
+    exec(compile(block + "\ntrain(state)", "elastic.md", "exec"), names)
+    assert names["state"].step == 2 * 4
 
 
 def test_snippets_for_tensorflow(tmp_path):

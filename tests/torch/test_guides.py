@@ -83,6 +83,14 @@ def test_training():
     assert names["position"]["loader"]["epoch"] == 0
 
 
+def test_elastic():
+    names = run("elastic.md")
+    state, before = names["state"], names["checkpoint"].load()
+    assert state.step == 26  # what was left of three epochs of 13 steps
+    assert before.step == 10
+    assert before.values == {"note": "any values: numbers, strings, arrays"}
+
+
 def _text(guide: str) -> str:
     return (DOCS / guide).read_text()
 

@@ -1,0 +1,54 @@
+"""SIGTERM in loops of PyTorch."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from hvdloss.communicator import among
+from hvdloss.errors import ConfigError
+from hvdloss.torch._backend import hvd
+from hvdloss.torch.ops import communicator_of
+from hvdloss.training import preemption as core
+
+__all__ = ["Preemption"]
+
+
+class Preemption(core.Preemption):
+    """Notices SIGTERM on any rank, and has all ranks leave together after a step.
+
+    ::
+
+        leaving = hvd.Preemption(optimizer)
+        for x, y in loader:
+            optimizer.zero_grad()
+            objective(model(x), y).backward()
+            optimizer.step()
+            step += 1
+            if leaving():  # the same on all ranks
+                checkpoint.save(step)  # or state.commit(), in an elastic job
+                leaving.leave()
+
+    Args:
+        optimizer: from :func:`DistributedOptimizer` with an objective, in whose ledgers ranks tell; None to
+            tell in a small all-reduce in every call.
+        process_set: the ranks, without an optimizer; None for all.
+        options: ``signals``, ``status``: see :class:`hvdloss.training.preemption.Preemption`.
+
+    Raises:
+        ConfigError: an argument that cannot be used.
+        UsageError: this is not the main thread.
+
+    Collectives: none with an optimizer; else one all-reduce of a number per rank in every call.
+    """
+
+    def __init__(self, optimizer: Any = None, *, process_set: Any = None, **options: Any) -> None:
+        engine = getattr(optimizer, "_hvdloss", None)
+        if optimizer is not None and engine is None:
+            raise ConfigError(
+                f"optimizer={type(optimizer).__name__} is not from hvdloss.torch.DistributedOptimizer with "
+                f"an objective; leave it out to have ranks tell each other in a message of their own"
+            )
+        group = process_set if engine is None else engine.process_set
+        ranks = functools.partial(among, hvd, communicator_of, group)
+        super().__init__(engine, communicator=ranks, shutdown=hvd.shutdown, **options)

@@ -1,0 +1,69 @@
+"""Horovod's elastic jobs: what a function that is run again with other ranks needs."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from hvdloss.world import numbers_again, renew
+
+__all__ = ["runner"]
+
+
+def runner(
+    *,
+    run_fn: Callable[..., Any],
+    changed: type[Exception],
+    failed: type[Exception],
+    shutdown: Callable[[], Any],
+    init: Callable[[], Any],
+    lost: Callable[[Exception], bool] = lambda error: False,
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Return the decorator that runs a function again, from the last commit, when ranks come or go.
+
+    It is Horovod's ``elastic.run``, and sees to it besides that
+
+    - what was made for other ranks (plans, traced functions, measurements) is forgotten;
+    - what the function itself makes has the same names on the wire on ranks that stay, where it is made
+      again, and on ranks that have just come;
+    - where ranks were only added or taken away, by agreement of all, what was done until then counts, and
+      all ranks go on from rank 0's state, with what is left of the data shared out anew. (Horovod leaves
+      states alone where ranks were taken away, and data positions would stay those of the others.)
+
+    Args:
+        run_fn: ``horovod.common.elastic.run_fn``.
+        changed: ``HostsUpdatedInterrupt``.
+        failed: ``HorovodInternalError``.
+        shutdown, init: of the framework's Horovod module.
+        lost: whether an error of the framework means that ranks are gone.
+    """
+
+    def run(function: Callable[..., Any]) -> Callable[..., Any]:
+        def again_with_others() -> None:
+            shutdown()
+            init()
+            renew()
+
+        @functools.wraps(function)
+        def wrapper(state: Any, *args: Any, **kwargs: Any) -> Any:
+            with numbers_again() as numbers_begin_again:
+
+                @functools.wraps(function)
+                def once(state: Any, *args: Any, **kwargs: Any) -> Any:
+                    numbers_begin_again()
+                    try:
+                        return function(state, *args, **kwargs)
+                    except changed as interrupt:
+                        state.save()  # all ranks are at the same place, and still here
+                        raise changed(False) from interrupt
+                    except Exception as error:
+                        if lost(error):
+                            raise failed(str(error)) from error
+                        raise
+
+                return run_fn(once, again_with_others)(state, *args, **kwargs)
+
+        return wrapper
+
+    return run

@@ -1,0 +1,143 @@
+"""SIGTERM: the step is finished, the state is kept, and all ranks leave together.
+
+Schedulers announce the end of a job by SIGTERM and end it by SIGKILL some seconds later (Slurm: KillWait,
+30 s; Kubernetes: terminationGracePeriodSeconds, 30 s). It may come to one rank, or to all, at different
+moments. That it came rides in the ledger of the next step, so that all ranks know it after the same step,
+without a message more.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import Any, Protocol
+
+import numpy as np
+
+from hvdloss.communicator import Communicator, OneProcess
+from hvdloss.errors import ConfigError, UsageError
+
+__all__ = ["EXIT_STATUS", "Preemption", "Wishes"]
+
+#: What a shell tells of a process that SIGTERM ended. Schedulers take it for "ended, not done": Kubernetes
+#: starts a pod again (restartPolicy OnFailure); 0 would mean that training is complete.
+EXIT_STATUS = 128 + signal.SIGTERM
+
+
+class Wishes(Protocol):
+    """How ranks tell each other in their steps that they are to leave."""
+
+    leaving: Callable[[], bool]  # whether this rank is to leave; asked when the step's ledger is made
+
+    @property
+    def wished(self) -> tuple[int, ...]:
+        """Which ranks said so in the last step that was exchanged; the same on all ranks."""
+
+
+class Preemption:
+    """Notices SIGTERM, and tells in the steps of an optimizer; see the adapters' for an example.
+
+    A second SIGTERM changes nothing; SIGKILL ends a process at once, and costs what was done since the last
+    checkpoint.
+
+    Args:
+        wishes: how ranks tell each other; None for a small all-reduce in every call.
+        signals: what is noticed.
+        status: with which ranks exit.
+        communicator: gives the ranks when it is asked.
+        shutdown: Horovod's.
+
+    Raises:
+        ConfigError: an argument that cannot be used.
+        UsageError: this is not the main thread, where Python handles signals.
+    """
+
+    def __init__(
+        self,
+        wishes: Wishes | None,
+        *,
+        signals: Sequence[int] = (signal.SIGTERM,),
+        status: int = EXIT_STATUS,
+        communicator: Callable[[], Communicator] = OneProcess,
+        shutdown: Callable[[], Any] = lambda: None,
+    ) -> None:
+        if isinstance(status, bool) or not isinstance(status, int) or not 0 <= status <= 255:
+            raise ConfigError(f"status={status!r} must be an integer from 0 to 255")
+        if threading.current_thread() is not threading.main_thread():
+            raise UsageError("signals are handled in the main thread: make the Preemption there")
+        self.status = status
+        #: Whether this rank was told to leave.
+        self.asked = False
+        self._wishes, self._communicator, self._shutdown = wishes, communicator, shutdown
+        self._ranks: tuple[int, ...] = ()
+        self._before: dict[int, Any] = {}
+        if wishes is not None:
+            wishes.leaving = lambda: self.asked
+        for number in signals:
+            try:
+                self._before[number] = signal.signal(number, self._notice)
+            except (OSError, ValueError, TypeError) as error:
+                self.close()
+                raise ConfigError(f"signals: {number!r} cannot be handled: {error}") from error
+
+    def _notice(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+
+    def close(self) -> None:
+        """Handle signals as before."""
+        if self._wishes is not None:
+            self._wishes.leaving = lambda: False
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+
+    def __enter__(self) -> Preemption:
+        """Return it."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Handle signals as before."""
+        self.close()
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """Which ranks were told to leave, as all ranks know; of the last call."""
+        return self._ranks
+
+    def __call__(self) -> bool:
+        """Return whether to leave, the same on all ranks; to be called after every optimizer step.
+
+        Collectives: none with an optimizer; else one all-reduce of a number per rank.
+        """
+        if self._wishes is not None:
+            self._ranks = self._wishes.wished
+        else:
+            communicator = self._communicator()
+            told = np.zeros(communicator.size)
+            told[communicator.rank] = self.asked
+            heard = communicator.sum(told, "hvdloss.preemption")
+            self._ranks = tuple(int(rank) for rank in np.flatnonzero(heard))
+        return bool(self._ranks)
+
+    def leave(self, everyone: bool | None = None) -> None:
+        """End this process, after what was to be kept is kept: with the exit status `status`.
+
+        Args:
+            everyone: whether all ranks leave, or only those that were told to: the others go on from the
+                commit that was just made. None: all, but in an elastic job, where the machine of some ranks
+                goes away and the others stay.
+
+        Raises:
+            SystemExit: on ranks that leave.
+        """
+        if everyone is None:
+            everyone = os.environ.get("HOROVOD_ELASTIC") != "1"
+        if not everyone and not self.asked:
+            return
+        self._shutdown()
+        self.close()
+        sys.exit(self.status)

@@ -1,0 +1,69 @@
+"""The ranks there are, which in an elastic job change while it runs: who wants to know, and how many times.
+
+What is made once and used in many steps (plans, traced functions, names of messages) is good for the ranks
+that there were when it was made. Ranks that stay must forget it when the others change, or they would talk
+past those that have just come and made theirs.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+__all__ = ["Renewed", "following", "next_number", "number", "numbers_again", "renew"]
+
+
+class Renewed(Protocol):
+    """What is told of other ranks."""
+
+    def renew(self) -> None:
+        """Forget what was of the ranks there were; no collective, as not all may be here yet."""
+
+
+_following: weakref.WeakSet[Any] = weakref.WeakSet()
+_number = 0
+_counts: dict[Any, int] = {}
+
+
+def number() -> int:
+    """Return how many times the ranks have changed."""
+    return _number
+
+
+def following(one: Renewed) -> None:
+    """Have `one` told when the ranks have changed, as long as it lives."""
+    _following.add(one)
+
+
+def renew(*first: Callable[[], None]) -> None:
+    """Tell all that follow: the ranks are others now."""
+    global _number
+    _number += 1
+    for call in first:
+        call()
+    for one in list(_following):
+        one.renew()
+
+
+def next_number(kind: Any) -> int:
+    """Return 0, 1, 2, ...: things of a kind are told apart on the wire by the order of their making."""
+    count = _counts.get(kind, 0)
+    _counts[kind] = count + 1
+    return count
+
+
+@contextmanager
+def numbers_again() -> Iterator[Callable[[], None]]:
+    """Give a function that has numbers begin again where they are now.
+
+    What is made anew for other ranks has then the numbers it has on ranks that have just come.
+    """
+    before = dict(_counts)
+
+    def again() -> None:
+        _counts.clear()
+        _counts.update(before)
+
+    yield again
