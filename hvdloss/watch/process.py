@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 from pathlib import Path
 from typing import Any
 
-__all__ = ["end", "host", "identity"]
+__all__ = ["cut", "end", "host", "identity", "sockets"]
 
 
 def host() -> str:
@@ -34,6 +35,32 @@ def identity() -> dict[str, Any]:
     except (OSError, ValueError, IndexError):
         started = -1
     return {"pid": pid, "started": started, "host": host()}
+
+
+def sockets() -> dict[int, str]:
+    """Return this process's sockets: what the kernel calls each, by file descriptor."""
+    found = {}
+    with contextlib.suppress(OSError):
+        for name in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(OSError):
+                target = os.readlink(f"/proc/self/fd/{name}")
+                if target.startswith("socket:"):
+                    found[int(name)] = target
+    return found
+
+
+def cut(those: dict[int, str]) -> None:
+    """End the connections of these sockets, as far as they are still the same; they stay open.
+
+    Whoever waits on them, here or at the other end, is told at once.
+    """
+    now = sockets()
+    for number, target in those.items():
+        if now.get(number) != target:
+            continue
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(number)) as same:
+            if same.family in (socket.AF_INET, socket.AF_INET6):
+                same.shutdown(socket.SHUT_RDWR)
 
 
 def end(who: dict[str, Any], *, only_stopped: bool) -> bool:

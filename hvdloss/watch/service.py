@@ -56,6 +56,7 @@ _lock = threading.RLock()
 _member: Member | None = None
 _hub: Hub | None = None
 _pid = 0  # of the process that the two belong to; a forked child has none
+_connections: dict[int, str] = {}  # Horovod's
 _installed = False
 _before: Any = None  # the excepthook that was there
 
@@ -193,10 +194,13 @@ def begins_with(hvd: Any, communicator_of: Callable[[Any], Communicator]) -> dic
 
     @functools.wraps(hvd.init)
     def init(*args: Any, **kwargs: Any) -> Any:
+        global _connections
         anew = not hvd.is_initialized()  # calling it again is nothing, maybe on one rank alone
+        before = process.sockets()
         out = hvd.init(*args, **kwargs)
         if anew and hvd.is_initialized():
-            start(communicator_of(hvd.global_process_set), hvd.shutdown)
+            _connections = {k: v for k, v in process.sockets().items() if before.get(k) != v}
+            start(communicator_of(hvd.global_process_set), functools.partial(_abort, hvd.shutdown))
         return out
 
     @functools.wraps(hvd.shutdown)
@@ -207,12 +211,30 @@ def begins_with(hvd: Any, communicator_of: Callable[[Any], Communicator]) -> dic
     return {"init": init, "shutdown": shutdown}
 
 
+def _abort(shutdown: Callable[[], Any]) -> None:
+    """End what this process is blocked in."""
+    _disconnect()
+    shutdown()
+
+
+def _disconnect() -> None:
+    """End Horovod's connections, where a rank is gone that could not close its own.
+
+    Horovod waits on a dead connection until its time-out; and a rank that has given up, and begins anew,
+    leaves its old connections open, on which others wait as long.
+    """
+    member = _member
+    if member is not None and member.fault is not None and member.fault.kind in ("lost", "silent", "broken"):
+        process.cut(_connections)
+
+
 def stop(*, bye: bool = True) -> None:
     """End the watch of this process, if there is one; the others are told that this rank ended."""
     global _member, _hub, _pid
     with _lock:
         if _pid != os.getpid():
             return
+        _disconnect()
         member, hub = _member, _hub
         _member = _hub = None
         _pid = 0

@@ -18,10 +18,6 @@ sys.path.insert(0, str(HERE.parent))
 from job import EPOCHS, MOMENTUM, RATE, ROWS, table  # noqa: E402
 from ranks import environment, missing_controller  # noqa: E402
 
-# A stopped rank keeps its sockets, so that nobody notices without a watch over silent ranks. Flip this where
-# there is one that kills them.
-STOPPED_RANKS_ARE_KILLED = False
-
 TWO_HOSTS = ["localhost:2", "127.0.0.1:1"]  # names of this machine: Horovod gives up on a host as a whole
 
 
@@ -157,9 +153,8 @@ def test_a_rank_that_is_told_to_leave(tmp_path):
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("framework", ALL)
-def test_a_stopped_rank(framework, tmp_path):
+def test_a_stopped_rank(framework, tmp_path, monkeypatch):
     """SIGSTOP: a peer's watch ends the silent rank, and the rest is as with SIGKILL."""
-    if not STOPPED_RANKS_ARE_KILLED:
-        pytest.skip("needs a watch that kills silent ranks")
+    monkeypatch.setenv("HVDLOSS_WATCH_SILENCE", "8")
     lines = run(tmp_path, framework, [{"kind": "stop", "step": 4, "host": "127.0.0.1"}])
     assert check(tmp_path, lines)[3]["undone"] == 1
