@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from hvdloss import world
 from hvdloss.communicator import included
 from hvdloss.errors import ConfigError, ShapeError, UsageError
 
@@ -68,8 +69,9 @@ def numbered(what: str, process_set: Any) -> str:
 
     Counted per process set, for ranks need not be in the same sets. Numbers begin again after a while.
     """
-    number = next(_counters[what, getattr(process_set, "process_set_id", 0)]) % NUMBERS
-    return f"hvdloss.{what}.{number}"
+    # In an elastic job ranks that have just come have made no calls.
+    kind = what, getattr(process_set, "process_set_id", 0), world.number()
+    return f"hvdloss.{what}.{next(_counters[kind]) % NUMBERS}"
 
 
 def even_sizes(rows: int, size: int) -> list[int]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-__all__ = ["Renewed", "following", "next_number", "number", "numbers_again", "renew"]
+__all__ = ["Renewed", "following", "next_number", "number", "numbers_again", "numbers_from", "renew"]
 
 
 class Renewed(Protocol):
@@ -25,6 +25,7 @@ class Renewed(Protocol):
 _following: weakref.WeakSet[Any] = weakref.WeakSet()
 _number = 0
 _counts: dict[Any, int] = {}
+_first = 0
 
 
 def number() -> int:
@@ -49,9 +50,16 @@ def renew(*first: Callable[[], None]) -> None:
 
 def next_number(kind: Any) -> int:
     """Return 0, 1, 2, ...: things of a kind are told apart on the wire by the order of their making."""
-    count = _counts.get(kind, 0)
+    count = _counts.get(kind, _first)
     _counts[kind] = count + 1
     return count
+
+
+def numbers_from(first: int) -> None:
+    """Have all numbers begin here, on every rank: for who wants names that nobody had before."""
+    global _first
+    _first = first
+    _counts.clear()
 
 
 @contextmanager

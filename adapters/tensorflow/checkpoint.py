@@ -121,7 +121,9 @@ class _Variables:
     def variables(self) -> dict[str, Any]:
         """Return them."""
         # Keras numbers names by how many of a kind were made before, in this process.
-        names = [re.sub(r"_\d+(?=/|$)", "", str(getattr(v, "path", None) or v.name)) for v in self._variables]
+        names = [
+            re.sub(r"_\d+(?=[_/:]|$)", "", str(getattr(v, "path", None) or v.name)) for v in self._variables
+        ]
         return {f"{i}.{name}": v for i, (name, v) in enumerate(zip(names, self._variables, strict=True))}
 
     def state(self) -> Any:

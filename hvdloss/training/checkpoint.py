@@ -419,28 +419,26 @@ class Checkpoint:
 
     def _all_well(self, act: Callable[[], Any], what: str, tell: list[int] | None = None) -> list[Any]:
         """Do something on every rank; raise on all if it fails on one. Returns what ranks tell."""
-        told: list[Any] = ["", "", None]
+        told: list[Any] = ["", "", None, str(self.path)]  # which ranks may have under other names
         cause: Exception | None = None
         try:
             act()
         except Exception as error:  # raised on every rank below
             if type(error).__module__.startswith("horovod"):
                 raise  # ranks are gone: nobody hears
-            told, cause = [type(error).__name__, str(error), None], error
+            told[:2], cause = [type(error).__name__, str(error)], error
         else:
             told[2] = tell[0] if tell else None
         name = f"hvdloss.checkpoint.{what}"
         heard = [json.loads(one) for one in self._communicator().gather(json.dumps(told).encode(), name)]
-        for rank, (kind, text, _) in enumerate(heard):
+        for rank, (kind, text, _, path) in enumerate(heard):
             if not kind:
                 continue
             if kind == ConfigError.__name__:
                 raise ConfigError(f"rank {rank}: {text}") from cause
             text = text if kind == CheckpointError.__name__ else f"{kind}: {text}"
-            raise CheckpointError(
-                f"{str(self.path)!r}: rank {rank} could not {what} a checkpoint: {text}"
-            ) from cause
-        return [value for _, _, value in heard]
+            raise CheckpointError(f"{path!r}: rank {rank} could not {what} a checkpoint: {text}") from cause
+        return [one[2] for one in heard]
 
 
 # -- reading ----------------------------------------------------------------------------------------------

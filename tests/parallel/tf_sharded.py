@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import unittest
 from collections.abc import Callable
@@ -18,15 +17,14 @@ import hvdloss.keras as khvd
 import hvdloss.tensorflow as hvd
 from hvdloss.errors import AgreementError, ConfigError, HvdlossError, ShapeError
 from hvdloss.tensorflow.collectives import copy_to_ranks
+from hvdloss.world import numbers_from
 
 EXACT = 1e-11
 
 
 def before_case(number: int) -> None:
     """Give every case its own names on the wire, and Keras its own."""
-    from hvdloss.keras import optimizer
-
-    optimizer._counter = itertools.count(1000 * (number + 1))
+    numbers_from(1000 * (number + 1))
     keras.backend.clear_session()
     keras.config.set_floatx("float64")
 

@@ -25,15 +25,14 @@ from hvdloss.control import (
 from hvdloss.errors import ConfigError, NonFiniteLossError, UsageError, WeightError
 from hvdloss.term import Decision
 from hvdloss.terms.distributions import divergences
+from hvdloss.world import numbers_from
 
 CLASSES = 4
 
 
 def before_case(number: int) -> None:
     """Give every case its own names on the wire, whatever an earlier one left behind."""
-    from hvdloss.keras import optimizer
-
-    optimizer._counter = itertools.count(1000 * (number + 1))
+    numbers_from(1000 * (number + 1))
 
 
 def batch_of(rank: int, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

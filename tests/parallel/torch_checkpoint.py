@@ -31,7 +31,7 @@ class Run:
         torch.manual_seed(5)
         self.model = torch.nn.Sequential(
             torch.nn.Linear(3, 8, dtype=torch.float64),
-            torch.nn.BatchNorm1d(8, dtype=torch.float64, track_running_stats=False),
+            torch.nn.LayerNorm(8, dtype=torch.float64),
             torch.nn.Dropout(0.2),
             torch.nn.Linear(8, 2, dtype=torch.float64),
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -15,7 +14,7 @@ import torch.nn.functional as F
 
 import hvdloss.torch as hvd
 from hvdloss.torch.ops import HorovodCommunicator
-from hvdloss.torch.optimizer import _counters
+from hvdloss.world import numbers_from
 
 EXACT = {torch.float64: 1e-12, torch.float32: 1e-5}
 PLAIN_IS_WRONG = 1e-3  # below this a split would not tell exact from averaged
@@ -27,9 +26,7 @@ def before_case(number: int) -> None:
     On three ranks nearly every gradient travels by itself, elsewhere in buckets: both ways see all cases.
     """
     os.environ["HVDLOSS_ALONE_MB"] = "0.0001" if hvd.size() == 3 else "4"
-    start = 1000 * (number + 1)
-    _counters.clear()
-    _counters.default_factory = lambda: itertools.count(start)
+    numbers_from(1000 * (number + 1))
 
 
 def generator(seed: int) -> torch.Generator:
