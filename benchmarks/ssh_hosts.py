@@ -34,7 +34,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,7 +80,8 @@ mount --bind /run/rig/hosts /etc/hosts
 # Where the machine's root account is locked, sshd would refuse a key as well.
 if [ -e /etc/shadow ]; then mount --bind /run/rig/shadow /etc/shadow; fi
 if [ -n "$tunnel" ]; then
-    ip link add wg0 type wireguard 2>/dev/null || LOG_LEVEL=error wireguard-go wg0 >/run/rig/wireguard.log 2>&1
+    export LOG_LEVEL=error
+    ip link add wg0 type wireguard 2>/dev/null || wireguard-go wg0 >/run/rig/wireguard.log 2>&1
     wg setconf wg0 /run/rig/wg.conf
     ip address add "$tunnel" dev wg0
     ip link set dev wg0 mtu 1420 up
@@ -214,7 +214,7 @@ class Capture:
         return sum(map(len, self.frames))
 
     def kinds(self) -> dict[str, int]:
-        """Return the number of frames by what they are: "arp", "tcp", "udp/PORT" (the lower port), "other"."""
+        """Return the number of frames by kind: "arp", "tcp", "udp/PORT" (the lower of two), "other"."""
         out: dict[str, int] = {}
         for frame in self.frames:
             kind = "other"
@@ -241,9 +241,9 @@ class SshHosts(Hosts):
     Args:
         count: how many hosts, 1 to 200.
         rate_mbit: megabits per second of each host's link; None for no limit.
-        encrypted: join the hosts by WireGuard, the kernel's or wireguard-go. Names then stand for addresses in
-            the tunnel, and ssh, rendezvous and ranks use it.
-        alive_s: seconds of silence after which ssh, and so horovodrun, gives up a host (ServerAliveInterval).
+        encrypted: join the hosts by WireGuard, the kernel's or wireguard-go. Names then stand for addresses
+            in the tunnel, and ssh, rendezvous and ranks use it.
+        alive_s: seconds of silence after which ssh, and so horovodrun, gives a host up (ServerAliveInterval).
 
     Attributes:
         names: what hosts are called in ``horovodrun -H``: host0, host1, ...

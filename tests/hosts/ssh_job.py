@@ -19,6 +19,7 @@ import numpy as np
 from sklearn.datasets import load_digits
 
 STEPS = 16
+PATTERN = b"GRADIENTGRADIENT"
 BATCH = 60
 
 
@@ -68,11 +69,25 @@ class Job:
         )
 
 
+def meet(folder: Path) -> None:
+    """Wait until all ranks have imported what they need: Gloo's timeout, short here, holds from now on."""
+    env = os.environ
+    rank = env.get("OMPI_COMM_WORLD_RANK") or env.get("HOROVOD_RANK") or "0"
+    size = int(env.get("OMPI_COMM_WORLD_SIZE") or env.get("HOROVOD_SIZE") or 1)
+    (folder / f"here-{rank}").touch()
+    until = time.monotonic() + 90
+    while len(list(folder.glob("here-*"))) < size:
+        if time.monotonic() > until:
+            raise SystemExit("the other ranks did not come")
+        time.sleep(0.02)
+
+
 def torch_job(args: argparse.Namespace) -> Job:
     import torch
 
     import hvdloss.torch as hvd
 
+    meet(args.folder)
     hvd.init()
     torch.set_num_threads(1)
     job = Job(args, hvd.rank(), hvd.size())
@@ -106,6 +121,7 @@ def keras_job(args: argparse.Namespace) -> Job:
 
     import hvdloss.keras as hvd
 
+    meet(args.folder)
     hvd.init()
     keras.config.set_floatx("float64")
     job = Job(args, hvd.rank(), hvd.size())
@@ -126,9 +142,29 @@ def keras_job(args: argparse.Namespace) -> Job:
         for shape, dtype in (((64,), tf.float64), ((), tf.int64), ((), tf.float64))
     )
     data = tf.data.Dataset.from_generator(batches, output_signature=spec)
-    losses: list[float] = []
-    tell(job, lambda: losses.extend(model.fit(data, verbose=0).history["loss"]))
-    job.done([v.numpy() for v in model.trainable_variables], losses)
+    tell(job, lambda: model.fit(data, verbose=0))
+    job.done([v.numpy() for v in model.trainable_variables], [])
+    return job
+
+
+def pattern_job(args: argparse.Namespace) -> Job:
+    """Make one step whose gradient's bytes on the wire are known: the input, times a weight of 1."""
+    import torch
+
+    import hvdloss.torch as hvd
+
+    meet(args.folder)
+    hvd.init()
+    job = Job(args, hvd.rank(), hvd.size())
+    x = torch.from_numpy(np.frombuffer(PATTERN * 10_000).copy())[None]
+    model = torch.nn.Linear(x.shape[1], 1, bias=False).double()
+    objective = hvd.Objective(lambda prediction, target: prediction[:, 0])
+    optimizer = hvd.DistributedOptimizer(
+        torch.optim.SGD(model.parameters(), lr=1.0), model.named_parameters(), objective
+    )
+    objective(model(x), torch.zeros(1)).backward()
+    optimizer.step()
+    job.done([next(model.parameters()).grad[0, :10].numpy()], [])
     return job
 
 
@@ -145,11 +181,11 @@ def tell(job: Job, train: Any) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("framework", choices=["torch", "keras"])
+    parser.add_argument("framework", choices=["torch", "keras", "pattern"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--stop", type=int, action="append", default=[], help="a step to wait in")
     args = parser.parse_args()
-    {"torch": torch_job, "keras": keras_job}[args.framework](args)
+    {"torch": torch_job, "keras": keras_job, "pattern": pattern_job}[args.framework](args)
 
 
 if __name__ == "__main__":

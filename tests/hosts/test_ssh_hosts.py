@@ -37,6 +37,7 @@ MARGIN_S = 30.0  # on top, for a busy machine
 reason = ssh_available()
 tunnel_reason = wireguard_available()
 HAVE = {name: importlib.util.find_spec(name) is not None for name in ("horovod", "torch", "keras")}
+PATTERN = b"GRADIENTGRADIENT"  # of ssh_job.py
 JOB = str(Path(__file__).with_name("ssh_job.py"))
 ELASTIC_JOB = str(Path(__file__).with_name("ssh_elastic_job.py"))
 
@@ -44,14 +45,16 @@ pytestmark = [
     pytest.mark.hosts,
     pytest.mark.timeout(240),
     pytest.mark.skipif(
-        reason is not None, reason=f"nothing across hosts with ssh is tested, these tests are SKIPPED: {reason}"
+        reason is not None,
+        reason=f"nothing across hosts with ssh is tested, these tests are SKIPPED: {reason}",
     ),
     pytest.mark.skipif(not all(HAVE.values()), reason=f"Horovod and both frameworks: {HAVE}"),
 ]
 needs_tunnel = pytest.mark.skipif(
     tunnel_reason is not None, reason=f"the encrypted data plane is NOT TESTED: {tunnel_reason}"
 )
-ENV = {"OMP_NUM_THREADS": "1", "HOROVOD_GLOO_TIMEOUT_SECONDS": str(GLOO_TIMEOUT_S)}
+ENV = {"OMP_NUM_THREADS": "1"}
+SHORT = {**ENV, "HOROVOD_GLOO_TIMEOUT_SECONDS": str(GLOO_TIMEOUT_S)}
 #: As many seconds for Open MPI's daemons; by itself it would wait for minutes.
 MPI_PATIENCE = (
     "--mca oob_tcp_keepalive_time 5 --mca oob_tcp_keepalive_intvl 1 --mca oob_tcp_keepalive_probes 5"
@@ -63,7 +66,7 @@ def read(folder: Path, name: str, rank: int) -> dict | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def wait_for(path: Path, seconds: float, job: Job) -> None:
+def wait_for(path: Path, job: Job, seconds: float = 90.0) -> None:
     until = time.monotonic() + seconds
     while not path.exists():
         assert job.running, job.output[-4000:]
@@ -157,12 +160,12 @@ def test_a_slow_link_and_a_short_cut_cost_time_only(
     with SshHosts(2) as hosts:
         command = [sys.executable, JOB, framework, str(tmp_path), "--stop", "4", "--stop", "8"]
         job = hosts.launch(command, controller=controller, env=ENV)
-        wait_for(tmp_path / "in-step-4", 60, job)
+        wait_for(tmp_path / "in-step-4", job)
         hosts.cut(1)
         (tmp_path / "go-4").touch()
         time.sleep(cut_s)
         hosts.mend(1)
-        wait_for(tmp_path / "in-step-8", 60, job)
+        wait_for(tmp_path / "in-step-8", job)
         hosts.set_rate(rate)
         (tmp_path / "go-8").touch()
         assert job.wait(90) == 0, job.output[-4000:]
@@ -200,8 +203,8 @@ def inflict(framework: str, controller: str, fault: str, folder: Path, record_pr
     step = 5
     with SshHosts(2, alive_s=10 * GLOO_TIMEOUT_S) as hosts:
         command = [sys.executable, JOB, framework, str(folder), "--stop", str(step)]
-        job = hosts.launch(command, controller=controller, env=ENV, mpi_args=MPI_PATIENCE)
-        wait_for(folder / f"in-step-{step}", 60, job)
+        job = hosts.launch(command, controller=controller, env=SHORT, mpi_args=MPI_PATIENCE)
+        wait_for(folder / f"in-step-{step}", job)
         {"link cut": hosts.cut, "host killed": hosts.kill}[fault](1)
         began = time.monotonic()
         (folder / f"go-{step}").touch()
@@ -209,11 +212,14 @@ def inflict(framework: str, controller: str, fault: str, folder: Path, record_pr
         ended = {rank: ended_at(folder, rank, began + GLOO_TIMEOUT_S + MARGIN_S) for rank in left}
         errors = {rank: read(folder, "error", rank) for rank in left}
         knew = {
-            rank: min([t for t in (ended[rank], (errors[rank] or {}).get("time")) if t is not None], default=None)
+            rank: min(
+                [t for t in (ended[rank], (errors[rank] or {}).get("time")) if t is not None], default=None
+            )
             for rank in left
         }
-        found = {rank: errors[rank] and f"{errors[rank]['kinds'][0]}: {errors[rank]['message']}" for rank in left}
-        print(fault, framework, controller, {r: k and k - began for r, k in knew.items()}, found)
+        found = {
+            rank: errors[rank] and f"{errors[rank]['kinds'][0]}: {errors[rank]['message']}" for rank in left
+        }
         assert None not in knew.values(), f"ranks that did not end in time: {knew}; {job.output[-4000:]}"
         assert all(read(folder, "done", rank) is None for rank in left)
         if controller == "gloo":
@@ -226,7 +232,6 @@ def inflict(framework: str, controller: str, fault: str, folder: Path, record_pr
         if fault == "link cut":
             hosts.mend(1)  # horovodrun ends what it can reach
         status = job.wait(GLOO_TIMEOUT_S + MARGIN_S)
-        print("status", status, job.output[-3000:])
         assert status, f"horovodrun ended with {status}; {job.output[-4000:]}"
         check_nothing_runs(hosts)
     report(
@@ -250,6 +255,294 @@ def ended_at(folder: Path, rank: int, until: float) -> float | None:
                 return time.monotonic()
             time.sleep(0.02)
     return None
+
+
+# Hosts
+
+
+ROWS = 600
+
+
+def test_a_killed_host_comes_back_and_no_row_is_lost(tmp_path: Path, record_property) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rng = np.random.default_rng(0)
+    columns = {f"x{i}": rng.normal(size=ROWS) for i in range(3)}
+    table = {"id": np.arange(ROWS), "y": rng.normal(size=ROWS), **columns}
+    pq.write_table(pa.table(table), tmp_path / "rows.parquet", row_group_size=7)
+    with SshHosts(3, alive_s=2) as hosts:
+        discover = tmp_path / "discover.sh"  # whoever lets us in
+        discover.write_text(
+            f"#!/bin/sh\nfor host in {' '.join(hosts.names)}; do\n"
+            "    ssh -o ConnectTimeout=1 $host true 2>/dev/null && echo $host:1\ndone\nexit 0\n"
+        )
+        discover.chmod(0o755)
+        job = hosts.launch(
+            [sys.executable, ELASTIC_JOB, str(tmp_path)],
+            controller="elastic",
+            options=[
+                *("-np", "3", "--min-np", "2", "--max-np", "3", "--host-discovery-script", str(discover)),
+                *("--blacklist-cooldown-range", "1", "3", "--elastic-timeout", "60"),
+            ],
+            env=SHORT,
+        )
+        wait_for(tmp_path / "in-step", job)
+        hosts.kill(1)
+        killed = time.monotonic()
+        wait_for(tmp_path / "went-on", job)
+        hosts.revive(1)
+        revived = time.monotonic()
+        assert job.wait(120) == 0, job.output[-6000:]
+        check_nothing_runs(hosts)
+    logs = {path: path.read_text().splitlines() for path in tmp_path.glob("log-*")}
+    lines = [json.loads(line) for log in logs.values() for line in log]
+    again = [line for line in lines if line["size"] == 2]
+    assert min(line["step"] for line in again) == 3  # the last commit
+    # What was done after the last commit before the loss was undone, and done again by two; no other step
+    # was done twice.
+    undone = {line["step"] for line in again}
+    used = again + [line for line in lines if line["size"] == 3 and line["step"] not in undone]
+    assert collections.Counter(i for line in used for i in line["ids"]) == collections.Counter(range(ROWS))
+    came_back = [line for line in used if line["size"] == 3 and line["step"] > max(undone)]
+    assert len(came_back) == 3 * len({line["step"] for line in came_back}) > 0
+    assert len(list(tmp_path.glob("log-host1-*"))) == 2  # a process before, another after
+    exact(tmp_path, used, columns, table["y"])
+    errors = [json.loads(path.read_text().splitlines()[0]) for path in tmp_path.glob("error-*")]
+    assert len(errors) == 2
+    assert all(KNOWN_AS & set(error["kinds"]) for error in errors), errors
+    knew = max(error["time"] for error in errors) - killed
+    assert knew < GLOO_TIMEOUT_S + MARGIN_S
+    resumed = min(line["time"] for line in again) - killed
+    joined = min(line["time"] for line in came_back) - revived
+    record_property(
+        "seconds until known, until training went on, from power to training", [knew, resumed, joined]
+    )
+    report(
+        fault="host killed and brought back",
+        framework="torch",
+        controller="elastic",
+        repeats=1,
+        seconds=round(knew, 2),
+        lost="nothing",
+        error=f"{errors[0]['kinds'][0]}: {errors[0]['message']}",
+        resumed=round(resumed, 2),
+        rejoined=round(joined, 2),
+    )
+
+
+def exact(folder: Path, used: list[dict], columns: dict, y: np.ndarray) -> None:
+    """Compare with one process that made the same steps of the same global batches."""
+    import torch
+
+    inputs = torch.from_numpy(np.stack(list(columns.values()), 1))
+    targets = torch.from_numpy(y)[:, None]
+    one = torch.nn.Linear(3, 1, dtype=torch.float64)
+    for p in one.parameters():
+        torch.nn.init.zeros_(p)
+    optimizer = torch.optim.SGD(one.parameters(), lr=0.02, momentum=0.9)
+    for step in range(max(line["step"] for line in used) + 1):
+        ids = [i for line in used if line["step"] == step for i in line["ids"]]
+        optimizer.zero_grad()
+        ((one(inputs[ids]) - targets[ids]) ** 2).mean().backward()
+        optimizer.step()
+    trained = torch.load(folder / "model.pt")
+    for name, value in one.state_dict().items():
+        torch.testing.assert_close(trained[name], value, rtol=1e-12, atol=1e-14)
+
+
+# What a stranger at the switch sees
+
+
+def test_without_a_tunnel_gradients_are_read_on_the_wire(tmp_path: Path) -> None:
+    capture = wire(tmp_path, "gloo", encrypted=False)
+    assert capture.seen(PATTERN) > 0
+    assert capture.seen(b"HTTP/1.") > 0  # the rendezvous
+    assert "tcp" in capture.kinds()
+
+
+@needs_tunnel
+@pytest.mark.parametrize("controller", ["gloo", "mpi"])
+def test_through_the_tunnel_only_its_packets_are_on_the_wire(controller: str, tmp_path: Path) -> None:
+    capture = wire(tmp_path, controller, encrypted=True)
+    assert capture.seen(PATTERN) == capture.seen(b"GRADIENT") == capture.seen(b"HTTP/1.") == 0
+    assert set(capture.kinds()) <= {"arp", f"udp/{module.TUNNEL_PORT}"}
+    assert capture.size > 10_000 * len(PATTERN)  # the gradient was there, after all
+
+
+def wire(folder: Path, controller: str, *, encrypted: bool) -> module.Capture:
+    """Capture what passes host 1's port while two ranks make one step with a known gradient."""
+    with SshHosts(2, encrypted=encrypted) as hosts, hosts.capture(1) as capture:
+        hosts.horovodrun([sys.executable, JOB, "pattern", str(folder)], controller=controller, env=ENV)
+    expected = np.frombuffer(PATTERN * 5)  # the mean of equal gradients
+    for rank in range(2):
+        found = read(folder, "done", rank)
+        assert found is not None
+        assert found["host"] == f"host{rank}"
+        np.testing.assert_allclose(found["parameters"][0], expected, rtol=1e-12)
+    return capture
+
+
+# The rig itself
+
+
+def ask(hosts: SshHosts, host: int, *command: str) -> subprocess.CompletedProcess:
+    return subprocess.run(hosts.command(host, command), capture_output=True, text=True, timeout=30)
+
+
+def test_ssh_takes_the_rigs_key_and_trusts_the_rigs_hosts_only() -> None:
+    with SshHosts(2) as hosts:
+        assert (
+            ask(hosts, 0, "/run/rig/bin/ssh", "host1", "hostname; echo $TMPDIR").stdout == "host1\n/run/tmp\n"
+        )
+        # As Horovod calls it, with a host key that is not known.
+        known = hosts._path(0, "known_hosts")
+        kept = known.read_text()
+        known.write_text(kept.replace(kept.splitlines()[1].split()[2], kept.splitlines()[0].split()[2]))
+        call = ("/run/rig/bin/ssh", "-o", "StrictHostKeyChecking=no", "host1", "true")
+        assert "Host key verification failed" in ask(hosts, 0, *call).stderr
+        known.write_text(kept)
+        assert ask(hosts, 0, *call).returncode == 0
+        # No other key, no password, and nobody but root.
+        assert (
+            ask(hosts, 0, "ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", "/run/tmp/other").returncode
+            == 0
+        )
+        for more in (
+            ("-o", "IdentityFile=none", "-i", "/run/tmp/other"),
+            ("-o", "PubkeyAuthentication=no", "-o", "PreferredAuthentications=password,keyboard-interactive"),
+        ):
+            config = (
+                "ssh",
+                "-F",
+                "none",
+                "-o",
+                "UserKnownHostsFile=/run/rig/known_hosts",
+                "-o",
+                "BatchMode=yes",
+            )
+            refused = ask(hosts, 0, *config, *more, "root@host1", "true")
+            assert "Permission denied (publickey)" in refused.stderr, refused
+        assert (
+            "Permission denied" in ask(hosts, 0, "/run/rig/bin/ssh", "-l", "nobody", "host1", "true").stderr
+        )
+        assert ask(hosts, 1, "sh", "-c", "ls /run/rig/key").returncode != 0  # only host 0 calls others
+
+
+def test_keys_and_settings_are_roots_alone_and_go_with_the_rig() -> None:
+    with SshHosts(2, encrypted=tunnel_reason is None) as hosts:
+        folder = Path(hosts._folder.name)
+        assert folder.stat().st_mode & 0o077 == 0
+        for path in folder.glob("host*/**/*"):
+            if path.name not in ("hosts", "first.log", "sshd.log", "wireguard.log") and path.suffix != ".pub":
+                assert path.stat().st_mode & 0o077 == 0, path
+        pids = [pid for host in range(2) for pid in hosts.processes(host)]
+        assert len(pids) >= 4
+    assert not folder.exists()
+    check_traces(os.getpid(), pids)
+
+
+def check_traces(pid: int, pids: list[int]) -> None:
+    """Check that a rig which this process made has left no namespace, mount or process."""
+    assert not list(Path("/run/netns").glob(f"hvdloss-{pid}-*"))
+    until = time.monotonic() + 10
+    while left := [one for one in pids if Path(f"/proc/{one}/ns/pid").exists() and ns(one) != ns("self")]:
+        assert time.monotonic() < until, left
+        time.sleep(0.05)
+
+
+def ns(pid: object) -> str:
+    try:
+        return os.readlink(f"/proc/{pid}/ns/pid")
+    except OSError:
+        return os.readlink("/proc/self/ns/pid")
+
+
+def test_a_killed_host_says_nothing_and_comes_back_empty() -> None:
+    with SshHosts(2, 100) as hosts:
+        assert ask(hosts, 1, "touch", "/run/tmp/mark").returncode == 0
+        sleeper = subprocess.Popen(hosts.command(1, ["sleep", "602"]))
+        pids = list(hosts.processes(1))
+        with pytest.raises(ConfigError, match="host=1 is up"):
+            hosts.revive(1)
+        hosts.kill(1)
+        assert sleeper.wait(10) != 0
+        check_traces(-1, pids)
+        assert not hosts.up(1)
+        assert hosts.processes(1) == {}
+        with pytest.raises(HostsError, match="host1 is down"):
+            hosts.command(1, ["true"])
+        refused = ask(hosts, 0, "/run/rig/bin/ssh", "-o", "ConnectTimeout=1", "host1", "true")
+        assert "timed out" in refused.stderr or "No route" in refused.stderr, refused
+        hosts.revive(1)
+        assert ask(hosts, 0, "/run/rig/bin/ssh", "host1", "ls /run/tmp").stdout == ""
+        hosts.cut(1)
+        assert ask(hosts, 0, "/run/rig/bin/ssh", "-o", "ConnectTimeout=1", "host1", "true").returncode == 255
+        hosts.mend(1)
+        assert ask(hosts, 0, "/run/rig/bin/ssh", "host1", "true").returncode == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_nothing_is_left_when_the_program_is_ended(number: int, tmp_path: Path) -> None:
+    program = (
+        # Started in the background, as by CI, a shell's children ignore SIGINT.
+        "import signal, subprocess\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from hvdloss.benchmarks.ssh_hosts import SshHosts\n"
+        "with SshHosts(2) as hosts:\n"
+        "    one = subprocess.Popen(hosts.command(1, ['sleep', '603']), stdout=subprocess.DEVNULL)\n"
+        "    while 'sleep 603' not in hosts.processes(1).values(): pass\n"
+        "    print(*(pid for host in range(2) for pid in hosts.processes(host)), flush=True)\n"
+        "    signal.pause()\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+    )
+    pids = [int(pid) for pid in process.stdout.readline().split()]
+    assert len(pids) >= 5
+    process.send_signal(number)
+    process.wait(30)
+    process.stdout.close()
+    if number == signal.SIGKILL:  # names and files are left, but nothing that runs
+        check_traces(-1, pids)
+        for path in Path("/run/netns").glob(f"hvdloss-{process.pid}-*"):
+            subprocess.run(["ip", "netns", "delete", path.name], check=True)
+    else:
+        check_traces(process.pid, pids)
+        assert not list(tmp_path.glob("hvdloss-hosts-*"))
+
+
+def test_a_job_that_fails_is_told_with_its_last_words() -> None:
+    with SshHosts(2) as hosts:
+        with pytest.raises(HostsError, match=r"ended with status 1; its last words:(.|\n)*alas"):
+            hosts.horovodrun(["sh", "-c", "echo alas; exit 3"])
+        for wrong, named in [
+            ({"controller": "ssh"}, "controller="),
+            ({"ranks_per_host": 0}, "ranks_per_host=0"),
+        ]:
+            with pytest.raises(ConfigError, match=named):
+                hosts.launch(["true"], **wrong)
+        with pytest.raises(ConfigError, match="command="):
+            hosts.launch([])
+
+
+def test_what_cannot_be_used_is_named() -> None:
+    with pytest.raises(ConfigError, match="alive_s=0"):
+        SshHosts(2, alive_s=0)
+    with pytest.raises(HostsError, match="inside"):
+        SshHosts(2).launch(["true"])
+    with pytest.raises(HostsError, match="inside"):
+        SshHosts(2).cut(0)
+
+
+def test_where_there_is_no_ssh_the_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_SEARCH", "")
+    assert ssh_available() == "`sshd` is not installed (Debian: openssh-server)"
+    assert wireguard_available() == "`wg` is not installed (Debian: wireguard-tools)"
+    with pytest.raises(HostsError, match="no hosts with ssh can be made here: `sshd`"), SshHosts(2):
+        pass
 
 
 def report(**what: object) -> None:
