@@ -13,8 +13,8 @@
     with SshHosts(2, encrypted=True) as hosts: ...                 # all that ranks say goes through WireGuard
 
 On top of what a host of :class:`~hvdloss.benchmarks.hosts.Hosts` has, one of these has process numbers of
-its own, so that all of it ends at once; its own /run, /dev/shm and /etc/hosts; an sshd with its own host
-key that takes one public key and nothing else. `horovodrun` is started on host 0, reaches the others by
+its own, so that all of it ends at once; its own /run, /dev/shm, /etc/hosts and home; an sshd with its own
+host key that takes one public key and nothing else. `horovodrun` is started on host 0, reaches the others by
 ssh alone, and accepts only the host keys that the rig made. Files are the machine's, so programs are the
 same everywhere. Needs root on Linux, openssh and, for `encrypted`, WireGuard's tools
 (:func:`ssh_available`, :func:`wireguard_available` say why not).
@@ -60,7 +60,8 @@ TUNNEL_PORT = 51820  # in each host's own namespace
 START_S = 20.0  # for a host to come up
 #: What a program on a host is given of this process's environment: horovodrun hands all that it has to
 #: every rank, on ssh's command line.
-INHERITED = ("PATH", "HOME", "LANG", "LC_ALL", "PYTHONPATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV")
+INHERITED = ("PATH", "LANG", "LC_ALL", "PYTHONPATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV")
+_OWN = {"HOME": "/run/home", "TMPDIR": "/run/tmp"}
 # Debian keeps sshd and others where an ordinary PATH does not look.
 _SEARCH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
 
@@ -71,12 +72,14 @@ folder=$1 name=$2 sshd=$3 tunnel=$4
 hostname "$name"
 mount -t tmpfs -o mode=755 hvdloss "$folder/run"
 mkdir -m 755 "$folder/run/sshd" "$folder/run/wireguard"
-mkdir -m 700 "$folder/run/rig"
+mkdir -m 700 "$folder/run/rig" "$folder/run/home"
 mkdir -m 1777 "$folder/run/tmp"
 mount --bind "$folder/$name" "$folder/run/rig"
 mount --rbind "$folder/run" /run
 mount -t tmpfs -o mode=1777 hvdloss /dev/shm
 mount --bind /run/rig/hosts /etc/hosts
+# A home and a shell without start-up files of the user's, which may do anything and write anywhere.
+mount --bind /run/rig/passwd /etc/passwd
 # Where the machine's root account is locked, sshd would refuse a key as well.
 if [ -e /etc/shadow ]; then mount --bind /run/rig/shadow /etc/shadow; fi
 if [ -n "$tunnel" ]; then
@@ -315,6 +318,7 @@ class SshHosts(Hosts):
         authorized = self._path(0, "key.pub").read_text()
         for i in range(self.count):
             self._put(i, "hosts", f"127.0.0.1 localhost\n{table}", 0o644)
+            self._put(i, "passwd", _accounts(), 0o644)
             self._put(i, "shadow", "root:*:19000:0:99999:7:::\n")
             self._put(i, "authorized_keys", authorized)
             self._put(i, "sshd_config", _SSHD.format(address=self._inner[i]))
@@ -500,7 +504,7 @@ class SshHosts(Hosts):
             whole += ["--mpi-args", f"--mca oob_tcp_if_include {self.interface} {mpi_args}".strip()]
         whole += [*options, *command]
         search = f"/run/rig/bin{os.pathsep}{_SEARCH}"
-        told = {**_inherited(), "PYTHONUNBUFFERED": "1", "TMPDIR": "/run/tmp", **(env or {}), "PATH": search}
+        told = {**_inherited(), **_OWN, "PYTHONUNBUFFERED": "1", **(env or {}), "PATH": search}
         heard = None if listener is None else lambda _, line: listener(line)
         job = Job(_Rank(0, 0, self.command(0, whole), told, heard, echo))
         self._jobs.append(job)
@@ -564,6 +568,13 @@ class SshHosts(Hosts):
 
 def _inherited() -> dict[str, str]:
     return {name: os.environ[name] for name in INHERITED if name in os.environ}
+
+
+def _accounts() -> str:
+    """Return the machine's accounts, with a home on the host and a plain shell for root."""
+    lines = Path("/etc/passwd").read_text().splitlines()
+    others = [line for line in lines if not line.startswith("root:")]
+    return "\n".join(["root:x:0:0:root:/run/home:/bin/sh", *others, ""])
 
 
 def _ask(command: list[str], text: str = "") -> str:

@@ -392,9 +392,8 @@ def ask(hosts: SshHosts, host: int, *command: str) -> subprocess.CompletedProces
 
 def test_ssh_takes_the_rigs_key_and_trusts_the_rigs_hosts_only() -> None:
     with SshHosts(2) as hosts:
-        assert (
-            ask(hosts, 0, "/run/rig/bin/ssh", "host1", "hostname; echo $TMPDIR").stdout == "host1\n/run/tmp\n"
-        )
+        told = ask(hosts, 0, "/run/rig/bin/ssh", "host1", "hostname; echo $TMPDIR $HOME; pwd")
+        assert told.stdout == "host1\n/run/tmp /run/home\n/run/home\n"
         # As Horovod calls it, with a host key that is not known.
         known = hosts._path(0, "known_hosts")
         kept = known.read_text()
@@ -434,7 +433,10 @@ def test_keys_and_settings_are_roots_alone_and_go_with_the_rig() -> None:
         folder = Path(hosts._folder.name)
         assert folder.stat().st_mode & 0o077 == 0
         for path in folder.glob("host*/**/*"):
-            if path.name not in ("hosts", "first.log", "sshd.log", "wireguard.log") and path.suffix != ".pub":
+            if (
+                path.name not in ("hosts", "passwd", "first.log", "sshd.log", "wireguard.log")
+                and path.suffix != ".pub"
+            ):
                 assert path.stat().st_mode & 0o077 == 0, path
         pids = [pid for host in range(2) for pid in hosts.processes(host)]
         assert len(pids) >= 4
