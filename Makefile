@@ -2,7 +2,7 @@
 
 PYTHON_BIN := .venv/bin/python
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-more lint format bench clean distclean
+.PHONY: help setup demo test test-more test-hosts lint format bench clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -18,6 +18,10 @@ test: setup ## run the tests
 
 test-more: setup ## run what `test` leaves out: more of everything on 3 and 4 ranks and over MPI
 	$(PYTHON_BIN) -m pytest -m more
+
+test-hosts: setup ## train across hosts out of network namespaces, by ssh, and cut, slow and kill them (root)
+	@./scripts/hosts_tools.sh
+	$(PYTHON_BIN) -m pytest -m hosts tests/hosts
 
 lint: setup ## check style and types
 	$(PYTHON_BIN) -m ruff check .

@@ -217,13 +217,14 @@ class Capture:
         return sum(map(len, self.frames))
 
     def kinds(self) -> dict[str, int]:
-        """Return the number of frames by kind: "arp", "tcp", "udp/PORT" (the lower of two), "other"."""
+        """Return the number of frames by kind: arp, tcp, udp/PORT (the lower), ip/NUMBER, ether/TYPE."""
         out: dict[str, int] = {}
         for frame in self.frames:
-            kind = "other"
+            kind = f"ether/{frame[12:14].hex()}"
             if frame[12:14] == b"\x08\x06":
                 kind = "arp"
             elif frame[12:14] == b"\x08\x00":
+                kind = f"ip/{frame[23]}"
                 ports = 14 + 4 * (frame[14] & 15)
                 if frame[23] == 6:
                     kind = "tcp"

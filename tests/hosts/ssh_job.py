@@ -158,6 +158,7 @@ def pattern_job(args: argparse.Namespace) -> Job:
     job = Job(args, hvd.rank(), hvd.size())
     x = torch.from_numpy(np.frombuffer(PATTERN * 10_000).copy())[None]
     model = torch.nn.Linear(x.shape[1], 1, bias=False).double()
+    torch.nn.init.zeros_(model.weight)
     objective = hvd.Objective(lambda prediction, target: prediction[:, 0])
     optimizer = hvd.DistributedOptimizer(
         torch.optim.SGD(model.parameters(), lr=1.0), model.named_parameters(), objective
