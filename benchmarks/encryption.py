@@ -21,7 +21,7 @@ from hvdloss.benchmarks.ssh_hosts import SshHosts
 from hvdloss.errors import HvdlossError
 
 SIZES = {"all-reduce 1 MB": 10**6, "all-reduce 16 MB": 16 * 10**6}
-STEP = "training step, 4.3 MB of gradient"
+STEP = "training step, 4.2 MB of gradient"
 REPEATS = {"all-reduce 1 MB": 30, "all-reduce 16 MB": 8, STEP: 15}
 
 

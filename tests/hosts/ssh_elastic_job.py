@@ -19,6 +19,7 @@ from hvdloss.data import Parquet
 COMMIT = 3  # steps
 KILLED = "host1"
 SIZE = 3
+WAIT = 60  # commits, one a second
 
 
 def main() -> None:
@@ -60,11 +61,19 @@ def main() -> None:
             write("log", step=state.step, ids=batch["id"].tolist(), size=hvd.size(), rank=hvd.rank())
             state.step += 1
             if state.step % COMMIT == 0:
-                if hvd.size() < SIZE and state.step > 2 * COMMIT:
-                    # Those that are left do some steps, then slow ones, or all would be done too soon.
-                    (folder / "went-on").touch()
-                    time.sleep(1.0)
                 state.commit()
+                if state.step > 2 * COMMIT:
+                    wait_for_the_host(state)
+
+    def wait_for_the_host(state: hvd.elastic.TorchState) -> None:
+        """Commit, which is where Horovod tells of hosts that have come, until the killed one is back."""
+        if hvd.size() < SIZE:
+            (folder / "went-on").touch()
+        for _ in range(WAIT):
+            if hvd.size() == SIZE:
+                break
+            time.sleep(1.0)
+            state.commit()
 
     train(state)
     if hvd.rank() == 0:

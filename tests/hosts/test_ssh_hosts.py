@@ -32,6 +32,7 @@ KNOWN_AS = {"HorovodInternalError", "UnknownError", "HvdlossError"}
 #: Whether the error must name the rank that is missing.
 NAMED = False
 GLOO_TIMEOUT_S = 10  # HOROVOD_GLOO_TIMEOUT_SECONDS: what Horovod itself waits for the other ranks
+ELASTIC_TIMEOUT_S = 30
 MARGIN_S = 30.0  # on top, for a busy machine
 
 reason = ssh_available()
@@ -43,7 +44,7 @@ ELASTIC_JOB = str(Path(__file__).with_name("ssh_elastic_job.py"))
 
 pytestmark = [
     pytest.mark.hosts,
-    pytest.mark.timeout(240),
+    pytest.mark.timeout(400),
     pytest.mark.skipif(
         reason is not None,
         reason=f"nothing across hosts with ssh is tested, these tests are SKIPPED: {reason}",
@@ -260,7 +261,7 @@ def ended_at(folder: Path, rank: int, until: float) -> float | None:
 # Hosts
 
 
-ROWS = 600
+ROWS = 150
 
 
 def test_a_killed_host_comes_back_and_no_row_is_lost(tmp_path: Path, record_property) -> None:
@@ -283,9 +284,10 @@ def test_a_killed_host_comes_back_and_no_row_is_lost(tmp_path: Path, record_prop
             controller="elastic",
             options=[
                 *("-np", "3", "--min-np", "2", "--max-np", "3", "--host-discovery-script", str(discover)),
-                *("--blacklist-cooldown-range", "1", "3", "--elastic-timeout", "60"),
+                *("--blacklist-cooldown-range", "1", "3", "--elastic-timeout", "90"),
             ],
-            env=SHORT,
+            # Also what ranks wait for the one that comes back; Gloo ends the process when that takes longer.
+            env={**ENV, "HOROVOD_GLOO_TIMEOUT_SECONDS": str(ELASTIC_TIMEOUT_S)},
         )
         wait_for(tmp_path / "in-step", job)
         hosts.kill(1)
@@ -293,7 +295,7 @@ def test_a_killed_host_comes_back_and_no_row_is_lost(tmp_path: Path, record_prop
         wait_for(tmp_path / "went-on", job)
         hosts.revive(1)
         revived = time.monotonic()
-        assert job.wait(120) == 0, job.output[-6000:]
+        assert job.wait(150) == 0, job.output[-6000:]
         check_nothing_runs(hosts)
     logs = {path: path.read_text().splitlines() for path in tmp_path.glob("log-*")}
     lines = [json.loads(line) for log in logs.values() for line in log]
@@ -312,7 +314,7 @@ def test_a_killed_host_comes_back_and_no_row_is_lost(tmp_path: Path, record_prop
     assert len(errors) == 2
     assert all(KNOWN_AS & set(error["kinds"]) for error in errors), errors
     knew = max(error["time"] for error in errors) - killed
-    assert knew < GLOO_TIMEOUT_S + MARGIN_S
+    assert knew < ELASTIC_TIMEOUT_S + MARGIN_S
     resumed = min(line["time"] for line in again) - killed
     joined = min(line["time"] for line in came_back) - revived
     record_property(
@@ -366,7 +368,8 @@ def test_without_a_tunnel_gradients_are_read_on_the_wire(tmp_path: Path) -> None
 def test_through_the_tunnel_only_its_packets_are_on_the_wire(controller: str, tmp_path: Path) -> None:
     capture = wire(tmp_path, controller, encrypted=True)
     assert capture.seen(PATTERN) == capture.seen(b"GRADIENT") == capture.seen(b"HTTP/1.") == 0
-    assert set(capture.kinds()) <= {"arp", f"udp/{module.TUNNEL_PORT}"}
+    # IGMP (2) is the switch's own.
+    assert set(capture.kinds()) <= {"arp", "ip/2", f"udp/{module.TUNNEL_PORT}"}
     assert capture.size > 10_000 * len(PATTERN)  # the gradient was there, after all
 
 
