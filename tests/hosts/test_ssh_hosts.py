@@ -34,6 +34,8 @@ NAMED = False
 GLOO_TIMEOUT_S = 10  # HOROVOD_GLOO_TIMEOUT_SECONDS: what Horovod itself waits for the other ranks
 ELASTIC_TIMEOUT_S = 30
 MARGIN_S = 30.0  # on top, for a busy machine
+#: Within which every surviving rank must know.
+KNOWN_WITHIN_S = GLOO_TIMEOUT_S + MARGIN_S
 
 reason = ssh_available()
 tunnel_reason = wireguard_available()
@@ -222,6 +224,7 @@ def inflict(framework: str, controller: str, fault: str, folder: Path, record_pr
             rank: errors[rank] and f"{errors[rank]['kinds'][0]}: {errors[rank]['message']}" for rank in left
         }
         assert None not in knew.values(), f"ranks that did not end in time: {knew}; {job.output[-4000:]}"
+        assert max(knew.values()) - began < KNOWN_WITHIN_S
         assert all(read(folder, "done", rank) is None for rank in left)
         if controller == "gloo":
             for rank in left:
