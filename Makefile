@@ -2,7 +2,7 @@
 
 PYTHON_BIN := .venv/bin/python
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-more test-elastic reliability soak lint format bench clean distclean
+.PHONY: help setup demo test test-more test-elastic test-hosts reliability soak lint format bench clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,6 +27,10 @@ soak: setup ## train on 8 ranks for 20 minutes while ranks are killed (SOAK="--m
 
 test-elastic: setup ## kill, add, take away and preempt ranks of real elastic jobs (also part of `test-more`)
 	$(PYTHON_BIN) -m pytest tests/elastic -m "more or not more"
+
+test-hosts: setup ## train across hosts out of network namespaces, by ssh, and cut, slow and kill them (root)
+	@./scripts/hosts_tools.sh
+	$(PYTHON_BIN) -m pytest -m hosts tests/hosts
 
 lint: setup ## check style and types
 	$(PYTHON_BIN) -m ruff check .

@@ -165,24 +165,24 @@ class Hosts:
         self._folder = tempfile.TemporaryDirectory(prefix="hvdloss-hosts-")
         lines = [f"{address} {name}" for address, name in zip(self.addresses, self.names, strict=True)]
         Path(self._folder.name, "hosts").write_text("\n".join(["127.0.0.1 localhost", *lines, ""]))
-        for name in (self._switch, *self.namespaces):
-            _ip("netns", "add", name)
-            _ip("-n", name, "link", "set", "dev", "lo", "up")
-            # One address per interface; and the same congestion control whatever the machine's own is:
-            # BBR, for one, slows down every ten seconds to look at the round trip.
-            _write(name, "net/ipv6/conf/all/disable_ipv6", "1")
-            _write(name, "net/ipv4/tcp_congestion_control", "cubic", "reno")
+        _add_namespace(self._switch)
         _ip("-n", self._switch, "link", "add", "name", "bridge", "type", "bridge")
         _ip("-n", self._switch, "address", "add", f"{self.gateway}/24", "dev", "bridge")
-        for i, name in enumerate(self.namespaces):
-            pair = ("link", "add", "name", f"port{i}", "mtu", str(MTU), "type", "veth")
-            _ip("-n", self._switch, *pair, "peer", "name", INTERFACE, "mtu", str(MTU), "netns", name)
-            _ip("-n", self._switch, "link", "set", "dev", f"port{i}", "master", "bridge", "up")
-            for where, device in ((name, INTERFACE), (self._switch, f"port{i}")):
-                _ip("-n", where, "link", "set", "dev", device, "gso_max_size", str(SEGMENT))
-            _ip("-n", name, "address", "add", f"{self.addresses[i]}/24", "dev", INTERFACE)
-            _ip("-n", name, "link", "set", "dev", INTERFACE, "up")
+        for i in range(self.count):
+            self._plug_in(i)
         _ip("-n", self._switch, "link", "set", "dev", "bridge", "up")
+
+    def _plug_in(self, i: int) -> None:
+        """Make a host's namespace and its link to the bridge, without a limit."""
+        name = self.namespaces[i]
+        _add_namespace(name)
+        pair = ("link", "add", "name", f"port{i}", "mtu", str(MTU), "type", "veth")
+        _ip("-n", self._switch, *pair, "peer", "name", INTERFACE, "mtu", str(MTU), "netns", name)
+        _ip("-n", self._switch, "link", "set", "dev", f"port{i}", "master", "bridge", "up")
+        for where, device in ((name, INTERFACE), (self._switch, f"port{i}")):
+            _ip("-n", where, "link", "set", "dev", device, "gso_max_size", str(SEGMENT))
+        _ip("-n", name, "address", "add", f"{self.addresses[i]}/24", "dev", INTERFACE)
+        _ip("-n", name, "link", "set", "dev", INTERFACE, "up")
 
     def _remove(self) -> None:
         """Remove all that there is, whatever goes wrong with parts of it; devices go with namespaces."""
@@ -220,17 +220,21 @@ class Hosts:
         """
         _check_rate("mbit", mbit)
         self._need()
-        for i, name in enumerate(self.namespaces):
-            for where, device in ((name, INTERFACE), (self._switch, f"port{i}")):
-                if mbit is None:
-                    subprocess.run(
-                        ["tc", "-n", where, "qdisc", "delete", "dev", device, "root"], capture_output=True
-                    )
-                    continue
-                limit = ("rate", f"{round(mbit * 1e6)}bit", "burst", str(burst_bytes(mbit)))
-                wait = ("latency", f"{QUEUE_S * 1e3:.0f}ms")
-                _call("tc", "-n", where, "qdisc", "replace", "dev", device, "root", "tbf", *limit, *wait)
+        for i in range(self.count):
+            self._limit(i, mbit)
         self.rate_mbit = mbit
+
+    def _limit(self, i: int, mbit: float | None) -> None:
+        """Limit one host's link on both of its ends."""
+        for where, device in ((self.namespaces[i], INTERFACE), (self._switch, f"port{i}")):
+            if mbit is None:
+                subprocess.run(
+                    ["tc", "-n", where, "qdisc", "delete", "dev", device, "root"], capture_output=True
+                )
+                continue
+            limit = ("rate", f"{round(mbit * 1e6)}bit", "burst", str(burst_bytes(mbit)))
+            wait = ("latency", f"{QUEUE_S * 1e3:.0f}ms")
+            _call("tc", "-n", where, "qdisc", "replace", "dev", device, "root", "tbf", *limit, *wait)
 
     def command(self, host: int, command: Sequence[str]) -> list[str]:
         """Return the command that runs `command` on a host: its network, its name, its view of names.
@@ -458,6 +462,15 @@ def _call(*command: str) -> None:
 
 def _ip(*arguments: str) -> None:
     _call("ip", *arguments)
+
+
+def _add_namespace(name: str) -> None:
+    _ip("netns", "add", name)
+    _ip("-n", name, "link", "set", "dev", "lo", "up")
+    # One address per interface; and the same congestion control whatever the machine's own is:
+    # BBR, for one, slows down every ten seconds to look at the round trip.
+    _write(name, "net/ipv6/conf/all/disable_ipv6", "1")
+    _write(name, "net/ipv4/tcp_congestion_control", "cubic", "reno")
 
 
 def _write(namespace: str, name: str, *values: str) -> None:
