@@ -13,6 +13,7 @@ __all__ = [
     "DataError",
     "HvdlossError",
     "NoWeightError",
+    "NonFiniteGradientError",
     "NonFiniteLossError",
     "RankError",
     "ShapeError",
@@ -47,6 +48,10 @@ class NoWeightError(HvdlossError, ValueError):
 
 class NonFiniteLossError(HvdlossError, ArithmeticError):
     """The loss of some rank is NaN or infinite; raised on every rank of the step."""
+
+
+class NonFiniteGradientError(HvdlossError, ArithmeticError):
+    """A gradient of some rank is NaN or infinite, of a loss that is finite; raised on every rank."""
 
 
 class RankError(HvdlossError):

@@ -134,7 +134,7 @@ def test_terms_are_refused_while_there_are_none():
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_settings_tell_what_must_agree(reduction):
     objective = Objective("l1", reduction=reduction, process_set="evens")
-    assert objective.settings() == {"objective": "mae", "reduction": reduction}
+    assert objective.settings() == {"objective": "mae", "reduction": reduction, "nonfinite": "raise"}
     assert json.loads(json.dumps(objective.settings())) == objective.settings()
     assert repr(objective) == f"Objective('mae', reduction={reduction!r})"
     assert objective.process_set == "evens"
