@@ -325,9 +325,8 @@ class Books:
             told = tf.reduce_any(table[:, NONFINITE] > 0, 1)
             if self.nonfinite == "skip":
                 told = tf.reduce_any(told)[tf.newaxis]
-            told, past = tf.cast(told, tf.int64), self._counts.read_value()
-            same = tf.equal(tf.size(past), tf.size(told))  # else there are other ranks now
-            past = tf.cond(same, lambda: past, lambda: tf.zeros_like(told))
+            told = tf.cast(told, tf.int64)
+            past = tf.concat([self._counts.read_value(), tf.zeros_like(told)], 0)[: tf.size(told)]
             kept.append(self._counts.assign(past + told, read_value=False))
         if state is not None and self._state is not None:
             kept.append(self._state.assign(state, read_value=False))

@@ -581,7 +581,10 @@ def beyond(gradients: Sequence[Gradient], limits: Sequence[Any]) -> tf.Tensor:
     """
     values = [g.values if isinstance(g, tf.IndexedSlices) else g for g in gradients]
     pairs = [
-        (tf.cast(v, tf.float32) if v.dtype in _HALF else v, tf.cast(limit, tf.float64))
+        (
+            tf.cast(v, tf.float32) if v.dtype in _HALF else v,
+            tf.minimum(tf.cast(limit, tf.float64), tf.cast(v.dtype.max, tf.float64)),
+        )
         for v, limit in zip(values, limits, strict=True)
         if v.dtype.is_floating
     ]

@@ -142,14 +142,14 @@ def case_fit_raises():
     for fault, (what, _) in FAULTS.items():
         model = network()
         model.compile(hvd.DistributedOptimizer(sgd()), loss=hvd.Objective(tricky))
-        before = [v.numpy() for v in (*model.trainable_variables, *model.optimizer.variables)]
+        before = model.get_weights()
         (batch,) = mine(spoiled([step], {0: fault}))
         error = raised(lambda m=model, b=batch: m.fit(dataset([b]), verbose=0))
         kind = NonFiniteLossError if what == "loss" else NonFiniteGradientError
         assert type(error) is kind, (fault, error)
         assert f"on rank {last()}" in str(error)
-        after = [v.numpy() for v in (*model.trainable_variables, *model.optimizer.variables)]
-        assert difference(after[: len(before)], before) == 0.0
+        assert difference(model.get_weights(), before) == 0.0
+        assert not any(np.any(v) for v in model.optimizer.variables[2:])  # momentum, of a first step
 
 
 def case_a_loss_scale_optimizer_skips_as_ever():

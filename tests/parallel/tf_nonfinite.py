@@ -236,7 +236,7 @@ def case_shapes_that_do_not_broadcast():
     zero = tf.constant(0.0, tf.float64)
     for function, step in enumerate(ways()):
         error = raised(lambda s=step: s(net, objective, x, y, np.ones((9, 1)), zero))
-        assert isinstance(error, ShapeError), (function, error)
+        assert told(error, ShapeError, function), error
         assert f"rank {hvd.rank()}" in str(error)
         error = raised(lambda s=step: s(net, objective, x, y, 0 * w, zero))
         assert told(error, NoWeightError, function), error
