@@ -12,7 +12,16 @@ from hvdloss.plan import Bucket
 from hvdloss.torch._backend import hvd
 from hvdloss.torch.compression import BF16Compressor
 
-__all__ = ["FlatBucket", "LoneGradient", "SparseSlot", "Wire", "as_numbers", "beyond", "from_numbers"]
+__all__ = [
+    "FlatBucket",
+    "LoneGradient",
+    "SparseSlot",
+    "Wire",
+    "absent",
+    "as_numbers",
+    "beyond",
+    "from_numbers",
+]
 
 # Horovod sums these dtypes; others travel as a wider one.
 _WIDER = {torch.bfloat16: torch.float32}
@@ -22,6 +31,11 @@ _FIRST_LOOK, _LAST_LOOK = 5e-5, 1e-3  # seconds
 def _scaled(tensor: torch.Tensor, scale: Any) -> bool:
     """Return whether multiplying `tensor` by `scale` would change anything (unknown on a device)."""
     return not (isinstance(scale, float) and scale == 1.0)
+
+
+def absent(scale: Any) -> bool:
+    """Return whether nothing is to be added, whatever it is: NaN times 0 would be NaN."""
+    return isinstance(scale, float) and scale == 0.0
 
 
 def _wait(handle: int) -> Any:
@@ -167,6 +181,12 @@ class FlatBucket(_Reduction):
                 continue
             view = self.views[i]
             p.grad = None
+            if absent(scale):
+                if not self.written[i]:
+                    self.written[i] = True
+                    self.written_count += 1
+                    view.zero_()
+                continue
             if grad.layout is not strided:
                 grad = grad.to_dense()
             if self.written[i]:
@@ -284,6 +304,10 @@ class LoneGradient(_Reduction):
         if not self.fired_count or grad is None:
             return
         p.grad = None
+        if absent(scale):
+            if self._held is None:
+                self._held = torch.zeros_like(p, memory_format=torch.contiguous_format)
+            return
         if grad.layout is not torch.strided:
             grad = grad.to_dense()
         if self._held is None:
@@ -357,7 +381,7 @@ class SparseSlot:
         p.grad = None
         if grad.layout is torch.strided:
             grad = grad.to_sparse(1)
-        grad = grad * scale
+        grad = torch.zeros_like(grad) if absent(scale) else grad * scale
         self._held = grad if self._held is None else self._held + grad
 
     @torch.no_grad()

@@ -28,7 +28,16 @@ from hvdloss.reduction import MEASURED
 from hvdloss.report import StepReport
 from hvdloss.term import Travel
 from hvdloss.torch._backend import hvd
-from hvdloss.torch.buckets import FlatBucket, LoneGradient, SparseSlot, Wire, as_numbers, beyond, from_numbers
+from hvdloss.torch.buckets import (
+    FlatBucket,
+    LoneGradient,
+    SparseSlot,
+    Wire,
+    absent,
+    as_numbers,
+    beyond,
+    from_numbers,
+)
 from hvdloss.torch.compression import Compression
 from hvdloss.torch.guard import check_synchronized, checksums
 from hvdloss.torch.local import Stretch, share_memory
@@ -374,7 +383,8 @@ class _Engine:
                 continue
             grad, p.grad = p.grad.detach(), None
             # Sums of many weights do not fit float16.
-            grad = (grad.float() if grad.dtype is torch.float16 else grad) * scale
+            grad = grad.float() if grad.dtype is torch.float16 else grad
+            grad = torch.zeros_like(grad) if absent(scale) else grad * scale
             held = self._gathered.get(id(p))
             self._gathered[id(p)] = grad if held is None else held + grad
         self._fired.clear()
@@ -540,6 +550,7 @@ class _Engine:
             return
         began = time.perf_counter()
         computed = 0.0 if self._ended is None else began - self._ended
+        self.verdict, self._alone_bad = None, False
         try:
             if self._active:  # a backward pass ended in an exception: its gradients are not whole
                 self._active = False

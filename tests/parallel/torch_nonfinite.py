@@ -660,3 +660,22 @@ def case_stray_passes_stay_errors():
         raises_everywhere(UsageError, trial.optimizer.step)
         trial.step(regression(g, uneven()))
         trial.finish()
+
+
+def case_without_weight_a_gradient_may_be_anything():
+    """A rank whose weights are all zero adds nothing: its gradient is not looked at."""
+    if hvd.size() == 1:
+        return None
+    results = []
+    for trial, step in trials("raise", 21):
+        for fault in ("gradient NaN", "gradient infinite"):
+            whole = step()
+            for b in whole[last()]:
+                b.weight.zero_()
+            spoiled_backward(trial, whole, fault)
+            trial.optimizer.step()
+            trial.compare(whole, plain=False)
+            assert not any(one.nonfinite for one in trial.optimizer.last_step.ranks)
+        trial.step(step())
+        results.append(trial.finish())
+    return worst(results)
