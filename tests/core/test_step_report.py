@@ -118,3 +118,15 @@ def test_a_dropped_rank_is_counted_and_leaves_the_loss_alone():
     assert [(one.nonfinite, one.dropped) for one in report.ranks] == [("", 0), ("loss", 5)]
     assert math.isnan(report.ranks[1].loss)
     assert [one.dropped for one in StepReport.of(1, LEDGERS, "mean").ranks] == [0, 0, 0]
+
+
+@given(st.lists(ledgers, min_size=2, max_size=5), st.data(), st.sampled_from(REDUCTIONS))
+def test_a_step_with_a_dropped_rank_is_that_of_the_others(parts, data, reduction):
+    at = data.draw(st.integers(0, len(parts) - 1))
+    others = parts[:at] + parts[at + 1 :]
+    parts[at] = Ledger(micro_batches=2.0, nonfinite_losses=1.0, nonfinite_gradients=1.0)
+    report = StepReport.of(1, parts, reduction, nonfinite="drop")
+    alone = StepReport.of(1, others, reduction)
+    assert repr((report.loss, report.weight, report.elements)) == repr(
+        (alone.loss, alone.weight, alone.elements)
+    )
