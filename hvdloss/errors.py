@@ -15,6 +15,7 @@ __all__ = [
     "HvdlossError",
     "LostRankError",
     "NoWeightError",
+    "NonFiniteGradientError",
     "NonFiniteLossError",
     "RankError",
     "ShapeError",
@@ -54,6 +55,10 @@ class NoWeightError(HvdlossError, ValueError):
 
 class NonFiniteLossError(HvdlossError, ArithmeticError):
     """The loss of some rank is NaN or infinite; raised on every rank of the step."""
+
+
+class NonFiniteGradientError(HvdlossError, ArithmeticError):
+    """A gradient of some rank is NaN or infinite, of a loss that is finite; raised on every rank."""
 
 
 class RankError(HvdlossError):

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from hvdloss.errors import (
     ConfigError,
     HvdlossError,
+    NonFiniteGradientError,
     NonFiniteLossError,
     NoWeightError,
     RankError,
@@ -24,7 +25,22 @@ from hvdloss.errors import (
 )
 from hvdloss.reduction import finish
 
-__all__ = ["COLUMN", "FAULTS", "WIDTH", "Ledger", "judge", "pack", "unpack"]
+__all__ = [
+    "COLUMN",
+    "FAULTS",
+    "NONFINITE",
+    "POLICIES",
+    "WIDTH",
+    "Ledger",
+    "check_policy",
+    "judge",
+    "offenders",
+    "pack",
+    "unpack",
+]
+
+#: What happens to a step in which the loss or a gradient of some rank is NaN or infinite.
+POLICIES = ("raise", "skip", "drop")
 
 
 @dataclass(frozen=True)
@@ -40,6 +56,8 @@ class Ledger:
         negative_weights: weights below zero.
         nonfinite_weights: weights that are NaN or infinite.
         nonfinite_losses: micro-batches whose loss is NaN or infinite.
+        nonfinite_gradients: 1 if one of the rank's gradients is NaN or infinite, or so large that the sum
+            over ranks might be.
         strays: backward passes that reached parameters without passing through the objective, or
             through several calls of it with different weight sums.
         failed: 1 if the rank cannot go on.
@@ -59,6 +77,7 @@ class Ledger:
     negative_weights: float = 0.0
     nonfinite_weights: float = 0.0
     nonfinite_losses: float = 0.0
+    nonfinite_gradients: float = 0.0
     strays: float = 0.0
     failed: float = 0.0
     communication: float = 0.0
@@ -91,7 +110,19 @@ class Ledger:
 COLUMN = {field.name: number for number, field in enumerate(fields(Ledger))}
 WIDTH = len(COLUMN)
 # The columns in which anything above zero makes a step unsound (see `judge`); so does no denominator.
-FAULTS = slice(5, 10)
+FAULTS = slice(5, 11)
+# Those of them that a policy other than "raise" lets pass.
+NONFINITE = slice(7, 9)
+
+
+def check_policy(nonfinite: str) -> str:
+    """Return `nonfinite` if it is one of :data:`POLICIES`, else raise ConfigError."""
+    if nonfinite not in POLICIES:
+        raise ConfigError(
+            f"nonfinite={nonfinite!r} is not known; choose one of {', '.join(map(repr, POLICIES))}: raise "
+            f"the same error on every rank, skip the step on every rank, or drop what the rank adds to it"
+        )
+    return nonfinite
 
 
 def pack(ledger: Ledger, rank: int, size: int, more: int = 0) -> npt.NDArray[np.float64]:
@@ -135,10 +166,28 @@ def _where(ledgers: list[Ledger], field: str) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(ranks)}"
 
 
-def judge(ledgers: list[Ledger], step: int) -> HvdlossError | None:
+def offenders(ledgers: list[Ledger], gradients: bool = True) -> list[int]:
+    """Return the ranks whose loss (or one of whose gradients, with `gradients`) is NaN or infinite."""
+    return [
+        rank
+        for rank, one in enumerate(ledgers)
+        if one.nonfinite_losses > 0 or (gradients and one.nonfinite_gradients > 0)
+    ]
+
+
+def judge(
+    ledgers: list[Ledger], step: int, nonfinite: str = "raise", *, gradients: bool = True
+) -> HvdlossError | None:
     """Return the error that every rank raises for this step, or None for a sound step.
 
     Depends on nothing but its arguments, which are equal on all ranks, so the ranks agree.
+
+    Args:
+        ledgers: of all ranks.
+        step: its number, for the message.
+        nonfinite: one of :data:`POLICIES`. With "skip" and "drop" a loss or gradient that is not finite is
+            no error; :func:`offenders` has those ranks. With "drop" their ledgers hold no more than that.
+        gradients: whether a gradient that is not finite is an error now, or will be judged later.
     """
 
     def total(field: str) -> float:
@@ -158,10 +207,11 @@ def judge(ledgers: list[Ledger], step: int) -> HvdlossError | None:
                 f"step {step}: {count:.0f} weight(s) {what} on {_where(ledgers, field)}; weights must "
                 f"be finite and at least 0. Nothing was updated."
             )
-    if total("nonfinite_losses"):
+    if nonfinite == "raise" and total("nonfinite_losses"):
         return NonFiniteLossError(
             f"step {step}: the loss is NaN or infinite on {_where(ledgers, 'nonfinite_losses')}. Nothing "
-            f"was updated. Give elements that must not count the weight 0, or lower the learning rate."
+            f"was updated. Give elements that must not count the weight 0, lower the learning rate, or "
+            f'choose Objective(..., nonfinite="skip") or "drop".'
         )
     if total("strays"):
         return UsageError(
@@ -170,9 +220,22 @@ def judge(ledgers: list[Ledger], step: int) -> HvdlossError | None:
             f"with different weight sums), so its share of the step is unknown. Call the objective once "
             f"per backward pass; penalties may be added to its result."
         )
+    if nonfinite == "raise" and gradients and total("nonfinite_gradients"):
+        return NonFiniteGradientError(
+            f"step {step}: the loss is finite, but a gradient is NaN or infinite (or too large to be summed "
+            f"over ranks) on {_where(ledgers, 'nonfinite_gradients')}. Nothing was updated. Look for a "
+            f"square root or logarithm at 0, or a division by 0, in the backward pass; lower the learning "
+            f'rate, or choose Objective(..., nonfinite="skip") or "drop".'
+        )
     if not total("denominator"):
+        dropped = offenders(ledgers) if nonfinite == "drop" else []
+        left = ""
+        if dropped:
+            ranks = f"rank{'s' if len(dropped) > 1 else ''} {', '.join(map(str, dropped))}"
+            left = f" that is left after dropping {ranks}, whose loss or gradient is NaN or infinite"
         return NoWeightError(
-            f"step {step}: no element with a weight above zero on any of {len(ledgers)} rank(s), so there "
-            f"is no mean to take. Nothing was updated. Skip the step on all ranks, or check the weights."
+            f"step {step}: no element with a weight above zero on any of {len(ledgers)} rank(s){left}, so "
+            f"there is no mean to take. Nothing was updated. Skip the step on all ranks, or check the "
+            f"weights."
         )
     return None

@@ -12,6 +12,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from hvdloss.controller import Controller
 from hvdloss.errors import ConfigError
+from hvdloss.ledger import check_policy
 from hvdloss.losses import NAMED, GlobalLoss, Group, SumsLoss
 from hvdloss.reduction import ArrayOps, Contribution, check_reduction, weighed, weights_for
 from hvdloss.term import Term
@@ -118,9 +119,12 @@ class ObjectiveBase(Generic[Row]):
         reduction: see :mod:`hvdloss.reduction`; a loss of all ranks' elements has none.
         terms: what is measured, priced and acted on (:class:`hvdloss.term.Term`).
         process_set: the Horovod process set whose ranks share the step; None for all.
+        nonfinite: what happens to a step in which a loss or gradient of some rank is NaN or infinite: one of
+            :data:`hvdloss.ledger.POLICIES`.
 
     Raises:
-        ConfigError: any argument that cannot be used.
+        ConfigError: any argument that cannot be used; "drop" with a loss of all ranks' elements, and "skip"
+            with ranks that step without each other.
     """
 
     def __init__(
@@ -130,8 +134,10 @@ class ObjectiveBase(Generic[Row]):
         reduction: str = "mean",
         terms: tuple[Term, ...] = (),
         process_set: Any = None,
+        nonfinite: str = "raise",
     ) -> None:
         self.reduction = check_reduction(reduction)
+        self.nonfinite = check_policy(nonfinite)
         self.name: str
         self._function: Callable[..., Any]
         self.controller = Controller(terms)
@@ -155,6 +161,11 @@ class ObjectiveBase(Generic[Row]):
             self._function = loss
         else:
             raise ConfigError(f"loss={loss!r} is neither the name of a loss nor a function")
+        if nonfinite == "skip" and any(act.steps_alone for _, act in self.controller.acts):
+            raise ConfigError(
+                'nonfinite="skip" with SyncPeriod: between exchanges each rank steps on its own, so no step '
+                'can be skipped on all of them; choose "drop", which leaves out that rank\'s step, or "raise"'
+            )
         self.terms = self.controller.terms
         self.process_set = process_set
         self._listeners: list[weakref.ref[Any]] = []
@@ -175,6 +186,12 @@ class ObjectiveBase(Generic[Row]):
             raise ConfigError(
                 f"SyncPeriod: {self.name} needs all ranks in every forward pass, so no rank can step on its "
                 f"own; leave SyncPeriod out of the terms' acts"
+            )
+        if self.nonfinite == "drop":
+            raise ConfigError(
+                f'nonfinite="drop": {self.name} is one value of all ranks\' elements, of which each rank has '
+                f"seen all: no rank's part can be taken out of the others' gradients once it is known to be "
+                f'NaN; choose "skip" or "raise"'
             )
         self.reduction = "sum"  # each call gives its share of the whole
 
@@ -202,6 +219,7 @@ class ObjectiveBase(Generic[Row]):
         return {
             "objective": self.name,
             "reduction": self.reduction,
+            "nonfinite": self.nonfinite,
             **{f"loss.{key}": value for key, value in own.items()},
             **self.controller.settings(),
         }

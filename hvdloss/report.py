@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from hvdloss.ledger import Ledger
+from hvdloss.ledger import Ledger, offenders
 from hvdloss.reduction import finish
 
 __all__ = ["RankReport", "StepReport", "TermReport"]
@@ -26,6 +26,8 @@ class RankReport:
         communication: seconds it was held up by communication in the step before this one.
         skew: divergence of its data from the global distribution; None where nothing measures it.
         computation: seconds, up to the end of the step before this one, that it was not held up.
+        nonfinite: what of it was NaN or infinite in this step: ``"loss"``, ``"gradient"``, or nothing.
+        dropped: steps so far to which it added nothing for that reason (``nonfinite="drop"``).
     """
 
     rank: int
@@ -36,6 +38,8 @@ class RankReport:
     communication: float
     skew: float | None = None
     computation: float = 0.0
+    nonfinite: str = ""
+    dropped: int = 0
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,8 @@ class StepReport:
             :class:`hvdloss.tuning.Tuning` and of the launch, and as ``"travel"`` the numbers of messages,
             of buckets, and of gradients that travelled alone or sparse, as this rank has them.
         terms: by name, what the objective's terms came to (:class:`TermReport`).
+        skipped: steps so far in which nothing was updated, since a loss or gradient was NaN or infinite
+            (``nonfinite="skip"``); `ranks` tell whose it was in this one.
     """
 
     step: int
@@ -84,6 +90,7 @@ class StepReport:
     ranks: list[RankReport]
     choices: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
     terms: Mapping[str, TermReport] = field(default_factory=dict)
+    skipped: int = 0
 
     @classmethod
     def of(
@@ -93,12 +100,22 @@ class StepReport:
         reduction: str,
         choices: Mapping[str, Any] | None = None,
         terms: Mapping[str, TermReport] | None = None,
+        *,
+        nonfinite: str = "raise",
+        skipped: int = 0,
+        dropped: Sequence[int] = (),
     ) -> StepReport:
-        """Return the report of the step whose ranks' ledgers these are."""
+        """Return the report of the step whose ranks' ledgers these are.
+
+        `nonfinite` is the objective's policy; `skipped`, and `dropped` by rank (none if empty), what it came
+        to so far.
+        """
         whole = Ledger.zero()
         for ledger in ledgers:
             whole = whole.merge(ledger)
-        loss = whole.finish(reduction)
+        # Sums that were not finite travelled as zeros: what is left is no loss of these elements.
+        lost = set() if nonfinite == "drop" else set(offenders(ledgers, gradients=False))
+        loss = float("nan") if lost else whole.finish(reduction)
         terms = dict(terms or {})
         skew: Sequence[float | None] = terms["skew"].values if "skew" in terms else [None] * len(ledgers)
         return cls(
@@ -111,7 +128,7 @@ class StepReport:
                 RankReport(
                     rank=rank,
                     loss=finish(reduction, one.numerator, one.denominator)
-                    if one.denominator
+                    if one.denominator and rank not in lost
                     else float("nan"),
                     weight=one.weight,
                     elements=round(one.elements),
@@ -119,11 +136,18 @@ class StepReport:
                     communication=one.communication,
                     skew=skew[rank],
                     computation=one.computation,
+                    nonfinite="loss"
+                    if one.nonfinite_losses > 0
+                    else "gradient"
+                    if one.nonfinite_gradients > 0
+                    else "",
+                    dropped=dropped[rank] if len(dropped) else 0,
                 )
                 for rank, one in enumerate(ledgers)
             ],
             choices=dict(choices or {}),
             terms=terms,
+            skipped=skipped,
         )
 
     def as_dict(self) -> dict[str, Any]:

@@ -15,14 +15,14 @@ from hvdloss.errors import ConfigError
 from hvdloss.keras._backend import hvd
 from hvdloss.ledger import COLUMN, FAULTS
 from hvdloss.tensorflow.books import Books, raise_fault, translated
-from hvdloss.tensorflow.exchange import Exchange
+from hvdloss.tensorflow.exchange import Exchange, marked
 from hvdloss.term import Travel
 
 __all__ = ["Stretch"]
 
 _DENOMINATOR, _PASSES, _STRAYS = COLUMN["denominator"], COLUMN["micro_batches"], COLUMN["strays"]
 _FAILED = COLUMN["failed"]
-_TOLD_HERE = [[COLUMN["nonfinite_losses"]], [COLUMN["moved"]], [COLUMN["together"]]]
+_TOLD_HERE = [[COLUMN["nonfinite_gradients"]], [COLUMN["moved"]], [COLUMN["together"]]]
 
 
 class Stretch:
@@ -141,11 +141,13 @@ class Stretch:
         flats = [_flat([moved[i] for i in group]) for group in groups]
         began = self.wire.clock.begin(flats)
         length = _squared_length(flats)
-        # A gradient that was not finite, of a loss that was.
-        finite = tf.math.is_finite(length)
+        finite = tf.math.is_finite(length)  # else steps went too far, of gradients that were finite
         weight = self._weights(row[_DENOMINATOR])
         weight = tf.where(finite, weight, tf.zeros_like(weight))
-        told = [tf.cast(~finite, tf.float64), tf.math.multiply_no_nan(length, weight), self.length]
+        if self.books.nonfinite == "drop":
+            row = tf.where(finite, row, marked(row, ~finite, drop=True))
+        bad = tf.cast(~finite, tf.float64)
+        told = [bad, tf.math.multiply_no_nan(length, weight), self.length]
         row = tf.tensor_scatter_nd_add(row, _TOLD_HERE, tf.stack(told))
         table = self.wire.sum_table(self.wire.clock.told(self.books.signed(row)), "stretch")
         # At the end of an epoch of unknown length ranks without batches cannot tell that others have

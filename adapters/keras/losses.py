@@ -106,6 +106,10 @@ class Objective(keras.losses.Loss):
             :class:`hvdloss.DataSkew`, your own subclasses of :class:`hvdloss.Term`. At most one of a
             model's losses may have terms.
         process_set: the Horovod process set whose ranks share the step; None for all.
+        nonfinite: ``"raise"``, ``"skip"`` or ``"drop"`` where the loss or a gradient of some rank is NaN or
+            infinite, see :class:`hvdloss.tensorflow.Objective`; with "skip" and "drop" such a batch does not
+            count in the mean loss that ``fit`` shows. Losses of one model must agree; "drop" needs that
+            there is one only, and no ``LossScaleOptimizer``.
         name: of the loss in Keras.
 
     Raises:
@@ -119,6 +123,7 @@ class Objective(keras.losses.Loss):
         reduction: str = "mean",
         terms: tuple[Term, ...] = (),
         process_set: Any = None,
+        nonfinite: str = "raise",
         name: str | None = None,
     ) -> None:
         super().__init__(name=name or "objective", reduction=None)
@@ -133,7 +138,10 @@ class Objective(keras.losses.Loss):
             function = _swapped(loss.call)
         if hasattr(loss, "absent"):  # a loss of class numbers that knows which elements to leave out
             function.absent = loss.absent
-        self._exact = _SampleWise(function, reduction=reduction, terms=terms, process_set=process_set)
+        self._exact = _SampleWise(
+            function, reduction=reduction, terms=terms, process_set=process_set, nonfinite=nonfinite
+        )
+        self.nonfinite = nonfinite
         self.reduction = self._exact.reduction
         self.books = self._exact.books
         self.controller = self._exact.controller
@@ -224,7 +232,12 @@ class Objective(keras.losses.Loss):
 
     def get_config(self) -> dict[str, Any]:
         """Return what :meth:`from_config` takes."""
-        return {"loss": self._given, "reduction": self.reduction, "name": self.name}
+        return {
+            "loss": self._given,
+            "reduction": self.reduction,
+            "nonfinite": self.nonfinite,
+            "name": self.name,
+        }
 
 
 def class_numbers(y_true: Any, y_pred: Any) -> tf.Tensor:
@@ -298,11 +311,18 @@ class ExactCompileLoss(CompileLoss):
         like: what Keras made of the losses.
         exchange: how normalisers travel.
         acting: the loss among them that has terms, whose books then are the model's; or None.
+        nonfinite: what they do about what is NaN or infinite.
     """
 
-    def __init__(self, like: CompileLoss, exchange: Exchange, acting: Objective | None = None) -> None:
+    def __init__(
+        self,
+        like: CompileLoss,
+        exchange: Exchange,
+        acting: Objective | None = None,
+        nonfinite: str = "raise",
+    ) -> None:
         super().__init__(like._user_loss, like._user_loss_weights, output_names=like.output_names)
-        self.books = Books() if acting is None else acting.books
+        self.books = Books(nonfinite=nonfinite) if acting is None else acting.books
         self.exchange = exchange
         self.denominator: Any = None  # of the last call, while it is traced
         self._parts: list[Told] = []
@@ -324,6 +344,11 @@ class ExactCompileLoss(CompileLoss):
         self._flat_losses = [
             one._replace(loss=_Leaf(one.loss, number, self)) for number, one in enumerate(self._flat_losses)
         ]
+        if self.several and self.books.nonfinite == "drop":
+            raise ConfigError(
+                f'nonfinite="drop" with {self.several} losses: each one\'s gradients are divided by what all '
+                f'ranks hold of it before it is known whether they are finite; choose "skip" or "raise"'
+            )
         if self.several:  # whose combined rows are means
             self.books.reduction = "mean"
         for number, metric in enumerate(self.metrics):
@@ -422,4 +447,10 @@ class ExactMean(keras.metrics.Mean):
             # its weight a constant.
             with tf.control_dependencies([tf.convert_to_tensor(values)]):
                 sample_weight = tf.identity(denominator)
+        if self._source[0].books.nonfinite != "raise":  # such a batch was none
+            values = tf.convert_to_tensor(values)
+            finite = tf.math.is_finite(values)
+            values = tf.where(finite, values, tf.zeros_like(values))
+            weight = 1.0 if sample_weight is None else sample_weight
+            sample_weight = tf.cast(finite, tf.float64) * tf.cast(weight, tf.float64)
         super().update_state(values, sample_weight)

@@ -17,7 +17,15 @@ from hvdloss.keras.losses import ExactCompileLoss, Objective
 from hvdloss.ledger import COLUMN
 from hvdloss.report import StepReport
 from hvdloss.tensorflow.books import Books
-from hvdloss.tensorflow.exchange import Exchange, check_acts, check_options, scaled, tied
+from hvdloss.tensorflow.exchange import (
+    Exchange,
+    beyond,
+    check_acts,
+    check_options,
+    marked,
+    scaled,
+    tied,
+)
 from hvdloss.tensorflow.objective import Objective as TensorFlowObjective
 from hvdloss.world import following, next_number
 
@@ -101,6 +109,12 @@ class _Engine:
         """
         controller = self.books.controller
         check_acts(controller, self.exchange.compression)
+        scales = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
+        if scales and self.books.nonfinite == "drop":
+            raise ConfigError(
+                'nonfinite="drop" with a LossScaleOptimizer: it skips every step in which a gradient of any '
+                'rank is infinite, and must see it to lower its scale; choose "skip" or "raise"'
+            )
         self.stretch = None
         if controller.act(SyncPeriod) is not None:
             check_local(optimizer, self.local)
@@ -110,6 +124,11 @@ class _Engine:
         """Have the terms start with the present ranks, unless they have."""
         if self.books.controller.terms:
             self.books.begin(self.exchange.process_set.rank(), self.exchange.size)
+
+    @property
+    def skips(self) -> bool:
+        """Whether a step may turn out to be one without an update."""
+        return self.books.nonfinite == "skip"
 
     @property
     def included(self) -> bool:
@@ -155,12 +174,16 @@ class _Engine:
             self.books.signed(self.row),
             factor=self.factor,
             compress=self.books.compress,
+            nonfinite=self.books.nonfinite,
+            look=not self.lenient,
+            local=[g for i, g in enumerate(gradients) if i not in set(shared)],
         )
         self.books.choices = self.exchange.choices
         total = tf.reduce_sum(table[:, 1])
-        factor = self.row[1] if self.factor is None else self.factor
+        own = table[self.exchange.process_set.rank(), 1]  # nothing, of a rank that was dropped
+        factor = own if self.factor is None else tf.where(own > 0, self.factor, 0.0)
         share = tf.math.divide_no_nan(tf.cast(factor, tf.float64), total)
-        alone = tf.math.divide_no_nan(tf.cast(factor, tf.float64), self.row[1])
+        alone = tf.math.divide_no_nan(tf.cast(factor, tf.float64), own)
         out = [
             scaled(g, share if self.scale_local else alone) if place_of(v) in self.local else g
             for g, v in zip(gradients, self.variables, strict=True)
@@ -221,7 +244,7 @@ class _Exact:
             self._base._backend_apply_gradients(self, grads, trainable_variables)
             return
         grads = engine.took(self, list(grads), trainable_variables)
-        if engine.stretch is None and not engine.ending:
+        if engine.stretch is None and not engine.ending and not engine.skips:
             self._base._backend_apply_gradients(self, grads, trainable_variables)
             return
         steps = self.gradient_accumulation_steps  # type: ignore[has-type]
@@ -260,20 +283,21 @@ class _Exact:
         def together() -> tf.Tensor:
             reduced, table = engine.reduce(self, grads)
             if not engine.ending:
-                return self._update(engine.settle(reduced, table), trainable_variables)
+                return self._settled(reduced, table, trainable_variables)
             # This rank adds nothing; neither does any other, and there is no step, unless one failed.
             anything = tf.reduce_any(table[:, _PASSES] + table[:, _FAILED] > 0)
             assert engine.ended is not None
             engine.ended.assign(~anything)
             return tf.cond(
                 anything,
-                lambda: self._update(engine.settle(reduced, table), trainable_variables),
+                lambda: self._settled(reduced, table, trainable_variables),
                 lambda: tf.constant(False),
             )
 
         def alone() -> tf.Tensor:
             assert stretch is not None
-            sound = stretch.count(engine.row)
+            bad = (engine.row[1] > 0) & beyond(grads, [g.dtype.max for g in grads])
+            sound = stretch.count(marked(engine.row, bad, engine.books.nonfinite == "drop"))
             if engine.window is not None:
                 engine.window.assign(tf.zeros_like(engine.window))
             return tf.cond(
@@ -283,6 +307,20 @@ class _Exact:
             )
 
         return together() if stretch is None else tf.cond(stretch.local, alone, together)
+
+    def _settled(self, reduced: list[Any], table: tf.Tensor, trainable_variables: list[Any]) -> tf.Tensor:
+        """Judge a step of all ranks, and update, or leave everything as it was."""
+        engine = self._hvd
+        grads = engine.settle(reduced, table)
+        if not engine.skips:
+            return self._update(grads, trainable_variables)
+
+        def skip() -> tf.Tensor:
+            # `apply` adds one when this is over, and has for every pass before it.
+            self._iterations.assign_sub(self.gradient_accumulation_steps or 1)  # type: ignore[attr-defined]
+            return self._forget()
+
+        return tf.cond(engine.books.skips(table), skip, lambda: self._update(grads, trainable_variables))
 
     def _update(self, grads: list[Any], trainable_variables: list[Any]) -> tf.Tensor:
         """Clip and apply gradients that are not to be reduced, or added up, any more."""
@@ -456,7 +494,7 @@ def DistributedOptimizer(
             local variables, and ``AdaptiveCompression`` with `compression`.
 
     Collectives per step: one all-reduce per bucket of dense gradients, two all-gathers per sparse
-    one, one all-reduce of the ranks' ledgers (``size`` x 15 float64 and what terms tell), all under way
+    one, one all-reduce of the ranks' ledgers (``size`` x 16 float64 and what terms tell), all under way
     together; one small one more for a model of several losses, and for a ``LossScaleOptimizer``. After
     local steps (``SyncPeriod``) instead, once per stretch: one all-reduce of the ledgers, then one of the
     parameters per dtype.

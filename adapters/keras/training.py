@@ -92,9 +92,18 @@ def _compiled(model: Any) -> None:
             if isinstance(loss, Objective):
                 loss._exact.process_set = engine.exchange.process_set
                 loss._exact.passes = _passes(model.optimizer)
+        policies = sorted({loss.nonfinite if isinstance(loss, Objective) else "raise" for loss in losses})
+        if len(policies) > 1:
+            raise ConfigError(
+                f"loss: the model's losses have nonfinite={' and '.join(map(repr, policies))}, but a step "
+                f"has one fate; give all of them the same (losses of Keras have 'raise')"
+            )
         with keras.src.utils.tracking.DotNotTrackScope():
             model._compile_loss = ExactCompileLoss(
-                model._compile_loss, engine.exchange, acting[0] if acting else None
+                model._compile_loss,
+                engine.exchange,
+                acting[0] if acting else None,
+                policies[0] if policies else "raise",
             )
             model._loss_tracker = ExactMean(model._compile_loss, name="loss")
             model._compile_config = _PlainConfig(model._compile_config)
@@ -225,6 +234,7 @@ class _Begin(keras.callbacks.Callback):
             "initial_epoch": epoch,
             "gradient_accumulation_steps": _passes(model.optimizer),
             "optimizer": model.optimizer.__class__.__name__,
+            "nonfinite": self.engine.books.nonfinite,
             **self.engine.exchange.settings(),
             **_loss_settings(model.loss),
             **self.engine.books.controller.settings(),

@@ -20,7 +20,7 @@ from hvdloss.control.period import period_of
 from hvdloss.control.weights import Proximal
 from hvdloss.controller import Controller
 from hvdloss.errors import ConfigError
-from hvdloss.ledger import COLUMN, FAULTS, WIDTH, judge, unpack
+from hvdloss.ledger import COLUMN, FAULTS, NONFINITE, WIDTH, judge, offenders, unpack
 from hvdloss.reduction import MEASURED
 from hvdloss.report import StepReport
 from hvdloss.tensorflow._backend import hvd
@@ -61,6 +61,7 @@ def translated(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 _FAILED, _MORE, _LEAVING = COLUMN["failed"], COLUMN["more"], COLUMN["leaving"]
+_EXTRA = 2  # sums of passes that are not told: of squared denominators, and of scaled losses
 
 
 class Books:
@@ -71,11 +72,17 @@ class Books:
     Args:
         controller: of the objective whose terms extend the rows; None for none.
         reduction: of that objective.
+        nonfinite: what that objective does about losses and gradients that are NaN or infinite.
     """
 
-    def __init__(self, controller: Controller | None = None, reduction: str = "mean") -> None:
+    def __init__(
+        self, controller: Controller | None = None, reduction: str = "mean", nonfinite: str = "raise"
+    ) -> None:
         self.controller = Controller() if controller is None else controller
         self.reduction = reduction
+        self.nonfinite = nonfinite
+        self.scaled: Any = False  # whether a loss was multiplied, of the passes last taken
+        self._counts: tf.Variable | None = None  # of steps skipped, or dropped by rank
         self._variables: tuple[tf.Variable, tf.Variable, tf.Variable] | None = None
         self._state: tf.Variable | None = None  # the terms' state, and what acts decided (see `_now`)
         self._bound: tuple[int, int] | None = None
@@ -193,8 +200,8 @@ class Books:
         if self._variables is None:
             with tf.init_scope(), tf.device("CPU:0"):
                 self._variables = (
-                    # The sums of the rows since the last step, and of their squared denominators; then
-                    # those of the terms.
+                    # The sums of the rows since the last step, of their squared denominators, and of
+                    # passes whose loss was multiplied; then those of the terms.
                     tf.Variable(self._nothing(), trainable=False, name="hvdloss_row"),
                     tf.Variable(
                         tf.zeros((0, self.width), tf.float64),
@@ -205,10 +212,13 @@ class Books:
                     tf.Variable(0, trainable=False, dtype=tf.int64, name="hvdloss_step"),
                 )
                 self._signal = tf.Variable(tf.zeros(3, tf.float64), trainable=False, name="hvdloss_signal")
+                self._counts = tf.Variable(
+                    tf.zeros(0, tf.int64), trainable=False, shape=(None,), name="hvdloss_nonfinite"
+                )
         return self._variables[which]
 
     def _nothing(self) -> tf.Tensor:
-        return tf.zeros(MEASURED + 1 + self.controller.width, tf.float64)
+        return tf.zeros(MEASURED + _EXTRA + self.controller.width, tf.float64)
 
     def announced(self, loss: tf.Tensor, row: tf.Tensor | Callable[[], tf.Tensor]) -> tf.Tensor:
         """Return `loss`; a backward pass through it enters `row`.
@@ -222,7 +232,8 @@ class Books:
         def through(x: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor], tf.Tensor]]:
             def grad(upstream: tf.Tensor) -> tf.Tensor:
                 # Tied to the gradient, since the backward half of an inner function keeps nothing else.
-                with tf.control_dependencies([self.enter(row() if callable(row) else row)]):
+                entered = self.enter(row() if callable(row) else row, upstream)
+                with tf.control_dependencies([entered]):
                     return tf.identity(upstream)
 
             return tf.identity(x), grad
@@ -230,11 +241,14 @@ class Books:
         self._of(0)  # exists before any function is traced
         return through(loss)
 
-    def enter(self, row: tf.Tensor) -> tf.Tensor:
-        """Add the row of one backward pass; in a graph, return what does it."""
-        parts = [row, row[1:2] ** 2]
-        if self.controller.width:
-            parts = [row[:MEASURED], parts[1], row[MEASURED:]]
+    def enter(self, row: tf.Tensor, upstream: tf.Tensor | None = None) -> tf.Tensor:
+        """Add the row of one backward pass; in a graph, return what does it.
+
+        `upstream`: the gradient that came to its loss; above 1 where the loss was multiplied.
+        """
+        extra = row[1:2] ** 2
+        more = tf.zeros(1, tf.float64) if upstream is None else tf.cast([upstream > 1], tf.float64)
+        parts = [row[:MEASURED], extra, more, row[MEASURED:]]
         return self._of(0).assign_add(tf.concat(parts, 0))
 
     # -- what ranks tell each other ---------------------------------------------------------------
@@ -286,11 +300,25 @@ class Books:
         ledgers = unpack(table[:, :WIDTH])
         if any(ledger.failed for ledger in ledgers) and self.process_set is not None:
             raise_together(communicator_of(self.process_set), self._error, "hvdloss.failed", f"step {step}")
-        error = judge(ledgers, step)
+        error = judge(ledgers, step, self.nonfinite)
         if error is not None:
             raise error
 
     # -- a step -----------------------------------------------------------------------------------
+
+    def skips(self, table: tf.Tensor) -> tf.Tensor:
+        """Return whether a step that was judged is one without an update, by all ranks' rows."""
+        if self.nonfinite != "skip":
+            return tf.constant(False)
+        return tf.reduce_any(table[:, NONFINITE] > 0)
+
+    def _unsound(self, table: tf.Tensor) -> tf.Tensor:
+        """Return whether a step is an error, by all ranks' rows."""
+        faults = table[:, FAULTS]
+        if self.nonfinite != "raise":
+            others = (slice(FAULTS.start, NONFINITE.start), slice(NONFINITE.stop, FAULTS.stop))
+            faults = tf.concat([table[:, some] for some in others], 1)
+        return tf.reduce_any(faults > 0) | tf.equal(tf.reduce_sum(table[:, 1]), 0.0)
 
     def forget(self) -> None:
         """Drop what was entered since the last step."""
@@ -305,6 +333,7 @@ class Books:
         """
         book = self._of(0).read_value()
         self.forget()
+        self.scaled = book[MEASURED + 1] > 0
         calls = book[4]
         n = tf.maximum(calls, 1.0)
         apart = calls * book[MEASURED] - book[1] ** 2 > 1e-9 * book[1] ** 2
@@ -314,11 +343,11 @@ class Books:
         denominator = tf.where(silent, one, book[1] / n) if lenient else book[1] / n
         passes = one if lenient else tf.minimum(calls, 1.0)
         own = tf.stack(
-            [book[0], denominator, book[2] / n, book[3] / n, passes, book[5], book[6], book[7], stray]
-            + [zero] * (WIDTH - MEASURED - 1)
+            [book[0], denominator, book[2] / n, book[3] / n, passes, book[5], book[6], book[7], zero, stray]
+            + [zero] * (WIDTH - MEASURED - 2)
         )
         # What terms tell of several calls adds up, as it does over passes.
-        return tf.concat([own, book[MEASURED + 1 :]], 0) if self.controller.width else own
+        return tf.concat([own, book[MEASURED + _EXTRA :]], 0) if self.controller.width else own
 
     def close(self, table: tf.Tensor, travel: Callable[[int], Travel]) -> list[tf.Operation]:
         """Judge a step from all ranks' rows ``(size, width)``, let the terms see it, and keep it.
@@ -339,9 +368,8 @@ class Books:
             state = self._in_a_graph(self._closed, table, step + 1, 1, travel)
             after.append(state.op)
         else:
-            bad = tf.reduce_any(table[:, FAULTS] > 0) | tf.equal(tf.reduce_sum(table[:, 1]), 0.0)
             done = tf.cond(
-                bad,
+                self._unsound(table),
                 lambda: self._raising(table, step + 1),
                 lambda: tf.constant(True),
             )
@@ -356,6 +384,14 @@ class Books:
             self._of(2).assign_add(steps, read_value=False),
             self._of(1).assign(table, read_value=False),
         ]
+        if self.nonfinite != "raise":
+            assert self._counts is not None
+            told = tf.reduce_any(table[:, NONFINITE] > 0, 1)
+            if self.nonfinite == "skip":
+                told = tf.reduce_any(told)[tf.newaxis]
+            told = tf.cast(told, tf.int64)
+            past = tf.concat([self._counts.read_value(), tf.zeros_like(told)], 0)[: tf.size(told)]
+            kept.append(self._counts.assign(past + told, read_value=False))
         if state is not None and self._state is not None:
             kept.append(self._state.assign(state, read_value=False))
         return kept
@@ -390,6 +426,8 @@ class Books:
         self._judge(table, step)
         if not self.controller.terms:
             return None
+        if self.nonfinite == "skip" and offenders(unpack(table[:, :WIDTH])):
+            return self._now()  # a step that terms do not see
         self.controller.close(step, table, travel(steps), self.reduction)
         return self._now()
 
@@ -422,7 +460,17 @@ class Books:
         if self._variables is None or not int(self._of(2)):
             return None
         ledgers = unpack(self._of(1).numpy()[:, :WIDTH])
-        return StepReport.of(int(self._of(2)), ledgers, reduction, self.choices, self.controller.reports())
+        counts = [] if self._counts is None else self._counts.numpy().tolist()
+        return StepReport.of(
+            int(self._of(2)),
+            ledgers,
+            reduction,
+            self.choices,
+            self.controller.reports(),
+            nonfinite=self.nonfinite,
+            skipped=counts[0] if self.nonfinite == "skip" and counts else 0,
+            dropped=counts if self.nonfinite == "drop" else (),
+        )
 
 
 def _kept(call: Callable[[], Any]) -> Any:

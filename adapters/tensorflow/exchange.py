@@ -22,11 +22,25 @@ from hvdloss.term import Travel
 from hvdloss.tuning import choose, launched
 from hvdloss.world import following
 
-__all__ = ["Clock", "Exchange", "check_acts", "check_options", "empty_row", "scaled", "tied"]
+__all__ = [
+    "Clock",
+    "Exchange",
+    "beyond",
+    "check_acts",
+    "check_options",
+    "check_skips",
+    "empty_row",
+    "marked",
+    "scaled",
+    "tied",
+]
 
 Gradient = Any  # tf.Tensor or tf.IndexedSlices
 _HALF = (tf.float16, tf.bfloat16)
 _LARGE = 2**18  # entries; a branch in a graph costs more than dividing fewer
+_GRADIENTS = COLUMN["nonfinite_gradients"]
+_LOSSES = COLUMN["nonfinite_losses"]
+_FIRST_KEPT = COLUMN["micro_batches"]
 _TIMES = slice(COLUMN["communication"], COLUMN["computation"] + 1)
 
 
@@ -67,6 +81,16 @@ def check_acts(controller: Controller, compression: Any, never_local: str = "") 
             f"SyncPeriod: {never_local}. Local steps need an optimizer of Keras made distributed by "
             f"hvdloss.keras.DistributedOptimizer or hvdloss.tensorflow.DistributedOptimizer; otherwise leave "
             f"SyncPeriod out of the terms' acts"
+        )
+
+
+def check_skips(nonfinite: str, what: str) -> None:
+    """Raise ConfigError for the policy "skip" where `what` leaves the update to somebody else."""
+    if nonfinite == "skip":
+        raise ConfigError(
+            f'nonfinite="skip": {what} gives gradients, and cannot keep an optimizer from using them; '
+            f"use hvdloss.tensorflow.DistributedOptimizer with an optimizer of Keras and a plain "
+            f'tf.GradientTape, or choose "drop" or "raise"'
         )
 
 
@@ -268,6 +292,9 @@ class Exchange:
         factor: tf.Tensor | float | None = None,
         compress: tf.Tensor | None = None,
         judged: Callable[[tf.Tensor], Sequence[tf.Operation]] = lambda table: (),
+        nonfinite: str = "raise",
+        look: tf.Tensor | bool = True,
+        local: Sequence[Gradient] = (),
     ) -> tuple[list[Gradient], tf.Tensor]:
         """Return the step's gradients, and the table of all ranks' rows.
 
@@ -281,6 +308,11 @@ class Exchange:
                 leave it to `compression`.
             judged: called once with the table; the gradients cannot be used before the operations it
                 returns are done.
+            nonfinite: of the objective. With "drop" a rank whose loss or gradients are NaN or infinite adds
+                nothing; no message leaves before its rank has seen all gradients.
+            look: whether gradients are looked at; the row then tells whether one is NaN, infinite, or so
+                large that the sum over ranks might be.
+            local: gradients that stay here, to be looked at as well.
 
         Returns:
             sum_k D_k g_k / sum_k D_k in each gradient's dtype, and all rows, ``(size, len(row))`` float64,
@@ -288,44 +320,61 @@ class Exchange:
 
         Collectives: one all-reduce per bucket of dense gradients (:func:`hvdloss.plan.plan_buckets`), two
         all-gathers per sparse one; the ledgers ride in a bucket, and what terms tell is one small message
-        more; or all of it is one where there is no such bucket or `compress` is given. None with one rank.
+        more; or all of it is one where there is no such bucket or `compress` is given. Where the ledgers go
+        ahead, whether gradients are finite is one small message more. None with one rank.
         """
         noted()
+        look = tf.convert_to_tensor(look)
+        drop = nonfinite == "drop"
+        if local:
+            local = [tf.convert_to_tensor(g.values if isinstance(g, tf.IndexedSlices) else g) for g in local]
         if factor is not None:
             factor = tf.convert_to_tensor(factor, tf.float64)
         if self.size == 1:
+            bad = (
+                look
+                & (row[1] > 0)
+                & beyond([*gradients, *local], [g.dtype.max for g in (*gradients, *local)])
+            )
             if factor is not None:
                 share = tf.math.divide_no_nan(factor, row[1])
                 gradients = [scaled(g, share) for g in gradients]
-            table = self.sum_table(row)
+            table = self.sum_table(marked(row, bad, drop))
             return tied(gradients, judged(table)), table
         factor = row[1] if factor is None else factor
         if self.sparse_as_dense:
             gradients = [tf.convert_to_tensor(g) for g in gradients]
         gradients = [_of_shape(g, v) for g, v in zip(gradients, variables, strict=True)]
         if not tf.executing_eagerly():
-            plan = self._plan(gradients, variables, compress is not None, row.shape[0] > WIDTH)
-            return self._reduce(list(gradients), row, factor, plan, compress, judged)
+            plan = self._plan(gradients, variables, compress is not None, row.shape[0] > WIDTH, drop)
+            return self._reduce(
+                list(gradients), row, factor, plan, compress, judged, drop=drop, look=look, local=local
+            )
         # One function, so that the messages are under way together; eager calls would wait for each.
         # One for each shape of the gradients, so that their sizes are known inside.
         shapes = tuple(g.dtype if isinstance(g, tf.IndexedSlices) else (g.dtype, *g.shape) for g in gradients)
         grouped = isinstance(self.groups, list | tuple)  # by variables, not by number
         whose = tuple(map(id, variables)) if grouped else ()
         who = (self.size, self.process_set.process_set_id)
-        key = (shapes, whose, *who, row.shape[0], compress is not None)
+        key = (shapes, whose, *who, row.shape[0], compress is not None, drop, len(local))
         if key not in self._eager:
-            plan = self._plan(gradients, variables, compress is not None, row.shape[0] > WIDTH)
+            plan = self._plan(gradients, variables, compress is not None, row.shape[0] > WIDTH, drop)
 
             def together(
-                gradients: list[Gradient], row: tf.Tensor, factor: tf.Tensor, compress: tf.Tensor | None
+                gradients: list[Gradient],
+                row: tf.Tensor,
+                factor: tf.Tensor,
+                compress: tf.Tensor | None,
+                look: tf.Tensor,
+                local: list[tf.Tensor],
             ) -> Any:
-                return self._reduce(gradients, row, factor, plan, compress)
+                return self._reduce(gradients, row, factor, plan, compress, drop=drop, look=look, local=local)
 
             made = tf.function(together, autograph=False, reduce_retracing=True)
             self._eager[key] = made, self._payload, self.choices
         function, self._payload, self.choices = self._eager[key]
         with explaining():
-            summed, table = function(list(gradients), row, factor, compress)
+            summed, table = function(list(gradients), row, factor, compress, look, list(local))
         judged(table)
         return summed, table
 
@@ -351,11 +400,17 @@ class Exchange:
         return count * dtype.size
 
     def _plan(
-        self, gradients: Sequence[Gradient], variables: Sequence[Any], choosing: bool, telling: bool
+        self,
+        gradients: Sequence[Gradient],
+        variables: Sequence[Any],
+        choosing: bool,
+        telling: bool,
+        drop: bool,
     ) -> tuple[tuple[int, ...], ...]:
         """Return which gradients travel together as one message, and note it; sparse ones travel alone.
 
-        `choosing`: whether compression is chosen while training; `telling`: whether terms tell anything.
+        `choosing`: whether compression is chosen while training; `telling`: whether terms tell anything;
+        `drop`: whether gradients are looked at before anything is sent.
         """
         infos = [
             ParameterInfo(
@@ -384,7 +439,7 @@ class Exchange:
         )
         together = [tuple(member.index for member in layout.members) for layout in layouts]
         plan = (*together, *((i,) for i, info in enumerate(infos) if info.sparse))
-        travel = self._travel(gradients, plan, choosing, telling)
+        travel = self._travel(gradients, plan, choosing, telling, drop)
         self.choices = {**self.choices, **launched(hvd), "travel": travel}
         dense = [g for g in gradients if not isinstance(g, tf.IndexedSlices)]
         # What is sparse, or of a size known only later, is not counted, as nobody knows it beforehand.
@@ -404,10 +459,13 @@ class Exchange:
     def _carrier(
         self, gradients: Sequence[Gradient], plan: tuple[tuple[int, ...], ...], choosing: bool
     ) -> int | None:
-        """Return the bucket in which the ledgers ride: the first that is a copy anyway. None: in none."""
+        """Return the bucket in which the ledgers ride: the last that is a copy anyway. None: in none.
+
+        The last, as they tell of the others' gradients.
+        """
         if choosing or self._ahead(gradients):  # 16 bits cannot carry them
             return None
-        return next((n for n, members in enumerate(plan) if len(members) > 1), None)
+        return next((n for n in reversed(range(len(plan))) if len(plan[n]) > 1), None)
 
     def _travel(
         self,
@@ -415,12 +473,14 @@ class Exchange:
         plan: tuple[tuple[int, ...], ...],
         choosing: bool,
         telling: bool,
+        drop: bool,
     ) -> dict[str, int]:
         """Return how many messages a step sends, and what they hold."""
         sparse = sum(isinstance(g, tf.IndexedSlices) for g in gradients)
         buckets = sum(len(members) > 1 for members in plan)
+        apart = telling or self._carrier(gradients, plan, choosing) is None
         return {
-            "messages": len(plan) + sparse + (telling or self._carrier(gradients, plan, choosing) is None),
+            "messages": len(plan) + sparse + apart + (self._ahead(gradients) and not drop),
             "buckets": buckets,
             "alone": len(plan) - buckets - sparse,
             "sparse": sparse,
@@ -434,10 +494,29 @@ class Exchange:
         plan: tuple[tuple[int, ...], ...],
         compress: tf.Tensor | None = None,
         judged: Callable[[tf.Tensor], Sequence[tf.Operation]] = lambda table: (),
+        *,
+        drop: bool,
+        look: tf.Tensor,
+        local: Sequence[tf.Tensor],
     ) -> tuple[list[Gradient], tf.Tensor]:
         ahead = self._ahead(gradients)
         carrier = self._carrier(gradients, plan, compress is not None)
         sums: list[Gradient] = [None] * len(plan)
+        # Side by side in one message: few messages, one pass to scale and one to divide.
+        parts = [
+            gradients[members[0]]
+            if len(members) == 1
+            else tf.concat([tf.reshape(gradients[i], [-1]) for i in members], 0)
+            for members in plan
+        ]
+        grow = tf.ones((), tf.float64) if ahead else tf.math.divide_no_nan(factor, self._measure())
+        limits = [self._limit(part.dtype, ahead, compress) / grow for part in parts]
+        looked = beyond([*parts, *local], [*limits, *(g.dtype.max for g in local)])
+        bad = look & (factor > 0) & looked
+        if drop or not ahead:
+            row = marked(row, bad, drop)
+        if drop:
+            factor = tf.where(row[1] > 0, factor, tf.zeros_like(factor))
         mine = self._own_row(self.clock.told(row))
         if carrier is None:
             table = self._sum(mine, f"{self.name}.ledger")
@@ -446,28 +525,25 @@ class Exchange:
         # divided already, and needs no further pass.
         measure = self._measure()
         scale = tf.math.divide_no_nan(factor, total if ahead else measure)
-        for number, members in enumerate(plan):
+        for number, part in enumerate(parts):
             name = f"{self.name}.{number}"
-            first = gradients[members[0]]
-            if isinstance(first, tf.IndexedSlices):
-                sums[number] = self._gather_sparse(first, scale, name)
-            elif len(members) == 1:
-                sums[number] = self.sum_scaled(first, scale, name, compress)
+            if isinstance(part, tf.IndexedSlices):
+                sums[number] = self._gather_sparse(part, scale, name)
+            elif number != carrier:
+                sums[number] = self.sum_scaled(part, scale, name, compress)
             else:
-                # Side by side in one message: few messages, one pass to scale and one to divide.
-                flat = tf.concat([tf.reshape(gradients[i], [-1]) for i in members], 0)
-                if number != carrier:
-                    sums[number] = self.sum_scaled(flat, scale, name, compress)
-                    continue
                 ledgers, told = mine[:, :WIDTH], mine[:, WIDTH:]
-                numbers = as_numbers(ledgers, flat.dtype)
-                flat = self._sum(tf.concat([scaled(flat, scale), numbers], 0), name, self.predivide)
+                numbers = as_numbers(ledgers, part.dtype)
+                flat = self._sum(tf.concat([scaled(part, scale), numbers], 0), name, self.predivide)
                 sums[number], numbers = tf.split(flat, [-1, numbers.shape[0]])
                 table = from_numbers(tf.round(numbers), ledgers.shape)
                 if told.shape[1]:
                     # What terms tell travels apart: here it would move gradients to other places of the
                     # message, and sums of three and more ranks round by place.
                     table = tf.concat([table, self._sum(told, f"{self.name}.terms")], 1)
+        if ahead and not drop:  # the ledgers have gone, before gradients could be looked at
+            told = self.sum_table(tf.cast([bad], tf.float64), "finite")
+            table = tf.concat([table[:, :_GRADIENTS], told, table[:, _GRADIENTS + 1 :]], 1)
         self.clock.end(self.clock.begin(gradients), [*sums, table])
         after = judged(table)
         with tf.control_dependencies(after):
@@ -487,6 +563,18 @@ class Exchange:
             for i, piece in zip(members, pieces, strict=True):
                 summed[i] = tf.reshape(piece, gradients[i].shape)
         return summed, table
+
+    def _limit(self, dtype: tf.DType, ahead: bool, compress: tf.Tensor | None) -> tf.Tensor:
+        """Return the largest size of gradients that surely have a finite sum, as they are sent; float64."""
+        largest = dtype.max
+        if ahead:  # what is divided before sums up to a mean
+            if self.compression is hvd.Compression.fp16:
+                largest = min(largest, tf.float16.max)
+            return tf.constant(float(largest), tf.float64)
+        limit = tf.constant(float(largest) / self.size, tf.float64)
+        if compress is None:
+            return limit
+        return tf.where(compress, tf.constant(float(tf.float16.max), tf.float64), limit)
 
     def sum_scaled(
         self,
@@ -535,6 +623,48 @@ def scaled(g: Gradient, factor: tf.Tensor) -> Gradient:
         return tf.IndexedSlices(scaled(g.values, factor), g.indices, g.dense_shape)
     wide = tf.cast(g, tf.float32) if g.dtype in _HALF else g
     return tf.cast(tf.math.multiply_no_nan(wide, tf.cast(factor, wide.dtype)), g.dtype)
+
+
+def beyond(gradients: Sequence[Gradient], limits: Sequence[Any]) -> tf.Tensor:
+    """Return whether any entry is NaN, infinite, or in size above the limit of its gradient: a bool.
+
+    One pass that only reads: the sum of squares, which is as fast as memory and finite wherever all entries
+    are of usual size, mostly settles it.
+    """
+    values = [g.values if isinstance(g, tf.IndexedSlices) else g for g in gradients]
+    pairs = [
+        (
+            tf.cast(v, tf.float32) if v.dtype in _HALF else v,
+            tf.minimum(tf.cast(limit, tf.float64), tf.cast(v.dtype.max, tf.float64)),
+        )
+        for v, limit in zip(values, limits, strict=True)
+        if v.dtype.is_floating
+    ]
+    if not pairs:
+        return tf.constant(False)
+    squares = tf.add_n([tf.cast(tf.nn.l2_loss(v), tf.float64) for v, _ in pairs])  # half of them
+    least = tf.reduce_min(tf.stack([limit for _, limit in pairs]))
+    fine = (squares <= 0.5 * least * least) & tf.math.is_finite(squares)
+
+    def exactly() -> tf.Tensor:
+        within = [tf.reduce_all(tf.cast(tf.abs(v), tf.float64) <= limit) for v, limit in pairs]
+        return ~tf.reduce_all(tf.stack(within))
+
+    return tf.cond(fine, lambda: tf.constant(False), exactly)
+
+
+def marked(row: tf.Tensor, bad: tf.Tensor, drop: bool) -> tf.Tensor:
+    """Return a rank's row that tells whether its gradients are `bad`.
+
+    With `drop` one that is, or whose loss is, adds nothing to the step and still tells what was wrong.
+    """
+    flag = tf.cast([bad], row.dtype)
+    row = tf.concat([row[:_GRADIENTS], flag, row[_GRADIENTS + 1 :]], 0)
+    if not drop:
+        return row
+    nothing = tf.zeros_like(row)
+    emptied = tf.concat([nothing[:_FIRST_KEPT], row[_FIRST_KEPT:WIDTH], nothing[WIDTH:]], 0)
+    return tf.where((row[_GRADIENTS] > 0) | (row[_LOSSES] > 0), emptied, row)
 
 
 def _of_shape(g: Gradient, variable: Any) -> Gradient:

@@ -108,6 +108,17 @@ class Objective(ObjectiveBase[tf.Tensor]):
         terms: what is measured per rank, priced and acted on: :class:`hvdloss.CommunicationCost`,
             :class:`hvdloss.DataSkew`, your own subclasses of :class:`hvdloss.Term`.
         process_set: the Horovod process set whose ranks share the step; None for all.
+        nonfinite: what happens to a step in which the loss or a gradient of some rank is NaN or infinite (a
+            weight that is, or is negative, is always an error).
+
+            - ``"raise"``: NonFiniteLossError or NonFiniteGradientError on every rank, before any update.
+            - ``"skip"``: no rank updates anything: parameters, the optimizer's memory, moving averages of
+              parameters, the number of iterations. ``last_step`` counts it, and names the ranks. What the
+              forward pass changed (statistics of batch normalisation) stays. Needs a distributed optimizer
+              of Keras, which makes the update.
+            - ``"drop"``: that rank adds nothing to the step: no gradient, weight or element, as if it had
+              had no batch. With ``"sum"`` a penalty then counts for its share of the calls only. Nothing is
+              sent before a rank has computed all of its gradients.
 
     Raises:
         ConfigError: an argument that cannot be used.
@@ -127,9 +138,10 @@ class Objective(ObjectiveBase[tf.Tensor]):
         reduction: str = "mean",
         terms: tuple[Term, ...] = (),
         process_set: Any = None,
+        nonfinite: str = "raise",
     ) -> None:
-        super().__init__(loss, reduction=reduction, terms=terms, process_set=process_set)
-        self.books = Books(self.controller, self.reduction)
+        super().__init__(loss, reduction=reduction, terms=terms, process_set=process_set, nonfinite=nonfinite)
+        self.books = Books(self.controller, self.reduction, nonfinite)
         self.alone = False  # while a rank evaluates a loss of all ranks' elements on its own
 
     def _named_losses(self) -> Mapping[str, Callable[..., tf.Tensor]]:

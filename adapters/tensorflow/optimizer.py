@@ -9,7 +9,7 @@ from hvdloss.communicator import included
 from hvdloss.errors import ConfigError
 from hvdloss.report import StepReport
 from hvdloss.tensorflow._backend import hvd
-from hvdloss.tensorflow.exchange import Exchange, check_acts, check_options
+from hvdloss.tensorflow.exchange import Exchange, check_acts, check_options, check_skips
 from hvdloss.tensorflow.objective import Objective
 
 __all__ = ["DistributedOptimizer"]
@@ -43,6 +43,8 @@ class _ExactV1(tf.compat.v1.train.Optimizer):
             row,
             compress=books.compress,
             judged=lambda table: books.close(table, self._exchange.travel(books.compressing)),
+            nonfinite=books.nonfinite,
+            look=~books.scaled,
         )
         books.choices = self._exchange.choices
         done = iter(reduced)
@@ -143,6 +145,7 @@ def DistributedOptimizer(
         )
     check_options(op, gradient_predivide_factor, groups)
     check_acts(objective.controller, compression, "optimizers of tf.compat.v1.train cannot take local steps")
+    check_skips(objective.nonfinite, "an optimizer of tf.compat.v1.train")
     if backward_passes_per_step != 1:
         raise ConfigError(
             f"backward_passes_per_step={backward_passes_per_step!r}: optimizers of tf.compat.v1.train cannot "

@@ -13,7 +13,7 @@ from hvdloss.communicator import included
 from hvdloss.errors import ConfigError
 from hvdloss.report import StepReport
 from hvdloss.tensorflow._backend import hvd
-from hvdloss.tensorflow.exchange import Exchange, check_acts, check_options, scaled
+from hvdloss.tensorflow.exchange import Exchange, check_acts, check_options, check_skips, scaled
 from hvdloss.tensorflow.objective import Objective
 from hvdloss.tuning import choose
 
@@ -71,8 +71,10 @@ class _Exact:
             gradients in the structure of `sources`: dense, ``tf.IndexedSlices``, or None.
 
         Raises:
-            WeightError, NoWeightError, NonFiniteLossError, UsageError: the same on every rank. Inside a
-                ``tf.function`` TensorFlow raises an error of its own with the same text.
+            WeightError, NoWeightError, NonFiniteLossError, NonFiniteGradientError, UsageError: the same on
+                every rank. Inside a ``tf.function`` TensorFlow raises an error of its own with the same
+                text. Gradients of a loss that was multiplied (by a ``LossScaleOptimizer``) may be infinite:
+                that optimizer looks at them.
 
         Collectives: see :meth:`hvdloss.tensorflow.exchange.Exchange.reduce`.
         """
@@ -97,10 +99,14 @@ class _Exact:
             row,
             compress=books.compress,
             judged=lambda table: books.close(table, exchange.travel(books.compressing)),
+            nonfinite=books.nonfinite,
+            look=~books.scaled,
+            local=[g for i, g in enumerate(flat) if g is not None and local[i]],
         )
         books.choices = exchange.choices
         if self._hvd_scale_local:
-            share = tf.math.divide_no_nan(row[1], tf.reduce_sum(table[:, 1]))
+            own = table[process_set.rank(), 1]  # nothing, of a rank that was dropped
+            share = tf.math.divide_no_nan(own, tf.reduce_sum(table[:, 1]))
             for i, g in enumerate(flat):
                 if g is not None and local[i]:
                     flat[i] = scaled(g, share)
@@ -199,7 +205,8 @@ def DistributedGradientTape(
 
     Raises:
         ConfigError: an argument that cannot be used; an objective with
-            :class:`hvdloss.control.SyncPeriod`, since a tape knows no parameters to average.
+            :class:`hvdloss.control.SyncPeriod`, since a tape knows no parameters to average, or with
+            ``nonfinite="skip"``, since a tape makes no update that it could leave out.
 
     Collectives: none; see the tape's ``gradient``.
     """
@@ -229,6 +236,7 @@ def DistributedGradientTape(
         raise ConfigError("gradtape is already wrapped by hvdloss.tensorflow.DistributedGradientTape")
     check_options(op, gradient_predivide_factor, groups)
     check_acts(objective.controller, compression, "a gradient tape has no parameters to average")
+    check_skips(objective.nonfinite, "a gradient tape")
     choose(bucket_cap_mb=bucket_cap_mb)
     ours = objective.process_set
     if process_set is not None and ours is not None and process_set is not ours:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,16 @@ from hvdloss.torch._backend import hvd
 from hvdloss.torch.compression import BF16Compressor
 from hvdloss.torch.waiting import explaining, wait
 
-__all__ = ["FlatBucket", "LoneGradient", "SparseSlot", "Wire", "as_numbers", "from_numbers"]
+__all__ = [
+    "FlatBucket",
+    "LoneGradient",
+    "SparseSlot",
+    "Wire",
+    "absent",
+    "as_numbers",
+    "beyond",
+    "from_numbers",
+]
 
 # Horovod sums these dtypes; others travel as a wider one.
 _WIDER = {torch.bfloat16: torch.float32}
@@ -20,6 +30,34 @@ _WIDER = {torch.bfloat16: torch.float32}
 def _scaled(tensor: torch.Tensor, scale: Any) -> bool:
     """Return whether multiplying `tensor` by `scale` would change anything (unknown on a device)."""
     return not (isinstance(scale, float) and scale == 1.0)
+
+
+def absent(scale: Any) -> bool:
+    """Return whether nothing is to be added, whatever it is: NaN times 0 would be NaN."""
+    return isinstance(scale, float) and scale == 0.0
+
+
+def beyond(x: torch.Tensor, limit: float) -> Any:
+    """Return whether an entry of `x` is NaN, infinite, or above `limit` in size.
+
+    A bool on a CPU; on a device a 0-dim bool tensor, for which nobody waits.
+
+    One pass that only reads. On a CPU the sum of squares, which is as fast as memory and finite wherever all
+    entries are of usual size, mostly settles it.
+    """
+    if not x.numel():
+        return False
+    if x.is_complex():
+        x = torch.view_as_real(x).view(-1)
+    if x.device.type != "cpu":
+        low, high = torch.aminmax(x)
+        return ~((low >= -limit) & (high <= limit))
+    if x.dtype in (torch.float32, torch.float64):
+        squares = float(torch.dot(x, x))
+        if math.isfinite(squares) and squares <= limit * limit:
+            return False
+    low, high = torch.aminmax(x)
+    return not (float(low) >= -limit and float(high) <= limit)
 
 
 def as_numbers(table: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -48,6 +86,8 @@ class _Reduction:
 
     _finish: Callable[[], None] | None = None
     launched = False
+    sealed = False  # whether what this rank gives is complete
+    bad: Any = False  # and whether any of it is NaN, infinite, or too large to be summed (see `beyond`)
 
     def drain(self) -> None:
         """Wait for the reduction, if it is under way, and drop its result."""
@@ -89,7 +129,7 @@ class FlatBucket(_Reduction):
         """Forget what the last step wrote; the buffer itself is overwritten later, not cleared."""
         self.written = [False] * len(self.parameters)
         self.written_count = 0
-        self.launched = False
+        self.launched = self.sealed = self.bad = False
         self._finish = None
         self.begin_pass()
 
@@ -127,6 +167,12 @@ class FlatBucket(_Reduction):
                 continue
             view = self.views[i]
             p.grad = None
+            if absent(scale):
+                if not self.written[i]:
+                    self.written[i] = True
+                    self.written_count += 1
+                    view.zero_()
+                continue
             if grad.layout is not strided:
                 grad = grad.to_dense()
             if self.written[i]:
@@ -152,8 +198,8 @@ class FlatBucket(_Reduction):
             self.body.mul_(scale)
 
     @torch.no_grad()
-    def launch(self, leftover: Any, wire: Wire) -> None:
-        """Start the bucket's reduction; gradients that no backward pass touched go along.
+    def seal(self, leftover: Any, wire: Wire) -> None:
+        """Complete what this rank gives, and look at it; gradients that no backward pass touched go along.
 
         `leftover` is the step's scale for a gradient that was already there before (one process would
         keep it as well); a parameter without any gradient adds zero.
@@ -170,6 +216,13 @@ class FlatBucket(_Reduction):
         self.flags.fill_(1)
         if self.written_count < len(self.views):
             self.flags.copy_(torch.tensor(self.written, dtype=self.flags.dtype))
+        self.bad = beyond(self.body, wire.limit(self.body.dtype))
+        self.sealed = True
+
+    def launch(self, leftover: Any, wire: Wire) -> None:
+        """Start the bucket's reduction."""
+        if not self.sealed:
+            self.seal(leftover, wire)
         self.launched = True
         self._finish = wire.send(self.flat, self.name)
 
@@ -179,6 +232,7 @@ class FlatBucket(_Reduction):
         self.drain()
         if denominator != 1.0:
             self.body.div_(denominator)
+        self.handed = self.body
         used = None
         if self.written_count < len(self.views):
             used = self.flags.tolist()
@@ -203,7 +257,7 @@ class LoneGradient(_Reduction):
     def begin_step(self) -> None:
         """Let go of the last step's gradient, which is now the parameter's."""
         self._held: torch.Tensor | None = None
-        self.launched = False
+        self.launched = self.sealed = self.bad = False
         self._finish = None
         self.begin_pass()
 
@@ -236,6 +290,10 @@ class LoneGradient(_Reduction):
         if not self.fired_count or grad is None:
             return
         p.grad = None
+        if absent(scale):
+            if self._held is None:
+                self._held = torch.zeros_like(p, memory_format=torch.contiguous_format)
+            return
         if grad.layout is not torch.strided:
             grad = grad.to_dense()
         if self._held is None:
@@ -246,14 +304,23 @@ class LoneGradient(_Reduction):
             _add(self._held, grad, scale)
 
     @torch.no_grad()
-    def launch(self, leftover: Any, wire: Wire) -> None:
-        """Start the reduction; a gradient that no backward pass touched goes along, or zero."""
+    def seal(self, leftover: Any, wire: Wire) -> None:
+        """Complete what this rank gives, and look at it: a gradient that no pass touched, or zero."""
         p = self.parameters[0]
         if self._held is None:
             self.fired_count = 1
             self.absorb(leftover)
         if self._held is None:
             self._held = torch.zeros_like(p, memory_format=torch.contiguous_format)
+        else:
+            self.bad = beyond(self._held.view(-1), wire.limit(p.dtype))
+        self.sealed = True
+
+    def launch(self, leftover: Any, wire: Wire) -> None:
+        """Start the reduction."""
+        if not self.sealed:
+            self.seal(leftover, wire)
+        assert self._held is not None
         self.launched = True
         self._finish = wire.send(self._held.view(-1), self.name)
 
@@ -264,6 +331,7 @@ class LoneGradient(_Reduction):
         assert self._held is not None
         if denominator != 1.0:
             self._held.div_(denominator)
+        self.handed = self._held.view(-1)
         self.parameters[0].grad = self._held if self.used else None
 
 
@@ -273,14 +341,14 @@ class SparseSlot:
     def __init__(self, parameter: torch.nn.Parameter, name: str) -> None:
         self.parameter = parameter
         self.name = name
-        self.launched = False
         self.begin_step()
 
     def begin_step(self) -> None:
         """Forget what the last step held."""
         self._held: torch.Tensor | None = None
         self._handles: tuple[Any, Any] | None = None
-        self.launched = False
+        self.launched = self.sealed = False
+        self.bad: Any = False
 
     def begin_pass(self) -> None:
         """Nothing to do: a sparse slot is not launched during a backward pass."""
@@ -299,13 +367,23 @@ class SparseSlot:
         p.grad = None
         if grad.layout is torch.strided:
             grad = grad.to_sparse(1)
-        grad = grad * scale
+        grad = torch.zeros_like(grad) if absent(scale) else grad * scale
         self._held = grad if self._held is None else self._held + grad
+
+    @torch.no_grad()
+    def seal(self, leftover: Any, wire: Wire) -> None:
+        """Complete what this rank gives, and look at it."""
+        self.absorb(leftover)
+        if self._held is not None:
+            self._held = self._held.coalesce()
+            self.bad = beyond(self._held.values().reshape(-1), wire.limit(self._held.dtype))
+        self.sealed = True
 
     @torch.no_grad()
     def launch(self, leftover: Any, wire: Wire) -> None:
         """Start gathering all ranks' rows and values."""
-        self.absorb(leftover)
+        if not self.sealed:
+            self.seal(leftover, wire)
         p = self.parameter
         if self._held is None:
             rows = torch.zeros(0, dtype=torch.int64, device=p.device)
@@ -324,6 +402,7 @@ class SparseSlot:
         """Wait, divide, and hand the summed sparse gradient to the parameter."""
         rows, values = self.drain()
         p = self.parameter
+        self.handed = values.view(-1)
         if not len(rows):
             p.grad = None
             return
@@ -343,6 +422,7 @@ class Wire:
     def __init__(self, process_set: Any, compression: Any) -> None:
         self._process_set = process_set
         self._compression = compression
+        self._limits: dict[tuple[torch.dtype, int], float] = {}
 
     @property
     def size(self) -> int:
@@ -367,6 +447,14 @@ class Wire:
     def is_half(self, dtype: torch.dtype) -> bool:
         """Return whether values of `dtype` travel as float16, whose range is small."""
         return dtype is torch.float16 or self._travels_as(dtype) is torch.float16
+
+    def limit(self, dtype: torch.dtype) -> float:
+        """Return the largest size of values of `dtype` whose sum over ranks is surely finite."""
+        key = (dtype, self.size)
+        if key not in self._limits:
+            largest = min(torch.finfo(one).max for one in (dtype, self._travels_as(dtype)))
+            self._limits[key] = largest / self.size
+        return self._limits[key]
 
     def send(self, flat: torch.Tensor, name: str) -> Callable[[], None]:
         """Start summing `flat` over ranks in place; the result calls for the wait."""

@@ -34,11 +34,13 @@ class Stretch:
         self.steps = 0
         self.row: torch.Tensor | None = None
         self.strays = 0
+        self.bad = 0  # steps with a gradient that was not finite
 
-    def count(self, row: torch.Tensor | None, strays: int) -> None:
+    def count(self, row: torch.Tensor | None, strays: int, bad: bool) -> None:
         """Add a step of this rank, with the sums it told (None without any)."""
         self.steps += 1
         self.strays += strays
+        self.bad += bad
         if row is not None:
             self.row = row if self.row is None else self.row + row
 

@@ -85,6 +85,17 @@ class Objective(ObjectiveBase[torch.Tensor]):
         terms: what is measured per rank, priced and acted on: :class:`hvdloss.CommunicationCost`,
             :class:`hvdloss.DataSkew`, your own subclasses of :class:`hvdloss.Term`.
         process_set: the Horovod process set whose ranks share the step; None for the optimizer's.
+        nonfinite: what :func:`hvdloss.torch.DistributedOptimizer` does where the loss or a gradient of some
+            rank is NaN or infinite (a weight that is, or is negative, is always an error).
+
+            - ``"raise"``: ``step()`` raises NonFiniteLossError or NonFiniteGradientError on every rank, and
+              nothing was updated.
+            - ``"skip"``: no rank updates anything; ``last_step`` counts it, and names the ranks. What the
+              forward pass changed (statistics of batch normalisation) stays.
+            - ``"drop"``: that rank adds nothing to the step: no gradient, weight or element, as if it had
+              had no batch. With ``"sum"`` a penalty then counts for its share of the calls only. The
+              reductions start after the backward pass, not during it, since a rank must know its gradients
+              before it sends any, and a device is waited for.
 
     Raises:
         ConfigError: an argument that cannot be used.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import time
 import weakref
@@ -19,15 +20,24 @@ from hvdloss.communicator import Communicator, included
 from hvdloss.control.compression import AdaptiveCompression
 from hvdloss.control.period import SyncPeriod
 from hvdloss.control.weights import Proximal
-from hvdloss.errors import ConfigError, UsageError
+from hvdloss.errors import ConfigError, HvdlossError, UsageError
 from hvdloss.guard import due
-from hvdloss.ledger import COLUMN, FAULTS, WIDTH, Ledger, judge, pack, unpack
+from hvdloss.ledger import COLUMN, FAULTS, WIDTH, Ledger, judge, offenders, pack, unpack
 from hvdloss.plan import Bucket, ParameterInfo, plan_buckets
 from hvdloss.reduction import MEASURED
 from hvdloss.report import StepReport
 from hvdloss.term import Travel
 from hvdloss.torch._backend import hvd
-from hvdloss.torch.buckets import FlatBucket, LoneGradient, SparseSlot, Wire, as_numbers, from_numbers
+from hvdloss.torch.buckets import (
+    FlatBucket,
+    LoneGradient,
+    SparseSlot,
+    Wire,
+    absent,
+    as_numbers,
+    beyond,
+    from_numbers,
+)
 from hvdloss.torch.compression import Compression
 from hvdloss.torch.guard import check_synchronized, checksums
 from hvdloss.torch.local import Stretch, share_memory
@@ -98,6 +108,10 @@ class _Engine:
         self.leaving: Callable[[], bool] = lambda: False  # whether this rank is to leave
         self.wished: tuple[int, ...] = ()  # which ranks are, as all know
         self._idle = False  # whether this rank has nothing to update with
+        self.verdict: HvdlossError | str | None = None  # "skip", or an error, for the update to come
+        self._alone_bad = False  # whether that of a local step has gradients that are not finite
+        self.skipped = 0  # updates
+        self.dropped: list[int] = []  # steps, by rank
         self._active = False
         self._rows: list[torch.Tensor] = []
         self._hooked: dict[int, Any] = {}
@@ -289,6 +303,7 @@ class _Engine:
         self._table: torch.Tensor | None = None
         self._table_ready: Callable[[], None] | None = None
         self._told_ready: Callable[[], None] | None = None  # what terms tell
+        self._dropped: float | None = None  # above 0 if this rank adds nothing for its gradients' sake
         self._judged: list[Ledger] | None = None
         for slot in (*self.buckets, *self.sparse):
             slot.begin_step()
@@ -359,8 +374,8 @@ class _Engine:
                 f"backward_passes_per_step."
             )
         bucket.absorb(self._current_scale())
-        last = self.passes_done + 1 == self.passes and not self._strays
-        if last and self.tuning.overlap.value and bucket is not self.carrier and not self._local:
+        last = self.passes_done + 1 == self.passes and not self._strays and not self._local
+        if last and self.tuning.overlap.value and bucket is not self.carrier and not self._dropping:
             bucket.launch(self._scale_sum + self._scale, self.wire)
 
     def _current_scale(self) -> Any:
@@ -411,7 +426,8 @@ class _Engine:
                 continue
             grad, p.grad = p.grad.detach(), None
             # Sums of many weights do not fit float16.
-            grad = (grad.float() if grad.dtype is torch.float16 else grad) * scale
+            grad = grad.float() if grad.dtype is torch.float16 else grad
+            grad = torch.zeros_like(grad) if absent(scale) else grad * scale
             held = self._gathered.get(id(p))
             self._gathered[id(p)] = grad if held is None else held + grad
         self._fired.clear()
@@ -436,19 +452,62 @@ class _Engine:
         return communicator_of(self.process_set)
 
     def _launch(self) -> None:
-        """Start every reduction that has not started."""
-        self._launch_ledger()
-        for bucket in self.buckets:
-            if not bucket.launched:
-                bucket.launch(self._scale_sum, self.wire)
-        for slot in self.sparse:
-            if not slot.launched:
+        """Start every reduction that has not started; the ledgers' last, as they tell of the others."""
+        self._drop_if_nonfinite()
+        for slot in (*self.buckets, *self.sparse):
+            if not slot.launched and slot is not self.carrier:
                 slot.launch(self._scale_sum, self.wire)
+        if self.carrier is not None and not self.carrier.sealed:
+            self.carrier.seal(self._scale_sum, self.wire)
+        self._launch_ledger()
+        if self.carrier is not None and not self.carrier.launched:
+            self.carrier.launch(self._scale_sum, self.wire)
+
+    @property
+    def _dropping(self) -> bool:
+        """Whether nothing may be sent before all gradients were looked at."""
+        return self.objective.nonfinite == "drop"
+
+    def _bad_gradients(self) -> Any:
+        """Return above 0 if a gradient of this rank is NaN, infinite or too large: a number, or a tensor."""
+        if self._planned:
+            found = [slot.bad for slot in (*self.buckets, *self.sparse)]
+        else:
+            grads = [*self._gathered.values(), *(p.grad for p in self.parameters() if p.grad is not None)]
+            found = [
+                beyond(
+                    (g if g.layout is torch.strided else g.coalesce().values()).detach().reshape(-1),
+                    self.wire.limit(g.dtype),
+                )
+                for g in grads
+            ]
+        waiting = [one for one in found if isinstance(one, torch.Tensor)]
+        here = float(any(one for one in found if not isinstance(one, torch.Tensor)))
+        return torch.stack(waiting).any().double() + here if waiting else here
+
+    def _drop_if_nonfinite(self) -> None:
+        """Where such a rank is to add nothing, make it one without any backward pass if it is one."""
+        row = self._row_sum
+        if not self._dropping or row is None or self._table is not None:
+            return
+        slots = (*self.buckets, *self.sparse)
+        for slot in slots:
+            slot.seal(self._scale_sum, self.wire)
+        bad = float(self._bad_gradients())
+        if not bad and not bool(row[_NONFINITE] > 0):
+            return
+        for slot in slots:
+            slot.begin_step()
+        for p in self.parameters():
+            p.grad = None
+        self._gathered.clear()
+        self._row_sum, self._scale_sum, self._dropped = _emptied(row), 0.0, bad
 
     def _launch_ledger(self) -> None:
         if self._table is not None:
             return
-        table, self._told_ready = self._own_table(self._row_sum, self._strays)
+        bad = self._bad_gradients() if self._dropped is None else self._dropped
+        table, self._told_ready = self._own_table(self._row_sum, self._strays, bad)
         there = torch.tensor([float(lone.there) for lone in self.lone], dtype=torch.float64)
         if self.carrier is None:
             self._table = torch.cat([table, there.to(table.device)])
@@ -460,7 +519,7 @@ class _Engine:
         self._table_ready = self.carrier.drain
 
     def _own_table(
-        self, row: torch.Tensor | None, strays: int, moved: float = 0.0
+        self, row: torch.Tensor | None, strays: int, bad: Any, moved: float = 0.0
     ) -> tuple[torch.Tensor, Callable[[], None] | None]:
         """Return the table of ledgers, flat, of which this rank's row is filled, to be summed.
 
@@ -469,6 +528,7 @@ class _Engine:
         """
         rank, size = self.process_set.rank(), self.process_set.size()
         own = Ledger(
+            nonfinite_gradients=0.0 if isinstance(bad, torch.Tensor) else float(bad),
             strays=float(strays),
             failed=float(self.error is not None),
             communication=self._held_up,
@@ -487,11 +547,17 @@ class _Engine:
             if width:
                 self._told = self._told.to(row.device)
                 self._told[rank] = row[MEASURED:]
+        if isinstance(bad, torch.Tensor):
+            table = table.to(bad.device)
+            table[rank * WIDTH + _GRADIENTS] = bad
         ready = self._plain_wire.send(self._told.view(-1), f"{self.name}.terms") if width else None
         return table, ready
 
-    def _judge(self, table: torch.Tensor, step: int) -> list[Ledger]:
-        """Return all ranks' ledgers from the summed table; raise what they show to be wrong."""
+    def _judge(self, table: torch.Tensor, step: int, gradients: bool) -> list[Ledger]:
+        """Return all ranks' ledgers from the summed table; raise what they show to be wrong.
+
+        `gradients`: whether one that is not finite is, already.
+        """
         if self._told_ready is not None:
             ready, self._told_ready = self._told_ready, None
             ready()
@@ -501,9 +567,13 @@ class _Engine:
         self.wished = tuple(rank for rank, ledger in enumerate(ledgers) if ledger.leaving)
         if any(ledger.failed for ledger in ledgers):
             raise_together(self.communicator(), self.error, f"{self.name}.failed", f"step {step}")
-        error = judge(ledgers, step)
+        error = judge(ledgers, step, self.objective.nonfinite, gradients=gradients)
         if error is not None:
             raise error
+        if self._dropping:
+            guilty = offenders(ledgers)
+            past = self.dropped if len(self.dropped) == len(ledgers) else [0] * len(ledgers)
+            self.dropped = [count + (rank in guilty) for rank, count in enumerate(past)]
         return ledgers
 
     def _judged_ledgers(self) -> list[Ledger]:
@@ -518,7 +588,8 @@ class _Engine:
         table, there = self._table[:entries].cpu(), self._table[entries:].tolist()
         if self.carrier is not None:
             table = from_numbers(table)
-        ledgers = self._judge(table, self.step_count + 1)
+        # Of gradients the update decides: where a GradScaler sees that they are not finite, there is none.
+        ledgers = self._judge(table, self.step_count + 1, gradients=False)
         if there:
             for lone, count in zip(self.lone, there, strict=True):
                 lone.used = bool(count)
@@ -532,6 +603,7 @@ class _Engine:
             return
         began = time.perf_counter()
         computed = 0.0 if self._ended is None else began - self._ended
+        self.verdict, self._alone_bad = None, False
         try:
             watch.check()
             if self._active:  # a backward pass ended in an exception: its gradients are not whole
@@ -556,13 +628,57 @@ class _Engine:
             with self._waiting():
                 for slot in (*self.buckets, *self.sparse):
                     slot.finish(denominator)
-            self._close(ledgers, self.step_count + 1, self._gradients_travel())
+            self.verdict = self._verdict(ledgers, self.step_count + 1)
+            if self.verdict is None:
+                self._close(ledgers, self.step_count + 1, self._gradients_travel())
+            else:  # a step that terms do not see
+                self.ledgers, self.ledger_step = ledgers, self.step_count + 1
         except BaseException:
             self.abandon()
             raise
         self._hand_over()
         self._choose_reference(ledgers)
         self._exchanged(began, computed)
+
+    def _verdict(self, ledgers: list[Ledger], step: int) -> HvdlossError | str | None:
+        """Return what becomes of the update: None, "skip", or the error that it raises.
+
+        Equal on all ranks: it rests on the ledgers and on reduced gradients alone.
+        """
+        if self._dropping or not offenders(ledgers):
+            return None
+        # A gradient may have been too large to be summed surely, and its sum be finite.
+        if not offenders(ledgers, gradients=False) and not any(
+            bool(beyond(slot.handed, torch.finfo(slot.handed.dtype).max))
+            for slot in (*self.buckets, *self.sparse)
+        ):
+            return None
+        return "skip" if self.objective.nonfinite == "skip" else judge(ledgers, step)
+
+    def decide(self, scaler: bool = False) -> bool:
+        """Return whether to update, by what :meth:`synchronize` found; forget gradients of a step without.
+
+        Args:
+            scaler: whether a GradScaler tells the update itself what is not finite.
+
+        Raises:
+            NonFiniteGradientError: a gradient is NaN or infinite, and such a step is not to be skipped.
+        """
+        verdict, self.verdict = self.verdict, None
+        alone, self._alone_bad = self._alone_bad, False
+        if scaler or (verdict is None and not alone):
+            return True
+        for p in self.parameters():
+            p.grad = None
+        if alone:  # the exchange tells all ranks
+            assert self._stretch is not None
+            self._stretch.bad += 1
+            return False
+        if isinstance(verdict, HvdlossError):
+            self.step_count -= 1  # as for any other error
+            raise verdict
+        self.skipped += 1
+        return False
 
     def _hand_over(self) -> None:
         """Give the parameters what was set aside before, and end the step."""
@@ -605,9 +721,14 @@ class _Engine:
             self._stretch.anchor_here()
         row, strays = self._row_sum, self._strays
         sound = row is not None and not strays and bool(row[1] > 0) and not bool(row[FAULTS_TOLD].any())
+        bad = bool(self._bad_gradients())
+        self._alone_bad = bad and sound and not self._dropping  # a GradScaler may be about to see it
+        sound &= not bad or self._alone_bad
         for slot in (*self.buckets, *self.sparse):
             slot.finish(float(self._scale_sum) if sound else 1.0)
-        self._stretch.count(row, strays)
+        if self._dropping and row is not None and (bad or bool(row[_NONFINITE] > 0)):
+            row = _emptied(row)
+        self._stretch.count(row, strays, bad and self._dropping)
         self._hand_over()
         self._idle = False
         for p in self._frozen:  # waits for the next exchange
@@ -633,13 +754,14 @@ class _Engine:
         flats, length = stretch.moves()
         row = stretch.row
         weight = 0.0 if row is None else float(row[1])
-        if not math.isfinite(length):  # a gradient that was not finite, of a loss that was
-            row = torch.zeros(MEASURED + self.controller.width).double() if row is None else row.clone()
-            row[_NONFINITE] += 1
+        if not math.isfinite(length):  # steps too far, of gradients that were finite
+            stretch.bad += 1
             weight = length = 0.0
+            if row is not None:
+                row = _emptied(row)
         if self.objective.reduction == "sum":  # ranks weigh the same, as in a step
             weight = float(weight > 0)
-        table, self._told_ready = self._own_table(row, stretch.strays, moved=weight * length)
+        table, self._told_ready = self._own_table(row, stretch.strays, stretch.bad, moved=weight * length)
         reference = self._stretch_reference or 1.0
         told = self._plain_wire.send(table, f"{self.name}.stretch")
         waits, travel = stretch.send(flats, weight / reference, self.wire)
@@ -647,7 +769,7 @@ class _Engine:
             for wait in (told, *waits):
                 wait()
         try:
-            ledgers = self._judge(table, self.step_count)
+            ledgers = self._judge(table, self.step_count, gradients=True)
             total = math.fsum(
                 one.denominator if self.objective.reduction != "sum" else float(one.denominator > 0)
                 for one in ledgers
@@ -711,6 +833,7 @@ class _Engine:
             name=f"{self.name}.agree",
         )
         self.controller.prepare(self.communicator())
+        self._drop_if_nonfinite()
         self._launch_ledger()
         measured_in = self._reference  # of the gradients held so far; 1 unless this is a new plan
         self._choose_reference(self._judged_ledgers())
@@ -848,6 +971,19 @@ class _Engine:
 _ADDED = [0, 5, 6, 7]
 FAULTS_TOLD = slice(FAULTS.start, MEASURED)  # the faults that tensors tell
 _NONFINITE = COLUMN["nonfinite_losses"]
+_GRADIENTS = COLUMN["nonfinite_gradients"]
+_KEPT = slice(COLUMN["micro_batches"], MEASURED)
+
+
+def _emptied(row: torch.Tensor) -> torch.Tensor:
+    """Return a row that adds nothing to a step, and still tells what was wrong."""
+    out = torch.zeros_like(row)
+    out[_KEPT] = row[_KEPT]
+    return out
+
+
+class _Skipped(Exception):
+    """Ends an update before it has begun; holds the closure's value."""
 
 
 class _Exact:
@@ -864,7 +1000,9 @@ class _Exact:
     def synchronize(self) -> None:
         """Wait for the step's reductions; afterwards every ``.grad`` is that of all ranks' elements.
 
-        Call it to clip or inspect gradients, then ``step()`` inside :meth:`skip_synchronize`.
+        Call it to clip or inspect gradients, then ``step()`` inside :meth:`skip_synchronize`. Gradients
+        that are NaN or infinite are judged there, not here: a ``GradScaler`` looks at them in between, and
+        does not call ``step()``.
 
         Raises:
             WeightError, NoWeightError, NonFiniteLossError, UsageError, AgreementError: the same on
@@ -902,6 +1040,12 @@ class _Exact:
         """Synchronise and update; with a `closure`, synchronise after each of its calls.
 
         A closure's loss is returned for all ranks' elements, so that line searches agree.
+
+        Raises:
+            WeightError, NoWeightError, NonFiniteLossError, NonFiniteGradientError, UsageError,
+                AgreementError: the same on every rank; nothing was updated, and the next step may follow.
+                With ``Objective(..., nonfinite="skip")`` a step with a loss or gradient that is NaN or
+                infinite does nothing instead, but at a closure's second evaluation and later ones.
         """
         engine = self._hvdloss
         if closure is not None:
@@ -911,14 +1055,22 @@ class _Exact:
                     "loss must be that of all ranks; call step() without one, or leave out SyncPeriod"
                 )
 
+            evaluations = itertools.count()
+
             def global_closure() -> Any:
                 with torch.enable_grad():
                     value = closure()
                 engine.synchronize()
+                if next(evaluations) and engine.verdict == "skip":  # too late to have changed nothing
+                    engine.verdict = judge(engine.ledgers or [], engine.ledger_step)
+                if not engine.decide():
+                    raise _Skipped(value)
                 return engine.global_value(value)
 
             try:
                 out = self._base.step(self, global_closure)  # type: ignore[arg-type]
+            except _Skipped as skipped:
+                out = skipped.args[0]
             finally:
                 engine.synchronized = False
             engine.updated()
@@ -931,7 +1083,9 @@ class _Exact:
                 "gradients of the ranks have not been reduced"
             )
         engine.synchronized = False
-        out = None if engine._idle else self._base.step(self)  # type: ignore[arg-type]
+        # A fused optimizer is told by a GradScaler what is not finite, and does nothing then.
+        updates = engine.decide(scaler=getattr(self, "found_inf", None) is not None)
+        out = self._base.step(self) if updates and not engine._idle else None  # type: ignore[arg-type]
         engine._idle = False
         engine.updated()
         return out
@@ -983,6 +1137,9 @@ class _Exact:
             engine.objective.reduction,
             choices,
             engine.controller.reports(),
+            nonfinite=engine.objective.nonfinite,
+            skipped=engine.skipped,
+            dropped=engine.dropped,
         )
 
     @property
@@ -995,6 +1152,12 @@ class _Exact:
         # GradScaler.step asks this before it looks at the gradients. They must be the reduced ones by
         # then, or ranks would disagree on whether to skip the step.
         engine = self._hvdloss
+        if engine._dropping:
+            raise ConfigError(
+                'nonfinite="drop" with a GradScaler: it must see that a gradient is infinite, or its scale '
+                'would stay too large and that rank be dropped in every step; choose "skip" or "raise", '
+                "with which steps that the scaler skips stay the scaler's"
+            )
         if engine.should_synchronize and not engine.synchronized:
             engine.synchronize()
         return bool(getattr(self._base, "_step_supports_amp_scaling", False))
@@ -1052,7 +1215,7 @@ def DistributedOptimizer(
         ConfigError: an argument that cannot be used.
 
     Collectives per step: one asynchronous all-reduce per bucket, all under way together; the ranks'
-    ledgers (``size`` x 15 numbers) ride in the last float32 or float64 bucket, and need a message of
+    ledgers (``size`` x 16 numbers) ride in the last float32 or float64 bucket, and need a message of
     their own only where there is none (compression, 16-bit parameters). What terms tell is one message
     more. After local steps one all-reduce of the parameters per dtype, and one or two small ones. Buckets
     follow Li et al., "PyTorch Distributed" (VLDB 2020).

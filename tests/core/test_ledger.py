@@ -15,12 +15,24 @@ from hypothesis.extra import numpy as hnp
 from hvdloss.errors import (
     ConfigError,
     HvdlossError,
+    NonFiniteGradientError,
     NonFiniteLossError,
     NoWeightError,
     UsageError,
     WeightError,
 )
-from hvdloss.ledger import WIDTH, Ledger, judge, pack, unpack
+from hvdloss.ledger import (
+    COLUMN,
+    NONFINITE,
+    POLICIES,
+    WIDTH,
+    Ledger,
+    check_policy,
+    judge,
+    offenders,
+    pack,
+    unpack,
+)
 from hvdloss.reduction import MEASURED
 
 NAMES = [field.name for field in fields(Ledger)]
@@ -85,7 +97,7 @@ def test_a_ledger_cannot_be_changed():
 @given(st.lists(finite, min_size=MEASURED, max_size=MEASURED), st.floats(0, 5), st.floats(0, 5))
 def test_a_row_becomes_the_first_fields(row, strays, communication):
     ledger = Ledger.of_row(np.array(row), strays=strays, communication=communication)
-    assert astuple(ledger) == (*row, strays, 0.0, communication, 0.0, 0.0, 0.0, 0.0, 0.0)
+    assert astuple(ledger) == (*row, 0.0, strays, 0.0, communication, 0.0, 0.0, 0.0, 0.0, 0.0)
     assert all(type(value) is float for value in astuple(ledger))
 
 
@@ -202,6 +214,7 @@ FAULTS = [  # in order of precedence
     ("nonfinite_weights", WeightError, "NaN or infinite"),
     ("nonfinite_losses", NonFiniteLossError, "loss is NaN or infinite"),
     ("strays", UsageError, "without passing through"),
+    ("nonfinite_gradients", NonFiniteGradientError, "the loss is finite, but a gradient is NaN or infinite"),
 ]
 
 
@@ -263,6 +276,73 @@ def test_no_weight_anywhere_is_an_error(size):
 
 def test_one_rank_with_weight_is_enough():
     assert judge([Ledger(), Ledger(denominator=0.25), Ledger()], 1) is None
+
+
+# Policies for what is not finite
+
+TOLERATED = ("nonfinite_losses", "nonfinite_gradients")
+some_faults = st.dictionaries(
+    st.sampled_from([field for field, _, _ in FAULTS]), st.sets(st.integers(0, 3), min_size=1)
+)
+
+
+def spoiled(ledgers, faults):
+    """Return the ledgers with these faults, by field the ranks that have it."""
+    return [
+        replace(one, **{field: 1.0 for field, ranks in faults.items() if rank in ranks})
+        for rank, one in enumerate(ledgers)
+    ]
+
+
+def test_the_columns_of_the_tolerated_faults():
+    assert NAMES[NONFINITE] == list(TOLERATED) == [name for name in NAMES if COLUMN[name] in (7, 8)]
+
+
+@given(st.lists(sound_ledgers, min_size=4, max_size=4), some_faults, st.sampled_from(["skip", "drop"]))
+def test_a_policy_forgives_what_is_not_finite_and_nothing_else(ledgers, faults, policy):
+    ledgers[0] = replace(ledgers[0], denominator=1.0)
+    others = {field: ranks for field, ranks in faults.items() if field not in TOLERATED}
+    told = judge(spoiled(ledgers, faults), 9, policy)
+    alone = judge(spoiled(ledgers, others), 9, policy)
+    strict = judge(spoiled(ledgers, others), 9)
+    assert (type(told), str(told)) == (type(alone), str(alone)) == (type(strict), str(strict))
+
+
+@given(st.lists(sound_ledgers, min_size=4, max_size=4), some_faults)
+def test_offenders_are_those_that_are_not_finite(ledgers, faults):
+    ledgers = spoiled(ledgers, faults)
+    losses, gradients = (faults.get(field, set()) for field in TOLERATED)
+    assert offenders(ledgers) == sorted(losses | gradients)
+    assert offenders(ledgers, gradients=False) == sorted(losses)
+
+
+@given(st.lists(sound_ledgers, min_size=4, max_size=4), some_faults)
+def test_gradients_can_be_judged_later(ledgers, faults):
+    """Judging without gradients, and then gradients alone, tells what judging once tells."""
+    ledgers[0] = replace(ledgers[0], denominator=1.0)
+    ledgers = spoiled(ledgers, faults)
+    first = judge(ledgers, 9, gradients=False)
+    assert not isinstance(first, NonFiniteGradientError)
+    whole = judge(ledgers, 9)
+    if first is None:
+        assert (whole is None) == (not faults.get("nonfinite_gradients"))
+    else:
+        assert (type(first), str(first)) == (type(whole), str(whole))
+
+
+def test_dropping_every_rank_leaves_no_step():
+    gone = Ledger(micro_batches=1.0, nonfinite_losses=1.0)
+    error = judge([gone, replace(gone, nonfinite_losses=0.0, nonfinite_gradients=1.0), Ledger()], 4, "drop")
+    assert type(error) is NoWeightError
+    assert "any of 3 rank(s) that is left after dropping ranks 0, 1, whose" in str(error)
+    assert judge([gone, Ledger(denominator=1.0)], 4, "drop") is None
+
+
+@pytest.mark.parametrize("policy", ["ignore", "", None, 1])
+def test_an_unknown_policy_is_refused(policy):
+    with pytest.raises(ConfigError, match=r"nonfinite=.*'raise', 'skip', 'drop'"):
+        check_policy(policy)
+    assert [check_policy(known) for known in POLICIES] == list(POLICIES)
 
 
 @given(st.lists(ledgers_of(st.sampled_from([0.0, 0.0, 1.0, 2.0])), min_size=1, max_size=4))

@@ -13,9 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from hvdloss.control.period import SyncPeriod
 from hvdloss.errors import ConfigError
+from hvdloss.ledger import POLICIES
 from hvdloss.objective import _ALIASES, LOSSES, ObjectiveBase, expand_mask_axes, loss_named
 from hvdloss.reduction import REDUCTIONS
+from hvdloss.terms import CommunicationCost
 
 
 class Objective(ObjectiveBase):
@@ -134,7 +137,7 @@ def test_terms_are_refused_while_there_are_none():
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_settings_tell_what_must_agree(reduction):
     objective = Objective("l1", reduction=reduction, process_set="evens")
-    assert objective.settings() == {"objective": "mae", "reduction": reduction}
+    assert objective.settings() == {"objective": "mae", "reduction": reduction, "nonfinite": "raise"}
     assert json.loads(json.dumps(objective.settings())) == objective.settings()
     assert repr(objective) == f"Objective('mae', reduction={reduction!r})"
     assert objective.process_set == "evens"
@@ -254,3 +257,24 @@ def test_the_places_of_the_helper():
     for n, c, t in itertools.product(range(1, 3), repeat=3):
         assert 1 in places_of_a_class_axis((n, t), (n, c, t))
         assert (2 in places_of_a_class_axis((n, t), (n, c, t))) == (c == t)
+
+
+# What is not finite
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_the_policy_must_agree_between_ranks(policy):
+    objective = Objective("mse", nonfinite=policy)
+    assert objective.nonfinite == objective.settings()["nonfinite"] == policy
+
+
+def test_policies_that_cannot_be_followed_are_refused():
+    with pytest.raises(ConfigError, match="nonfinite='never'"):
+        Objective("mse", nonfinite="never")
+    with pytest.raises(ConfigError, match='nonfinite="drop": SoftDice'):
+        Objective("soft_dice", nonfinite="drop")
+    acts = (SyncPeriod(2),)
+    with pytest.raises(ConfigError, match='nonfinite="skip" with SyncPeriod'):
+        Objective("mse", nonfinite="skip", terms=(CommunicationCost(acts=acts),))
+    Objective("mse", nonfinite="drop", terms=(CommunicationCost(acts=acts),))
+    Objective("soft_dice", nonfinite="skip")

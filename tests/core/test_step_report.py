@@ -65,6 +65,7 @@ def test_a_report_goes_through_json(step, parts, reduction):
         "ranks",
         "choices",
         "terms",
+        "skipped",
     }
     assert len(record["ranks"]) == len(parts)
     for rank, (one, ledger) in enumerate(zip(record["ranks"], parts, strict=True)):
@@ -95,3 +96,37 @@ def test_choices_are_shown_but_do_not_tell_reports_apart():
     plain, chosen = StepReport.of(1, some, "mean"), StepReport.of(1, some, "mean", {"messages": 3})
     assert plain == chosen
     assert chosen.as_dict()["choices"] == {"messages": 3}
+
+
+def test_what_was_not_finite_is_told_by_rank():
+    nan, inf = (
+        Ledger(denominator=2.0, weight=2.0, elements=2.0, micro_batches=1.0, **{field: 1.0})
+        for field in ("nonfinite_losses", "nonfinite_gradients")
+    )
+    report = StepReport.of(3, [LEDGERS[0], nan, inf], "mean", nonfinite="skip", skipped=2)
+    assert [one.nonfinite for one in report.ranks] == ["", "loss", "gradient"]
+    assert report.skipped == 2
+    assert math.isnan(report.loss)  # what is left of the sums is not the loss of these elements
+    assert [math.isnan(one.loss) for one in report.ranks] == [False, True, False]
+    assert not math.isnan(StepReport.of(3, [LEDGERS[0], inf], "mean", nonfinite="skip").loss)
+
+
+def test_a_dropped_rank_is_counted_and_leaves_the_loss_alone():
+    gone = Ledger(micro_batches=1.0, nonfinite_losses=1.0)
+    report = StepReport.of(3, [LEDGERS[0], gone], "mean", nonfinite="drop", dropped=[0, 5])
+    assert (report.loss, report.weight, report.elements) == (1.5, 4.0, 5)
+    assert [(one.nonfinite, one.dropped) for one in report.ranks] == [("", 0), ("loss", 5)]
+    assert math.isnan(report.ranks[1].loss)
+    assert [one.dropped for one in StepReport.of(1, LEDGERS, "mean").ranks] == [0, 0, 0]
+
+
+@given(st.lists(ledgers, min_size=2, max_size=5), st.data(), st.sampled_from(REDUCTIONS))
+def test_a_step_with_a_dropped_rank_is_that_of_the_others(parts, data, reduction):
+    at = data.draw(st.integers(0, len(parts) - 1))
+    others = parts[:at] + parts[at + 1 :]
+    parts[at] = Ledger(micro_batches=2.0, nonfinite_losses=1.0, nonfinite_gradients=1.0)
+    report = StepReport.of(1, parts, reduction, nonfinite="drop")
+    alone = StepReport.of(1, others, reduction)
+    assert repr((report.loss, report.weight, report.elements)) == repr(
+        (alone.loss, alone.weight, alone.elements)
+    )

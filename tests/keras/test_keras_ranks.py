@@ -87,3 +87,8 @@ def test_terms(case: Case, request: pytest.FixtureRequest) -> None:
 @parallel_cases("keras_terms", more(("gloo", 1), ("gloo", 3)), cases=TERMS_EVERYWHERE, group="keras_fit")
 def test_terms_everywhere(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)
+
+
+@parallel_cases("keras_nonfinite", [("gloo", 2), *more(("gloo", 3), ("mpi", 2))], group="keras")
+def test_nonfinite(case: Case, request: pytest.FixtureRequest) -> None:
+    case.check(request)

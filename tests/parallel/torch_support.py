@@ -172,6 +172,7 @@ class Trial:
         *,
         loss: Any = "mse",
         reduction: str = "mean",
+        nonfinite: str = "raise",
         losses: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = mse,
         passes: int = 1,
         penalty: Callable[[torch.nn.Module], torch.Tensor] | None = None,
@@ -182,7 +183,7 @@ class Trial:
         self.one = copy.deepcopy(model)
         self.plain = copy.deepcopy(model)
         self.reduction, self.losses, self.penalty, self.passes = reduction, losses, penalty, passes
-        self.objective = hvd.Objective(loss, reduction=reduction)
+        self.objective = hvd.Objective(loss, reduction=reduction, nonfinite=nonfinite)
         self.optimizer = hvd.DistributedOptimizer(
             make(model.parameters()),
             model.named_parameters(),

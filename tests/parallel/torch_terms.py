@@ -564,7 +564,7 @@ def case_a_fault_in_a_stretch_returns_to_its_beginning():
         assert torch.equal(flat(model.parameters()), anchor)
     step(2)
     step(3)
-    raises_everywhere(hvdloss.NonFiniteLossError, lambda: step(4, after=overflow), "rank 0")
+    raises_everywhere(hvdloss.NonFiniteGradientError, lambda: step(4, after=overflow), "rank 0")
     assert torch.equal(flat(model.parameters()), anchor)
     for number in (2, 3, 4):
         step(number)

@@ -65,3 +65,8 @@ def test_terms_everywhere(case: Case, request: pytest.FixtureRequest) -> None:
 @parallel_cases("tf_stream", [("gloo", 2), *more(("gloo", 3), ("mpi", 2))], group="tf_tape")
 def test_streams(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)
+
+
+@parallel_cases("tf_nonfinite", [("gloo", 2), *more(("gloo", 1), ("gloo", 3), ("mpi", 2))], group="tf_tape")
+def test_nonfinite(case: Case, request: pytest.FixtureRequest) -> None:
+    case.check(request)

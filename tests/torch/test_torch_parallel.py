@@ -57,3 +57,8 @@ def test_compiled(case: Case, request):
 @parallel_cases("torch_beside_tensorflow", [("gloo", 2)])
 def test_beside_tensorflow(case: Case, request):
     case.check(request)
+
+
+@parallel_cases("torch_nonfinite", [("gloo", 2), *more(("gloo", 3), ("mpi", 2), ("gloo", 1))], group="torch")
+def test_nonfinite(case: Case, request):
+    case.check(request)
