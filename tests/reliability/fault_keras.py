@@ -149,6 +149,7 @@ class FitLoop:
         self.model.fit(
             Batches(batches, count),
             epochs=1,
+            shuffle=False,  # the fault is in a batch of a certain number
             verbose=0,
             callbacks=[Around(hooks, loader)],
             validation_data=validation,

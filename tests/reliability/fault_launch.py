@@ -31,7 +31,7 @@ from ranks import environment  # noqa: E402
 JOB = Path(__file__).resolve().parent / "fault_job.py"
 START_SECONDS = 240.0
 GRACE = 8.0  # seconds beyond a fault's own until a rank counts as hung
-ENDING = 40.0  # the same for ranks that know, and are about to end; a busy machine takes long
+ENDING = 90.0  # the same for ranks that know, and are about to end; a busy machine takes long
 SIGNALS = {"oom": signal.SIGKILL, "sigterm": signal.SIGTERM, "sigstop": signal.SIGSTOP}
 
 

@@ -164,7 +164,7 @@ def test_the_judge_finds_ranks_that_know_nothing_or_do_not_go_on():
 )
 def test_the_judge_looks_at_how_ranks_end(status, hung, problem):
     item = Item("sigkill", 0, 1, 3)
-    text = "step 3: rank 1 is gone"
+    text = "step 3: rank 1 is gone. Start again from the last checkpoint."
     kinds = ["RankError", "HvdlossError"]
     done = launched(item, told={"text": text, "kinds": kinds}, hung=hung, stacks={0: ""} if hung else {})
     done.status = status
