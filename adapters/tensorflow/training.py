@@ -74,7 +74,7 @@ class BestCheckpoint(core.BestCheckpoint):
 
         Collectives: two gathers, one of them of the file's bytes.
         """
-        with np.load(io.BytesIO(self.read())) as held:
+        with np.load(io.BytesIO(self.read()), allow_pickle=False) as held:
             return [held[name] for name in held.files]
 
 

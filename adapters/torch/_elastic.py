@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 from hvdloss.data.uneven import Uneven
+from hvdloss.hearing import hear
 from hvdloss.torch._backend import hvd
 from hvdloss.torch.data import ShardedLoader
 from hvdloss.torch.ops import communicator_of
@@ -51,7 +52,7 @@ def register() -> None:
             told = communicator_of(hvd.global_process_set).gather(
                 json.dumps(self.saved).encode(), "hvdloss.elastic"
             )
-            self.saved = json.loads(told[0])
+            (self.saved,) = hear(told[:1], "position")
             self.value.load_state_dict(self.saved)
 
     ours = [(kind, Position) for kind in (ShardedLoader, StreamLoader, Uneven)]

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from hvdloss.controller import Controller
 from hvdloss.errors import ConfigError
 from hvdloss.ledger import COLUMN
+from hvdloss.private import open_private
 from hvdloss.term import Decision, Travel
 
 __all__ = ["FORMAT", "decide_again", "follow", "read", "record"]
@@ -68,7 +69,7 @@ def record(controller: Controller, path: str | Path) -> None:
         ConfigError: the file exists, or cannot be written.
     """
     try:
-        file = Path(path).open("x", encoding="utf-8")  # noqa: SIM115 - open as long as the controller
+        file = open_private(path, "x", encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"path={str(path)!r}: cannot make the control log: {error}") from error
     writer = _Writer(file, controller)

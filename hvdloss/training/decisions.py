@@ -17,6 +17,7 @@ from hvdloss.errors import (
     NoWeightError,
     WeightError,
 )
+from hvdloss.hearing import hear
 from hvdloss.training.files import write_atomically
 
 __all__ = ["BestCheckpoint", "EarlyStopping", "Monitor", "merged_value"]
@@ -49,7 +50,7 @@ def merged_value(
 
     Collectives: one gather of two numbers.
     """
-    ranks = [json.loads(text) for text in communicator.gather(_told(value, weight), name)]
+    ranks = hear(communicator.gather(_told(value, weight), name), "value", _is_value)
     for rank, (_, _, fault) in enumerate(ranks):
         if fault:
             raise ConfigError(f"rank {rank}: {fault}")
@@ -85,6 +86,15 @@ def merged_value(
     # Not fsum of infinities of both signs, which raises.
     above = math.fsum(parts) if all(map(math.isfinite, parts)) else sum(parts)
     return above / math.fsum(total)
+
+
+def _is_value(told: Any) -> bool:
+    """Whether a rank's words are a number, a weight or none, and what is wrong with them or nothing."""
+    value, weight, fault = told
+    if fault:
+        return isinstance(fault, str)
+    float(value)
+    return weight is None or float(weight) is not None
 
 
 def _told(value: Any, weight: Any) -> bytes:

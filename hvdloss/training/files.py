@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from hvdloss.private import make_folder, open_private
+
 __all__ = ["replace_durably", "unfinished", "write_atomically"]
 
 
@@ -21,8 +23,12 @@ def unfinished(path: str | os.PathLike[str]) -> Path:
 
 
 def replace_durably(source: Path, path: str | os.PathLike[str]) -> None:
-    """Give a written file its name, over the one that had it, so that a power failure keeps one of both."""
+    """Give a written file its name, over the one that had it, so that a power failure keeps one of both.
+
+    Only its owner can read it.
+    """
     with open(source, "rb+") as file:
+        os.fchmod(file.fileno(), 0o600)
         os.fsync(file.fileno())
     os.replace(source, path)
     folder = os.open(Path(path).parent, os.O_RDONLY)
@@ -45,9 +51,9 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], A
         OSError: the file cannot be written. This, or what `write` raises, leaves the former file as it was.
     """
     new = unfinished(path)
-    new.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(new.parent)
     try:
-        with open(new, "wb") as file:
+        with open_private(new, "wb") as file:
             write(file)
         replace_durably(new, path)
     except BaseException:

@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hvdloss.cli.errors import Exit, InstallError
+from hvdloss.private import make_folder, open_private
 
 #: A build with both frameworks took 60 MB, its tools 20 MB; the rest is the compilers' own.
 BUILD_BYTES = 600 * 2**20
@@ -99,7 +100,7 @@ class Cache:
         """
         try:
             for folder in (self.wheels, self.source, self.tools, self.build, self.logs):
-                folder.mkdir(parents=True, exist_ok=True)
+                make_folder(folder)
             if not os.access(self.folder, os.W_OK):
                 raise PermissionError(13, "may not be written to", str(self.folder))
         except OSError as error:
@@ -118,7 +119,7 @@ class Cache:
             InstallError: another install still held it after `wait` seconds.
         """
         path = self.folder / "lock"
-        with path.open("a+") as file:
+        with open_private(path, "a+") as file:
             deadline = time.monotonic() + wait
             told = False
             while True:
