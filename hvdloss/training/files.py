@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 from hvdloss.private import make_folder, open_private
 
@@ -38,7 +38,7 @@ def replace_durably(source: Path, path: str | os.PathLike[str]) -> None:
         os.close(folder)
 
 
-def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], Any]) -> None:
+def write_atomically(path: str | os.PathLike[str], write: Callable[[IO[Any]], Any]) -> None:
     """Write a file whole or not at all: under another name, forced to disk, then renamed over `path`.
 
     Whoever reads `path` finds the former file or the new one, also where this process is killed meanwhile.

@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hvdloss.cli.errors import Exit, InstallError
+from hvdloss.hearing import parsed
 from hvdloss.private import make_folder, open_private
 
 #: A build with both frameworks took 60 MB, its tools 20 MB; the rest is the compilers' own.
@@ -157,7 +158,9 @@ class Cache:
         if not folder.exists():
             return None, ""
         try:
-            record = json.loads((folder / "build.json").read_text())
+            record = parsed((folder / "build.json").read_text())
+            if Path(record["wheel"]).name != record["wheel"]:
+                raise ValueError(f"its record names {record['wheel']!r}")  # somewhere else
             path = folder / record["wheel"]
             actual = sha256_of(path)
             if actual != record["sha256"]:
