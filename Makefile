@@ -2,7 +2,7 @@
 
 PYTHON_BIN := .venv/bin/python
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-more test-elastic test-hosts reliability soak lint format bench clean distclean
+.PHONY: help setup demo test test-more test-elastic test-hosts reliability soak lint format bench fuzz audit sbom clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,9 +45,19 @@ bench: setup ## measure steps and all-reduces on 2 and 4 ranks, Gloo and MPI (re
 	.venv/bin/hvdloss bench step -np 2 -np 4 --controller both --out runs/bench
 	.venv/bin/hvdloss bench allreduce -np 2 --controller both --out runs/bench
 
-clean: ## remove what building, testing and running left (not .venv)
+fuzz: setup ## fuzz every reader of bytes, 20 s each (FUZZ_SECONDS=...), guided by coverage; corpus in runs/fuzz
+	@$(PYTHON_BIN) -m pip install -q "atheris>=2.3" || true
+	$(PYTHON_BIN) tests/fuzz/run.py --seconds $(or $(FUZZ_SECONDS),20)
+
+audit: setup ## look for known vulnerabilities in what is installed; says loudly if it cannot
+	$(PYTHON_BIN) scripts/audit.py audit
+
+sbom: setup ## list what is installed, as CycloneDX (runs/sbom.json)
+	$(PYTHON_BIN) scripts/audit.py sbom
+
+clean: ## remove what building, testing and running left (not .venv, .venv-audit)
 	rm -rf build dist *.egg-info runs .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 distclean: clean ## clean, and remove .venv too
-	rm -rf .venv
+	rm -rf .venv .venv-audit

@@ -41,6 +41,7 @@ from hvdloss.benchmarks.common import environment, horovodrun, progress, write_j
 from hvdloss.benchmarks.hosts import Hosts
 from hvdloss.control import BatchShares, SharedBatches, SyncPeriod
 from hvdloss.control.simulation import ComputeModel, NetworkModel, TrainingPlan, simulate_training
+from hvdloss.hearing import hear
 from hvdloss.ledger import COLUMN
 from hvdloss.term import Act, Travel
 from hvdloss.terms.link import LinkModel
@@ -82,6 +83,7 @@ def inner(work: str, rounds: int, path: str) -> None:
 
     import hvdloss
     import hvdloss.torch as hvd
+    from hvdloss.torch.ops import communicator_of
 
     hvd.init()
     torch.set_num_threads(1)
@@ -122,8 +124,8 @@ def inner(work: str, rounds: int, path: str) -> None:
                 hvd.allreduce_(flat, op=hvd.Sum, name=f"link.{bytes}")
                 if number:
                     times.append((time.perf_counter() - began, 4 * flat.numel()))
-        model = LinkModel(size)
-        for rows in zip(*hvd.allgather_object(times), strict=True):
+        model, ranks = LinkModel(size), communicator_of(hvd.global_process_set)
+        for rows in zip(*hear(ranks.gather(json.dumps(times).encode(), "link.times"), "times"), strict=True):
             model.add(min(seconds for seconds, _ in rows), rows[0][1])
         return model.state()
 
@@ -177,7 +179,7 @@ def inner(work: str, rounds: int, path: str) -> None:
     for _ in range(5):
         compute(scratch, nn.functional.mse_loss, 4 * PER_RANK, False)
     per_sample = (time.perf_counter() - began) / (5 * 4 * PER_RANK)
-    extra = hvd.broadcast_object(max(1, round((SLOWER - 1) * per_sample / one)), 0, name="extra")
+    extra = int(hvd.broadcast(torch.tensor(max(1, round((SLOWER - 1) * per_sample / one))), 0, name="extra"))
 
     found = []
     for number in range(rounds):

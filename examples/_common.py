@@ -23,6 +23,15 @@ PROGRESS = "HVDLOSS_EXAMPLE_PROGRESS"  # set by demo.py, which draws the bar; se
 MARK = "\x1eprogress "
 
 
+# -- ranks ----
+
+
+def told_by_all(communicator: Any, value: Any) -> list[Any]:
+    """Return every rank's value, in rank order; as JSON, so that no rank runs what another one sent."""
+    text = json.dumps(value, default=float).encode()
+    return [json.loads(told) for told in communicator.gather(text, "example.told")]
+
+
 # -- options ------------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,20 @@ import torch
 from torch import nn
 
 import hvdloss.torch as hvd
-from _common import EXACT, ONE, PLAIN, Outcome, Progress, RankRow, Shards, Watch, conclude, outcome
+from _common import (
+    EXACT,
+    ONE,
+    PLAIN,
+    Outcome,
+    Progress,
+    RankRow,
+    Shards,
+    Watch,
+    conclude,
+    outcome,
+    told_by_all,
+)
+from hvdloss.torch.ops import communicator_of
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 Samples = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # inputs, targets, weights
@@ -112,7 +125,7 @@ def compare(job: Job, train: Callable[[Job, nn.Module, Watch], None], title: str
             one = watched(ONE, model)
             train_alone(job, model, one)
 
-    everyone = hvd.allgather_object((exact.seconds, plain.losses))
+    everyone = told_by_all(communicator_of(hvd.global_process_set), (exact.seconds, plain.losses))
     status = 0
     if one is not None:
         plain.losses = list(np.mean([losses for _, losses in everyone], axis=0))
@@ -132,7 +145,7 @@ def compare(job: Job, train: Callable[[Job, nn.Module, Watch], None], title: str
             for rank, (shard, (seconds, _)) in enumerate(zip(shards.shards, everyone, strict=True))
         ]
         status = conclude(args, title, outcomes, ranks, **report)
-    return int(hvd.broadcast_object(status, root_rank=0))
+    return int(told_by_all(communicator_of(hvd.global_process_set), status)[0])
 
 
 def train_plainly(job: Job, model: nn.Module, watch: Watch) -> None:

@@ -34,7 +34,9 @@ from _common import (
     options,
     relative,
     split,
+    told_by_all,
 )
+from hvdloss.tensorflow.ops import communicator_of
 
 WRAPPER = "Horovod's wrapper"
 RATE = 0.2
@@ -235,7 +237,7 @@ def compare(job: Job) -> int:
         if apart[EXACT] != 0:
             print(f"error: the ranks' weights differ by {apart[EXACT]:.1e} after hvdloss", file=sys.stderr)
             status = 1
-    return int(hvd.broadcast_object(status, root_rank=0))
+    return int(told_by_all(communicator_of(hvd.global_process_set), status)[0])
 
 
 def main() -> int:

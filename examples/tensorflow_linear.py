@@ -21,7 +21,21 @@ import numpy as np
 import tensorflow as tf
 
 import hvdloss.tensorflow as hvd
-from _common import EXACT, ONE, PLAIN, Progress, RankRow, Shards, Watch, conclude, options, outcome, split
+from _common import (
+    EXACT,
+    ONE,
+    PLAIN,
+    Progress,
+    RankRow,
+    Shards,
+    Watch,
+    conclude,
+    options,
+    outcome,
+    split,
+    told_by_all,
+)
+from hvdloss.tensorflow.ops import communicator_of
 
 RATE = 0.1
 
@@ -137,7 +151,9 @@ def compare(job: Job) -> int:
             )
             watches[name] = watch
             way(job, W, b, watch)
-    everyone = hvd.allgather_object((watches[EXACT].seconds, watches[PLAIN].losses))
+    everyone = told_by_all(
+        communicator_of(hvd.global_process_set), (watches[EXACT].seconds, watches[PLAIN].losses)
+    )
     status = 0
     if first:
         watches[PLAIN].losses = list(np.mean([losses for _, losses in everyone], axis=0))
@@ -177,7 +193,7 @@ def compare(job: Job) -> int:
             ranks,
             remark="The smallest shard holds the most severe cases: averaged means overrate them.",
         )
-    return int(hvd.broadcast_object(status, root_rank=0))
+    return int(told_by_all(communicator_of(hvd.global_process_set), status)[0])
 
 
 def main() -> int:

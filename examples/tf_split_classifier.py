@@ -40,7 +40,9 @@ from _common import (
     options,
     outcome,
     split,
+    told_by_all,
 )
+from hvdloss.tensorflow.ops import communicator_of
 
 Samples = tuple[np.ndarray, np.ndarray, np.ndarray]  # inputs, targets, weights
 
@@ -187,7 +189,9 @@ def compare(job: Job) -> int:
         found = {name: watched(job, name, way, progress) for name, way in ways.items()}
     exact, trained = found[EXACT]
     mine = [step[job.groups.data.rank()] for step in exact.waits]
-    everyone = hvd.allgather_object((exact.seconds, found[PLAIN][0].losses, mine))
+    everyone = told_by_all(
+        communicator_of(hvd.global_process_set), (exact.seconds, found[PLAIN][0].losses, mine)
+    )
     weights = khvd.full_weights(trained)
     status = 0
     if first:
@@ -222,7 +226,7 @@ def compare(job: Job) -> int:
         if loaded != outcomes[1].test:
             print(f"error: the checkpoint measures {loaded}, not {outcomes[1].test}", file=sys.stderr)
             status = 1
-    return int(hvd.broadcast_object(status, root_rank=0))
+    return int(told_by_all(communicator_of(hvd.global_process_set), status)[0])
 
 
 def measure(job: Job, model: keras.Model) -> dict[str, float]:

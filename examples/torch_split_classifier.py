@@ -23,8 +23,22 @@ import torch
 from torch import nn
 
 import hvdloss.torch as hvd
-from _common import EXACT, ONE, PLAIN, Progress, RankRow, Shards, Watch, at_least, conclude, options, split
+from _common import (
+    EXACT,
+    ONE,
+    PLAIN,
+    Progress,
+    RankRow,
+    Shards,
+    Watch,
+    at_least,
+    conclude,
+    options,
+    split,
+    told_by_all,
+)
 from _torch import DTYPES, Job, Samples, flat, judge, train_alone, weighted_mean
+from hvdloss.torch.ops import communicator_of
 
 
 @dataclass(kw_only=True)
@@ -123,7 +137,7 @@ def compare(job: SplitJob) -> int:
             train_alone(job, model, one)
 
     mine = [step[groups.data.rank()] for step in exact.waits]
-    everyone = hvd.allgather_object((exact.seconds, plain.losses, mine))
+    everyone = told_by_all(communicator_of(hvd.global_process_set), (exact.seconds, plain.losses, mine))
     checkpoint = hvd.full_state_dict(trained)
     status = 0
     if one is not None:
@@ -146,7 +160,7 @@ def compare(job: SplitJob) -> int:
         args.output.mkdir(parents=True, exist_ok=True)
         torch.save(checkpoint, path)
         ordinary = make_model().to(DTYPES[args.dtype])  # as any program would load it
-        ordinary.load_state_dict(torch.load(path))
+        ordinary.load_state_dict(torch.load(path, weights_only=True))
         with torch.no_grad():
             measured = job.measure(ordinary)
         status = conclude(
@@ -161,7 +175,7 @@ def compare(job: SplitJob) -> int:
         if measured != outcomes[1].test:
             print(f"error: the checkpoint measures {measured}, not {outcomes[1].test}", file=sys.stderr)
             status = 1
-    return int(hvd.broadcast_object(status, root_rank=0))
+    return int(told_by_all(communicator_of(hvd.global_process_set), status)[0])
 
 
 def make_job(args: argparse.Namespace) -> SplitJob:

@@ -15,6 +15,7 @@ from hvdloss import errors
 from hvdloss.communicator import Communicator
 from hvdloss.errors import AgreementError, DataError, RankError
 from hvdloss.guard import ranks_apart
+from hvdloss.hearing import hear
 from hvdloss.plan import ParameterInfo
 
 __all__ = ["Agreed", "agree", "raise_together", "together"]
@@ -31,6 +32,31 @@ class Agreed:
 
     parameters: list[ParameterInfo]
     order: list[int]
+
+
+def _complete(told: Any) -> bool:
+    """Whether a rank's words have all that is compared here."""
+    parameters, sums, order = told["parameters"], told["checksums"], told["order"]
+    return (
+        isinstance(told["settings"], dict)
+        and all(isinstance(held, list) for held in (parameters, sums, order))
+        and len(sums) == len(parameters)
+        and all(
+            isinstance(one["name"], str)
+            and isinstance(one["shape"], list)
+            and all(isinstance(n, int) for n in one["shape"])
+            and isinstance(one["kind"], str)
+            and isinstance(one["itemsize"], int)
+            and isinstance(one["sparse"], bool)
+            for one in parameters
+        )
+        and all(isinstance(i, int) and 0 <= i < len(parameters) for i in order)
+    )
+
+
+def _is_state(told: Any) -> bool:
+    kind, text, _ = told
+    return isinstance(kind, str) and isinstance(text, str)
 
 
 def _differing(values: Sequence[Any]) -> str:
@@ -73,7 +99,7 @@ def agree(
         "order": list(order),
     }
     texts = communicator.gather(json.dumps(mine).encode(), name)
-    ranks = [json.loads(text) for text in texts]
+    ranks = hear(texts, "parameters and settings", _complete)
 
     for key in sorted(set().union(*(r["settings"] for r in ranks))):
         values = [r["settings"].get(key) for r in ranks]
@@ -167,7 +193,7 @@ def _exchanged(
 ) -> list[Any]:
     """Return what ranks bring, ``[kind of error, its text, value]``; raise the first error."""
     told = ["", "", value] if error is None else [type(error).__name__, str(error), None]
-    heard = [json.loads(text) for text in communicator.gather(json.dumps(told).encode(), name)]
+    heard = hear(communicator.gather(json.dumps(told).encode(), name), "state", _is_state)
     failed = [(rank, *one[:2]) for rank, one in enumerate(heard) if one[0]]
     if not failed:
         return heard

@@ -14,6 +14,7 @@ from typing import Any
 
 from hvdloss.communicator import Communicator
 from hvdloss.errors import AgreementError, ConfigError
+from hvdloss.hearing import hear
 
 __all__ = ["checksum", "compare", "due", "ranks_apart"]
 
@@ -69,7 +70,7 @@ def compare(
     Collectives: one gather of a few bytes per parameter.
     """
     mine = json.dumps([list(names), list(checksums)]).encode()
-    ranks = [json.loads(text) for text in communicator.gather(mine, name)]
+    ranks = hear(communicator.gather(mine, name), "checksums", _is_list_of_sums)
     listed = [names for names, _ in ranks]
     if apart := ranks_apart(listed):
         lengths = [len(names) for names in listed]
@@ -87,6 +88,11 @@ def compare(
                 f"models. Broadcast the parameters before the first step, and change them only by steps "
                 f"whose gradients were reduced over all ranks."
             )
+
+
+def _is_list_of_sums(told: Any) -> bool:
+    names, sums = told
+    return isinstance(names, list) and isinstance(sums, list) and len(names) == len(sums)
 
 
 def _list(ranks: Sequence[int]) -> str:

@@ -16,6 +16,7 @@ from hvdloss.keras._backend import hvd
 from hvdloss.keras.metrics import merged_results, states
 from hvdloss.keras.seeds import seed_everything
 from hvdloss.keras.training import SynchronizationCallback
+from hvdloss.private import open_private
 from hvdloss.training.files import replace_durably, unfinished
 from hvdloss.training.seeds import seed_for
 
@@ -301,9 +302,11 @@ class BestModelCheckpoint(keras.callbacks.ModelCheckpoint):
         path = Path(super()._get_file_path(epoch, batch, logs))
         new = unfinished(path)
         new.unlink(missing_ok=True)  # of a writer that was killed
+        if path.parent.is_dir():
+            open_private(new, "wb").close()  # Keras would let everybody read what it writes
         try:
             super()._save_model(epoch, batch, logs)
-            if new.exists():
+            if new.exists() and new.stat().st_size:
                 replace_durably(new, path)
         finally:
             new.unlink(missing_ok=True)

@@ -87,7 +87,8 @@ def load_model(
         legacy_opts: accepted for Horovod's sake.
     """
     known = {c.__name__: c for c in custom_optimizers or ()} | (custom_objects or {})
-    model = keras.models.load_model(filepath, custom_objects=known)
+    # Never code from the file: a lambda in it is refused.
+    model = keras.models.load_model(filepath, custom_objects=known, safe_mode=True)
     if model.optimizer is not None:
         DistributedOptimizer(model.optimizer, compression=compression)
         training._compiled(model)

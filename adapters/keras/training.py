@@ -19,6 +19,7 @@ from hvdloss.agreement import agree
 from hvdloss.control.period import period_of
 from hvdloss.errors import ConfigError, DataError, HvdlossError, RankError, ShapeError
 from hvdloss.guard import due
+from hvdloss.hearing import hear
 from hvdloss.keras._backend import TensorFlowTrainer, Trainer
 from hvdloss.keras.data import EpochDataset
 from hvdloss.keras.losses import ExactCompileLoss, ExactMean, Objective
@@ -244,7 +245,7 @@ class _Begin(keras.callbacks.Callback):
         self.engine.books.controller.prepare(self.communicator())
         steps = self.params.get("steps")
         told = self.communicator().gather(json.dumps([steps, self.problem]).encode(), "hvdloss.steps")
-        ranks = [json.loads(text) for text in told]
+        ranks = hear(told, "number of steps", lambda one: len(one) == 2)
         self.counts = [count for count, _ in ranks]
         for rank, (_, problem) in enumerate(ranks):
             if problem and len(ranks) > 1:

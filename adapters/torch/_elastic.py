@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from hvdloss import watch
 from hvdloss.elastic import runner
+from hvdloss.hearing import hear
 from hvdloss.torch._backend import hvd
 from hvdloss.torch.checkpoint import from_array, to_array
 from hvdloss.torch.data import ShardedLoader
@@ -70,7 +71,8 @@ def elastic() -> Any:
 
         def sync(self) -> None:
             """Go on from where rank 0 was at its last commit. Collectives: one gather of JSON."""
-            self.saved = json.loads(_from_first(json.dumps(self.saved).encode(), "hvdloss.elastic"))
+            told = _from_first(json.dumps(self.saved).encode(), "hvdloss.elastic")
+            (self.saved,) = hear([told], "position")
             self.value.load_state_dict(self.saved)
 
     class Model(state.ModelStateHandler):
@@ -110,7 +112,8 @@ def elastic() -> Any:
             memory = b"" if self.memory is None else state_to_bytes(self.memory, to_array)
             kinds = [[key, array.dtype.str, array.shape] for key, array in arrays.items()]
             told = json.dumps([tree, kinds, memory.hex()]).encode()
-            tree, kinds, memory_told = json.loads(_from_first(told, "hvdloss.elastic.optimizer"))
+            (heard,) = hear([_from_first(told, "hvdloss.elastic.optimizer")], "optimizer state")
+            tree, kinds, memory_told = heard
             received = {}
             for number, (key, dtype, shape) in enumerate(kinds):
                 received[key] = array = arrays[key] if hvd.rank() == 0 else np.empty(shape, dtype)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from hvdloss.communicator import Communicator
 from hvdloss.control.period import OuterStep
+from hvdloss.hearing import hear
 from hvdloss.term import Travel
 from hvdloss.torch.buckets import Wire
 
@@ -142,9 +143,8 @@ def share_memory(
         for key, value in optimizer.state.get(p, {}).items()
         if isinstance(value, torch.Tensor) and value.is_floating_point()
     }
-    told = [
-        json.loads(text) for text in communicator.gather(json.dumps(list(mine)).encode(), f"{name}.memory")
-    ]
+    texts = communicator.gather(json.dumps(list(mine)).encode(), f"{name}.memory")
+    told = hear(texts, "state of the optimizer", lambda names: all(isinstance(one, str) for one in names))
     everywhere = set(told[0]).intersection(*told[1:])
     for entry in set(mine) - everywhere:
         optimizer.state.pop(mine[entry][0], None)

@@ -13,6 +13,7 @@ import torch
 from hvdloss import metrics as core
 from hvdloss.communicator import among, included
 from hvdloss.errors import ConfigError
+from hvdloss.hearing import hear
 from hvdloss.torch._backend import hvd
 from hvdloss.torch.collectives import all_gather
 from hvdloss.torch.ops import as_array, communicator_of
@@ -55,11 +56,17 @@ class Metrics(core.Metrics):
         return p, t, w
 
 
+def _is_kind(told: Any) -> bool:
+    name, shape = told
+    whole = all(isinstance(n, int) and n >= 0 for n in shape)
+    return whole and isinstance(getattr(torch, name), torch.dtype)
+
+
 def _gathered(tensor: torch.Tensor, group: Any = None, *, process_set: Any) -> list[torch.Tensor]:
     """Return every rank's tensor, in rank order; shapes may differ, and a rank may have nothing."""
     ranks = communicator_of(process_set)
     header = json.dumps([str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]).encode()
-    heads = [json.loads(text) for text in ranks.gather(header, "hvdloss.metrics.header")]
+    heads = hear(ranks.gather(header, "hvdloss.metrics.header"), "kind of tensor", _is_kind)
     # A rank that saw nothing does not know what it would have seen.
     dtype, shape = next((head for head in heads if math.prod(head[1])), heads[0])
     flat = tensor.detach().reshape(-1).to(getattr(torch, dtype))

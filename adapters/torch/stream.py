@@ -14,6 +14,7 @@ from hvdloss.communicator import Communicator, rank_and_size
 from hvdloss.data import Epoch, RowGroups, Source
 from hvdloss.data.stream import LaneItems, Opened, Rules, Turns, read_batches
 from hvdloss.errors import ConfigError, DataError, UsageError
+from hvdloss.hearing import hear
 from hvdloss.torch._backend import hvd
 from hvdloss.torch.ops import communicator_of
 from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
@@ -132,7 +133,7 @@ class StreamLoader:
             reached.take(self._turns.taken(given))
             return self._of_files(reached.state())
         told = json.dumps([over, taken]).encode()
-        heard = [json.loads(text) for text in self._communicator().gather(told, "hvdloss.stream.position")]
+        heard = hear(self._communicator().gather(told, "hvdloss.stream.position"), "position", _is_position)
         if all(over for over, _ in heard):
             return LaneItems(epoch=self._items.number + 1).state()
         return self._items.state([count for _, taken in heard for count in taken])
@@ -306,6 +307,11 @@ class _Lane(IterableDataset[Any]):
             yield own, 0, self._batch(columns)
         for _ in range(turns.rounds - int(turns.batches[self.rank, own])):
             yield None  # DataLoader asks workers in turns only while all give something
+
+
+def _is_position(told: Any) -> bool:
+    over, taken = told
+    return isinstance(over, bool | int) and all(isinstance(count, int) and count >= 0 for count in taken)
 
 
 def _same(batch: Any) -> Any:

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import functools
-import io
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -82,14 +81,15 @@ class BestCheckpoint(core.BestCheckpoint):
         """Return the state in the file, on every rank, wherever the file is.
 
         Args:
-            map_location, weights_only: of ``torch.load``.
+            map_location, weights_only: of ``torch.load``. False lets the file run code: for files of your
+                own alone.
 
         Raises:
             ConfigError: it cannot be read; on every rank.
 
         Collectives: two gathers, one of them of the file's bytes.
         """
-        return torch.load(io.BytesIO(self.read()), map_location, weights_only=weights_only)
+        return self.parsed(lambda file: torch.load(file, map_location, weights_only=weights_only))
 
 
 def seed_everything(

@@ -26,6 +26,7 @@ from typing import Any
 import click
 
 from hvdloss._version import __version__
+from hvdloss.private import others_excluded
 
 #: Subcommand -> (module, attribute, one line for ``--help`` so that it need not import them).
 _COMMANDS = {
@@ -57,8 +58,12 @@ class _LazyGroup(click.Group):
 
 @click.command(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="hvdloss")
-def cli() -> None:
+@click.pass_context
+def cli(ctx: click.Context) -> None:
     """The exact global loss over Horovod: install it, check it, measure it."""
+    # What commands write tells of data. `install` writes into the environment, which others may share.
+    if ctx.invoked_subcommand != "install":
+        ctx.with_resource(others_excluded())
 
 
 def main(args: list[str] | None = None) -> Any:

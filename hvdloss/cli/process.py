@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO
 
 from hvdloss.cli.errors import Interrupted
+from hvdloss.private import open_private
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Log:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file: IO[str] = path.open("w", encoding="utf-8", errors="replace")
+        self._file: IO[str] = open_private(path, "w", encoding="utf-8", errors="replace")
 
     def write(self, line: str) -> None:
         """Append one line."""

@@ -36,6 +36,7 @@ from hvdloss.control.simulation import (
     simulate_training,
 )
 from hvdloss.errors import ConfigError
+from hvdloss.hearing import parsed
 from hvdloss.term import Act, Decision
 from hvdloss.terms.link import LinkModel
 
@@ -443,14 +444,16 @@ def _fits(paths: tuple[Path, ...]) -> dict[int, tuple[float, float]]:
     fits: dict[int, tuple[float, float]] = {}
     for path in paths:
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = parsed(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ConfigError(f"--link {str(path)!r}: cannot be read: {error}") from error
         many = found.get("results") if isinstance(found, dict) else None
         for one in many if isinstance(many, list) else [found]:
             try:
                 ranks, alpha, beta = _fit_in(one)
-            except (KeyError, TypeError, AttributeError) as error:
+            except ConfigError:
+                raise
+            except (LookupError, TypeError, AttributeError, ValueError, OverflowError) as error:
                 raise ConfigError(
                     f"--link {str(path)!r} is not what `hvdloss bench allreduce --json` prints: no "
                     f"results with environment.ranks and fit.horovod.alpha_s and beta_bytes_per_s"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,7 +19,9 @@ import numpy.typing as npt
 
 from hvdloss.controller import Controller
 from hvdloss.errors import ConfigError
-from hvdloss.ledger import COLUMN
+from hvdloss.hearing import parsed
+from hvdloss.ledger import COLUMN, WIDTH
+from hvdloss.private import open_private
 from hvdloss.term import Decision, Travel
 
 __all__ = ["FORMAT", "decide_again", "follow", "read", "record"]
@@ -68,7 +70,7 @@ def record(controller: Controller, path: str | Path) -> None:
         ConfigError: the file exists, or cannot be written.
     """
     try:
-        file = Path(path).open("x", encoding="utf-8")  # noqa: SIM115 - open as long as the controller
+        file = open_private(path, "x", encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"path={str(path)!r}: cannot make the control log: {error}") from error
     writer = _Writer(file, controller)
@@ -91,12 +93,50 @@ def read(path: str | Path) -> Iterator[dict[str, Any]]:
         if number == len(lines):  # what follows the last line's end: nothing, or half a line
             break
         try:
-            found = json.loads(line)
+            found = parsed(line)
         except ValueError as error:
             raise ConfigError(f"{path}, line {number} is no JSON: {error}") from error
         if not isinstance(found, dict) or (number == 1 and found.get("format") != FORMAT):
             raise ConfigError(f"{path}, line {number} is not of a control log ({FORMAT!r})")
         yield found
+
+
+def _of(controller: Controller, path: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return the head and the other lines of a log of such a controller, with arrays and travels in them.
+
+    Raises:
+        ConfigError: it is none, naming the line.
+    """
+    lines = list(read(path))
+    if not lines:
+        raise ConfigError(f"path={str(path)!r}: the control log is empty")
+    head, *rest = lines
+    if head.get("settings") != json.loads(json.dumps(controller.settings())):
+        raise ConfigError(f"{path} was written with other terms: {str(head.get('settings'))[:200]}")
+    ranks = head.get("ranks")
+    if type(ranks) is not int or ranks < 1:
+        raise ConfigError(f"{path}, line 1: ranks={ranks!r} is no number of ranks")
+    width = WIDTH + controller.width
+    for number, one in enumerate(rest, start=2):
+        try:
+            if one["kind"] == "step":
+                one["table"], one["travel"] = np.array(one["table"], np.float64), Travel(**one["travel"])
+                # Of whatever controller, a table is finite: a step in which it is not is refused.
+                good = one["table"].shape == (ranks, width) and np.isfinite(one["table"]).all()
+                good = good and type(one["step"]) is int and all(map(_is_count, astuple(one["travel"])))
+            elif one["kind"] == "link":
+                good = isinstance(one["states"], list) and len(one["states"]) == len(controller.terms)
+            else:
+                good = one["kind"] == "decision"
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise ConfigError(f"{path}, line {number} is not of a control log: {error!r}") from error
+        if not good:
+            raise ConfigError(f"{path}, line {number} is not of a control log of {ranks} ranks: {one!s:.200}")
+    return head, rest
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and 0 <= value < 1 << 63
 
 
 def follow(controller: Controller, path: str | Path) -> None:
@@ -108,10 +148,8 @@ def follow(controller: Controller, path: str | Path) -> None:
     Raises:
         ConfigError: not a log of such a controller; at a step the log does not have, naming it.
     """
-    head, *rest = read(path)
-    if head["settings"] != json.loads(json.dumps(controller.settings())):
-        raise ConfigError(f"{path} was written with other terms: {head['settings']}")
-    tables = {one["step"]: np.array(one["table"]) for one in rest if one["kind"] == "step"}
+    head, rest = _of(controller, path)
+    tables = {one["step"]: one["table"] for one in rest if one["kind"] == "step"}
     states = next((one["states"] for one in rest if one["kind"] == "link"), None)
 
     def logged(step: int, table: Array) -> Array:
@@ -136,13 +174,11 @@ def decide_again(controller: Controller, path: str | Path) -> list[Decision]:
     Raises:
         ConfigError: not a log of such a controller.
     """
-    head, *rest = read(path)
-    if head["settings"] != json.loads(json.dumps(controller.settings())):
-        raise ConfigError(f"{path} was written with other terms: {head['settings']}")
+    head, rest = _of(controller, path)
     controller.begin(0, head["ranks"])
     for one in rest:
         if one["kind"] == "link":
             controller.restore_prepared(one["states"])
         elif one["kind"] == "step":
-            controller.close(one["step"], np.array(one["table"]), Travel(**one["travel"]))
+            controller.close(one["step"], one["table"], one["travel"])
     return controller.decisions

@@ -209,7 +209,9 @@ class Source(ABC):
         except FileNotFoundError as error:
             raise DataError(f"{where}: there is no such file (any more)") from error
         except Exception as error:
-            ours = isinstance(error, OSError | ValueError | EOFError | ArithmeticError | KeyError)
+            ours = isinstance(
+                error, OSError | ValueError | EOFError | ArithmeticError | KeyError | csv.Error | SyntaxError
+            )
             if not ours and not type(error).__module__.startswith("pyarrow"):
                 raise
             text = " ".join(str(error).split())[:300]

@@ -14,6 +14,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from hvdloss.agreement import raise_together
 from hvdloss.communicator import Communicator
 from hvdloss.errors import AgreementError, ConfigError, RankError, UsageError
+from hvdloss.hearing import hear, hearing
 
 __all__ = ["Signals", "Uneven", "cut", "structure", "without_rows"]
 
@@ -161,11 +162,15 @@ class Uneven(Generic[Batch]):
                 error = found
         raise_together(communicator, error, "hvdloss.uneven.first", "before the first step")
         texts = communicator.gather(json.dumps(told).encode(), "hvdloss.uneven.batch")
-        known = [one for one in map(json.loads, texts) if one is not None]
+        known = [one for one in hear(texts, "kind of batch") if one is not None]
         if not known:
             return False
         # From the rank's own batch, if it has any: JSON knows neither devices nor kinds of containers.
-        self._template = without_rows(known[0], self._make) if told is None else cut(first, self._zero)
+        if told is None:
+            with hearing("kind of batch"):
+                self._template = without_rows(known[0], self._make)
+        else:
+            self._template = cut(first, self._zero)
         return True
 
     def epochs(self, count: int) -> Iterator[int]:

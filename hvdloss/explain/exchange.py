@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy.typing as npt
 from hvdloss import errors
 from hvdloss.communicator import Communicator
 from hvdloss.errors import AgreementError, HvdlossError
+from hvdloss.hearing import hearing, parsed
 
 __all__ = ["Told", "equal_on_all", "tell", "text_table"]
 
@@ -41,11 +43,20 @@ class Told:
 
     @classmethod
     def unpack(cls, data: bytes) -> Told:
-        """Return what :meth:`pack` packed."""
-        with np.load(io.BytesIO(data), allow_pickle=False) as found:
-            arrays = {name: found[name] for name in found.files}
-        note = json.loads(arrays.pop("note").tobytes())
-        return cls(note, **{name[2:]: array for name, array in arrays.items()})
+        """Return what :meth:`pack` packed.
+
+        Raises:
+            AgreementError: the bytes are nothing of the kind.
+        """
+        with hearing("arrays"):
+            # A whole archive, or nothing: np.load would also take one array by itself, or a pickle.
+            with zipfile.ZipFile(io.BytesIO(data)) as archive:
+                if any(one.compress_type != zipfile.ZIP_STORED for one in archive.infolist()):
+                    raise ValueError("compressed, which ranks do not send")  # and may unpack to terabytes
+            with np.load(io.BytesIO(data), allow_pickle=False) as found:
+                arrays = {name: found[name] for name in found.files}
+            note = parsed(arrays.pop("note").tobytes())
+            return cls(note, **{name[2:]: array for name, array in arrays.items()})
 
 
 def tell(ranks: Communicator, name: str, doing: str, work: Callable[[], Told]) -> list[Told]:
@@ -75,10 +86,10 @@ def tell(ranks: Communicator, name: str, doing: str, work: Callable[[], Told]) -
     parts = ranks.gather(mine, name)
     for rank, part in enumerate(parts):
         if part[:1] == b"-":
-            kind, text = json.loads(part[1:])
-            raise getattr(errors, kind)(f"rank {rank}, {doing}: {text}") from (
-                failure if rank == ranks.rank else None
-            )
+            with hearing("error", rank):
+                kind, text = parsed(part[1:])
+                raised = {name: getattr(errors, name) for name in errors.__all__}[kind]
+            raise raised(f"rank {rank}, {doing}: {text}") from (failure if rank == ranks.rank else None)
     return [Told.unpack(part[1:]) for part in parts]
 
 

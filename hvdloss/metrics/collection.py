@@ -14,6 +14,7 @@ from hvdloss import errors
 from hvdloss.communicator import Communicator, OneProcess
 from hvdloss.errors import AgreementError, ConfigError, HvdlossError, NoWeightError
 from hvdloss.guard import ranks_apart
+from hvdloss.hearing import hearing, parsed
 from hvdloss.metrics.base import Metric, State
 
 __all__ = ["Metrics", "read", "written"]
@@ -138,11 +139,13 @@ class Metrics:
         for rank, (head, _) in enumerate(found):
             if head["fault"]:
                 kind, text = head["fault"]
-                raise getattr(errors, kind, ConfigError)(f"metrics: rank {rank}, {text}")
-        return {
-            key: functools.reduce(one.merge, [states[number] for _, states in found], one.zero())
-            for number, (key, one) in enumerate(self._makers.items())
-        }
+                known = {known: getattr(errors, known) for known in errors.__all__}
+                raise known.get(kind, ConfigError)(f"metrics: rank {rank}, {text}")
+        with hearing("statistics"):
+            return {
+                key: functools.reduce(one.merge, [states[number] for _, states in found], one.zero())
+                for number, (key, one) in enumerate(self._makers.items())
+            }
 
 
 def written(settings: dict[str, str], fault: list[str] | None, states: list[State]) -> bytes:
@@ -157,14 +160,27 @@ def written(settings: dict[str, str], fault: list[str] | None, states: list[Stat
 
 
 def read(data: bytes) -> tuple[dict[str, Any], list[State]]:
-    """Return what :func:`written` wrote."""
+    """Return what :func:`written` wrote.
+
+    Raises:
+        AgreementError: the bytes are nothing of the kind.
+    """
+    with hearing("statistics"):
+        return _read(data)
+
+
+def _read(data: bytes) -> tuple[dict[str, Any], list[State]]:
     at = data.index(b"\n") + 1
-    head = json.loads(data[:at])
+    head = parsed(data[:at])
+    if not isinstance(dict(head["settings"]), dict) or not isinstance(head["fault"], list | None):
+        raise ValueError("of another form")
     states = []
     for state in head["states"]:
         arrays = []
         for name, shape in state:
             dtype, size = np.dtype(name), math.prod(shape)
+            if dtype.kind not in "biufcSU" or any(not isinstance(n, int) or n < 0 for n in shape):
+                raise ValueError(f"an array of {name!r} and shape {shape}")
             arrays.append(np.frombuffer(data, dtype, size, at).reshape(shape))
             at += size * dtype.itemsize
         states.append(tuple(arrays))

@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from hvdloss.communicator import Communicator
 from hvdloss.errors import ConfigError, UsageError
+from hvdloss.hearing import hear, hearing
 
 __all__ = ["Fit", "LinkModel", "Prediction", "calibrate", "probe_sizes", "ring_beta"]
 
@@ -503,10 +504,11 @@ def calibrate(
             if len(times) < most:
                 times.append(timed(size))
         _, spent = agreed(0.0)
-    everyone = [json.loads(text) for text in communicator.gather(json.dumps(mine).encode(), f"{name}.all")]
-    for rows in zip(*everyone, strict=True):
-        for seconds in zip(*(times for _, times in rows), strict=True):
-            model.add(min(seconds), rows[0][0])
+    everyone = hear(communicator.gather(json.dumps(mine).encode(), f"{name}.all"), "times")
+    with hearing("times"):
+        for rows in zip(*everyone, strict=True):
+            for seconds in zip(*(times for _, times in rows), strict=True):
+                model.add(min(seconds), rows[0][0])
     return model.fit()
 
 

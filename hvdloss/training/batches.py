@@ -99,7 +99,13 @@ class TransformedBatches:
             ConfigError: no position, or one that the loader does not take; nothing is changed then.
             UsageError: the position has a part for a loader with ``load_state_dict``, which this has not.
         """
-        if not isinstance(state, dict) or state.get("version") != 1 or "loader" not in state:
+        good = (
+            isinstance(state, dict)
+            and state.get("version") == 1
+            and "loader" in state
+            and all(type(state.get(name)) is int and state[name] >= 0 for name in ("epoch", "step"))
+        )
+        if not good:
             raise ConfigError(f"state={str(state)[:200]} is no position, as state_dict() gives it")
         if state["loader"] is not None:
             load = getattr(self.loader, "load_state_dict", None)

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 from hvdloss.communicator import Communicator, OneProcess
 from hvdloss.errors import (
     AgreementError,
     ConfigError,
+    HvdlossError,
     NonFiniteLossError,
     NoWeightError,
     WeightError,
 )
+from hvdloss.hearing import hear
 from hvdloss.training.files import write_atomically
 
 __all__ = ["BestCheckpoint", "EarlyStopping", "Monitor", "merged_value"]
@@ -49,7 +52,7 @@ def merged_value(
 
     Collectives: one gather of two numbers.
     """
-    ranks = [json.loads(text) for text in communicator.gather(_told(value, weight), name)]
+    ranks = hear(communicator.gather(_told(value, weight), name), "value", _is_value)
     for rank, (_, _, fault) in enumerate(ranks):
         if fault:
             raise ConfigError(f"rank {rank}: {fault}")
@@ -85,6 +88,15 @@ def merged_value(
     # Not fsum of infinities of both signs, which raises.
     above = math.fsum(parts) if all(map(math.isfinite, parts)) else sum(parts)
     return above / math.fsum(total)
+
+
+def _is_value(told: Any) -> bool:
+    """Whether a rank's words are a number, a weight or none, and what is wrong with them or nothing."""
+    value, weight, fault = told
+    if fault:
+        return isinstance(fault, str)
+    float(value)
+    return weight is None or float(weight) is not None
 
 
 def _told(value: Any, weight: Any) -> bytes:
@@ -173,8 +185,18 @@ class Monitor:
             ConfigError: not a state that :meth:`state_dict` gives; nothing is changed then.
         """
         mine = self.state_dict()
-        if not isinstance(state, dict) or state.keys() != mine.keys():
-            raise ConfigError(f"state={str(state)[:200]} must have {', '.join(mine)}")
+        good = (
+            isinstance(state, dict)
+            and state.keys() == mine.keys()
+            and isinstance(state["best"], int | float | None)
+            and type(state["steps"]) is int
+            and state["steps"] >= 0
+            and (state["best_step"] is None or type(state["best_step"]) is int)
+        )
+        if not good:
+            raise ConfigError(
+                f"state={str(state)[:200]} must have {', '.join(mine)}, as state_dict() gives it"
+            )
         vars(self).update(state)
 
 
@@ -248,7 +270,7 @@ class BestCheckpoint(Monitor):
         super().__init__(**options)
         self.path, self.root = Path(path), root
 
-    def write(self, file: BinaryIO, state: Any) -> None:
+    def write(self, file: IO[Any], state: Any) -> None:
         """Write a state; the frameworks override it."""
         file.write(state)
 
@@ -296,6 +318,26 @@ class BestCheckpoint(Monitor):
         for rank, text in enumerate(told):
             if text:
                 raise ConfigError(f"path={str(self.path)!r}: rank {rank} {what}: {text.decode()}") from cause
+
+    def parsed(self, parse: Callable[[IO[bytes]], Any]) -> Any:
+        """Return what `parse` finds in the file, on every rank.
+
+        Raises:
+            ConfigError: it cannot be read, or `parse` cannot make anything of it; on every rank.
+
+        Collectives: those of :meth:`read`.
+        """
+        data = self.read()
+        try:
+            return parse(io.BytesIO(data))
+        except HvdlossError:
+            raise
+        except Exception as error:
+            text = " ".join(str(error).split())[:200]
+            raise ConfigError(
+                f"path={str(self.path)!r}: {len(data)} bytes that are no state that this wrote "
+                f"({type(error).__name__}: {text}); the file is damaged, or another kind of file"
+            ) from error
 
     def read(self) -> bytes:
         """Return the file's bytes on every rank.

@@ -6,7 +6,9 @@ import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
+
+from hvdloss.private import make_folder, open_private
 
 __all__ = ["replace_durably", "unfinished", "write_atomically"]
 
@@ -20,9 +22,13 @@ def unfinished(path: str | os.PathLike[str]) -> Path:
     return path.with_name(f".unfinished-{path.name}")
 
 
-def replace_durably(source: Path, path: str | os.PathLike[str]) -> None:
-    """Give a written file its name, over the one that had it, so that a power failure keeps one of both."""
+def replace_durably(source: Path, path: str | os.PathLike[str], mode: int = 0o600) -> None:
+    """Give a written file its name, over the one that had it, so that a power failure keeps one of both.
+
+    Unless `mode` says otherwise, only its owner can read it.
+    """
     with open(source, "rb+") as file:
+        os.fchmod(file.fileno(), mode)
         os.fsync(file.fileno())
     os.replace(source, path)
     folder = os.open(Path(path).parent, os.O_RDONLY)
@@ -34,10 +40,10 @@ def replace_durably(source: Path, path: str | os.PathLike[str]) -> None:
 
 def write_atomically(
     path: str | os.PathLike[str],
-    write: Callable[[BinaryIO], Any],
+    write: Callable[[IO[Any]], Any],
     *,
-    mode: int | None = None,
-    folder_mode: int = 0o777,
+    mode: int = 0o600,
+    folder_mode: int = 0o700,
 ) -> None:
     """Write a file whole or not at all: under another name, forced to disk, then renamed over `path`.
 
@@ -46,25 +52,19 @@ def write_atomically(
     Args:
         path: where to; its folder is made if need be.
         write: is given the open binary file.
-        mode: of the file, whatever the umask says; None for the usual one.
+        mode: of the file, whatever the umask says.
         folder_mode: of its folder, where that is made; the umask takes from it.
 
     Raises:
         OSError: the file cannot be written. This, or what `write` raises, leaves the former file as it was.
     """
     new = unfinished(path)
-    new.parent.mkdir(mode=folder_mode, parents=True, exist_ok=True)
-
-    def opened(name: str, flags: int) -> int:
-        # Not through a link that somebody else put there.
-        return os.open(name, flags | getattr(os, "O_NOFOLLOW", 0), 0o666 if mode is None else mode)
-
+    make_folder(new.parent, folder_mode)
     try:
-        with open(new, "wb", opener=opened) as file:
-            if mode is not None:  # what a killed writer left had another one, maybe
-                os.fchmod(file.fileno(), mode)
+        new.unlink(missing_ok=True)  # what a killed writer left, or a link that somebody else put there
+        with open_private(new, "xb") as file:
             write(file)
-        replace_durably(new, path)
+        replace_durably(new, path, mode)
     except BaseException:
         with contextlib.suppress(OSError):
             new.unlink()

@@ -28,6 +28,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hvdloss.cli.errors import Exit, InstallError
+from hvdloss.hearing import parsed
+from hvdloss.private import make_folder, open_private
 
 #: A build with both frameworks took 60 MB, its tools 20 MB; the rest is the compilers' own.
 BUILD_BYTES = 600 * 2**20
@@ -99,7 +101,7 @@ class Cache:
         """
         try:
             for folder in (self.wheels, self.source, self.tools, self.build, self.logs):
-                folder.mkdir(parents=True, exist_ok=True)
+                make_folder(folder)
             if not os.access(self.folder, os.W_OK):
                 raise PermissionError(13, "may not be written to", str(self.folder))
         except OSError as error:
@@ -118,7 +120,7 @@ class Cache:
             InstallError: another install still held it after `wait` seconds.
         """
         path = self.folder / "lock"
-        with path.open("a+") as file:
+        with open_private(path, "a+") as file:
             deadline = time.monotonic() + wait
             told = False
             while True:
@@ -156,7 +158,9 @@ class Cache:
         if not folder.exists():
             return None, ""
         try:
-            record = json.loads((folder / "build.json").read_text())
+            record = parsed((folder / "build.json").read_text())
+            if Path(record["wheel"]).name != record["wheel"]:
+                raise ValueError(f"its record names {record['wheel']!r}")  # somewhere else
             path = folder / record["wheel"]
             actual = sha256_of(path)
             if actual != record["sha256"]:

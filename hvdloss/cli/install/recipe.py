@@ -1,9 +1,9 @@
 """What is built: Horovod's newest release, and the edits current frameworks need.
 
 Horovod 0.28.1 (2023) is source only and compiles against neither a current PyTorch nor a
-current TensorFlow. The edits here make it, and make it fast to build and to start. Each one
-must find the text it replaces: an edit that finds nothing is an error that names the file,
-never a silently different build.
+current TensorFlow. The edits here make it, and make it fast to build and to start; those of
+`hardening` keep strangers out. Each one must find the text it replaces: an edit that finds
+nothing is an error that names the file, never a silently different build.
 
 Change `RECIPE` with every change of an edit: wheels built by another recipe are not reused.
 """
@@ -11,15 +11,16 @@ Change `RECIPE` with every change of an edit: wheels built by another recipe are
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from hvdloss.cli.errors import Exit, InstallError
+from hvdloss.cli.install.edit import Edit
+from hvdloss.cli.install.hardening import HARDENING
 
 VERSION = "0.28.1"
 SDIST = f"horovod-{VERSION}.tar.gz"
 SHA256 = "92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0"
-RECIPE = 1
+RECIPE = 2
 
 #: Needed in the build's own search path. Not newer: Horovod's setup.py predates what
 #: setuptools removed in 80. Not older: 70.1 is the first that builds wheels by itself.
@@ -33,17 +34,6 @@ GCC_MINIMUM = 10
 
 #: What Horovod imports at run time (its own list, without cffi, which no file of it imports).
 RUNTIME_REQUIREMENTS = ("cloudpickle", "psutil", "pyyaml", "packaging")
-
-
-@dataclass(frozen=True)
-class Edit:
-    """Replace `find` by `replace` in one file, exactly `count` times (0: the whole file)."""
-
-    path: str
-    find: str
-    replace: str
-    why: str
-    count: int = 1
 
 
 _FIND_PYTORCH = """\
@@ -226,6 +216,8 @@ EDITS: tuple[Edit, ...] = (
     _asks_record("mpi"),
     _asks_record("gloo"),
     _asks_record("nccl"),
+    # What keeps strangers out of a job.
+    *HARDENING,
 )
 
 

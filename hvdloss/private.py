@@ -1,0 +1,61 @@
+"""Files that only their owner can read, whatever the user's umask says.
+
+Losses, explanations, checkpoints and logs tell of data. What hvdloss writes has mode 0600, and the folders
+it makes have 0700; whoever wants to share them says so with chmod. A file or folder that exists keeps its
+mode.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+__all__ = ["make_folder", "open_private", "others_excluded", "write_text"]
+
+
+def open_private(path: str | os.PathLike[str], mode: str = "w", **options: Any) -> IO[Any]:
+    """Open a file for writing as ``open`` does; if it is new, only its owner can read it.
+
+    Args:
+        path, mode, options: of ``open``.
+
+    Raises:
+        OSError: as ``open``.
+    """
+    return open(path, mode, opener=lambda name, flags: os.open(name, flags, 0o600), **options)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a file of text, in UTF-8, that only its owner can read."""
+    with open_private(path, encoding="utf-8") as file:
+        file.write(text)
+
+
+def make_folder(path: str | os.PathLike[str], mode: int = 0o700) -> Path:
+    """Make a folder, and those above it, for its owner alone (or with this mode); fine if it exists.
+
+    Raises:
+        OSError: it cannot be made, or is no folder.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        if path.parent != path:
+            make_folder(path.parent, mode)
+        path.mkdir(mode=mode, exist_ok=True)
+    return path
+
+
+@contextmanager
+def others_excluded() -> Iterator[None]:
+    """Have every file and folder made meanwhile, by this process and those it starts, be the owner's alone.
+
+    The umask is the whole process's: for commands, not for libraries.
+    """
+    former = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(former)

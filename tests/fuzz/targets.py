@@ -1,0 +1,399 @@
+"""What reads bytes that it did not write itself: one row each in `TARGETS`.
+
+A row is a name, a function that reads bytes, the errors that it may raise, and examples of good bytes. The
+function does with the bytes what the library does: anything else that it raises, a hang, or memory without
+bounds, is a bug. tests/fuzz/test_fuzz.py tries each row in the suite, `make fuzz` (tests/fuzz/run.py) for
+longer, guided by coverage.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import hvdloss
+from hvdloss.agreement import agree, raise_together, together
+from hvdloss.control import AdaptiveCompression, BatchShares
+from hvdloss.control.log import decide_again, follow, read, record
+from hvdloss.controller import Controller
+from hvdloss.data import Csv, Epoch, NumpyFiles, Parquet, Shuffled
+from hvdloss.data.stream import LaneItems
+from hvdloss.data.uneven import Uneven
+from hvdloss.errors import HvdlossError
+from hvdloss.explain.exchange import Told, tell
+from hvdloss.guard import compare
+from hvdloss.ledger import WIDTH, Ledger, judge, pack, unpack
+from hvdloss.metrics import MAE, Metrics
+from hvdloss.metrics.collection import written
+from hvdloss.numpy_ops import NumpyOps
+from hvdloss.objective import expand_mask_axes
+from hvdloss.plan import ParameterInfo
+from hvdloss.reduction import REDUCTIONS, contribution, weights_for
+from hvdloss.report import StepReport
+from hvdloss.term import Travel
+from hvdloss.terms.link import LinkModel
+from hvdloss.training import BestCheckpoint, EarlyStopping, TransformedBatches
+from hvdloss.training.decisions import merged_value
+
+
+@dataclass(frozen=True)
+class Target:
+    """One reader: what it is given, and what it may raise."""
+
+    name: str
+    read: Callable[[bytes], Any]
+    seeds: tuple[bytes, ...]
+    raises: tuple[type[Exception], ...] = (HvdlossError,)
+
+
+def run(target: Target, data: bytes) -> None:
+    """Have a target read; what it may raise is fine."""
+    try:
+        target.read(data)
+    except target.raises as error:
+        if not str(error):
+            raise AssertionError("an error without words") from error
+
+
+def text(value: Any) -> bytes:
+    return json.dumps(value).encode()
+
+
+class Peer:
+    """Two ranks, of which the other one says what it likes."""
+
+    rank, size = 0, 2
+
+    def __init__(self, says: bytes) -> None:
+        self.says = says
+
+    def sum(self, array: Any, name: str) -> Any:
+        return np.array(array, dtype=np.float64)
+
+    def gather(self, data: bytes, name: str) -> list[bytes]:
+        return [data, self.says]
+
+
+@functools.cache
+def folder() -> Path:
+    """A folder for files that are read, in memory if there is such a place."""
+    shm = Path("/dev/shm")
+    return Path(tempfile.mkdtemp(prefix="hvdloss-fuzz-", dir=shm if os.access(shm, os.W_OK) else None))
+
+
+def file_of(data: bytes, name: str) -> Path:
+    path = folder() / f"{os.getpid()}-{name}"
+    path.write_bytes(data)
+    return path
+
+
+# -- ledgers and shapes -------------------------------------------------------------------------------
+
+
+def ledger_table(data: bytes) -> None:
+    rows = np.frombuffer(data[: len(data) // 8 * 8])
+    table = rows[: len(rows) // WIDTH * WIDTH].reshape(-1, WIDTH) if len(rows) >= WIDTH else rows
+    ledgers = unpack(table)
+    if ledgers and judge(ledgers, 1) is None:
+        for reduction in REDUCTIONS:
+            json.dumps(StepReport.of(1, ledgers, reduction).as_dict())
+
+
+def shapes(data: bytes) -> None:
+    """Two shapes of small lengths; what is said to fit must broadcast, and what is not must not."""
+    cut = data[0] % 5 if data else 0
+    a = tuple(byte % 4 for byte in data[1 : 1 + cut])
+    b = tuple(byte % 4 for byte in data[1 + cut : 6 + cut])
+    places = expand_mask_axes(a, b)
+    if places is not None:
+        np.broadcast_to(np.expand_dims(np.zeros(a), places), b)
+    weights_for(NumpyOps(), np.ones(a), np.zeros(b), rank=1)
+    contribution(NumpyOps(), np.zeros(b), np.ones(a), REDUCTIONS[cut % len(REDUCTIONS)])
+
+
+def metric_batch(data: bytes) -> None:
+    numbers = np.frombuffer(data[: len(data) // 4 * 4], np.float32)
+    third = len(numbers) // 3
+    with np.errstate(all="ignore"):
+        metrics = Metrics({"mae": MAE()})
+        metrics.update(numbers[:third], numbers[third : 2 * third], numbers[2 * third :])
+        metrics.compute()
+
+
+# -- what other ranks say -----------------------------------------------------------------------------
+
+PARAMETERS = [ParameterInfo("w", (3, 4), "float32", 4), ParameterInfo("b", (3,), "float32", 4)]
+AGREED = {
+    "settings": {"reduction": "mean"},
+    "parameters": [asdict(p) for p in PARAMETERS],
+    "checksums": [1, 2],
+    "order": [1, 0],
+}
+
+
+def agreement(data: bytes) -> None:
+    agree(Peer(data), PARAMETERS, lambda: [1, 2], [1, 0], {"reduction": "mean"}, name="first")
+
+
+def checksums(data: bytes) -> None:
+    compare(Peer(data), ["w"], [1], name="checksums", when="now")
+
+
+def state_of_ranks(data: bytes) -> None:
+    raise_together(Peer(data), None, "state")
+
+
+def equal_results(data: bytes) -> None:
+    together(Peer(data), lambda: 3, "result", "results")
+
+
+def explanation(data: bytes) -> None:
+    tell(Peer(data), "told", "explaining", lambda: Told({"rows": 3}, x=np.arange(3.0)))
+
+
+def statistics(data: bytes) -> None:
+    metrics = Metrics({"mae": MAE()}, communicator=lambda: Peer(data))  # type: ignore[arg-type]
+    metrics.update([1.0, 2.0], [2.0, 4.0])
+    with np.errstate(all="ignore"):
+        metrics.compute()
+
+
+def said_statistics() -> bytes:
+    """What a rank with the same metric says."""
+    said: list[bytes] = []
+
+    class Listening(Peer):
+        def gather(self, data: bytes, name: str) -> list[bytes]:
+            said.append(data)
+            return [data, data]
+
+    metrics = Metrics({"mae": MAE()}, communicator=lambda: Listening(b""))  # type: ignore[arg-type]
+    metrics.update([1.0, 2.0], [2.0, 4.0])
+    metrics.compute()
+    return said[0]
+
+
+class _Signals:
+    """An optimizer's signals to a loop over uneven batches, of an optimizer that never steps."""
+
+    heard = (0, True)
+
+    def tell(self, more: bool, error: BaseException | None = None) -> None:
+        pass
+
+
+def kind_of_batch(data: bytes) -> None:
+    """A rank without batches learns from the other one what a batch is."""
+
+    class Second(Peer):
+        def gather(self, mine: bytes, name: str) -> list[bytes]:
+            return [mine, self.says] if name == "hvdloss.uneven.batch" else [mine, mine]
+
+    loop: Uneven[Any] = Uneven(
+        [],
+        _Signals(),
+        lambda: Second(data),  # type: ignore[arg-type]
+        array=lambda x: (str(x.dtype), x.shape) if isinstance(x, np.ndarray) else None,
+        zero=lambda x: x[:0] if isinstance(x, np.ndarray) else None,
+        make=lambda dtype, shape: np.zeros(shape, dtype),
+    )
+    next(iter(loop), None)
+
+
+# -- files --------------------------------------------------------------------------------------------
+
+
+def controlled() -> Controller:
+    term = hvdloss.CommunicationCost(acts=(BatchShares(64), AdaptiveCompression()), calibrate=False)
+    controller = Controller((term,))
+    controller.begin(0, 2)
+    return controller
+
+
+@functools.cache
+def good_log() -> bytes:
+    """A log of two steps."""
+    path = folder() / f"{os.getpid()}-good.log"
+    controller = controlled()
+    record(controller, path)
+    table = pack(Ledger(numerator=1.0, denominator=2.0, computation=0.1), 0, 2)
+    table += pack(Ledger(numerator=1.0, denominator=2.0, computation=0.3), 1, 2)
+    for step in (1, 2):
+        controller.close(step, table, Travel(messages=2, bytes=100, full_bytes=100))
+    data = path.read_bytes()
+    path.unlink()
+    return data
+
+
+def control_log(data: bytes) -> None:
+    path = file_of(data, "control.log")
+    lines = list(read(path))
+    if lines:
+        json.dumps(lines)
+
+
+def log_decided_again(data: bytes) -> None:
+    with np.errstate(all="ignore"):
+        decide_again(controlled(), file_of(data, "control.log"))
+
+
+def log_followed(data: bytes) -> None:
+    controller = controlled()
+    follow(controller, file_of(data, "control.log"))
+    table = pack(Ledger(denominator=1.0), 0, 2) + pack(Ledger(denominator=1.0), 1, 2)
+    with np.errstate(all="ignore"):
+        controller.prepare(Peer(b""))
+        controller.close(1, table, Travel())
+
+
+def source(data: bytes, make: Callable[[Path], Any], name: str) -> None:
+    opened = make(file_of(data, name)).open()
+    for number in range(min(len(opened.parts), 3)):
+        if opened.rows[number] < 100_000:
+            opened.read(number)
+    opened.empty()
+    opened.fingerprint()
+
+
+def numpy_file(data: bytes) -> None:
+    source(data, lambda path: NumpyFiles({"x": path}), "x.npy")
+
+
+def numpy_bytes(array: Any) -> bytes:
+    out = io.BytesIO()
+    np.save(out, array, allow_pickle=False)
+    return out.getvalue()
+
+
+def parquet_bytes() -> bytes:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    out = io.BytesIO()
+    pq.write_table(pa.table({"x": [1.0, 2.0], "n": [1, None], "s": ["a", "b"]}), out)
+    return out.getvalue()
+
+
+def archive_bytes() -> bytes:
+    out = io.BytesIO()
+    np.savez(out, np.arange(4.0), np.eye(2))
+    return out.getvalue()
+
+
+def checkpoint(data: bytes) -> None:
+    """A list of arrays, as the TensorFlow adapter keeps it."""
+
+    def parse(file: Any) -> list[Any]:
+        with np.load(file, allow_pickle=False) as held:
+            return [held[name] for name in held.files]
+
+    BestCheckpoint(file_of(data, "best.npz")).parsed(parse)
+
+
+def wheel_record(data: bytes) -> None:
+    from hvdloss.cli.install.cache import Cache
+
+    cache = Cache(folder() / f"{os.getpid()}-cache")
+    cache.create()
+    (cache.wheels / "key").mkdir(exist_ok=True)
+    (cache.wheels / "key" / "build.json").write_bytes(data)
+    found, why = cache.find("key")
+    assert found is None
+    assert why
+
+
+def measured_links(data: bytes) -> None:
+    from hvdloss.cli.simulate import _fits
+
+    _fits([file_of(data, "link.json")])
+
+
+# -- positions and states -----------------------------------------------------------------------------
+
+
+def of_json(use: Callable[[Any], Any]) -> Callable[[bytes], None]:
+    """A reader of values that were JSON: what is no JSON never gets to it."""
+
+    def read_value(data: bytes) -> None:
+        try:
+            value = json.loads(data)
+        except (ValueError, RecursionError):
+            return
+        use(value)
+
+    return read_value
+
+
+SHARDS = Shuffled(12, seed=3)
+
+
+def use_epoch(state: Any) -> None:
+    epoch = Epoch.of(SHARDS, state, 2)
+    assert sum(map(len, epoch.left)) <= 12
+
+
+def use_transformed(state: Any) -> None:
+    TransformedBatches([], lambda batch, *_: batch).load_state_dict(state)
+
+
+def use_monitor(state: Any) -> None:
+    stopping = EarlyStopping(patience=2)
+    stopping.load_state_dict(state)
+    stopping.step(1.0)
+    _ = stopping.stopped
+
+
+def use_link(state: Any) -> None:
+    with np.errstate(all="ignore"):
+        LinkModel.restore(state).fit()
+
+
+LINK = {"ranks": 2, "window": 8, "samples": [[0.1, 1e6, 1.0], [0.2, 2e6, 1.0], [0.01, 10.0, 1.0]]}
+
+#: To add a reader, add a row.
+TARGETS = (
+    Target("ledger", ledger_table, (pack(Ledger(1.0, 2.0, 3.0, 4.0), 1, 2).tobytes(),)),
+    Target("shapes", shapes, (b"\x02\x02\x03\x02\x03\x01",)),
+    Target("metric-batch", metric_batch, (np.array([1, 2, 3, 4, 1, 1], np.float32).tobytes(),)),
+    Target("agreement", agreement, (text(AGREED),)),
+    Target(
+        "checksums", lambda data: compare(Peer(data), ["w"], [1], name="n", when="now"), (b'[["w"],[1]]',)
+    ),
+    Target("state-of-ranks", state_of_ranks, (b'["", "", null]', b'["DataError", "gone", null]')),
+    Target("equal-results", equal_results, (b'["", "", 3]',)),
+    Target("value", lambda data: merged_value(Peer(data), 1.0, 2.0), (b'["1.5", "2.0", null]',)),
+    Target("explanation", explanation, (b"+" + Told({"rows": 2}, x=np.arange(2.0)).pack(), b'-["X","y"]')),
+    Target("statistics", statistics, (said_statistics(), written({}, None, []))),
+    Target(
+        "kind-of-batch",
+        kind_of_batch,
+        (b'{"tuple": [{"array": ["float32", [4, 3]]}, {"value": 1}]}', b"null"),
+    ),
+    Target("control-log", control_log, (good_log(),)),
+    Target("log-decided-again", log_decided_again, (good_log(),)),
+    Target("log-followed", log_followed, (good_log(),)),
+    Target("csv", lambda data: source(data, Csv, "x.csv"), (b"a,b\n1,2.5\n3,x\n", b'"a",b\r\n1,\r\n')),
+    Target(
+        "npy", lambda data: source(data, lambda p: NumpyFiles({"x": p}), "x.npy"), (numpy_bytes(np.eye(3)),)
+    ),
+    Target("parquet", lambda data: source(data, Parquet, "x.parquet"), (parquet_bytes(),)),
+    Target("checkpoint", checkpoint, (archive_bytes(),)),
+    Target("wheel-record", wheel_record, (b'{"wheel": "x.whl", "sha256": "00", "facts": {}}',)),
+    Target("measured-links", measured_links, (text(LINK), text({"results": [LINK]}))),
+    Target("link-model", of_json(use_link), (text(LINK),)),
+    Target("epoch", of_json(use_epoch), (text(Epoch(SHARDS, 3).state()),)),
+    Target("items", of_json(LaneItems.after), (text(LaneItems([[2, 2]]).state()),)),
+    Target(
+        "transformed", of_json(use_transformed), (b'{"version": 1, "epoch": 1, "step": 2, "loader": null}',)
+    ),
+    Target("monitor", of_json(use_monitor), (text(EarlyStopping(patience=2).state_dict()),)),
+)
