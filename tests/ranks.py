@@ -28,6 +28,10 @@ gloo-2"`` thus starts two ranks and runs one case. Modules given the same ``grou
 since every start takes seconds. If ranks hang or die in a case, that case fails and the launch is
 repeated for the cases after it.
 
+**Where the time goes.** A run ends with what each launch took (until ranks began, their imports, all cases)
+and the slowest cases, by the processor time of all ranks: seconds by the clock say little on a busy machine.
+``HVDLOSS_SLOWEST=100`` names more of them, and ``HVDLOSS_CASE_SECONDS=600`` gives each more time there.
+
 By hand: ``horovodrun --gloo -np 2 python tests/ranks.py torch_exact`` (or ``torch_exact:uneven ...``).
 """
 
@@ -62,6 +66,8 @@ CASE_SECONDS = float(os.environ.get("HVDLOSS_CASE_SECONDS", "90"))
 GRACE_SECONDS = float(os.environ.get("HVDLOSS_GRACE_SECONDS", "10"))  # for the others, once one has failed
 START_SECONDS = 120.0  # horovodrun imports every framework it was built for; a busy machine takes long
 REPEATS = 3  # launches after one that hung or died
+START = "(start)"  # in the place of a case: when a rank began, and what its imports took
+SLOWEST = int(os.environ.get("HVDLOSS_SLOWEST", "25"))  # cases that the summary names
 
 # -- the outer side: pytest ---------------------------------------------------------------------------
 
@@ -134,9 +140,15 @@ class Case:
                 other for other in others if isinstance(other, Case) and other.launch == self.launch
             ] or [self]
             seconds = {other.module: other.seconds for other in selected}
+            costs: list[dict[str, Any]] = []
             cache[self.launch] = run_launch(
-                [other.spec for other in selected], self.controller, self.np, seconds=sum(seconds.values())
+                [other.spec for other in selected],
+                self.controller,
+                self.np,
+                seconds=sum(seconds.values()),
+                costs=costs,
             )
+            _summary(request.config).launched(self.launch, len(selected), costs, cache[self.launch])
         outcome = cache[self.launch][self.spec]
         records = [outcome.ranks[rank] for rank in sorted(outcome.ranks)]
         numbers = _numbers(records)
@@ -247,10 +259,18 @@ def environment() -> dict[str, str]:
     }
 
 
-def run_launch(specs: Sequence[str], controller: str, np: int, *, seconds: float) -> dict[str, Outcome]:
+def run_launch(
+    specs: Sequence[str],
+    controller: str,
+    np: int,
+    *,
+    seconds: float,
+    costs: list[dict[str, Any]] | None = None,
+) -> dict[str, Outcome]:
     """Run cases ("module:name") under real ranks and return the outcome of each.
 
-    A launch that ends early is repeated for the cases that it did not reach.
+    A launch that ends early is repeated for the cases that it did not reach. What each start of horovodrun
+    cost is appended to `costs`: seconds in all, until ranks began, and of their imports; processor seconds.
     """
     outcomes: dict[str, Outcome] = {}
     for _ in range(REPEATS + 1):
@@ -258,8 +278,19 @@ def run_launch(specs: Sequence[str], controller: str, np: int, *, seconds: float
         if not left:
             break
         with tempfile.TemporaryDirectory(prefix="hvdloss-ranks-") as folder:
+            began, used = time.time(), _processor_seconds()
             problem, output = _start(left, controller, np, Path(folder), seconds)
             records = _read(Path(folder), np)
+            starts = [r.pop(START) for r in records.values() if START in r]
+            if costs is not None:
+                costs.append(
+                    {
+                        "seconds": time.time() - began,
+                        "processor": _processor_seconds() - used,
+                        "start": max((s["began"] for s in starts), default=began) - began,
+                        "imports": max((s["seconds"] for s in starts), default=0.0),
+                    }
+                )
         for spec in left:
             of_case = {rank: r[spec] for rank, r in records.items() if spec in r}
             outcomes[spec] = outcome = Outcome(of_case)
@@ -274,6 +305,12 @@ def run_launch(specs: Sequence[str], controller: str, np: int, *, seconds: float
     for spec in specs:
         outcomes.setdefault(spec, Outcome(problem=f"not run: {REPEATS + 1} launches ended before it"))
     return outcomes
+
+
+def _processor_seconds() -> float:
+    """Return what this process's children that have ended, and theirs, have computed."""
+    used = os.times()
+    return used.children_user + used.children_system
 
 
 def _start(specs: Sequence[str], controller: str, np: int, folder: Path, seconds: float) -> tuple[str, str]:
@@ -364,10 +401,36 @@ def _numbers(records: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 class _Summary:
-    """Prints, at the end of a test run, the numbers that cases returned."""
+    """Prints, at the end of a test run, the numbers that cases returned, and where the time went."""
 
     def __init__(self) -> None:
         self.rows: dict[tuple[str, str], dict[str, list[float]]] = {}
+        self.launches: list[str] = []
+        self.cases: list[tuple[float, float, str]] = []
+
+    def launched(
+        self,
+        launch: tuple[str, str, int],
+        cases: int,
+        costs: Sequence[dict[str, Any]],
+        outcomes: dict[str, Outcome],
+    ) -> None:
+        """Keep what a launch, and each of its cases, took."""
+        group, controller, np = launch
+        seconds, processor, start, imports = (
+            sum(cost[key] for cost in costs) for key in ("seconds", "processor", "start", "imports")
+        )
+        inside = 0.0
+        for spec, outcome in outcomes.items():
+            took = max((r.get("seconds", 0.0) for r in outcome.ranks.values()), default=0.0)
+            used = sum(r.get("processor", 0.0) for r in outcome.ranks.values())
+            inside += took
+            self.cases.append((used, took, f"{controller}-{np} {spec}"))
+        again = f"; started {len(costs)} times" if len(costs) > 1 else ""
+        self.launches.append(
+            f"{group:20} {controller + '-' + str(np):8}{seconds:7.1f} s ({processor:.1f} s of processor): "
+            f"start {start:.1f}, imports {imports:.1f}, {cases} cases {inside:.1f}{again}"
+        )
 
     def add(self, case: Case, numbers: dict[str, float]) -> None:
         row = self.rows.setdefault((case.module, f"{case.controller}-{case.np}"), {})
@@ -375,6 +438,12 @@ class _Summary:
             row.setdefault(key, []).append(value)
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        if self.launches:
+            terminalreporter.section("launches, and their slowest cases")
+            for line in self.launches:
+                terminalreporter.write_line(line)
+            for used, took, name in sorted(self.cases, reverse=True)[:SLOWEST]:
+                terminalreporter.write_line(f"{took:7.1f} s ({used:.1f} s of processor)  {name}")
         if not any(self.rows.values()):
             return
         terminalreporter.section("numbers from the ranks (smallest .. largest over cases)")
@@ -415,7 +484,7 @@ class _Rank:
 
     def run(self, number: int, name: str, case: Callable[[], Any]) -> dict[str, Any]:
         """Run one case, record what came of it, and wait for the other ranks."""
-        self.began = time.monotonic()
+        self.began, used = time.monotonic(), time.process_time()
         self.current = (number, name)
         status, text, numbers = "passed", "", None
         try:
@@ -429,6 +498,7 @@ class _Rank:
         seconds = time.monotonic() - self.began
         self.current = None
         record = {"status": status, "text": text, "numbers": numbers, "seconds": seconds}
+        record["processor"] = time.process_time() - used
         self.write(case=name, **record)
         gc.collect()  # optimizers of this case are gone before the next begins
         (self.folder / f"{number}.{self.rank}.{status}").touch()
@@ -496,6 +566,7 @@ def main() -> None:
     parser.add_argument("specs", nargs="+", help="module:case, or a module for all its cases")
     parser.add_argument("--out", type=Path, help="where records go; not given, results are printed")
     args = parser.parse_args()
+    began, ticking = time.time(), time.monotonic()
     faulthandler.enable()
     # Modules import their helpers by plain name; `tests` itself is no place to import from.
     sys.path[0] = str(MODULES)
@@ -503,10 +574,14 @@ def main() -> None:
     for spec in args.specs:
         stem, _, name = Path(spec).name.removesuffix(".py").partition(":")
         cases += [(stem, one) for one in ([name] if name else case_names(stem))]
+    gc.disable()  # what frameworks define stays, half a million objects: not to be looked through each time
     modules = {stem: _module(MODULES / f"{stem}.py") for stem, _ in cases}
+    gc.freeze()
+    gc.enable()
     hvd = next(iter(modules.values())).hvd
     folder = args.out or Path(hvd.broadcast_object(tempfile.mkdtemp(prefix="hvdloss-ranks-"), root_rank=0))
     me = _Rank(folder, hvd.rank(), hvd.size())
+    me.write(case=START, began=began, seconds=time.monotonic() - ticking)
     for number, (stem, name) in enumerate(cases):
         module = modules[stem]
 

@@ -44,7 +44,7 @@ SLOW_FITS = [
 ]
 
 
-@parallel_cases("keras_fit", [("gloo", 2)], slow=SLOW_FITS, group="keras")
+@parallel_cases("keras_fit", [("gloo", 2)], slow=SLOW_FITS, group="tensorflow")
 def test_fit(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)
 
@@ -53,38 +53,40 @@ def test_fit(case: Case, request: pytest.FixtureRequest) -> None:
     "keras_callbacks",
     [("gloo", 2)],
     slow=["saved_models_load_without_the_library_and_train_on"],
-    group="keras",
+    group="tensorflow",
 )
 def test_callbacks(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)
 
 
-@parallel_cases("keras_fit", more(("gloo", 3), ("gloo", 4), ("mpi", 2)), cases=EVERYWHERE)
+@parallel_cases("keras_fit", more(("gloo", 3), ("gloo", 4), ("mpi", 2)), cases=EVERYWHERE, group="tensorflow")
 def test_fit_everywhere(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)
 
 
-@parallel_cases("keras_callbacks", more(("gloo", 3)), cases=["metrics_are_those_of_one_process"])
+@parallel_cases(
+    "keras_callbacks", more(("gloo", 3)), cases=["metrics_are_those_of_one_process"], group="tensorflow"
+)
 def test_metrics(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)
 
 
-@parallel_cases("keras_stream", [("gloo", 2), *more(("gloo", 3), ("mpi", 2))], group="keras")
+@parallel_cases("keras_stream", [("gloo", 2), *more(("gloo", 3), ("mpi", 2))], group="tensorflow")
 def test_streams(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)
 
 
-@parallel_cases("keras_data", [("gloo", 2), *more(("gloo", 3))], group="keras")
+@parallel_cases("keras_data", [("gloo", 2), *more(("gloo", 3))], group="tensorflow")
 def test_data(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)
 
 
-@parallel_cases("keras_terms", [("gloo", 2)], slow=SLOW, group="keras")
+@parallel_cases("keras_terms", [("gloo", 2)], slow=SLOW, group="tensorflow")
 def test_terms(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)
 
 
-@parallel_cases("keras_terms", more(("gloo", 1), ("gloo", 3)), cases=TERMS_EVERYWHERE, group="keras_fit")
+@parallel_cases("keras_terms", more(("gloo", 1), ("gloo", 3)), cases=TERMS_EVERYWHERE, group="tensorflow")
 def test_terms_everywhere(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)
 

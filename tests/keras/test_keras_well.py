@@ -15,6 +15,6 @@ SLOW = [
 ]
 
 
-@parallel_cases("keras_well", [("gloo", 2), *more(("gloo", 3))], slow=SLOW, group="keras")
+@parallel_cases("keras_well", [("gloo", 2), *more(("gloo", 3))], slow=SLOW, group="tensorflow")
 def test_well(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)

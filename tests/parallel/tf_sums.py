@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import sums_reference as reference
 import tensorflow as tf
-from tf_support import cuts, difference, raised, same_on_all_ranks
+from tf_support import cuts, difference, raised, same_on_all_ranks, traced
 
 import hvdloss
 import hvdloss.keras
@@ -76,7 +76,7 @@ def over_random_splits(in_a_function):
             return value, tape.gradient(value, theta)
 
         if in_a_function:
-            gradient = tf.function(gradient, reduce_retracing=True)
+            gradient = traced(gradient)
         for _ in range(4 if in_a_function else 8):
             x, t, w = reference.sample(rng, kind, int(rng.integers(8, 40)))
             order = rng.permutation(len(x))

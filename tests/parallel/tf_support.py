@@ -85,6 +85,23 @@ def plain(loss: Callable[[], tf.Tensor], variables: Sequence[tf.Variable]) -> li
     return [np.nan_to_num(tf.convert_to_tensor(g).numpy()) for g in tape.gradient(value, list(variables))]
 
 
+def traced(step: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `step` as a ``tf.function`` that is traced once for any numbers of rows.
+
+    By itself a ``tf.function`` is traced for the first shapes, and again for others; cases that are about
+    that use one. Tracing is most of what cases in TensorFlow take.
+    """
+    made: list[Callable[..., Any]] = []
+
+    def call(*tensors: tf.Tensor) -> Any:
+        if not made:
+            rows = [tf.TensorSpec((None, *x.shape[1:]), x.dtype) for x in tensors]
+            made.append(tf.function(step, input_signature=rows))
+        return made[0](*tensors)
+
+    return call
+
+
 def same_on_all_ranks(arrays: Sequence[Any]) -> None:
     """Assert that arrays are bitwise equal on all ranks."""
     for number, a in enumerate(arrays):

@@ -18,6 +18,7 @@ from tf_support import (
     raised,
     reference,
     same_on_all_ranks,
+    traced,
     weighted_mse,
 )
 
@@ -40,7 +41,7 @@ def _random_splits(seed, count, dtype, function):
     worst, wrong = 0.0, 0.0
     net, objective = Network(rng, dtype), hvd.Objective("mse")
     step = (lambda *a: exact(net, objective, *a)) if not function else None
-    step = step or tf.function(lambda *a: exact(net, objective, *a), reduce_retracing=True)
+    step = step or traced(lambda x, y, w: exact(net, objective, x, y, w))
     for _ in range(count):
         n = int(rng.integers(3, 40))
         x, y, w = data(rng, n, dtype)

@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 import tensorflow as tf
-from tf_support import Network, difference, raised, reference, same_on_all_ranks
+from tf_support import Network, difference, raised, reference, same_on_all_ranks, traced
 
 import hvdloss
 import hvdloss.tensorflow as hvd
@@ -69,7 +69,7 @@ def step_of(net: Network, objective: hvd.Objective, **options):
 
 def both(step):
     """Return `step` as it is, and as a ``tf.function``, for any number of elements."""
-    return (step, tf.function(step, reduce_retracing=True))
+    return (step, traced(step))
 
 
 def raises_everywhere(kind, call, *words):

@@ -27,12 +27,14 @@ EVERYWHERE = [
 ]
 
 
-@parallel_cases("tf_collectives", more(("gloo", 3), ("gloo", 4)), group="tf_losses")
+@parallel_cases("tf_collectives", more(("gloo", 3)), group="tensorflow")
 def test_collectives(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)
 
 
-@parallel_cases("tf_collectives", [("gloo", 2), *more(("mpi", 2))], cases=EVERYWHERE, group="tf_losses")
+@parallel_cases(
+    "tf_collectives", [("gloo", 2), *more(("gloo", 4), ("mpi", 2))], cases=EVERYWHERE, group="tensorflow"
+)
 def test_collectives_everywhere(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)
 

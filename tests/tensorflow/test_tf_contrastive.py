@@ -16,12 +16,14 @@ EVERYWHERE = [
 ]
 
 
-@parallel_cases("tf_contrastive", [("gloo", 2), *more(("gloo", 4))], group="tf_losses")
+@parallel_cases("tf_contrastive", [("gloo", 2)], group="tensorflow")
 def test_contrastive(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)
 
 
-@parallel_cases("tf_contrastive", more(("gloo", 3), ("mpi", 2)), cases=EVERYWHERE, group="tf_losses")
+@parallel_cases(
+    "tf_contrastive", more(("gloo", 3), ("gloo", 4), ("mpi", 2)), cases=EVERYWHERE, group="tensorflow"
+)
 def test_contrastive_everywhere(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)
 
@@ -30,7 +32,7 @@ def test_contrastive_everywhere(case: Case, request: pytest.FixtureRequest) -> N
     "tf_contrastive",
     more(("gloo", 1)),
     cases=["random_splits_in_a_function", "parity_with_numpy"],
-    group="tf_losses",
+    group="tensorflow",
 )
 def test_contrastive_alone(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)

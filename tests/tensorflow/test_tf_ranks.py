@@ -22,6 +22,12 @@ EVERYWHERE = [
     "parity_with_torch",
 ]
 
+SUMS_EVERYWHERE = [
+    "value_and_gradient_over_random_splits_in_a_function",
+    "sums_over_micro_batches",
+    "one_rank_is_to_blame_for_what_is_not_finite",
+]
+
 TERMS_EVERYWHERE = [
     "skew_is_that_of_all_labels",
     "importance_and_balance_weights",
@@ -30,39 +36,44 @@ TERMS_EVERYWHERE = [
 ]
 
 
-@parallel_cases("tf_tape", [("gloo", 2)])
+@parallel_cases("tf_tape", [("gloo", 2)], group="tensorflow")
 def test_tape(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)
 
 
-@parallel_cases("tf_tape", more(("gloo", 3), ("mpi", 2), ("gloo", 4)), cases=EVERYWHERE)
+@parallel_cases("tf_tape", more(("gloo", 3), ("mpi", 2), ("gloo", 4)), cases=EVERYWHERE, group="tensorflow")
 def test_tape_everywhere(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)
 
 
-@parallel_cases("tf_tape", more(("gloo", 1)), cases=["parity_with_torch"])
+@parallel_cases("tf_tape", more(("gloo", 1)), cases=["parity_with_torch"], group="tensorflow")
 def test_parity_of_one_rank(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)
 
 
-@parallel_cases(
-    "tf_sums", [("gloo", 2), *more(("gloo", 1), ("gloo", 3), ("gloo", 4), ("mpi", 2))], group="tf_tape"
-)
+@parallel_cases("tf_sums", [("gloo", 2), *more(("gloo", 3))], group="tensorflow")
 def test_sums(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)
 
 
-@parallel_cases("tf_terms", [("gloo", 2)], group="tf_tape")
+@parallel_cases(
+    "tf_sums", more(("gloo", 1), ("gloo", 4), ("mpi", 2)), cases=SUMS_EVERYWHERE, group="tensorflow"
+)
+def test_sums_everywhere(case: Case, request: pytest.FixtureRequest) -> None:
+    case.check(request)
+
+
+@parallel_cases("tf_terms", [("gloo", 2)], group="tensorflow")
 def test_terms(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)
 
 
-@parallel_cases("tf_terms", more(("gloo", 1), ("gloo", 3)), cases=TERMS_EVERYWHERE, group="tf_tape")
+@parallel_cases("tf_terms", more(("gloo", 1), ("gloo", 3)), cases=TERMS_EVERYWHERE, group="tensorflow")
 def test_terms_everywhere(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)
 
 
-@parallel_cases("tf_stream", [("gloo", 2), *more(("gloo", 3), ("mpi", 2))], group="tf_tape")
+@parallel_cases("tf_stream", [("gloo", 2), *more(("gloo", 3), ("mpi", 2))], group="tensorflow")
 def test_streams(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)
 

@@ -23,12 +23,25 @@ FOUR = [
 ]
 
 
-@parallel_cases("tf_sharded", [("gloo", 2), *more(("gloo", 3), ("mpi", 2))], group="tf_losses")
+MPI = [
+    "random_shards_in_a_function",
+    "two_losses_in_one_graph",
+    "extreme_and_half_precision_logits",
+    "checkpoints_for_any_shards",
+]
+
+
+@parallel_cases("tf_sharded", [("gloo", 2), *more(("gloo", 3))], group="tensorflow")
 def test_sharded(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)
 
 
-@parallel_cases("tf_sharded", more(("gloo", 4)), cases=FOUR, group="tf_losses")
+@parallel_cases("tf_sharded", more(("mpi", 2)), cases=MPI, group="tensorflow")
+def test_sharded_over_mpi(case: Case, request: pytest.FixtureRequest) -> None:
+    case.check(request)
+
+
+@parallel_cases("tf_sharded", more(("gloo", 4)), cases=FOUR, group="tensorflow")
 def test_sharded_on_a_grid(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)
 

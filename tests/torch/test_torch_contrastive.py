@@ -13,16 +13,16 @@ EVERYWHERE = [
 ]
 
 
-@parallel_cases("torch_contrastive", [("gloo", 3), *more(("gloo", 4))], group="torch_losses")
+@parallel_cases("torch_contrastive", [("gloo", 3)], group="torch")
 def test_contrastive(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)
 
 
 @parallel_cases(
     "torch_contrastive",
-    more(("gloo", 1), ("gloo", 2), ("mpi", 2)),
+    more(("gloo", 1), ("gloo", 2), ("gloo", 4), ("mpi", 2)),
     cases=EVERYWHERE,
-    group="torch_losses",
+    group="torch",
 )
 def test_contrastive_everywhere(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)

@@ -17,12 +17,25 @@ FOUR = [
 ]
 
 
-@parallel_cases("torch_sharded", [("gloo", 2), *more(("gloo", 3), ("mpi", 2))], group="torch_losses")
+MPI = [
+    "random_shards_equal_one_process",
+    "half_precision_is_computed_in_float32",
+    "checkpoints_for_any_shards",
+    "large_weights_travel_in_pieces",
+]
+
+
+@parallel_cases("torch_sharded", [("gloo", 2), *more(("gloo", 3))], group="torch")
 def test_sharded(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)
 
 
-@parallel_cases("torch_sharded", more(("gloo", 4)), cases=FOUR, group="torch_losses")
+@parallel_cases("torch_sharded", more(("mpi", 2)), cases=MPI, group="torch")
+def test_sharded_over_mpi(case: Case, request: pytest.FixtureRequest) -> None:
+    case.check(request)
+
+
+@parallel_cases("torch_sharded", more(("gloo", 4)), cases=FOUR, group="torch")
 def test_sharded_on_a_grid(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)
 
