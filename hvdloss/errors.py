@@ -7,6 +7,8 @@ numbers (a step's ledgers, the agreement of the first step) are raised as the sa
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 __all__ = [
     "AgreementError",
     "CheckpointError",
@@ -31,6 +33,11 @@ WAY_OUT = "The others cannot go on without it. Mend it there, and start from the
 
 class HvdlossError(RuntimeError):
     """Base class of every error that hvdloss raises."""
+
+    if not TYPE_CHECKING:
+        # TensorFlow's AutoGraph raises an exception again, with the user's own lines in its text, if that is
+        # how it is made; any other becomes a StagingError.
+        __init__ = Exception.__init__
 
 
 class ConfigError(HvdlossError, ValueError):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import tensorflow as tf
 from hvdloss import watch
+from hvdloss.agreement import agree
 from hvdloss.communicator import included
 from hvdloss.control.compression import AdaptiveCompression
 from hvdloss.control.period import SyncPeriod
@@ -17,6 +19,8 @@ from hvdloss.ledger import COLUMN, WIDTH
 from hvdloss.plan import ParameterInfo, plan_buckets
 from hvdloss.tensorflow._backend import hvd
 from hvdloss.tensorflow._traces import noted
+from hvdloss.tensorflow.guard import checksums, parameter_name
+from hvdloss.tensorflow.ops import communicator_of
 from hvdloss.tensorflow.waiting import explaining
 from hvdloss.term import Travel
 from hvdloss.tuning import choose, launched
@@ -220,11 +224,15 @@ class Exchange:
         self._payload = (0, 0, 0, 0)  # of the last exchange: messages, bytes: full, as sent, in 16 bits
         self._zero: tf.Variable | None = None
         self._measured: tf.Variable | None = None
+        self._agreed: dict[
+            tuple[int, ...], list[weakref.ref[Any]]
+        ] = {}  # variables that all ranks hold alike
         following(self)
 
     def renew(self) -> None:
         """Forget what was made for other ranks, and what steps were measured in: all measure in the same."""
         self._eager.clear()
+        self._agreed.clear()
         self.clock.renew()
         if self._measured is not None:
             self._measured.assign(1.0)
@@ -243,6 +251,36 @@ class Exchange:
             "groups": self.groups if isinstance(self.groups, int) else bool(self.groups),
             **self.tuning.shared(),
         }
+
+    @tf.autograph.experimental.do_not_convert
+    def agree(self, variables: Sequence[Any], settings: dict[str, Any]) -> None:
+        """Check, in the first step with these variables, that all ranks hold the same and ask for the same.
+
+        Args:
+            variables: of this rank; what is no variable is left out.
+            settings: what must be equal on all ranks, besides this exchange's own.
+
+        Raises:
+            AgreementError: on every rank alike.
+
+        Collectives: one gather in a step (or its tracing) whose variables were not seen before.
+        """
+        known = [v for v in variables if hasattr(v, "assign") and hasattr(v, "numpy")]
+        if self.size == 1 or not tf.compat.v1.executing_eagerly_outside_functions():
+            return
+        before = self._agreed.get(tuple(map(id, known)))
+        if before is not None and all(one() is v for one, v in zip(before, known, strict=True)):
+            return
+        with tf.init_scope():
+            agree(
+                communicator_of(self.process_set),
+                [ParameterInfo(parameter_name(v), tuple(v.shape), str(v.dtype), 0) for v in known],
+                lambda: checksums(known),
+                [],
+                {**self.settings(), **settings},
+                name=f"{self.name}.agree",
+            )
+        self._agreed[tuple(map(id, known))] = [weakref.ref(v) for v in known]
 
     def sum_table(self, rows: tf.Tensor, name: str = "ledger") -> tf.Tensor:
         """Return the rows of all ranks, ``(size, n)``, from this rank's vector of float64.

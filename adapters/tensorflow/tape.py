@@ -71,12 +71,14 @@ class _Exact:
             gradients in the structure of `sources`: dense, ``tf.IndexedSlices``, or None.
 
         Raises:
+            AgreementError: sources or settings that differ between ranks, in the first step with them.
             WeightError, NoWeightError, NonFiniteLossError, NonFiniteGradientError, UsageError: the same on
                 every rank. Inside a ``tf.function`` TensorFlow raises an error of its own with the same
                 text. Gradients of a loss that was multiplied (by a ``LossScaleOptimizer``) may be infinite:
                 that optimizer looks at them.
 
-        Collectives: see :meth:`hvdloss.tensorflow.exchange.Exchange.reduce`.
+        Collectives: see :meth:`hvdloss.tensorflow.exchange.Exchange.reduce`; in the first step with these
+        sources one gather, which compares them and the settings of all ranks.
         """
         books = self._hvd_objective.books
         process_set = self._hvd_options["process_set"]
@@ -93,6 +95,8 @@ class _Exact:
         local = [id(source) in self._hvd_local for source in flat_sources]
         there = [i for i, g in enumerate(flat) if g is not None and not local[i]]
         exchange = self._hvd_exchange()
+        shared = [source for source, own in zip(flat_sources, local, strict=True) if not own]
+        exchange.agree(shared, self._hvd_objective.settings())
         reduced, table = exchange.reduce(
             [flat[i] for i in there],
             [flat_sources[i] for i in there],

@@ -1,6 +1,6 @@
 """A rank that trains, answers SIGTERM, and goes on from a checkpoint; it tells what every step used and gave.
 
-Started by tests/elastic/test_preemption.py; not a test by itself.
+Started by tests/elastic/test_preemption_jobs.py; not a test by itself.
 
     leave_job.py FRAMEWORK FOLDER SECONDS    (per step)
 """

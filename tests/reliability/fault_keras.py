@@ -26,11 +26,14 @@ class Trip(keras.layers.Layer):
     def build(self, shape: Any) -> None:
         self.unarmed = self.add_weight(shape=(), initializer="ones", trainable=False, name="unarmed")
         self.factor = self.add_weight(shape=(), initializer="zeros", trainable=False, name="factor")
+        self.other = self.add_weight(shape=(), initializer="zeros", trainable=False, name="other")
 
     def call(self, y: Any) -> Any:
         s = keras.ops.sum(y)
-        unarmed, factor = keras.ops.cast(self.unarmed, y.dtype), keras.ops.cast(self.factor, y.dtype)
-        return y + factor * keras.ops.sqrt(s - keras.ops.stop_gradient(s) + unarmed)
+        unarmed, factor, other = (keras.ops.cast(w, y.dtype) for w in (self.unarmed, self.factor, self.other))
+        z = s - keras.ops.stop_gradient(s) + unarmed
+        # Two infinite gradients of different sign are NaN; one of 0 times infinity TensorFlow takes for 0.
+        return y + factor * keras.ops.sqrt(z) - other * keras.ops.sqrt(2 * z)
 
 
 class Batches(keras.utils.PyDataset):
@@ -163,7 +166,8 @@ class FitLoop:
         """Make the next gradients NaN (0.0) or infinite (1.0), or finite again (None)."""
         if self.model is not None:
             self.trips.unarmed.assign(1.0 if factor is None else 0.0)
-            self.trips.factor.assign(0.0 if factor is None else factor)
+            self.trips.factor.assign(0.0 if factor is None else 1.0)
+            self.trips.other.assign(1.0 if factor == 0.0 else 0.0)
 
     def parameters(self) -> list[np.ndarray]:
         return [] if self.model is None else [np.asarray(v) for v in self.model.trainable_variables]

@@ -27,6 +27,7 @@ class TapeLoop:
         self.model: list[tf.Variable] | None = None
         self.unarmed = tf.Variable(1.0, trainable=False)
         self.factor = tf.Variable(0.0, trainable=False)
+        self.other = tf.Variable(0.0, trainable=False)
 
     def build(self, other: str, *, broadcast: bool = False) -> None:
         """Build variables, objective and step; `other` says what is other on this rank."""
@@ -61,8 +62,10 @@ class TapeLoop:
         for extra in more:
             y += extra
         s = tf.reduce_sum(y)
-        trip = tf.cast(self.factor, self.dtype) * tf.sqrt(
-            s - tf.stop_gradient(s) + tf.cast(self.unarmed, self.dtype)
+        z = s - tf.stop_gradient(s) + tf.cast(self.unarmed, self.dtype)
+        # Two infinite gradients of different sign are NaN; one of 0 times infinity TensorFlow takes for 0.
+        trip = tf.cast(self.factor, self.dtype) * tf.sqrt(z) - tf.cast(self.other, self.dtype) * tf.sqrt(
+            2 * z
         )
         return y + trip
 
@@ -125,7 +128,8 @@ class TapeLoop:
     def trip(self, factor: float | None) -> None:
         """Make the next gradients NaN (0.0) or infinite (1.0), or finite again (None)."""
         self.unarmed.assign(1.0 if factor is None else 0.0)
-        self.factor.assign(0.0 if factor is None else factor)
+        self.factor.assign(0.0 if factor is None else 1.0)
+        self.other.assign(1.0 if factor == 0.0 else 0.0)
 
     def parameters(self) -> list[np.ndarray]:
         return [] if self.model is None else [v.numpy() for v in self.model]

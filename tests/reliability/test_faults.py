@@ -30,22 +30,11 @@ QUICK = {
 }
 CAUGHT = [(loop, fault.name) for fault in FAULTS for loop in fault.caught]
 DEADLY = [(loop, fault.name) for fault in FAULTS for loop in fault.loops if loop not in fault.caught]
-GRADIENTS = ("nan-gradient", "infinite-gradient")
-_DIFFER = {fault.name for fault in FAULTS if fault.how == "build"}
-#: What is not built yet, by loop. A test that passes all the same fails: its name is to be deleted then.
-NOT_YET: dict[str, set[str]] = {
-    "torch": {*GRADIENTS},
-    "tape": {*GRADIENTS, *_DIFFER},  # a tape's ranks agree on nothing in their first step
-    "function": {*GRADIENTS, *_DIFFER},
-    "fit": {*GRADIENTS},
-}
-
 _verdicts: dict[tuple[str, bool], dict[str, Verdict]] = {}
 
 
 def _marks(loop: str, name: str) -> list[Any]:
-    more = [] if name in QUICK.get(loop, ()) else [pytest.mark.more]
-    return more + ([pytest.mark.xfail(reason="not built yet")] if name in NOT_YET[loop] else [])
+    return [] if name in QUICK.get(loop, ()) else [pytest.mark.more]
 
 
 @pytest.mark.timeout(900)
