@@ -320,6 +320,7 @@ class _Engine:
             self._rows.append(row)
 
     def _begin_backward(self, arrived: torch.nn.Parameter | None = None) -> None:
+        watch.check()
         if self.launched:
             raise UsageError(
                 f"a backward pass began although the gradients of this step's backward_passes_per_step="

@@ -27,6 +27,7 @@ from hvdloss.errors import (
     NoWeightError,
     RankError,
 )
+from hvdloss.hearing import hear
 from hvdloss.watch import process
 from hvdloss.watch.activity import Activity
 from hvdloss.watch.hub import Hub
@@ -127,9 +128,8 @@ def start(communicator: Communicator, abort: Callable[[], None]) -> bool:
         limits, problem = None, str(error)
     settings = None if limits is None else [limits.warn, limits.stall, limits.silence]
     mine = {"host": process.host(), "settings": settings, "problem": problem}
-    ranks = [
-        json.loads(text) for text in communicator.gather(json.dumps(mine).encode(), "hvdloss.watch.settings")
-    ]
+    texts = communicator.gather(json.dumps(mine).encode(), "hvdloss.watch.settings")
+    ranks = hear(texts, "settings of the watch", lambda told: told.keys() == mine.keys())
     for rank, told in enumerate(ranks):
         if told["problem"]:
             raise ConfigError(f"rank {rank}: {told['problem']}")
@@ -151,7 +151,10 @@ def start(communicator: Communicator, abort: Callable[[], None]) -> bool:
             offer = {"addresses": hub.addresses, "key": key.hex()}
         except OSError as error:
             offer = {"problem": f"rank 0 cannot listen: {error}"}
-    told = json.loads(communicator.gather(json.dumps(offer).encode(), "hvdloss.watch.offer")[0])
+    texts = communicator.gather(json.dumps(offer).encode(), "hvdloss.watch.offer")
+    (told,) = hear(
+        texts[:1], "address of the watch", lambda told: told.keys() <= {"addresses", "key", "problem"}
+    )
     member, problem = None, told.get("problem", "")
     if not problem:
         recovers = os.environ.get("HOROVOD_ELASTIC") == "1"

@@ -311,7 +311,9 @@ def find(states: Sequence[RankState], limits: Limits, held: float) -> Fault | No
                     tuple(one.rank for one in away),
                     f"step {state.wait.step or step}: {_named(one.rank for one in away)} did not come "
                     f"to {state.wait.place} within {state.wait.seconds:.0f} s (HVDLOSS_WATCH_STALL="
-                    f"{limits.stall:g}), in which rank {state.rank} waits.{_list(away)}",
+                    f"{limits.stall:g}), in which rank {state.rank} waits. Where it does something long by "
+                    f"itself, set HVDLOSS_WATCH_STALL higher; else mend what its stack shows, and start "
+                    f"again from the last checkpoint.{_list(away)}",
                 )
     return None
 

@@ -17,6 +17,7 @@ import struct
 from typing import Any
 
 from hvdloss.errors import HvdlossError
+from hvdloss.hearing import parsed
 
 __all__ = ["LIMIT", "NONCE", "Channel", "WireError"]
 
@@ -89,7 +90,7 @@ class Channel:
             self._heard += 1
             del self._buffer[:whole]
             try:
-                message = json.loads(payload)
+                message = parsed(payload)
             except ValueError as error:
                 raise WireError(f"a frame holds no JSON: {error}") from None
             if not isinstance(message, dict):

@@ -9,9 +9,11 @@ longer, guided by coverage.
 from __future__ import annotations
 
 import functools
+import hmac
 import io
 import json
 import os
+import struct
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -42,7 +44,10 @@ from hvdloss.report import StepReport
 from hvdloss.term import Travel
 from hvdloss.terms.link import LinkModel
 from hvdloss.training import BestCheckpoint, EarlyStopping, TransformedBatches
+from hvdloss.training.checkpoint import Checkpoint, StateDict, parse_manifest, state_of_bytes, state_to_bytes
 from hvdloss.training.decisions import merged_value
+from hvdloss.watch import Fault, RankState
+from hvdloss.watch.wire import NONCE, Channel
 
 
 @dataclass(frozen=True)
@@ -289,6 +294,30 @@ def archive_bytes() -> bytes:
     return out.getvalue()
 
 
+def manifest() -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        Checkpoint(folder, {"stopping": StateDict(EarlyStopping(patience=2))}).save(3)
+        return (Path(folder) / "00000001.json").read_bytes()
+
+
+KEY, NONCES = bytes(32), bytes(2 * NONCE)
+
+
+def watch_wire(data: bytes) -> None:
+    """What a stranger says to the watch, or another rank."""
+    Channel(KEY, NONCES, hub=True).feed(data)
+
+
+def watch_message(data: bytes) -> None:
+    """The same from one who knows the job's key."""
+    mac = hmac.digest(hmac.digest(KEY, NONCES, "sha256"), b"m" + struct.pack("!Q", 0) + data, "sha256")
+    for message in Channel(KEY, NONCES, hub=True).feed(struct.pack("!I", len(data)) + mac + data):
+        if "state" in message:
+            RankState(1).hear(message["state"])
+        if "fault" in message:
+            Fault.heard(message["fault"]).error()
+
+
 def checkpoint(data: bytes) -> None:
     """A list of arrays, as the TensorFlow adapter keeps it."""
 
@@ -395,5 +424,13 @@ TARGETS = (
     Target(
         "transformed", of_json(use_transformed), (b'{"version": 1, "epoch": 1, "step": 2, "loader": null}',)
     ),
+    Target("watch-wire", watch_wire, (Channel(KEY, NONCES, hub=False).frame({"bye": 1}),)),
+    Target(
+        "watch-message",
+        watch_message,
+        (text({"state": RankState(1).told()}), text({"fault": Fault("lost", (1,), "gone").told()})),
+    ),
+    Target("manifest", lambda data: parse_manifest(data, 1), (manifest(),)),
+    Target("state-in-bytes", state_of_bytes, (state_to_bytes({"a": [1, 2.5], "w": np.arange(3.0)}),)),
     Target("monitor", of_json(use_monitor), (text(EarlyStopping(patience=2).state_dict()),)),
 )
