@@ -1216,7 +1216,7 @@ def DistributedOptimizer(
         ConfigError: an argument that cannot be used.
 
     Collectives per step: one asynchronous all-reduce per bucket, all under way together; the ranks'
-    ledgers (``size`` x 16 numbers) ride in the last float32 or float64 bucket, and need a message of
+    ledgers (``size`` x 17 numbers) ride in the last float32 or float64 bucket, and need a message of
     their own only where there is none (compression, 16-bit parameters). What terms tell is one message
     more. After local steps one all-reduce of the parameters per dtype, and one or two small ones. Buckets
     follow Li et al., "PyTorch Distributed" (VLDB 2020).
