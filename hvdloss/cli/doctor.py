@@ -30,6 +30,7 @@ from hvdloss.cli.install.prove import run_job
 from hvdloss.cli.process import Log, interruptible
 from hvdloss.errors import ConfigError
 from hvdloss.tuning import choose, cycle_time
+from hvdloss.watch import limits_from_environment
 
 _MARKS = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "problem": ("✗", "red"), "info": ("·", "dim")}
 _INSTALL = "hvdloss install"
@@ -110,7 +111,29 @@ def examine() -> Report:
     _hardware(report)
     _name(report)
     _choices(report)
+    _watch(report)
     return report
+
+
+def _watch(report: Report) -> None:
+    """Whether ranks would watch each other, and for how long they wait."""
+    try:
+        limits = limits_from_environment()
+    except ConfigError as error:
+        report.add("watch", "problem", str(error), "unset the variable, or correct it")
+        return
+    report.facts["watch"] = None if limits is None else asdict(limits)
+    if limits is None:
+        report.add(
+            "watch", "info", "off (HVDLOSS_WATCH): what happens to a rank is known as Horovod tells it"
+        )
+        return
+    report.add(
+        "watch",
+        "info",
+        f"a rank that does not come is told after {limits.warn:g} s, an error after {limits.stall:g} s; one "
+        f"that says nothing after {limits.silence:g} s (0: never)",
+    )
 
 
 def _choices(report: Report) -> None:

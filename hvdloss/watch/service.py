@@ -41,6 +41,7 @@ __all__ = [
     "did",
     "explained",
     "follow",
+    "limits_from_environment",
     "same_fate",
     "start",
     "stepped",

@@ -95,6 +95,27 @@ def test_a_gpu_without_nccl_is_a_warning_with_the_way_out(monkeypatch):
     assert report.ok
 
 
+def test_how_long_ranks_would_wait_is_told(monkeypatch):
+    def found(**variables):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        report = Report(facts={})
+        doctor_module._watch(report)
+        (finding,) = report.findings
+        return report, finding
+
+    report, finding = found()
+    assert finding.level == "info"
+    assert report.facts["watch"]["stall"] == 600
+    assert "600 s" in found(HVDLOSS_WATCH_STALL="600")[1].found
+    report, finding = found(HVDLOSS_WATCH_STALL="soon")
+    assert not report.ok
+    assert "HVDLOSS_WATCH_STALL='soon'" in finding.found
+    report, finding = found(HVDLOSS_WATCH="0")
+    assert report.facts["watch"] is None
+    assert "off" in finding.found
+
+
 def test_problems_are_printed_with_their_way_out(capsys):
     report = Report()
     report.add("Horovod", "problem", "not installed", "hvdloss install")
