@@ -47,6 +47,7 @@ _HOMES = {
         "DataError",
         "HvdlossError",
         "LostRankError",
+        "NonFiniteGradientError",
         "NonFiniteLossError",
         "NoWeightError",
         "RankError",

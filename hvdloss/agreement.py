@@ -55,8 +55,7 @@ def _complete(told: Any) -> bool:
 
 
 def _is_state(told: Any) -> bool:
-    kind, text, _ = told
-    return isinstance(kind, str) and isinstance(text, str)
+    return isinstance(told, list) and len(told) == 3 and all(isinstance(part, str) for part in told[:2])
 
 
 def _differing(values: Sequence[Any]) -> str:

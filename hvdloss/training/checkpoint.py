@@ -24,6 +24,7 @@ import numpy as np
 
 from hvdloss.communicator import Communicator, OneProcess
 from hvdloss.errors import CheckpointError, ConfigError
+from hvdloss.hearing import hear
 from hvdloss.training.files import write_atomically
 from hvdloss.training.tree import (
     FromArray,
@@ -365,7 +366,8 @@ class Checkpoint:
             blob = b"".join(data.values())
         if communicator.size == 1:
             return found
-        heard = json.loads(communicator.gather(told, "hvdloss.checkpoint.manifest")[self.root])
+        texts = communicator.gather(told, "hvdloss.checkpoint.manifest")
+        (heard,) = hear([texts[self.root]], "checkpoint")
         if heard is None:
             return None
         manifest, sizes = heard
@@ -430,7 +432,8 @@ class Checkpoint:
         else:
             told[2] = tell[0] if tell else None
         name = f"hvdloss.checkpoint.{what}"
-        heard = [json.loads(one) for one in self._communicator().gather(json.dumps(told).encode(), name)]
+        texts = self._communicator().gather(json.dumps(told).encode(), name)
+        heard = hear(texts, "checkpoint", lambda one: isinstance(one, list) and len(one) == 4)
         for rank, (kind, text, _, path) in enumerate(heard):
             if not kind:
                 continue
