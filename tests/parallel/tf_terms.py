@@ -22,7 +22,7 @@ from hvdloss.control import (
     SharedBatches,
     SyncPeriod,
 )
-from hvdloss.errors import ConfigError, NonFiniteLossError, UsageError, WeightError
+from hvdloss.errors import ConfigError, NonFiniteGradientError, NonFiniteLossError, UsageError, WeightError
 from hvdloss.term import Decision
 from hvdloss.terms.distributions import divergences
 from hvdloss.world import numbers_from
@@ -781,7 +781,9 @@ def case_a_fault_in_a_stretch_returns_to_its_beginning():
         on(4)
         if hvd.rank() == 0:  # finite losses, but parameters that are not
             net.w2.assign(net.w2 * np.inf)
-        raises_everywhere(NonFiniteLossError, lambda on=on: on(5, lambda x, y, w: (x, y, 0 * w)), "rank 0")
+        raises_everywhere(
+            NonFiniteGradientError, lambda on=on: on(5, lambda x, y, w: (x, y, 0 * w)), "rank 0"
+        )
         for number in (3, 4, 5):
             on(number)
         assert difference(net.parameters, anchor) > 1e-6
