@@ -55,6 +55,7 @@ __all__ = [
 _log = logging.getLogger("hvdloss.watch")
 _activity = Activity()
 _lock = threading.RLock()
+_shutting_down = threading.RLock()  # Horovod does not bear two threads that end it
 _member: Member | None = None
 _hub: Hub | None = None
 _pid = 0  # of the process that the two belong to; a forked child has none
@@ -210,15 +211,18 @@ def begins_with(hvd: Any, communicator_of: Callable[[Any], Communicator]) -> dic
     @functools.wraps(hvd.shutdown)
     def shutdown() -> Any:
         stop()
-        return hvd.shutdown()
+        with _shutting_down:
+            return hvd.shutdown()
 
     return {"init": init, "shutdown": shutdown}
 
 
 def _abort(shutdown: Callable[[], Any]) -> None:
-    """End what this process is blocked in."""
-    _disconnect()
-    shutdown()
+    """End what this process is blocked in, unless it is being ended, or begins anew, by itself."""
+    with _shutting_down:
+        if _member is not None:
+            _disconnect()
+            shutdown()
 
 
 def _disconnect() -> None:
@@ -235,7 +239,7 @@ def _disconnect() -> None:
 def stop(*, bye: bool = True) -> None:
     """End the watch of this process, if there is one; the others are told that this rank ended."""
     global _member, _hub, _pid
-    with _lock:
+    with _shutting_down, _lock:
         if _pid != os.getpid():
             return
         _disconnect()
