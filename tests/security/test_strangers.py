@@ -164,7 +164,7 @@ class Strangers:
 
 def launch(folder: Path, *options: str, late: float = 2.0, **variables: str) -> subprocess.Popen[bytes]:
     beside = Path(sys.executable).parent / "horovodrun"
-    command = [str(beside), *options, sys.executable, str(HERE / "job.py"), str(folder), str(late)]
+    command = [str(beside), *options, sys.executable, str(HERE / "stranger_job.py"), str(folder), str(late)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MY_API_KEY": CANARY, **variables}
     for name in ("HOROVOD_RANK", "HOROVOD_SIZE"):
         environment.pop(name, None)
@@ -201,10 +201,10 @@ def disturbed(folder, acts, *options, seconds=150.0, **variables):
 def right():
     sys.path.insert(0, str(HERE))
     try:
-        import job
+        import stranger_job
     finally:
         sys.path.pop(0)
-    return job.train(0, 1, False)
+    return stranger_job.train(0, 1, False)
 
 
 def check_right(folder, right):
@@ -330,7 +330,7 @@ def test_the_rendezvous_server_obeys_only_who_says_the_token(rendezvous):
         assert ask(rendezvous, "GET", "/s/k", token=other)[0] == 403
         assert ask(rendezvous, "PUT", "/s/k", b"theirs", other)[0] == 403
         assert ask(rendezvous, "DELETE", "/s/k", token=other)[0] == 403
-    assert ask(rendezvous, "HEAD", "/job.py", token=token)[0] == 501  # it serves no files
+    assert ask(rendezvous, "HEAD", "/stranger_job.py", token=token)[0] == 501  # it serves no files
     assert ask(rendezvous, "GET", "/s/k", token=token) == (200, b"ours")
 
 

@@ -17,6 +17,7 @@ from hvdloss.errors import ConfigError, HvdlossError, NoWeightError, UsageError,
 # "compression" and "optimizer" are modules here as there: ours.
 # broadcast_parameters also takes a process set
 OVERRIDDEN = {"DistributedOptimizer", "Compression", "broadcast_parameters", "compression", "optimizer"}
+OVERRIDDEN |= {"elastic", "init", "shutdown"}
 
 
 @pytest.fixture(autouse=True, scope="module")

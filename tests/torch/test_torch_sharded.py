@@ -25,17 +25,18 @@ MPI = [
 ]
 
 
-@parallel_cases("torch_sharded", [("gloo", 2), *more(("gloo", 3))], group="torch")
+# Launches of their own: process sets of a grid stay, and other cases make the same ones.
+@parallel_cases("torch_sharded", [("gloo", 2), *more(("gloo", 3))], group="torch_sharded")
 def test_sharded(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)
 
 
-@parallel_cases("torch_sharded", more(("mpi", 2)), cases=MPI, group="torch")
+@parallel_cases("torch_sharded", more(("mpi", 2)), cases=MPI, group="torch_sharded")
 def test_sharded_over_mpi(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)
 
 
-@parallel_cases("torch_sharded", more(("gloo", 4)), cases=FOUR, group="torch")
+@parallel_cases("torch_sharded", more(("gloo", 4)), cases=FOUR, group="torch_sharded")
 def test_sharded_on_a_grid(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)
 
