@@ -31,7 +31,8 @@ def _exchange(name: str, process_set: Any, compression: Any, groups: Any, **opti
         if groups is None or isinstance(groups, int)
         else tuple(tuple(id(v) for v in group) for group in groups)
     )
-    key = (name, process_set.process_set_id, compression, hashable, *sorted(options.items()))
+    # Not by the set's number, which another one gets when it is removed; the exchange keeps the set itself.
+    key = (name, id(process_set), compression, hashable, *sorted(options.items()))
     if key not in _exchanges:
         _exchanges[key] = Exchange(
             name, process_set=process_set, compression=compression, groups=groups, **options
