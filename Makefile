@@ -17,7 +17,7 @@ test: setup ## run the tests
 	$(PYTHON_BIN) -m pytest
 
 test-more: setup ## run what `test` leaves out: more of everything on 3 and 4 ranks and over MPI
-	$(PYTHON_BIN) -m pytest -m more
+	$(PYTHON_BIN) -m pytest -m more --ignore tests/elastic --ignore tests/reliability
 
 reliability: setup ## inflict every kind of fault on real jobs, and write docs/reliability.md's table (30 minutes)
 	$(PYTHON_BIN) tests/reliability/inflict.py --docs
@@ -25,7 +25,7 @@ reliability: setup ## inflict every kind of fault on real jobs, and write docs/r
 soak: setup ## train on 8 ranks for 20 minutes while ranks are killed (SOAK="--minutes 720" for a night)
 	$(PYTHON_BIN) tests/reliability/soak.py $(SOAK)
 
-test-elastic: setup ## kill, add, take away and preempt ranks of real elastic jobs (also part of `test-more`)
+test-elastic: setup ## kill, stop, add, take away and preempt ranks of real elastic jobs
 	$(PYTHON_BIN) -m pytest tests/elastic -m "more or not more"
 
 test-hosts: setup ## train across hosts out of network namespaces, by ssh, and cut, slow and kill them (root)
