@@ -7,8 +7,10 @@ adapter gives them over Horovod; :class:`OneProcess` and :class:`SimulatedRank` 
 from __future__ import annotations
 
 import functools
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -16,7 +18,17 @@ import numpy.typing as npt
 
 from hvdloss.errors import ConfigError, HvdlossError
 
-__all__ = ["Communicator", "OneProcess", "SimulatedRank", "among", "included", "rank_and_size", "simulate"]
+__all__ = [
+    "Communicator",
+    "OneProcess",
+    "SimulatedRank",
+    "among",
+    "included",
+    "process_sets_kept",
+    "rank_and_size",
+    "ranks_of",
+    "simulate",
+]
 
 Result = TypeVar("Result")
 Array = npt.NDArray[np.float64]
@@ -70,12 +82,33 @@ def rank_and_size(hvd: Any, process_set: Any = None) -> tuple[int, int]:
     return (group.rank(), group.size()) if included(hvd, group) else (0, 1)
 
 
+@contextmanager
+def process_sets_kept() -> Iterator[None]:
+    """Leave process sets with the framework that is initialised, while the other's Horovod is imported.
+
+    Horovod's process sets ask the framework that was imported last. Where that is not the one that trains,
+    they would say that Horovod is not initialised, in the middle of a job. ``init`` sets it right again.
+    """
+    theirs = sys.modules.get("horovod.common.process_sets")
+    before = getattr(theirs, "_basics", None)
+    yield
+    if theirs is not None and before is not None and before.is_initialized():
+        theirs._setup(before)
+
+
 def included(hvd: Any, process_set: Any) -> bool:
     """Return whether this process is in a process set; it always is in the global one.
 
     Horovod answers no for the global one where its other framework's module was imported as well.
     """
     return process_set is hvd.global_process_set or bool(process_set.included())
+
+
+def ranks_of(hvd: Any, process_set: Any) -> tuple[int, ...]:
+    """Return the ranks of a process set, among all; empty for all of them, or for None."""
+    if process_set is None or process_set is hvd.global_process_set:
+        return ()
+    return tuple(process_set.ranks or ())
 
 
 def among(hvd: Any, of: Callable[[Any], Communicator], process_set: Any = None) -> Communicator:

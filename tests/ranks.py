@@ -60,6 +60,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hvdloss import watch
+
 HERE = Path(__file__).resolve().parent
 MODULES = HERE / "parallel"
 CASE_SECONDS = float(os.environ.get("HVDLOSS_CASE_SECONDS", "90"))
@@ -501,6 +503,7 @@ class _Rank:
         record["processor"] = time.process_time() - used
         self.write(case=name, **record)
         gc.collect()  # optimizers of this case are gone before the next begins
+        gc.freeze()  # what is still here (traced functions) stays: looking through it again took a second
         (self.folder / f"{number}.{self.rank}.{status}").touch()
         self._meet(number)
         return record
@@ -586,6 +589,7 @@ def main() -> None:
         module = modules[stem]
 
         def run(number: int = number, module: Any = module, name: str = name) -> Any:
+            watch.check()  # what the watch found between cases is no case's fault, but must be seen
             if hasattr(module, "before_case"):
                 module.before_case(number)
             return getattr(module, f"case_{name}")()

@@ -10,7 +10,7 @@ from typing import Any
 import tensorflow as tf
 from hvdloss import watch
 from hvdloss.agreement import agree
-from hvdloss.communicator import included
+from hvdloss.communicator import included, ranks_of
 from hvdloss.control.compression import AdaptiveCompression
 from hvdloss.control.period import SyncPeriod
 from hvdloss.controller import Controller
@@ -219,8 +219,7 @@ class Exchange:
         self.choices: dict[str, Any] = {k: v for k, v in self.tuning.as_dict().items() if k != "overlap"}
         self._eager: dict[Any, Any] = {}
         self.clock = Clock()
-        alone = self.process_set is hvd.global_process_set
-        watch.follow(self.name, self.clock, () if alone else tuple(self.process_set.ranks or ()))
+        watch.follow(self.name, self.clock, ranks_of(hvd, self.process_set), inside="tensorflow")
         self._payload = (0, 0, 0, 0)  # of the last exchange: messages, bytes: full, as sent, in 16 bits
         self._zero: tf.Variable | None = None
         self._measured: tf.Variable | None = None

@@ -361,7 +361,7 @@ class HorovodCommunicator:
     def sum(self, array: np.ndarray, name: str) -> np.ndarray:
         """Sum over ranks; one all-reduce."""
         tensor = tf.constant(np.asarray(array, dtype=np.float64))
-        with tf.init_scope(), explaining(name):
+        with tf.init_scope(), explaining(name, self._process_set):
             out = hvd.allreduce(tensor, name=name, op=hvd.Sum, process_set=self._process_set)
         return out.numpy()
 
@@ -369,7 +369,7 @@ class HorovodCommunicator:
         """Gather bytes, never pickles; two all-gathers."""
         mine = tf.constant(np.frombuffer(data, dtype=np.uint8))
         length = tf.constant([len(data)], tf.int64)
-        with explaining(name):
+        with explaining(name, self._process_set):
             lengths = hvd.allgather(length, name=f"{name}.lengths", process_set=self._process_set).numpy()
             flat = hvd.allgather(mine, name=f"{name}.bytes", process_set=self._process_set).numpy().tobytes()
         ends = np.cumsum(lengths)

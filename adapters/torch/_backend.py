@@ -5,11 +5,14 @@ from __future__ import annotations
 import importlib.util
 from typing import Any
 
+from hvdloss.communicator import process_sets_kept
+
 hvd: Any
 if importlib.util.find_spec("horovod") is None:
     from hvdloss.torch import _single as hvd
 else:
-    import horovod.torch as hvd
+    with process_sets_kept():
+        import horovod.torch as hvd
 
     if not hasattr(hvd, "init"):  # Horovod prints why, and leaves its names out
         raise ImportError(

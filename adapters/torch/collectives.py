@@ -69,7 +69,7 @@ def _summed(x: torch.Tensor, at: At) -> torch.Tensor:
         return x.detach().clone()
     wide = x.detach().float() if x.dtype == torch.bfloat16 else x.detach()
     handle = hvd.allreduce_async(wide.contiguous(), name=at.name, op=hvd.Sum, process_set=at.process_set)
-    out: torch.Tensor = wait(handle, at.name)
+    out: torch.Tensor = wait(handle, at.name, at.process_set)
     return out.to(x.dtype)
 
 
@@ -78,7 +78,7 @@ def _gathered(x: torch.Tensor, at: At) -> torch.Tensor:
     if at.size == 1:
         return x.detach().clone()
     handle = hvd.allgather_async(_packed(x), name=at.name, process_set=at.process_set)
-    out: torch.Tensor = wait(handle, at.name)
+    out: torch.Tensor = wait(handle, at.name, at.process_set)
     return out.view(x.dtype)
 
 
@@ -92,7 +92,7 @@ def _exchanged(x: torch.Tensor, splits: Sequence[int], at: At) -> tuple[torch.Te
         name=at.name,
         process_set=at.process_set,
     )
-    rows, received = wait(handle, at.name)
+    rows, received = wait(handle, at.name, at.process_set)
     return rows.view(x.dtype), received.tolist()
 
 
@@ -104,7 +104,7 @@ def _sum_of_parts(x: torch.Tensor, sizes: Sequence[int], at: At) -> torch.Tensor
         handle = hvd.reducescatter_async(
             x.detach().contiguous(), name=at.name, op=hvd.Sum, process_set=at.process_set
         )
-        out: torch.Tensor = wait(handle, at.name)
+        out: torch.Tensor = wait(handle, at.name, at.process_set)
         return out
     # As many bytes as a reduce-scatter, without rows that only pad.
     rows, _ = _exchanged(x, sizes, at)
@@ -222,7 +222,7 @@ class _Broadcast(torch.autograd.Function):
         handle = hvd.broadcast_async(
             _packed(x), root_rank=at.global_rank(root), name=at.name, process_set=at.process_set
         )
-        out: torch.Tensor = wait(handle, at.name)
+        out: torch.Tensor = wait(handle, at.name, at.process_set)
         return out.view(x.dtype)
 
     @staticmethod
@@ -363,8 +363,8 @@ def all_gather(
             torch.tensor([[len(x), carries]]), name=f"{at.name}.sizes", process_set=at.process_set
         )
         handle = hvd.allgather_async(_packed(x), name=at.name, process_set=at.process_set)
-        table = wait(sizes_handle, at.name)
-        gathered = wait(handle, at.name).view(x.dtype)
+        table = wait(sizes_handle, at.name, at.process_set)
+        gathered = wait(handle, at.name, at.process_set).view(x.dtype)
         parts = table[:, 0].tolist()
         if torch.is_grad_enabled() and not carries and bool(table[:, 1].any()):
             x = x.detach().requires_grad_()  # so that this rank takes part

@@ -317,7 +317,7 @@ class HorovodCommunicator:
         tensor = torch.from_numpy(np.array(array, dtype=np.float64))
         with explaining():
             handle = hvd.allreduce_async(tensor, name=name, op=hvd.Sum, process_set=self._process_set)
-        return wait(handle, name).numpy()
+        return wait(handle, name, self._process_set).numpy()
 
     def gather(self, data: bytes, name: str) -> list[bytes]:
         """Gather bytes, never pickles; two all-gathers."""
@@ -326,7 +326,7 @@ class HorovodCommunicator:
         def gathered(tensor: torch.Tensor, what: str) -> np.ndarray:
             with explaining():
                 handle = hvd.allgather_async(tensor, name=f"{name}.{what}", process_set=self._process_set)
-            return wait(handle, name).numpy()
+            return wait(handle, name, self._process_set).numpy()
 
         lengths = gathered(torch.tensor([len(data)]), "lengths")
         flat = gathered(mine, "bytes").tobytes()

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from hvdloss import watch
 from hvdloss.agreement import agree, raise_together
-from hvdloss.communicator import Communicator, included
+from hvdloss.communicator import Communicator, included, ranks_of
 from hvdloss.control.compression import AdaptiveCompression
 from hvdloss.control.period import SyncPeriod
 from hvdloss.control.weights import Proximal
@@ -440,13 +440,9 @@ class _Engine:
         """Whether any of the step's reductions is under way."""
         return self._table is not None or any(b.launched for b in self.buckets)
 
-    def _members(self) -> tuple[int, ...]:
-        """Return the ranks that share the steps, among all; empty for all."""
-        return () if self.process_set is hvd.global_process_set else tuple(self.process_set.ranks or ())
-
     def _waiting(self) -> AbstractContextManager[None]:
         """Say, while it lasts, that this rank waits for the others in a step."""
-        return watch.waiting_in_step(self.name, self._members())
+        return watch.waiting_in_step(self.name, ranks_of(hvd, self.process_set))
 
     def communicator(self) -> Communicator:
         """Return the exchange of small arrays among this optimizer's ranks."""
@@ -766,7 +762,8 @@ class _Engine:
         reference = self._stretch_reference or 1.0
         told = self._plain_wire.send(table, f"{self.name}.stretch")
         waits, travel = stretch.send(flats, weight / reference, self.wire)
-        with watch.waiting(f"{self.name}.exchange.{self.step_count}", members=self._members()):
+        who = ranks_of(hvd, self.process_set)
+        with watch.waiting(f"{self.name}.exchange.{self.step_count}", who):
             for wait in (told, *waits):
                 wait()
         try:

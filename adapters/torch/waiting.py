@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from hvdloss import watch
+from hvdloss.communicator import ranks_of
 from hvdloss.torch._backend import hvd
 
 __all__ = ["explaining", "wait"]
@@ -29,7 +30,7 @@ def explaining() -> Iterator[None]:
         raise watch.explained(error) from error
 
 
-def wait(handle: int, name: str = "") -> Any:
+def wait(handle: int, name: str = "", process_set: Any = None) -> Any:
     """Return the result of an asynchronous call of Horovod.
 
     Looks soon at first, where Horovod looks once a millisecond; then less and less often, since ranks
@@ -38,12 +39,13 @@ def wait(handle: int, name: str = "") -> Any:
     Args:
         handle: of the call.
         name: of the exchange, for the watch; empty if what it belongs to is named already.
+        process_set: whose exchange it is; None for all ranks'.
 
     Raises:
         RankError, LostRankError, StallError: ranks cannot go on together (:mod:`hvdloss.watch`).
     """
     if name:
-        with watch.waiting(name):
+        with watch.waiting(name, ranks_of(hvd, process_set)):
             return wait(handle)
     delay = _FIRST_LOOK
     while not hvd.poll(handle):

@@ -7,16 +7,54 @@ import sys
 import threading
 import time
 import weakref
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from hvdloss.watch.verdict import STACK, RankState, Wait
+from hvdloss.watch.verdict import FINISHED, STACK, RankState, Wait, key_of
 
 __all__ = ["Activity", "stack_of_main"]
 
-Noted = tuple[str, int | None, tuple[int, ...], int, float]  # as a Wait, with when it began
+Noted = tuple[str, int | None, tuple[int, ...], int, float, int]  # as a Wait, with when it began
+_COUNTED = 1024  # names of exchanges that are counted, those that were used last
+
+
+class _Graph:
+    """What tells of the steps of one optimizer that run in graphs.
+
+    Attributes:
+        inside: the package whose code the main thread is in while it waits; empty for any.
+        before: how many had begun when counting began.
+        never: how many of those that have begun will not end, since they failed.
+        begun: as last seen in a wait.
+        at: where the main thread was then.
+        serial: of that wait.
+        since: when it was first seen.
+    """
+
+    def __init__(self, exchange: Any, inside: str) -> None:
+        self._of, self.inside = weakref.ref(exchange), inside
+        self.before = self.never = 0
+        self.begun, self.serial, self.since = 0, 0, 0.0
+        self.at: tuple[int, int] | None = None
+
+    def progress(self) -> tuple[int, int]:
+        """Return how many steps have begun to wait, and how many are over."""
+        exchange = self._of()
+        if exchange is None:
+            return 0, 0
+        try:
+            begun, ended = exchange.progress()
+        except Exception:  # not readable at the moment
+            return 0, 0
+        return int(begun), int(ended)
+
+    def begin(self) -> None:
+        """Count from here; what is not over will never be."""
+        begun, ended = self.progress()
+        self.before, self.never, self.begun = begun, begun - ended, 0
 
 
 class Activity:
@@ -28,17 +66,18 @@ class Activity:
     def __init__(self) -> None:
         self._serial = 0
         self._waits: tuple[Noted, ...] = ()
+        self._counts: OrderedDict[str, int] = OrderedDict()
+        self._finished: dict[str, int] = {}
         self._steps: dict[str, int] = {}
-        self._graphs: dict[str, tuple[weakref.ref[Any], tuple[int, ...], int, int]] = {}
-        self._seen: dict[str, tuple[int, int, float]] = {}  # in a graph: begun, serial, when first seen
+        self._graphs: dict[tuple[str, tuple[int, ...]], _Graph] = {}
         self._did: tuple[str, float] = ("", time.monotonic())
 
     def begin(self) -> None:
         """Count steps from here: ranks have come or gone, and count alike from now on."""
-        self._steps, self._seen = {}, {}
-        for name, (of, members, _, _) in list(self._graphs.items()):
-            begun, ended = self._progress(of)
-            self._graphs[name] = of, members, begun, begun - ended
+        self._steps, self._finished = {}, {}
+        self._counts.clear()
+        for graph in list(self._graphs.values()):
+            graph.begin()
 
     @contextmanager
     def waiting(self, what: str, members: tuple[int, ...] = ()) -> Iterator[None]:
@@ -48,8 +87,15 @@ class Activity:
             what: names the exchange, on all of its ranks alike.
             members: the ranks of it; empty for all.
         """
-        with self._wait(what, None, members):
+        key = key_of(what, members)
+        count = self._counts[key] = self._counts.pop(key, 0) + 1
+        if len(self._counts) > _COUNTED:
+            self._counts.popitem(last=False)
+        with self._wait(what, None, members, count):
             yield
+        # Put last: those that were over last are told.
+        kept = [(k, n) for k, n in self._finished.items() if k != key][1 - FINISHED :]
+        self._finished = dict([*kept, (key, count)])
 
     @contextmanager
     def waiting_in_step(self, name: str, members: tuple[int, ...] = ()) -> Iterator[None]:
@@ -58,10 +104,10 @@ class Activity:
             yield
 
     @contextmanager
-    def _wait(self, what: str, step: int | None, members: tuple[int, ...]) -> Iterator[None]:
+    def _wait(self, what: str, step: int | None, members: tuple[int, ...], count: int = 0) -> Iterator[None]:
         before = self._waits
         self._serial += 1
-        self._waits = (*before, (what, step, members, self._serial, time.monotonic()))
+        self._waits = (*before, (what, step, members, self._serial, time.monotonic(), count))
         try:
             yield
         finally:
@@ -72,45 +118,49 @@ class Activity:
         self._steps = {**self._steps, name: self._steps.get(name, 0) + 1}
         self._did = ("finished a step", time.monotonic())
 
-    def follow(self, name: str, exchange: Any, members: tuple[int, ...] = ()) -> None:
+    def follow(self, name: str, exchange: Any, members: tuple[int, ...] = (), *, inside: str = "") -> None:
         """Have ``exchange.progress()`` tell how many steps have begun to wait, and how many are over.
 
-        For steps that run in a graph. It is called in another thread, and forgotten with its owner.
+        For steps that run in a graph. It is called in another thread, and forgotten with its owner. Of
+        several exchanges of one name and the same ranks, the last one made is followed.
+
+        Args:
+            name: of the optimizer, on all of its ranks alike.
+            exchange: what knows.
+            members: the ranks of it; empty for all.
+            inside: the package whose code the main thread is in while it waits; empty for any.
         """
-        self._graphs = {**self._graphs, name: (weakref.ref(exchange), members, 0, 0)}
+        self._graphs = {**self._graphs, (name, members): _Graph(exchange, inside)}
 
     def did(self, what: str) -> None:
         """Say what was just done: "begun epoch 3", "read a batch"."""
         self._did = (what, time.monotonic())
 
-    @staticmethod
-    def _progress(of: weakref.ref[Any]) -> tuple[int, int]:
-        exchange = of()
-        if exchange is None:
-            return 0, 0
-        try:
-            begun, ended = exchange.progress()
-        except Exception:  # not readable at the moment
-            return 0, 0
-        return int(begun), int(ended)
-
     def _in_graphs(self, steps: dict[str, int], now: float) -> Noted | None:
         """Add the steps of graphs; return what is waited for in one."""
         found = None
-        for name, (of, members, before, never) in list(self._graphs.items()):
-            begun, ended = self._progress(of)
-            count = max(begun - before, 0)
-            waits = begun - ended > never  # what failed when ranks came or went never ends
+        for (name, members), graph in list(self._graphs.items()):
+            begun, ended = graph.progress()
+            count = max(begun - graph.before, 0)
+            waits = begun - ended > graph.never
+            if waits and not self._blocked(graph, begun, now):
+                # The graph has failed, and is no longer run: this step never ends.
+                waits, graph.never = False, begun - ended
             if count:
-                steps[name] = count - waits
-            if not waits:
-                continue
-            if self._seen.get(name, (0, 0, 0.0))[0] != begun:
-                self._serial += 1
-                self._seen[name] = begun, self._serial, now
-            _, serial, since = self._seen[name]
-            found = name, count, members, serial, since
+                steps[name] = max(steps.get(name, 0), count - waits)
+            if waits:
+                found = name, count, members, graph.serial, graph.since, 0
         return found
+
+    def _blocked(self, graph: _Graph, begun: int, now: float) -> bool:
+        """Return whether the main thread still is where it was when this step was first seen to wait."""
+        at, package = _place_of_main()
+        if graph.inside and package != graph.inside:
+            return False  # it is not in the graph
+        if graph.begun != begun:
+            self._serial += 1
+            graph.begun, graph.serial, graph.since, graph.at = begun, self._serial, now, at
+        return not graph.inside or graph.at == at
 
     def state(self, rank: int) -> RankState:
         """Return it as a rank's state."""
@@ -121,15 +171,36 @@ class Activity:
             noted = self._waits[-1]
         wait = None
         if noted is not None:
-            what, step, members, serial, began = noted
-            wait = Wait(what, step, members, serial, now - began)
+            what, step, members, serial, began, count = noted
+            wait = Wait(what, step, members, serial, now - began, count)
         what, when = self._did
-        return RankState(rank, steps=steps, wait=wait, did=what, ago=now - when, stack=stack_of_main())
+        return RankState(
+            rank,
+            steps=steps,
+            wait=wait,
+            did=what,
+            ago=now - when,
+            stack=stack_of_main(),
+            finished=self._finished,
+        )
+
+
+def _main() -> FrameType | None:
+    return sys._current_frames().get(threading.main_thread().ident or 0)
+
+
+def _place_of_main() -> tuple[tuple[int, int] | None, str]:
+    """Return where exactly the main thread is, and in which package."""
+    frame = _main()
+    if frame is None:
+        return None, ""
+    package = str(frame.f_globals.get("__name__") or "").partition(".")[0]
+    return (id(frame), frame.f_lasti), package
 
 
 def stack_of_main() -> tuple[str, ...]:
     """Return the innermost frames of the main thread, outermost first: "train.py:31 in main"."""
-    frame: FrameType | None = sys._current_frames().get(threading.main_thread().ident or 0)
+    frame = _main()
     found: list[str] = []
     while frame is not None and len(found) < STACK:
         code = frame.f_code

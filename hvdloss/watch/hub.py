@@ -138,7 +138,7 @@ class Hub:
                 now = time.monotonic()
                 if now >= next_look:
                     if now > next_look + 2.0:  # this process itself was stopped, or had no processor
-                        self._heard = [heard + (now - next_look) for heard in self._heard]
+                        self._pass_over(now - next_look)
                     next_look = now + TICK
                     if now >= beat:
                         beat = now + BEAT
@@ -152,6 +152,13 @@ class Hub:
             for end in (*self._listeners, self._wake, self._woken):
                 end.close()
             self._selector.close()
+
+    def _pass_over(self, seconds: float) -> None:
+        """Do not count time in which this process could not hear anybody, nor perhaps others tell."""
+        self._heard = [heard + seconds for heard in self._heard]
+        self._told = [told - seconds for told in self._told]  # what came before it says nothing of now
+        self._since = [(serial, began + seconds) for serial, began in self._since]
+        self._stuck = ((), 0.0)
 
     def _accept(self, listener: socket.socket) -> None:
         with contextlib.suppress(OSError):

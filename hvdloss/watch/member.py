@@ -71,9 +71,20 @@ class Member:
         try:
             with self._sending:
                 self._sock.sendall(self._channel.frame(message))
-        except (OSError, HvdlossError):  # reading finds out whether the hub is gone
+        except TimeoutError:
+            # Part of it may have gone: what came after would be read as garbage.
+            with contextlib.suppress(OSError):
+                self._sock.shutdown(socket.SHUT_WR)
+            return False
+        except OSError:  # reading finds out whether the hub is gone
+            return False
+        except HvdlossError as error:
+            _log.warning("hvdloss: rank %d has more to tell than the watch takes: %s", self.rank, error)
             return False
         return True
+
+    def _tell_state(self, state: RankState) -> None:
+        self._send({"state": state.told()})
 
     def _welcomed(self) -> None:
         """Wait until the hub knows this rank.
@@ -133,7 +144,7 @@ class Member:
             return
         self._closed = True  # before it is said: the hub may be quicker to close
         if bye and self._fault is None:
-            self._send({"state": self.activity.state(self.rank).told()})
+            self._tell_state(self.activity.state(self.rank))
             self._send({"bye": 1})
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_WR)
@@ -170,7 +181,7 @@ class Member:
                 serial = -1 if state.wait is None else state.wait.serial
                 if now >= beat or serial != told:
                     told, beat = serial, now + BEAT
-                    self._send({"state": state.told()})
+                    self._tell_state(state)
                 if self.limits.silence and now - heard > self.limits.silence and self._hub_ended is None:
                     self._found(self._of_hub("silent", state))
                     return
@@ -190,7 +201,7 @@ class Member:
                 self._alone = True
                 self._changed.notify_all()
         if "ask" in message:
-            self._send({"state": self.activity.state(self.rank).told()})
+            self._tell_state(self.activity.state(self.rank))
         if "closing" in message:
             self._hub_ended = RankState(0, status="left")
             self._hub_ended.hear(message["closing"])
@@ -230,6 +241,9 @@ class Member:
             if self._taken or self._closed:
                 return
             time.sleep(0.05)
+        # What fails from here on, fails because Horovod is ended: say why, whoever comes to see it first.
+        if self._fault is not None:
+            _log.error("hvdloss: rank %d ends Horovod: %s", self.rank, self._fault.text)
         self._abort()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -13,6 +15,7 @@ __all__ = ["Fault", "Limits", "RankState", "Wait", "deadlocked", "find", "missin
 
 STACK = 12  # frames that are told, the innermost
 TEXT = 4000  # characters of an error that are told
+FINISHED = 32  # exchanges that are told to be over, the last ones
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class Wait:
         members: the ranks that it takes; empty for all.
         serial: which of this rank's waits it is.
         seconds: since when, by this rank's clock.
+        count: the how-manieth exchange so named, with these members, of this rank; 0 for one of a step.
     """
 
     what: str
@@ -56,11 +60,23 @@ class Wait:
     members: tuple[int, ...] = ()
     serial: int = 0
     seconds: float = 0.0
+    count: int = 0
+
+    @property
+    def key(self) -> str:
+        """Tells exchanges of one name among different ranks apart, however many ranks they are."""
+        return key_of(self.what, self.members)
 
     @property
     def place(self) -> str:
         """For messages: "step 3 of hvdloss.0"."""
         return self.what if self.step is None else f"step {self.step} of {self.what}"
+
+
+@functools.lru_cache(maxsize=1024)
+def key_of(what: str, members: tuple[int, ...]) -> str:
+    """Return :attr:`Wait.key`."""
+    return what if not members else f"{what} of {hashlib.sha256(repr(members).encode()).hexdigest()[:16]}"
 
 
 @dataclass
@@ -75,6 +91,7 @@ class RankState:
         wait: what it waits in; None if it does not, as far as is known.
         did: what it did last, as it says, and `ago`: how many seconds before.
         stack: its main thread's innermost frames, outermost first.
+        finished: by :attr:`Wait.key`, how many exchanges are over, of those that were over last.
     """
 
     rank: int
@@ -85,6 +102,7 @@ class RankState:
     did: str = ""
     ago: float = 0.0
     stack: tuple[str, ...] = ()
+    finished: dict[str, int] = field(default_factory=dict)
 
     @property
     def step(self) -> int:
@@ -100,6 +118,7 @@ class RankState:
             "did": self.did,
             "ago": self.ago,
             "stack": list(self.stack),
+            "finished": self.finished,
         }
 
     def hear(self, told: Mapping[str, Any]) -> None:
@@ -120,12 +139,16 @@ class RankState:
                     members,
                     int(wait["serial"]),
                     float(wait["seconds"]),
+                    int(wait["count"]),
                 )
             did, ago = str(told["did"])[:TEXT], float(told["ago"])
             stack = tuple(str(frame)[:TEXT] for frame in list(told["stack"])[-STACK:])
+            last = list(dict(told["finished"]).items())[-FINISHED:]
+            finished = {str(key)[:TEXT]: int(count) for key, count in last}
         except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
             raise ConfigError(f"rank {self.rank} told no state: {type(error).__name__}: {error}") from None
-        self.steps, self.wait, self.did, self.ago, self.stack = steps, wait, did, ago, stack
+        self.steps, self.wait, self.did, self.ago = steps, wait, did, ago
+        self.stack, self.finished = stack, finished
 
     def describe(self) -> str:
         """Return where the rank is, for messages."""
@@ -206,8 +229,11 @@ def missing(state: RankState, states: Sequence[RankState]) -> list[RankState]:
         return []
 
     def there(other: RankState) -> bool:
-        # One that has finished the step took part in it: what is waited for is on its way.
-        done = wait.step is not None and other.steps.get(wait.what, 0) >= wait.step
+        # One that has finished it took part in it: what is waited for is on its way, however long that takes.
+        if wait.step is not None:
+            done = other.steps.get(wait.what, 0) >= wait.step
+        else:
+            done = other.finished.get(wait.key, 0) >= wait.count > 0
         return done or _same(other.wait, wait)
 
     members = wait.members or range(len(states))

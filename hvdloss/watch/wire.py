@@ -21,7 +21,7 @@ from hvdloss.hearing import parsed
 
 __all__ = ["LIMIT", "NONCE", "Channel", "WireError"]
 
-LIMIT = 2**16  # bytes of one message
+LIMIT = 2**18  # bytes of one message: ten thousand ranks' numbers fit in
 NONCE = 16  # bytes of each end's random number
 _HEAD = struct.Struct("!I")
 _MAC = hashlib.sha256().digest_size

@@ -24,7 +24,7 @@ from hvdloss.watch import Fault, Limits, RankState, Wait, process, service
 from hvdloss.watch.activity import Activity
 from hvdloss.watch.hub import Hub
 from hvdloss.watch.member import Member
-from hvdloss.watch.verdict import deadlocked, error_text, find, missing
+from hvdloss.watch.verdict import FINISHED, deadlocked, error_text, find, missing
 from hvdloss.watch.wire import LIMIT, NONCE, Channel, WireError
 
 KEY = bytes(range(32))
@@ -485,6 +485,68 @@ def test_steps_of_graphs_are_followed_and_counted_anew_after_a_reset():
     assert activity.state(0).steps == {"g": 1}
     del graph
     assert activity.state(0).steps == {}
+
+
+def test_a_graph_that_has_failed_is_not_waited_in_for_ever():
+    """It began to wait, and raised instead: nothing says that it ended but where the main thread is."""
+    activity, graph = Activity(), Counted()
+    activity.follow("g", graph, inside="tests_of_no_such_package")
+    graph.counts = (1, 0)
+    assert activity.state(0).wait is None  # this code is not that package's
+    assert activity.state(0).steps == {"g": 1}
+    activity, graph = Activity(), Counted()
+    activity.follow("g", graph, inside="threading")
+    graph.counts = (1, 0)
+    seen, over = [], threading.Event()
+
+    def look() -> None:
+        for _ in range(3):
+            time.sleep(0.05)
+            seen.append(activity.state(0).wait)
+        over.set()
+
+    threading.Thread(target=look, daemon=True).start()
+    over.wait()
+    assert [wait.step for wait in seen] == [1, 1, 1]  # it stood at one place, in that package
+    assert len({wait.serial for wait in seen}) == 1
+    assert activity.state(0).wait is None  # the main thread has gone on
+    graph.counts = (2, 1)  # a step after it begins and ends by itself
+    assert activity.state(0).steps == {"g": 2}
+    assert activity.state(0).wait is None
+
+
+def test_who_has_finished_an_exchange_is_not_waited_for_in_it():
+    """Rank 0 sent what it had, and waits in the next exchange; rank 1 still receives."""
+    zero, one = Activity(), Activity()
+    with zero.waiting("big"):
+        pass
+    with zero.waiting("next"), one.waiting("big"):
+        states = [zero.state(0), one.state(1)]
+        for state in states:  # as they travel
+            state.hear(json.loads(json.dumps(state.told())))
+        assert missing(states[1], states) == []
+        assert [state.rank for state in missing(states[0], states)] == [1]
+        assert deadlocked(states) == []
+    with zero.waiting("next"), one.waiting("another"):
+        states = [zero.state(0), one.state(1)]
+        assert [state.rank for state in deadlocked(states)] == [0, 1]
+    with one.waiting("big"):
+        pass
+    with one.waiting("big"), zero.waiting("next"):  # for the second time: rank 0 was in the first only
+        states = [zero.state(0), one.state(1)]
+        assert [state.rank for state in deadlocked(states)] == [0, 1]
+    with one.waiting("big", (0, 1)), zero.waiting("next"):  # of other ranks
+        states = [zero.state(0), one.state(1)]
+        assert [state.rank for state in deadlocked(states)] == [0, 1]
+
+
+def test_only_the_last_exchanges_are_told():
+    activity = Activity()
+    for number in range(5000):
+        with activity.waiting(f"x{number}"):
+            pass
+    told = activity.state(0).told()["finished"]
+    assert list(told) == [f"x{number}" for number in range(5000 - FINISHED, 5000)]
 
 
 def test_the_innermost_wait_counts_and_steps_too():

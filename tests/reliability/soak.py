@@ -117,7 +117,9 @@ def run(ranks: int, minutes: float, kill_every: float, folder: Path, seed: int, 
         str(Path(sys.executable).with_name("horovodrun")),
         *("--gloo", "-np", str(ranks), "--min-np", "2", "--max-np", str(ranks)),
         *("--host-discovery-script", str(discover), "--network-interfaces", "lo"),
-        *("--blacklist-cooldown-range", "1", "3", "--start-timeout", "300", "--elastic-timeout", "300"),
+        # Longer than Horovod takes to end what is left on a host it gave up (5 s, then SIGKILL): the end of
+        # an old process would count as that of the new one in its place.
+        *("--blacklist-cooldown-range", "8", "12", "--start-timeout", "300", "--elastic-timeout", "300"),
         *(sys.executable, str(JOB), str(folder), str(until)),
     ]
     logs, out = Logs(folder), Soak(ranks, minutes)
