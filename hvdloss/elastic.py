@@ -6,9 +6,30 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from hvdloss import watch
 from hvdloss.world import numbers_again, renew
 
 __all__ = ["runner"]
+
+
+class _Synced:
+    """A state whose ``sync`` tells ranks that are gone as the function that is run does."""
+
+    def __init__(self, state: Any, told: Callable[[Exception], Exception]) -> None:
+        self.state, self._told = state, told
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.state, name)
+
+    def sync(self) -> None:
+        """Share rank 0's state; see Horovod's."""
+        try:
+            self.state.sync()
+        except Exception as error:
+            found = self._told(error)
+            if found is error:
+                raise
+            raise found from error
 
 
 def runner(
@@ -27,6 +48,8 @@ def runner(
     - what was made for other ranks (plans, traced functions, measurements) is forgotten;
     - what the function itself makes has the same names on the wire on ranks that stay, where it is made
       again, and on ranks that have just come;
+    - whatever this rank fails with when others are gone (the watch ends what it waits in, and Horovod's own
+      code then fails in its own ways) makes it begin again, and not end;
     - where ranks were only added or taken away, by agreement of all, what was done until then counts, and
       all ranks go on from rank 0's state, with what is left of the data shared out anew. (Horovod leaves
       states alone where ranks were taken away, and data positions would stay those of the others.)
@@ -39,6 +62,15 @@ def runner(
         lost: whether an error of the framework means that ranks are gone.
     """
 
+    def told(error: Exception) -> Exception:
+        """Return an error that `run_fn` begins again after, where ranks are gone; else the error itself."""
+        if isinstance(error, changed | failed):
+            return error
+        if lost(error):
+            return failed(str(error))
+        found = watch.explained(error)
+        return found if isinstance(found, failed) else error
+
     def run(function: Callable[..., Any]) -> Callable[..., Any]:
         def again_with_others() -> None:
             shutdown()
@@ -50,7 +82,7 @@ def runner(
             with numbers_again() as numbers_begin_again:
 
                 @functools.wraps(function)
-                def once(state: Any, *args: Any, **kwargs: Any) -> Any:
+                def once(_: Any, *args: Any, **kwargs: Any) -> Any:
                     numbers_begin_again()
                     try:
                         return function(state, *args, **kwargs)
@@ -58,11 +90,12 @@ def runner(
                         state.save()  # all ranks are at the same place, and still here
                         raise changed(False) from interrupt
                     except Exception as error:
-                        if lost(error):
-                            raise failed(str(error)) from error
-                        raise
+                        found = told(error)
+                        if found is error:
+                            raise
+                        raise found from error
 
-                return run_fn(once, again_with_others)(state, *args, **kwargs)
+                return run_fn(once, again_with_others)(_Synced(state, told), *args, **kwargs)
 
         return wrapper
 

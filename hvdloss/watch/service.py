@@ -378,7 +378,8 @@ def tell_error(error: BaseException) -> RankError | None:
     """Tell all ranks of an exception on this one that ends its training.
 
     Returns:
-        The error that all ranks raise for it; None if there is nobody to tell, or all know already.
+        The error that all ranks raise for it, or for what they were told of before, of which this one is a
+        consequence; None if there is nobody to tell, or it says itself what all know.
     """
     member = current()
     if member is None or _known(error):
@@ -386,9 +387,9 @@ def tell_error(error: BaseException) -> RankError | None:
     if watched(error):
         found = explained(error)
         return found if isinstance(found, RankError) else None
-    if member.fault is not None:  # a consequence of what all were told
-        member.take()
-        return None
+    if member.fault is not None:  # Horovod was ended: whatever this rank was about failed in some way
+        fault = member.take()
+        return None if fault is None else _raisable(fault)
     frames = traceback.extract_tb(error.__traceback__)
     frame = next(
         (one for one in reversed(frames) if "hvdloss" not in one.filename), frames[-1] if frames else None

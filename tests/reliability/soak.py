@@ -25,6 +25,7 @@ import collections
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -144,8 +145,7 @@ def run(ranks: int, minutes: float, kill_every: float, folder: Path, seed: int, 
             logs.read()
             _end(job, logs)
     if job.returncode:
-        tail = (folder / "output.txt").read_text(errors="replace")[-3000:]
-        out.problems.append(f"horovodrun ended with status {job.returncode}: {tail}")
+        out.problems.append(f"horovodrun ended with status {job.returncode}; see output.txt")
     out.kills = len(killed)
     judge(out, logs.records, killed, rows, folder)
     return out
@@ -330,6 +330,7 @@ def main() -> int:
             args.seed,
             say=lambda line: print(f"{time.time() - began:6.0f} s  {line}", flush=True),
         )
+        shutil.copy(Path(folder) / "output.txt", args.out / "output.txt")
     text = json.dumps(asdict(result), indent=1) + "\n"
     (args.out / "soak.json").write_text(text)
     print(text if not result.problems else text + "\nNOT WELL: " + "\n".join(result.problems))
