@@ -20,6 +20,7 @@ __all__ = [
     "horovodrun",
     "join_torch_distributed",
     "measured",
+    "meet",
     "peak_above",
     "progress",
     "resident",
@@ -48,11 +49,11 @@ def timed_rounds(
     times: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(rounds):
         for name in rotated(list(steps), number):
-            _meet(hvd)
+            meet(hvd)
             began = perf_counter()
             for _ in range(per_round):
                 steps[name]()
-            _meet(hvd)
+            meet(hvd)
             times[name].append((perf_counter() - began) / per_round)
         progress(hvd, label, number + 1, rounds)
     return times
@@ -91,7 +92,7 @@ def horovodrun(module: str, ranks: int, arguments: list[str]) -> dict[str, Any]:
         return json.loads(path.read_text())
 
 
-def _meet(hvd: Any) -> None:
+def meet(hvd: Any) -> None:
     """Wait for all ranks. Horovod's TensorFlow module has no barrier."""
     if hasattr(hvd, "barrier"):
         hvd.barrier()

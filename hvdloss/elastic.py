@@ -64,12 +64,13 @@ def runner(
 
     def told(error: Exception) -> Exception:
         """Return an error that `run_fn` begins again after, where ranks are gone; else the error itself."""
-        if isinstance(error, changed | failed):
+        if isinstance(error, changed):
             return error
-        if lost(error):
-            return failed(str(error))
+        # Horovod's own error too: ranks that still wait must know it before this one ends its watch.
         found = watch.explained(error)
-        return found if isinstance(found, failed) else error
+        if isinstance(found, failed):
+            return found
+        return failed(str(error)) if lost(error) else error
 
     def run(function: Callable[..., Any]) -> Callable[..., Any]:
         def again_with_others() -> None:

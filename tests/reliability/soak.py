@@ -140,7 +140,12 @@ def run(ranks: int, minutes: float, kill_every: float, folder: Path, seed: int, 
             try:
                 job.wait(300.0)
             except subprocess.TimeoutExpired:
-                out.problems.append("the job had not ended 300 s after its time")
+                out.problems.append("the job had not ended 300 s after its time; output.txt has the stacks")
+                logs.read()
+                for pid in {record["pid"] for record in logs.records}:
+                    if _alive(pid):
+                        os.kill(pid, signal.SIGUSR1)
+                time.sleep(2.0)
         finally:
             logs.read()
             _end(job, logs)
@@ -319,7 +324,8 @@ def main() -> int:
     add("--seed", type=int, default=0, help="of who is killed, and when (%(default)s)")
     add("--out", type=Path, default=ROOT / "runs" / "soak", help="folder of the result (%(default)s)")
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(args.out, ignore_errors=True)
+    args.out.mkdir(parents=True)
     began = time.time()
     with tempfile.TemporaryDirectory(prefix="hvdloss-soak-") as folder:
         result = run(
@@ -330,7 +336,8 @@ def main() -> int:
             args.seed,
             say=lambda line: print(f"{time.time() - began:6.0f} s  {line}", flush=True),
         )
-        shutil.copy(Path(folder) / "output.txt", args.out / "output.txt")
+        for path in [Path(folder) / "output.txt", *Path(folder).glob("log-*.jsonl")]:
+            shutil.copy(path, args.out / path.name)
     text = json.dumps(asdict(result), indent=1) + "\n"
     (args.out / "soak.json").write_text(text)
     print(text if not result.problems else text + "\nNOT WELL: " + "\n".join(result.problems))

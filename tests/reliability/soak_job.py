@@ -6,8 +6,10 @@ rank died in it, a later generation of the job writes it anew.
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -43,6 +45,7 @@ def inputs(batch: Any) -> torch.Tensor:
 def main() -> None:
     folder, until = Path(sys.argv[1]), float(sys.argv[2])
     torch.set_num_threads(1)
+    faulthandler.register(signal.SIGUSR1)  # where it is, should the job not end
     hvd.init()
     log = (folder / f"log-{os.getpid()}.jsonl").open("a")
 
