@@ -42,7 +42,7 @@ from ranks import environment  # noqa: E402
 ROOT = Path(__file__).resolve().parents[2]
 JOB = Path(__file__).resolve().parent / "soak_job.py"
 ROW_GROUP = 13  # rows that go to one rank together, so that ranks have different numbers
-WARM_UP = 30.0  # seconds of a rank's life that say nothing about leaks
+WARM_UP = 150.0  # seconds of a rank's life that say nothing about leaks: pools fill, then it is flat
 SHORTEST = 60.0  # seconds of samples after it, without which a slope says nothing
 PEACE = 0.35  # of the time, at the end, without kills: so that ranks grow old enough to judge their memory
 #: MiB that a rank may grow per hour, and in all in a window so short that steps of the allocator count.
@@ -131,7 +131,9 @@ def run(ranks: int, minutes: float, kill_every: float, folder: Path, seed: int, 
             stdin=subprocess.DEVNULL,
             stdout=sink,
             stderr=subprocess.STDOUT,
-            env=environment(),
+            # As users have it. Horovod drops what it cached of a message that waits for longer than this,
+            # which with far more ranks than cores would be often.
+            env={**environment(), "HOROVOD_STALL_CHECK_TIME_SECONDS": "60"},
             cwd=ROOT,
             start_new_session=True,
         )
