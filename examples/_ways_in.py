@@ -35,6 +35,26 @@ def digits(count: int = 600) -> torch.utils.data.TensorDataset:
     return torch.utils.data.TensorDataset(torch.tensor(x[:count] / 16), torch.tensor(y[:count]))
 
 
+def source_lines(count: int = 240, most: int = 40) -> list[torch.Tensor]:
+    """Return lines of Python's own library as numbers of bytes, each of its own length."""
+    import inspect
+    import json.decoder
+    import textwrap
+
+    text = inspect.getsource(json.decoder) + inspect.getsource(textwrap)
+    lines = [line.strip().encode()[:most] for line in text.splitlines()]
+    return [torch.tensor(list(line)) for line in lines if len(line) >= 4][:count]
+
+
+def padded(lines: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return lines as a batch for a language model; what fills them up has the label -100."""
+    pad = torch.nn.utils.rnn.pad_sequence
+    return {
+        "input_ids": pad(lines, batch_first=True, padding_value=0),
+        "labels": pad(lines, batch_first=True, padding_value=-100),
+    }
+
+
 def shares() -> list[float]:
     """Return uneven parts of the data: the last rank has the least, so that it is through early."""
     parts = 1.0 / (1.0 + np.arange(hvd.size()))
