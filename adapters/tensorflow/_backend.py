@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib.util
 from typing import Any
 
+from hvdloss.tuning import forget_accidents
+
+forget_accidents()
 hvd: Any
 if importlib.util.find_spec("horovod") is None:
     from hvdloss.tensorflow import _single as hvd
