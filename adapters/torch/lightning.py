@@ -107,13 +107,14 @@ class HorovodStrategy(_lightning.strategies.SingleDeviceStrategy):  # type: igno
 
     @property
     def is_distributed(self) -> bool:
-        """Whether Lightning shall put its own samplers into loaders: no, they repeat samples."""
-        return False
+        """Whether there are several ranks: Lightning asks before it reduces metrics."""
+        return bool(self.world_size > 1)
 
     # -- the optimizers ---------------------------------------------------------------------------
 
     def setup(self, trainer: Any) -> None:
-        """Give all ranks rank 0's model."""
+        """Give all ranks rank 0's model, and keep Lightning from sharing out data, as it repeats samples."""
+        trainer._accelerator_connector.use_distributed_sampler = False
         super().setup(trainer)
         broadcast_parameters(self.lightning_module.state_dict(), root_rank=0)
 
