@@ -20,7 +20,7 @@ HOROVODRUN = shutil.which("horovodrun", path=str(BIN)) or shutil.which("horovodr
 
 pytestmark = [
     pytest.mark.skipif(HOROVODRUN is None, reason="Horovod is not installed: hvdloss install"),
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(1000),
 ]
 
 
@@ -49,7 +49,7 @@ def run(command: list[Any], expect: int = 0) -> str:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=600,
+        timeout=900,
         cwd=ROOT,
     )
     assert done.returncode == expect, done.stdout
