@@ -80,7 +80,9 @@ def difference(model: torch.nn.Module, other: torch.nn.Module) -> float:
     return float((a - b).norm() / b.norm())
 
 
-def conclude(args: argparse.Namespace, name: str, error: float, dtype: str = "float64", **more: object) -> int:
+def conclude(
+    args: argparse.Namespace, name: str, error: float, dtype: str = "float64", **more: object
+) -> int:
     """Print how far this rank's model is from one process's, and return every rank's exit status."""
     communicator = communicator_of(hvd.global_process_set)
     errors = [json.loads(told) for told in communicator.gather(json.dumps(error).encode(), "example.errors")]
@@ -90,7 +92,9 @@ def conclude(args: argparse.Namespace, name: str, error: float, dtype: str = "fl
         if args.json:
             print(json.dumps(numbers), flush=True)
         else:
-            print(f"{name} on {hvd.size()} rank(s): parameters differ from one process's by {max(errors):.1e}")
+            print(
+                f"{name} on {hvd.size()} rank(s): parameters differ from one process's by {max(errors):.1e}"
+            )
         if not good:
             print(f"error: that is more than {TOLERANCE[dtype]:.0e}", file=sys.stderr)
     return 0 if good else 1

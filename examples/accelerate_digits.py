@@ -1,4 +1,4 @@
-"""A training loop with Hugging Face's Accelerate on several ranks: what changes, and one process to compare with.
+"""A training loop with Hugging Face's Accelerate on several ranks: what changes, held against one process.
 
 Accelerate keeps its devices, mixed precision and clipping; ranks, data and gradients are Horovod's.
 """
@@ -11,11 +11,11 @@ import sys
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+from _ways_in import all_batches, arguments, conclude, difference, digits, shares
 from accelerate import Accelerator
 from torch import nn
 
 import hvdloss.torch as hvd
-from _ways_in import all_batches, arguments, conclude, difference, digits, shares
 from hvdloss.data import Shuffled
 from hvdloss.torch.transformers import one_of_many
 

@@ -1,7 +1,7 @@
 """Ranks started from within a Python program: ``horovod.run()``, or Ray's actors.
 
-A function is sent to the ranks, trains there on scikit-learn's digits, and what it returns comes back: here the
-parameters, which are compared with those of one process.
+A function is sent to the ranks, trains there on scikit-learn's digits, and what it returns comes back: here
+the parameters, which are compared with those of one process.
 
     python examples/in_process.py --ranks 2
     python examples/in_process.py --ranks 2 --launcher ray      # pip install ray
@@ -54,7 +54,12 @@ def train(together: int | None) -> dict[str, Any]:
             objective(model(inputs), labels).backward()
             optimizer.step()
     weights = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
-    return {"rank": hvd.rank(), "ranks": hvd.size(), "weights": weights.tolist(), "loss": optimizer.last_step.loss}
+    return {
+        "rank": hvd.rank(),
+        "ranks": hvd.size(),
+        "weights": weights.tolist(),
+        "loss": optimizer.last_step.loss,
+    }
 
 
 def by_horovod(function: Callable[..., Any], ranks: int) -> list[Any]:
@@ -71,7 +76,9 @@ def by_ray(function: Callable[..., Any], ranks: int) -> list[Any]:
 
     ray.init(num_cpus=ranks, include_dashboard=False, logging_level="warning", log_to_driver=False)
     try:
-        executor = RayExecutor(RayExecutor.create_settings(timeout_s=120), num_workers=ranks, cpus_per_worker=1)
+        executor = RayExecutor(
+            RayExecutor.create_settings(timeout_s=120), num_workers=ranks, cpus_per_worker=1
+        )
         executor.start()
         try:
             return executor.run(function, args=[None])
@@ -91,7 +98,9 @@ def main() -> int:
     import numpy as np
 
     alone = np.array(train(args.ranks)["weights"])
-    errors = [float(np.linalg.norm(np.array(one["weights"]) - alone) / np.linalg.norm(alone)) for one in results]
+    errors = [
+        float(np.linalg.norm(np.array(one["weights"]) - alone) / np.linalg.norm(alone)) for one in results
+    ]
     good = max(errors) <= 1e-12 and [one["rank"] for one in results] == list(range(args.ranks))
     told = {"ranks": results[0]["ranks"], "errors": errors, "loss": results[0]["loss"], "exact": good}
     print(json.dumps(told))

@@ -23,7 +23,9 @@ from hvdloss.trackers import TensorBoard
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--output", default="runs/keras-trackers", help="folder of what is written (%(default)s)")
+    parser.add_argument(
+        "--output", default="runs/keras-trackers", help="folder of what is written (%(default)s)"
+    )
     args = parser.parse_args()
     hvd.init()
     x, y = load_digits(return_X_y=True)

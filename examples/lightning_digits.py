@@ -1,7 +1,7 @@
 """A LightningModule on several ranks, with uneven data, clipping and accumulation.
 
-Data: 600 of scikit-learn's digits. The last rank has the fewest images; when its own are used up it takes part
-with batches of no rows. Trains by Lightning's Trainer on all ranks, and compares with one process.
+Data: 600 of scikit-learn's digits. The last rank has the fewest images; when its own are used up it takes
+part with batches of no rows. Trains by Lightning's Trainer on all ranks, and compares with one process.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import warnings
 
 import lightning as L
 import torch
+from _ways_in import all_batches, arguments, conclude, difference, digits, shares
 from torch import nn
 
 import hvdloss.torch as hvd
-from _ways_in import all_batches, arguments, conclude, difference, digits, shares
 from hvdloss.data import Shuffled
 from hvdloss.torch.lightning import HorovodStrategy, StepLog
 from hvdloss.trackers import TensorBoard

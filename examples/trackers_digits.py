@@ -1,7 +1,7 @@
 """Steps logged to TensorBoard, MLflow and Weights & Biases, each through its own library.
 
-Whichever of them are installed get every step's numbers; rank 0 alone writes. Nothing leaves the machine: MLflow
-has a file of SQLite, and Weights & Biases is offline. Data: 600 of scikit-learn's digits on uneven ranks.
+Whichever of them are installed get every step's numbers; rank 0 alone writes. Nothing leaves the machine:
+MLflow has a file of SQLite, and Weights & Biases is offline. Data: 600 of scikit-learn's digits on uneven ranks.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
+from _ways_in import all_batches, arguments, conclude, difference, digits, shares
 from torch import nn
 
 import hvdloss.torch as hvd
-from _ways_in import all_batches, arguments, conclude, difference, digits, shares
 from hvdloss.data import Shuffled
 from hvdloss.trackers import MLflow, TensorBoard, WandB
 

@@ -1,7 +1,7 @@
 """A small GPT-2 on Python's own sources by Hugging Face's Trainer, on several ranks, with exact token counts.
 
-Lines of different lengths are padded (labels of -100), ranks have different numbers of lines, and a step has two
-micro-batches: a mean of means would be wrong three times over. The model is made on the spot; nothing is
+Lines of different lengths are padded (labels of -100), ranks have different numbers of lines, and a step has
+two micro-batches: a mean of means would be wrong three times over. The model is made on the spot; nothing is
 downloaded. Compares with one process.
 """
 
@@ -14,10 +14,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 import transformers
+from _ways_in import all_batches, arguments, conclude, difference, padded, shares, source_lines
 from torch import nn
 
 import hvdloss.torch as hvd
-from _ways_in import all_batches, arguments, conclude, difference, padded, shares, source_lines
 from hvdloss.data import Shuffled
 from hvdloss.torch.transformers import HorovodTrainer
 
@@ -33,7 +33,9 @@ def make_model() -> transformers.GPT2LMHeadModel:
     return transformers.GPT2LMHeadModel(config).double()
 
 
-def one_process(model: nn.Module, lines: list[torch.Tensor], sharding: Shuffled, epochs: int, batch: int) -> None:
+def one_process(
+    model: nn.Module, lines: list[torch.Tensor], sharding: Shuffled, epochs: int, batch: int
+) -> None:
     """Train in a plain loop on all ranks' lines: the mean of all tokens of a step."""
     batches = list(all_batches(sharding, epochs, batch))
     of_an_epoch = len(batches) // epochs
@@ -75,9 +77,7 @@ def main() -> int:
         save_strategy="epoch",
         report_to="none",
     )
-    trainer = HorovodTrainer(
-        model, settings, train_dataset=lines, data_collator=padded, sharding=sharding
-    )
+    trainer = HorovodTrainer(model, settings, train_dataset=lines, data_collator=padded, sharding=sharding)
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.train()
 

@@ -52,8 +52,8 @@ _rank_zero = library(f"{_FABRIC}.utilities.rank_zero", "lightning", "hvdloss.tor
 class HorovodStrategy(_lightning.strategies.SingleDeviceStrategy):  # type: ignore[misc]
     """Trains a LightningModule on all ranks with the loss and gradient of one process.
 
-    Each optimizer of ``configure_optimizers`` becomes exact (:func:`hvdloss.torch.DistributedOptimizer`). Rank
-    0's parameters are everybody's at the start; rank 0 alone logs, shows progress and writes checkpoints.
+    Each optimizer of ``configure_optimizers`` becomes exact (:func:`hvdloss.torch.DistributedOptimizer`).
+    Rank 0's parameters are everybody's at the start; it alone logs, shows progress and writes checkpoints.
     Gradient clipping, schedulers, ``accumulate_grad_batches``, manual optimization and 16-bit precision work
     as ever. Metrics logged with ``sync_dist=True`` are weighted by each rank's batch sizes.
 
@@ -129,7 +129,7 @@ class HorovodStrategy(_lightning.strategies.SingleDeviceStrategy):  # type: igno
         if len(objectives) != len(plain) or not all(isinstance(one, Objective) for one in objectives):
             raise ConfigError(
                 f"{len(plain)} optimizer(s) need as many objectives, got {objectives!r}: give the module an "
-                f"attribute `objective`, or HorovodStrategy(objective=...) an hvdloss.torch.Objective for each"
+                f"attribute `objective`, or HorovodStrategy(objective=...) an hvd.Objective for each"
             )
         names = list(self.lightning_module.named_parameters())
         passes = max(1, trainer.accumulate_grad_batches)

@@ -21,8 +21,8 @@ from rich.table import Table
 
 from hvdloss.cli import machine
 from hvdloss.cli.errors import Exit, InstallError, Interrupted
-from hvdloss.cli.progress import bar
 from hvdloss.cli.process import Log, interruptible
+from hvdloss.cli.progress import bar
 
 TORCH_WORKLOADS = ("small", "transformer", "mlp", "conv")
 TENSORFLOW_WORKLOADS = ("tf-small", "tf-mlp")

@@ -25,10 +25,10 @@ from rich.text import Text
 from hvdloss._version import __version__
 from hvdloss.cli import machine
 from hvdloss.cli.errors import Exit, InstallError, Interrupted
-from hvdloss.cli.progress import waiting
 from hvdloss.cli.install.probe import FRAMEWORKS
 from hvdloss.cli.install.prove import run_job
 from hvdloss.cli.process import Log, interruptible
+from hvdloss.cli.progress import waiting
 from hvdloss.errors import ConfigError
 from hvdloss.tuning import choose, cycle_time
 from hvdloss.watch import limits_from_environment

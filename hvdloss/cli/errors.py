@@ -9,30 +9,37 @@ from hvdloss.errors import HvdlossError
 
 
 class Exit(IntEnum):
-    """Exit statuses, the same for every subcommand; 128 plus a signal's number where one stopped it.
+    """Exit statuses, the same for every subcommand; 128 plus a signal's number where one stopped it."""
 
-    ``meaning`` says what each stands for; docs/commands.md shows them.
-    """
+    OK = 0
+    NOT_READY = 1
+    USAGE = 2
+    MISSING = 3
+    SOURCE = 4
+    BUILD = 5
+    INSTALL = 6
+    RANKS = 7
+    INTERRUPTED = 130
+    TERMINATED = 143
 
-    meaning: str
+    @property
+    def meaning(self) -> str:
+        """What it tells a script; docs/commands.md shows all of them."""
+        return _MEANINGS[self]
 
-    def __new__(cls, value: int, meaning: str) -> Exit:
-        """Make a status with its meaning."""
-        status = int.__new__(cls, value)
-        status._value_ = value
-        status.meaning = meaning
-        return status
 
-    OK = 0, "done; for `doctor`: training can start"
-    NOT_READY = 1, "`doctor`: training cannot start"
-    USAGE = 2, "the command line is wrong, or a file that it names"
-    MISSING = 3, "something needed is missing; nothing was changed"
-    SOURCE = 4, "Horovod's source could not be had (network, or a hash that differs)"
-    BUILD = 5, "the build failed; nothing was installed"
-    INSTALL = 6, "the wheel could not be installed, or what was installed does not work"
-    RANKS = 7, "ranks that were started failed"
-    INTERRUPTED = 130, "interrupted (Ctrl-C)"
-    TERMINATED = 143, "terminated (SIGTERM)"
+_MEANINGS = {
+    Exit.OK: "done; for `doctor`: training can start",
+    Exit.NOT_READY: "`doctor`: training cannot start",
+    Exit.USAGE: "the command line is wrong, or a file that it names",
+    Exit.MISSING: "something needed is missing; nothing was changed",
+    Exit.SOURCE: "Horovod's source could not be had (network, or a hash that differs)",
+    Exit.BUILD: "the build failed; nothing was installed",
+    Exit.INSTALL: "the wheel could not be installed, or what was installed does not work",
+    Exit.RANKS: "ranks that were started failed",
+    Exit.INTERRUPTED: "interrupted (Ctrl-C)",
+    Exit.TERMINATED: "terminated (SIGTERM)",
+}
 
 
 class InstallError(HvdlossError):

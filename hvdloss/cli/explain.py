@@ -19,8 +19,8 @@ from rich.table import Table
 
 from hvdloss.cli import machine
 from hvdloss.cli.errors import Exit, Interrupted
-from hvdloss.cli.progress import launched, waiting
 from hvdloss.cli.process import Log, interruptible
+from hvdloss.cli.progress import launched, waiting
 from hvdloss.errors import ConfigError, HvdlossError
 
 KINDS = ("loss", "permutation", "shap", "lime")

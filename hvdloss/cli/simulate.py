@@ -21,8 +21,8 @@ from rich.console import Console
 from rich.table import Table
 
 from hvdloss.cli.errors import Exit, Interrupted
-from hvdloss.cli.progress import bar
 from hvdloss.cli.process import interruptible
+from hvdloss.cli.progress import bar
 from hvdloss.control.compression import AdaptiveCompression
 from hvdloss.control.period import RULES, OuterStep, SyncPeriod
 from hvdloss.control.shares import BatchShares

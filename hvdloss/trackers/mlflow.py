@@ -67,9 +67,7 @@ class MLflow(Tracker):
     def log(self, step: int, numbers: dict[str, float]) -> None:
         """Log all numbers of the step at once."""
         now = int(time.time() * 1000)
-        metrics = [
-            self._module.entities.Metric(name, value, now, step) for name, value in numbers.items()
-        ]
+        metrics = [self._module.entities.Metric(name, value, now, step) for name, value in numbers.items()]
         for first in range(0, len(metrics), _MOST):
             self._client.log_batch(self.run_id, metrics=metrics[first : first + _MOST])
 

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from test_ways_in import needs, run  # type: ignore[import-not-found]
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"

@@ -129,7 +129,9 @@ def test_what_an_mpijobs_launcher_runs(tmp_path):
 
 
 @pytest.mark.more
-@pytest.mark.skipif(shutil.which("ssh-keygen") is None, reason="ssh is not installed (Debian: openssh-client)")
+@pytest.mark.skipif(
+    shutil.which("ssh-keygen") is None, reason="ssh is not installed (Debian: openssh-client)"
+)
 def test_what_an_mpijobs_worker_runs_lets_the_launcher_in(tmp_path):
     """The worker's sshd, as it is written, on a port of its own; the launcher's way to call ssh."""
     if not os.access("/usr/sbin/sshd", os.X_OK):
@@ -146,7 +148,11 @@ def test_what_an_mpijobs_worker_runs_lets_the_launcher_in(tmp_path):
     shutil.copy(keys / "id_rsa.pub", keys / "authorized_keys")
 
     def moved(text: str) -> str:
-        return text.replace("2222", port).replace("/keys", str(keys)).replace("/tmp/host_key", f"{keys}/host_key")
+        return (
+            text.replace("2222", port)
+            .replace("/keys", str(keys))
+            .replace("/tmp/host_key", f"{keys}/host_key")
+        )
 
     worker = container(job, "Worker")
     command = [*worker["command"], moved(worker["args"][0]) + " -o ListenAddress=127.0.0.1"]
@@ -169,7 +175,7 @@ def test_what_an_mpijobs_worker_runs_lets_the_launcher_in(tmp_path):
         assert told.stdout == "in\n", told.stderr
         refused = subprocess.run(
             ["ssh", "-F", "/dev/null", "-p", port, "-o", "BatchMode=yes", "-o", "IdentityFile=none",
-             "-o", "IdentitiesOnly=yes", "-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null",
+             "-o", "IdentitiesOnly=yes", "-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=none",
              "127.0.0.1", "echo in"],
             capture_output=True,
             text=True,

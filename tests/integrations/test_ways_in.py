@@ -28,7 +28,7 @@ def needs(*libraries: str, extra: str = "integrations") -> pytest.MarkDecorator:
     missing = [name for name in libraries if importlib.util.find_spec(name) is None]
     return pytest.mark.skipif(
         bool(missing),
-        reason=f"SKIPPED, {', '.join(missing)} not installed: pip install 'hvdloss[{extra}]', or make test-more",
+        reason=f"SKIPPED, {', '.join(missing)} not installed: pip install 'hvdloss[{extra}]'",
     )
 
 
