@@ -1,7 +1,8 @@
 """Steps logged to TensorBoard, MLflow and Weights & Biases, each through its own library.
 
 Whichever of them are installed get every step's numbers; rank 0 alone writes. Nothing leaves the machine:
-MLflow has a file of SQLite, and Weights & Biases is offline. Data: 600 of scikit-learn's digits on uneven ranks.
+MLflow has a file of SQLite, and Weights & Biases is offline. Data: 600 of scikit-learn's digits on uneven
+ranks.
 """
 
 from __future__ import annotations
