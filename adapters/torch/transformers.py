@@ -126,14 +126,15 @@ class HorovodTrainer(_transformers.Trainer):  # type: ignore[misc]
         **options: Any,
     ) -> None:
         hvd.init()
-        super().__init__(*args, **options)
-        one_of_many()
-        self.state.is_world_process_zero = self.state.is_local_process_zero = hvd.rank() == 0
-        if self.args.label_smoothing_factor:
+        settings = options.get("args", args[1] if len(args) > 1 else None)
+        if getattr(settings, "label_smoothing_factor", 0):
             raise ConfigError(
                 "label_smoothing_factor= is not for an objective; give one with a loss that smooths: "
                 "Objective(lambda y, t: cross_entropy(y, t, reduction='none', label_smoothing=0.1))"
             )
+        super().__init__(*args, **options)
+        one_of_many()
+        self.state.is_world_process_zero = self.state.is_local_process_zero = hvd.rank() == 0
         self.objective, self.sharding = objective or Objective("cross_entropy"), sharding
         self._options = dict(optimizer or {})
         if self.compute_loss_func is None:
