@@ -8,7 +8,7 @@
             optimizer.step()
             tracker.step(optimizer.last_step)
 
-Each library is an extra (``pip install 'hvdloss[tensorboard]'``), imported when its tracker is made. Every
+Each library is an extra (``pip install 'hvdloss[tensorboard]'``), imported with the first step logged. Every
 tracker has the same two methods: ``step(report)``, after each step on every rank, and ``close()``, or a
 ``with`` block. Only rank 0 logs. :func:`scalars` says what is logged.
 """

@@ -75,10 +75,10 @@ class Tracker(ABC):
             return
         try:
             if not self._open:
-                self.begin(library(self.library, self.extra, f"logging to {self.title}"))
+                self._begin(library(self.library, self.extra, f"logging to {self.title}"))
                 self._open = True
             numbers = scalars(report, per_rank=self.per_rank)
-            self.log(report.step, {self.prefix + name: value for name, value in numbers.items()})
+            self._log(report.step, {self.prefix + name: value for name, value in numbers.items()})
         except Exception as error:
             if isinstance(error, ConfigError):
                 raise
@@ -94,7 +94,7 @@ class Tracker(ABC):
     def close(self, *, failed: bool = False) -> None:
         """End the log; more often does no harm. `failed`: whether training ended with an error."""
         if self._open and not self._closed:
-            self.end(failed)
+            self._end(failed)
         self._closed = True
 
     def _logs(self) -> bool:
@@ -114,13 +114,13 @@ class Tracker(ABC):
         self.close(failed=kind is not None)
 
     @abstractmethod
-    def begin(self, module: Any) -> None:
+    def _begin(self, module: Any) -> None:
         """Open the log, with the library's module."""
 
     @abstractmethod
-    def log(self, step: int, numbers: dict[str, float]) -> None:
+    def _log(self, step: int, numbers: dict[str, float]) -> None:
         """Log a step's numbers."""
 
     @abstractmethod
-    def end(self, failed: bool) -> None:
+    def _end(self, failed: bool) -> None:
         """Close the log."""

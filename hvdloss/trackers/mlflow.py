@@ -50,7 +50,7 @@ class MLflow(Tracker):
         self._module: Any = None
         self._own = False
 
-    def begin(self, module: Any) -> None:
+    def _begin(self, module: Any) -> None:
         """Find or make the run."""
         self._module = module
         self._client = module.MlflowClient(self.tracking_uri)
@@ -64,14 +64,14 @@ class MLflow(Tracker):
             self.run_id = self._client.create_run(of, run_name=self.run_name).info.run_id
             self._own = True
 
-    def log(self, step: int, numbers: dict[str, float]) -> None:
+    def _log(self, step: int, numbers: dict[str, float]) -> None:
         """Log all numbers of the step at once."""
         now = int(time.time() * 1000)
         metrics = [self._module.entities.Metric(name, value, now, step) for name, value in numbers.items()]
         for first in range(0, len(metrics), _MOST):
             self._client.log_batch(self.run_id, metrics=metrics[first : first + _MOST])
 
-    def end(self, failed: bool) -> None:
+    def _end(self, failed: bool) -> None:
         """End the run if it is this tracker's own."""
         if self._own:
             self._client.set_terminated(self.run_id, "FAILED" if failed else "FINISHED")

@@ -42,15 +42,15 @@ class TensorBoard(Tracker):
         self.folder = os.fspath(folder)
         self._writer: Any = None
 
-    def begin(self, module: Any) -> None:
+    def _begin(self, module: Any) -> None:
         """Make the folder and the file."""
         self._writer = module.Writer(str(make_folder(self.folder)))
 
-    def log(self, step: int, numbers: dict[str, float]) -> None:
+    def _log(self, step: int, numbers: dict[str, float]) -> None:
         """Write; TensorBoard's writer does so in a thread of its own."""
         for name, value in numbers.items():
             self._writer.add_scalar(name, value, step)
 
-    def end(self, failed: bool) -> None:
+    def _end(self, failed: bool) -> None:
         """Write what is left, and close the file."""
         self._writer.close()

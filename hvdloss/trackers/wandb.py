@@ -38,17 +38,17 @@ class WandB(Tracker):
         self.run: Any = None
         self._own = False
 
-    def begin(self, module: Any) -> None:
+    def _begin(self, module: Any) -> None:
         """Find or make the run, and give the numbers their axis."""
         self._own = module.run is None
         self.run = module.init(project=self.project, **self.init) if self._own else module.run
         self.run.define_metric(f"{self.prefix}*", step_metric=f"{self.prefix}step")
 
-    def log(self, step: int, numbers: dict[str, float]) -> None:
+    def _log(self, step: int, numbers: dict[str, float]) -> None:
         """Hand the numbers to W&B's own process."""
         self.run.log({f"{self.prefix}step": step, **numbers})
 
-    def end(self, failed: bool) -> None:
+    def _end(self, failed: bool) -> None:
         """End the run if it is this tracker's own."""
         if self._own:
             self.run.finish(exit_code=int(failed))

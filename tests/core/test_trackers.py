@@ -71,15 +71,15 @@ class Notes(Tracker):
         super().__init__(**options)
         self.notes, self.ended, self.bad = [], None, False
 
-    def begin(self, module):
+    def _begin(self, module):
         assert module.__name__ == "json"
 
-    def log(self, step, numbers):
+    def _log(self, step, numbers):
         if self.bad:
             raise OSError("no room")
         self.notes.append((step, numbers))
 
-    def end(self, failed):
+    def _end(self, failed):
         self.ended = failed
 
 
@@ -162,7 +162,13 @@ def test_wandb_and_mlflow_go_on_with_the_active_run():
     )
     tracker = WandB.__new__(WandB)
     tracker.project, tracker.init, tracker.prefix = "p", {}, "hvdloss/"
-    tracker.begin(types.SimpleNamespace(run=run))
-    tracker.log(3, {"hvdloss/loss": 1.0})
-    tracker.end(False)
+    tracker._begin(types.SimpleNamespace(run=run))
+    tracker._log(3, {"hvdloss/loss": 1.0})
+    tracker._end(False)
     assert logged == [("hvdloss/*", "hvdloss/step"), {"hvdloss/step": 3, "hvdloss/loss": 1.0}]
+
+
+def test_a_tracker_is_a_sink_of_two_methods():
+    """What follows a run may call other methods of a sink by their names, with other arguments."""
+    public = {name for name in dir(Tracker) if not name.startswith("_") and callable(getattr(Tracker, name))}
+    assert public == {"step", "close"}

@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer on real ranks: what HorovodTrainer promises beyond the example's exact parameters."""
+"""Hugging Face's Trainer on real ranks: what HorovodTrainer promises beyond its example's parameters."""
 
 from __future__ import annotations
 
