@@ -29,7 +29,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from hvdloss.errors import ConfigError
+from hvdloss.errors import ConfigError, RankError
 from hvdloss.extras import library
 from hvdloss.torch._backend import hvd
 from hvdloss.torch.objective import Objective
@@ -195,7 +195,12 @@ class HorovodStrategy(_lightning.strategies.SingleDeviceStrategy):  # type: igno
         except (TypeError, ValueError) as error:
             raise ConfigError(f"only plain values are broadcast, no {type(obj).__name__}: {error}") from error
         told = communicator_of(hvd.global_process_set).gather(text.encode(), "hvdloss.lightning.broadcast")
-        return obj if hvd.rank() == src else json.loads(told[src])
+        if hvd.rank() == src:
+            return obj
+        try:
+            return json.loads(told[src])
+        except ValueError as error:
+            raise RankError(f"rank {src} broadcast what is no JSON: {error}") from error
 
     def barrier(self, name: Any = None, *args: Any, **kwargs: Any) -> None:
         """Wait for all ranks."""
