@@ -2,7 +2,7 @@
 
 PYTHON_BIN := .venv/bin/python
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-more test-elastic test-hosts reliability soak lint format bench fuzz audit sbom clean distclean
+.PHONY: help setup demo test integrations test-more test-elastic test-hosts reliability soak lint format bench fuzz audit sbom clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -16,7 +16,11 @@ demo: setup ## train on real data on several Horovod ranks, against one process
 test: setup ## run the tests
 	$(PYTHON_BIN) -m pytest
 
-test-more: setup ## run what `test` leaves out: more of everything on 3 and 4 ranks and over MPI
+integrations: setup ## install what the ways in from other tools need (Lightning, Transformers, MLflow, ...)
+	@$(PYTHON_BIN) -m pip --disable-pip-version-check install -qq --constraint constraints.txt --editable '.[integrations]' || \
+		echo "*** not all of them could be installed: their tests will be SKIPPED" >&2
+
+test-more: integrations ## run what `test` leaves out: more of everything on 3 and 4 ranks and over MPI, other tools
 	$(PYTHON_BIN) -m pytest -m more --ignore tests/elastic --ignore tests/reliability
 
 reliability: setup ## inflict every kind of fault on real jobs, and write docs/reliability.md's table (30 minutes)

@@ -6,7 +6,9 @@ import importlib.util
 from typing import Any
 
 from hvdloss.communicator import process_sets_kept
+from hvdloss.tuning import forget_accidents
 
+forget_accidents()
 hvd: Any
 if importlib.util.find_spec("horovod") is None:
     from hvdloss.tensorflow import _single as hvd

@@ -43,7 +43,9 @@ class ShardedLoader:
         sharding: how they are shared out (:mod:`hvdloss.data`); equal on all ranks.
         batch_size: samples of one rank in one step.
         process_set: the ranks; None for all.
-        collate_fn: as in ``DataLoader``. A batch without samples is the first sample's with no rows.
+        collate_fn: as in ``DataLoader``.
+        empty: makes the batch of a rank without samples from that of the first sample, for models that
+            cannot bear none: one without weight, say. None for the same batch with no rows.
         options: of ``torch.utils.data.DataLoader``: ``num_workers``, ``pin_memory``,
             ``persistent_workers``, ...
 
@@ -61,6 +63,7 @@ class ShardedLoader:
         *,
         process_set: Any = None,
         collate_fn: Callable[[list[Any]], Any] | None = None,
+        empty: Callable[[Any], Any] | None = None,
         **options: Any,
     ) -> None:
         for name in _OURS:
@@ -80,7 +83,7 @@ class ShardedLoader:
         self._loader = DataLoader(
             dataset,
             batch_sampler=_Batches(self),
-            collate_fn=_Collate(dataset, collate_fn or default_collate),
+            collate_fn=_Collate(dataset, collate_fn or default_collate, empty or _without_rows),
             **options,
         )
 
@@ -172,13 +175,19 @@ class _Batches:
         return (batch.tolist() for batch in batches)
 
 
-class _Collate:
-    """Collates samples; none of them as the first sample without rows."""
+def _without_rows(batch: Any) -> Any:
+    return cut(batch, zero)
 
-    def __init__(self, dataset: Any, collate: Callable[[list[Any]], Any]) -> None:
-        self.dataset, self.collate = dataset, collate
+
+class _Collate:
+    """Collates samples; none of them as an empty batch made from the first sample's."""
+
+    def __init__(
+        self, dataset: Any, collate: Callable[[list[Any]], Any], empty: Callable[[Any], Any]
+    ) -> None:
+        self.dataset, self.collate, self.empty = dataset, collate, empty
 
     def __call__(self, samples: list[Any]) -> Any:
         if samples:
             return self.collate(samples)
-        return cut(self.collate([self.dataset[0]]), zero)
+        return self.empty(self.collate([self.dataset[0]]))

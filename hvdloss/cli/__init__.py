@@ -3,19 +3,7 @@
 Subcommands are imported when they are asked for, so that ``hvdloss --help`` and
 ``hvdloss --version`` answer at once and no command pays for another's imports.
 
-Exit statuses, the same for every subcommand (`hvdloss.cli.errors` names them):
-
-=====  =====================================================================
-0      done; for ``doctor``: training can start
-1      ``doctor``: training cannot start
-2      the command line itself is wrong
-3      something needed is missing; nothing was changed
-4      Horovod's source could not be had (network, or a hash that differs)
-5      the build failed; nothing was installed
-6      the wheel could not be installed, or what was installed does not work
-7      ranks that were started failed
-130    interrupted (Ctrl-C); 143: terminated
-=====  =====================================================================
+Exit statuses are the same for every subcommand: :class:`hvdloss.cli.errors.Exit`.
 """
 
 from __future__ import annotations

@@ -16,12 +16,13 @@ from typing import Any
 import click
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 from rich.table import Table
 
 from hvdloss.cli import machine
 from hvdloss.cli.errors import Exit, InstallError, Interrupted
 from hvdloss.cli.process import Log, interruptible
+from hvdloss.cli.progress import bar
 
 TORCH_WORKLOADS = ("small", "transformer", "mlp", "conv")
 TENSORFLOW_WORKLOADS = ("tf-small", "tf-mlp")
@@ -107,9 +108,8 @@ def _started(folder: Path) -> Iterator[_Jobs]:
     console = Console(stderr=True)
     folder.mkdir(parents=True, exist_ok=True)
     log = Log(folder / "bench.log")
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=30), TimeElapsedColumn())
     try:
-        with Progress(*columns, console=console, transient=True) as progress:
+        with bar() as progress:
             jobs = _Jobs(log, progress)
             with interruptible():
                 yield jobs

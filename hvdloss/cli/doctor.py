@@ -28,6 +28,7 @@ from hvdloss.cli.errors import Exit, InstallError, Interrupted
 from hvdloss.cli.install.probe import FRAMEWORKS
 from hvdloss.cli.install.prove import run_job
 from hvdloss.cli.process import Log, interruptible
+from hvdloss.cli.progress import waiting
 from hvdloss.errors import ConfigError
 from hvdloss.tuning import choose, cycle_time
 from hvdloss.watch import limits_from_environment
@@ -86,9 +87,11 @@ def doctor(ctx: click.Context, run: bool, as_json: bool) -> None:
     """
     try:
         with interruptible():
-            report = examine()
+            with waiting("asking the frameworks and Horovod"):
+                report = examine()
             if run and report.ok:
-                try_ranks(report)
+                with waiting("running two ranks"):
+                    try_ranks(report)
     except Interrupted as stop:
         click.echo(f"Stopped by {stop}.", err=True)
         ctx.exit(stop.status)

@@ -9,7 +9,7 @@ from hvdloss.errors import HvdlossError
 
 
 class Exit(IntEnum):
-    """Exit statuses of every subcommand (listed for users in `hvdloss.cli`)."""
+    """Exit statuses, the same for every subcommand; 128 plus a signal's number where one stopped it."""
 
     OK = 0
     NOT_READY = 1
@@ -19,6 +19,27 @@ class Exit(IntEnum):
     BUILD = 5
     INSTALL = 6
     RANKS = 7
+    INTERRUPTED = 130
+    TERMINATED = 143
+
+    @property
+    def meaning(self) -> str:
+        """What it tells a script; docs/commands.md shows all of them."""
+        return _MEANINGS[self]
+
+
+_MEANINGS = {
+    Exit.OK: "done; for `doctor`: training can start",
+    Exit.NOT_READY: "`doctor`: training cannot start",
+    Exit.USAGE: "the command line is wrong, or a file that it names",
+    Exit.MISSING: "something needed is missing; nothing was changed",
+    Exit.SOURCE: "Horovod's source could not be had (network, or a hash that differs)",
+    Exit.BUILD: "the build failed; nothing was installed",
+    Exit.INSTALL: "the wheel could not be installed, or what was installed does not work",
+    Exit.RANKS: "ranks that were started failed",
+    Exit.INTERRUPTED: "interrupted (Ctrl-C)",
+    Exit.TERMINATED: "terminated (SIGTERM)",
+}
 
 
 class InstallError(HvdlossError):

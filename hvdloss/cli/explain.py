@@ -20,6 +20,7 @@ from rich.table import Table
 from hvdloss.cli import machine
 from hvdloss.cli.errors import Exit, Interrupted
 from hvdloss.cli.process import Log, interruptible
+from hvdloss.cli.progress import launched, waiting
 from hvdloss.errors import ConfigError, HvdlossError
 
 KINDS = ("loss", "permutation", "shap", "lime")
@@ -121,8 +122,13 @@ def explain(
     Exit status: 0 done; 2 wrong entry or options; 3 something is not installed; 7 a rank failed.
     """
     with _guarded(ctx):
-        start = ranks is not None and not _launched()
-        numbers = _launch(entry, ranks or 1, controller, options) if start else _explain(entry, options)
+        if launched():
+            numbers = _explain(entry, options)
+        elif ranks is not None:
+            numbers = _launch(entry, ranks, controller, options)
+        else:
+            with interruptible(), waiting("explaining"):
+                numbers = _explain(entry, options)
         if numbers is not None and not os.environ.get(_QUIET):
             _show(numbers, as_json)
 
@@ -144,11 +150,6 @@ def _guarded(ctx: click.Context) -> Iterator[None]:
         ctx.exit(int(status))
 
 
-def _launched() -> bool:
-    """Return whether a launcher started this process as one of several ranks."""
-    return any(name in os.environ for name in ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"))
-
-
 def _launch(entry: str, ranks: int, controller: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Start the ranks; return what rank 0 wrote."""
     _located(entry)
@@ -168,7 +169,7 @@ def _launch(entry: str, ranks: int, controller: str, options: Mapping[str, Any])
     env = {**os.environ, _QUIET: "1", "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONUNBUFFERED": "1"}
     log = Log(out / "explain.log")
     try:
-        with interruptible(), Console(stderr=True).status(f"explaining on {ranks} ranks"):
+        with interruptible(), waiting(f"explaining on {ranks} ranks"):
             ended = log.run([*command, entry], env=env)
     finally:
         log.close()

@@ -18,11 +18,11 @@ import click
 import numpy as np
 from click.core import ParameterSource
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from hvdloss.cli.errors import Exit, Interrupted
 from hvdloss.cli.process import interruptible
+from hvdloss.cli.progress import bar
 from hvdloss.control.compression import AdaptiveCompression
 from hvdloss.control.period import RULES, OuterStep, SyncPeriod
 from hvdloss.control.shares import BatchShares
@@ -516,9 +516,7 @@ def _both(plan: TrainingPlan, log: Path | None, tell: Callable[[str], Callable[[
 @contextmanager
 def _progress(plans: list[TrainingPlan]) -> Iterator[Callable[[str], Callable[[int, int], None]]]:
     """Give the block a maker of progress callbacks; nothing is shown but on a terminal."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=30), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with bar() as progress:
         task = progress.add_task("", total=sum(plan.steps * (1 + bool(plan.acts)) for plan in plans))
 
         def tell(label: str) -> Callable[[int, int], None]:

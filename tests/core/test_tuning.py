@@ -10,7 +10,7 @@ import pytest
 from hvdloss import single
 from hvdloss.errors import ConfigError
 from hvdloss.plan import ALONE_BYTES, BUCKET_BYTES, FIRST_BUCKET_BYTES
-from hvdloss.tuning import VARIABLES, Choice, choose, launched
+from hvdloss.tuning import VARIABLES, Choice, choose, cycle_time, forget_accidents, launched
 
 
 def test_the_rule_decides_where_nobody_else_does() -> None:
@@ -58,6 +58,13 @@ def test_nonsense_as_an_argument_is_named(value: object) -> None:
 
 def test_empty_variables_are_none() -> None:
     assert choose(environ=dict.fromkeys(VARIABLES, " ")) == choose(environ={})
+
+
+def test_what_horovod_run_sets_by_accident_is_forgotten() -> None:
+    environ = {"HOROVOD_CYCLE_TIME": "(None,)", "HOROVOD_CACHE_CAPACITY": "512", "OTHER": "(None,)"}
+    forget_accidents(environ)
+    assert environ == {"HOROVOD_CACHE_CAPACITY": "512", "OTHER": "(None,)"}
+    assert cycle_time({"HOROVOD_CYCLE_TIME": "soon"}).value == 0  # as Horovod reads it
 
 
 def test_what_the_launch_decided_is_told() -> None:

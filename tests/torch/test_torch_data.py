@@ -89,3 +89,12 @@ def test_an_empty_data_set_has_no_steps():
     loader = hvd.ShardedLoader(data, Contiguous(0), 2)
     assert len(loader) == 0
     assert list(loader) == []
+
+
+def test_a_rank_without_samples_may_bring_something_else():
+    """For models that cannot bear a batch without rows."""
+    data = torch.utils.data.TensorDataset(torch.arange(1.0, 4.0))
+    loader = hvd.ShardedLoader(data, Contiguous(3), 2, empty=lambda batch: [batch[0] * 0])
+    collate = loader._loader.collate_fn
+    assert collate([])[0].tolist() == [0.0]
+    assert collate([data[1]])[0].tolist() == [2.0]
