@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from hvdloss.errors import ConfigError
 from hvdloss.plan import ALONE_BYTES, BUCKET_BYTES, FIRST_BUCKET_BYTES
 
-__all__ = ["Choice", "Tuning", "choose", "cycle_time", "launched"]
+__all__ = ["Choice", "Tuning", "choose", "cycle_time", "forget_accidents", "launched"]
 
 MIB = 2**20
 #: By environment variable: what it chooses.
@@ -121,7 +121,24 @@ def launched(hvd: Any, environ: Mapping[str, str] | None = None) -> dict[str, An
 def cycle_time(environ: Mapping[str, str] | None = None) -> Choice:
     """Return how often Horovod looks for work, in milliseconds, and what decided it."""
     text = (os.environ if environ is None else environ).get("HOROVOD_CYCLE_TIME")
-    return Choice(float(text), "HOROVOD_CYCLE_TIME") if text else Choice(1.0, "rule")
+    if not text:
+        return Choice(1.0, "rule")
+    try:
+        return Choice(float(text), "HOROVOD_CYCLE_TIME")
+    except ValueError:  # to Horovod what is no number is 0
+        return Choice(0.0, "HOROVOD_CYCLE_TIME")
+
+
+def forget_accidents(environ: MutableMapping[str, str] | None = None) -> None:
+    """Remove settings from the environment that nobody made; before Horovod is initialised.
+
+    ``horovod.run()`` of Horovod 0.28.1 gives its ranks a cycle time and a cache capacity of ``(None,)``, which
+    Horovod reads as 0: its thread then never rests, and every step is negotiated in full.
+    """
+    environ = os.environ if environ is None else environ
+    for name in ("HOROVOD_CYCLE_TIME", "HOROVOD_CACHE_CAPACITY"):
+        if environ.get(name) == "(None,)":
+            del environ[name]
 
 
 def _choice(
