@@ -47,7 +47,7 @@ def case_horovod():
         trained = flat(importlib.import_module(f"keras_{which}").train(epochs=1, batch_size=BATCH))
         off[f"keras, {which}"] = float(np.linalg.norm(trained - right) / np.linalg.norm(right - first))
     assert off["keras, after"] < 1e-5, off
-    assert off["keras, before"] > 1e-3, off
+    assert 0.2 < off["keras, before"] < 0.24, off  # the page says 22 %
     return off
 
 
