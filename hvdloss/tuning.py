@@ -132,8 +132,8 @@ def cycle_time(environ: Mapping[str, str] | None = None) -> Choice:
 def forget_accidents(environ: MutableMapping[str, str] | None = None) -> None:
     """Remove settings from the environment that nobody made; before Horovod is initialised.
 
-    ``horovod.run()`` of Horovod 0.28.1 gives its ranks a cycle time and a cache capacity of ``(None,)``, which
-    Horovod reads as 0: its thread then never rests, and every step is negotiated in full.
+    ``horovod.run()`` of Horovod 0.28.1 gives its ranks a cycle time and a cache capacity of ``(None,)``,
+    which Horovod reads as 0: its thread then never rests, and every step is negotiated in full.
     """
     environ = os.environ if environ is None else environ
     for name in ("HOROVOD_CYCLE_TIME", "HOROVOD_CACHE_CAPACITY"):
