@@ -15,9 +15,12 @@ from sybil.example import SybilFailure
 SKIPPED = {
     "docs/losses.md": ["needs four ranks, under which a test runs examples/torch_split_classifier.py"],
 }  # fmt: skip
-NOTEBOOK = "docs/tutorial.md"  # runs as a notebook: test_tutorial.py
+# Pages whose blocks another test runs, in a process of their own; they may have `py` blocks that it does not.
+ELSEWHERE = {
+    "docs/tutorial.md": "docs/test_tutorial.py",  # as a notebook
+}
 SLOW: set[str] = set()
-PAGES = [page for page in every_page() if page != NOTEBOOK and RUN & {kind for kind, _ in blocks(page)}]
+PAGES = [page for page in every_page() if page not in ELSEWHERE and RUN & {kind for kind, _ in blocks(page)}]
 
 
 # -- what a page says of its results --------------------------------------------------------------------
@@ -94,14 +97,17 @@ def test_page_runs(page, tmp_path, monkeypatch):
 
 def test_no_page_is_left_out():
     shown = {page: [kind for kind, _ in blocks(page) if kind in RUN] for page in every_page()}
-    assert {page for page, kinds in shown.items() if kinds} == {*PAGES, NOTEBOOK}
+    assert {page for page, kinds in shown.items() if kinds} == {*PAGES, *ELSEWHERE}
     assert set(SKIPPED) | set(THEN) | SLOW <= set(PAGES)
     assert sum(map(len, SKIPPED.values())) <= 5
+    for page, test in ELSEWHERE.items():
+        assert Path(page).stem in (ROOT / "tests" / test).read_text()
 
 
 @pytest.mark.parametrize("page", every_page())
 def test_every_block_says_what_it_is(page):
     kinds = {kind for kind, _ in blocks(page)}
+    kinds -= {"py"} if page in ELSEWHERE else set()
     assert kinds <= RUN | COMMANDS | OTHER, f"{page}: {kinds - RUN - COMMANDS - OTHER}; see pages.py"
 
 
@@ -154,7 +160,7 @@ def commands(page: str) -> list[list[str]]:
                     continue
                 line = line[2:]
             for part in re.split(r"\s(?:&&|\|\||\||;)\s", re.sub(r"(^|\s)#.*$", "", line)):
-                words = shlex.split(part)
+                words = shlex.split(re.sub(r"\s\d?>{1,2}&?\s*\S+|\s<\s*\S+", "", part))
                 while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
                     words.pop(0)
                 if words:
@@ -175,9 +181,8 @@ def check(words: list[str]) -> None:
     elif program == "horovodrun":
         from horovod.runner.launch import parse_args
 
-        rest = [w for w in words[1:] if not w.startswith((">", "<"))]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("sys.argv", ["horovodrun", *rest])
+            patch.setattr("sys.argv", words)
             launched = parse_args()
         check(launched.command if isinstance(launched.command, list) else shlex.split(launched.command))
     elif program == "python" and words[1:2] == ["-m"]:
@@ -232,7 +237,7 @@ def test_inline_commands_name_what_there_is():
     """`make x` and `hvdloss x` within text."""
     for page in every_page():
         for line in re.findall(r"`((?:make|hvdloss) [^`]+)`", (ROOT / page).read_text()):
-            if re.fullmatch(r"[\w\s./=-]+", line):
+            if re.fullmatch(r"[\w\s./=-]+", line) and not re.search(r"\b[A-Z]{2,}", line):  # no placeholders
                 check(line.split())
 
 
