@@ -2,7 +2,7 @@
 
 PYTHON_BIN := .venv/bin/python
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test integrations test-more test-elastic test-hosts reliability soak lint format bench fuzz audit sbom clean distclean
+.PHONY: help setup demo test integrations test-more test-elastic test-hosts reliability soak lint format bench fuzz audit sbom docs notebook package clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -59,8 +59,17 @@ audit: setup ## look for known vulnerabilities in what is installed; says loudly
 sbom: setup ## list what is installed, as CycloneDX (runs/sbom.json)
 	$(PYTHON_BIN) scripts/audit.py sbom
 
+docs: setup ## build the documentation into site/, strictly and without a network
+	NO_MKDOCS_2_WARNING=1 $(PYTHON_BIN) -m mkdocs build --strict
+
+notebook: setup ## make docs/tutorial.ipynb out of docs/tutorial.md, and execute it
+	$(PYTHON_BIN) docs/_site/notebook.py
+
+package: setup ## build wheel and sdist into dist/, check them, and try them in clean environments
+	$(PYTHON_BIN) scripts/package.py
+
 clean: ## remove what building, testing and running left (not .venv, .venv-audit)
-	rm -rf build dist *.egg-info runs .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -rf build dist site *.egg-info runs .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 distclean: clean ## clean, and remove .venv too

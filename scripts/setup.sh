@@ -121,7 +121,7 @@ elif [ -n "${TORCH_INDEX:-}" ]; then
 fi
 say "installing $torch, $tensorflow and hvdloss into $venv (some minutes the first time)"
 "${pip[@]}" install -qq --constraint constraints.txt "${index[@]}" \
-    "$torch" "$tensorflow" --editable '.[test,lint,examples,horovod]' >&2
+    "$torch" "$tensorflow" --editable '.[test,lint,examples,horovod,docs]' >&2
 
 # 5. Horovod, from the cache where this user has built it before.
 say "installing Horovod (built once, then taken from the cache)"
