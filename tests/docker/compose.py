@@ -1,7 +1,7 @@
 """compose.yaml as podman runs it: each service becomes one `podman run`, word for word.
 
-Podman is there without a daemon, `docker compose` isn't. Whatever a service says is either handed to podman or an
-error here, so that nothing in the file is passed over.
+Podman needs no daemon, `docker compose` does. Whatever a service says is either handed to podman or an error
+here, so that nothing in the file is passed over.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Builds and runs the image without Docker: buildah and podman, with a storage of their own.
 
-The base image is made by debootstrap, once, since a registry may be out of reach; what pip is set up with on this
-machine (indexes, folders of wheels, certificates) is lent to the build, and to nothing else.
+The base image is made by debootstrap, once, since a registry may be out of reach; what pip is set up with on
+this machine (indexes, folders of wheels, certificates) is lent to the build, and to nothing else.
 
-    HVDLOSS_DOCKER_FOLDER   where storage, base and caches are; default: docker/ in the cache of `hvdloss install`
+    HVDLOSS_DOCKER_FOLDER   where storage, base and caches are; default: docker/ in `hvdloss install`'s cache
     HVDLOSS_DOCKER_KEEP=1   keep images and layers: the next run builds only what has changed (10 GB)
     HVDLOSS_DOCKER_OPTIONS  more options of `podman run`
     HVDLOSS_DOCKER_BASE     an image of a registry to build on, instead of debootstrap's
@@ -140,7 +140,9 @@ class Engine:
         """Run podman and return what it prints."""
         return self._call(self.podman_command(*command), **options)
 
-    def _call(self, command: Sequence[str], *, check: bool = True, timeout: float = 900.0, log: Any = None) -> str:
+    def _call(
+        self, command: Sequence[str], *, check: bool = True, timeout: float = 900.0, log: Any = None
+    ) -> str:
         kept = subprocess.PIPE if log is None else log
         done = subprocess.run(
             command, env=self.env, stdout=kept, stderr=kept, text=True, timeout=timeout, errors="replace"
@@ -225,8 +227,9 @@ class Engine:
 
     @staticmethod
     def limits() -> list[str]:
-        """Return options by which podman doesn't ask for more than this process may have, which it would."""
-        files, processes = resource.getrlimit(resource.RLIMIT_NOFILE), resource.getrlimit(resource.RLIMIT_NPROC)
+        """Return options by which podman asks for no more than this process may have, which it would."""
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)
+        processes = resource.getrlimit(resource.RLIMIT_NPROC)
         asked = [f"--ulimit=nofile={min(1024, files[1])}:{files[1]}"]
         most = min(processes[1], 32768) if processes[1] != resource.RLIM_INFINITY else 32768
         asked.append(f"--ulimit=nproc={most}:{most}")
@@ -259,7 +262,8 @@ def _pip_volumes(target: Path) -> Sequence[str]:
                 if name == "cert":  # its folder is the build's own
                     volumes[str(path)] = word = "/run/build/ca.crt"
                 else:
-                    lent = path.parent if word.startswith("file://") else path  # an index names files beside it
+                    # An index names files beside it.
+                    lent = path.parent if word.startswith("file://") else path
                     volumes[str(lent)] = str(lent)
             words.append(word)
         settings[name] = " ".join(words)

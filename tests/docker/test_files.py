@@ -18,7 +18,7 @@ from hvdloss.cli.install import install
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import compose  # noqa: E402
+import compose
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "scripts/docker"
@@ -80,7 +80,9 @@ def test_scripts_are_programs_for_any_shell(script: Path) -> None:
 
 def test_versions_and_options_that_are_named_exist(steps: list[tuple[str, str]]) -> None:
     args = arguments(steps)
-    pinned = {line.partition("==")[0].replace("_", "-") for line in (ROOT / "constraints.txt").read_text().split()}
+    pinned = {
+        line.partition("==")[0].replace("_", "-") for line in (ROOT / "constraints.txt").read_text().split()
+    }
     extras = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.M)
     options = {word for parameter in install.params for word in (*parameter.opts, *parameter.secondary_opts)}
     cuda = compose.load(FILES[1])["x-cuda"]["build"]["args"]
@@ -115,7 +117,14 @@ def test_what_is_copied_is_there_and_sent_to_the_builder(steps: list[tuple[str, 
     for name in names:
         assert (ROOT / name).exists(), name
         assert not ignored(name), name
-    for name in (".git", ".venv/bin/python", "runs/x", "tests", "scripts/setup.sh", "hvdloss/__pycache__/x.pyc"):
+    for name in (
+        ".git",
+        ".venv/bin/python",
+        "runs/x",
+        "tests",
+        "scripts/setup.sh",
+        "hvdloss/__pycache__/x.pyc",
+    ):
         assert ignored(name), name
 
 
@@ -129,7 +138,8 @@ def test_the_image_runs_as_its_own_user_and_knows_its_programs(steps: list[tuple
     (entry,) = of_final_stage(steps, "ENTRYPOINT")
     assert set(re.findall(r"hvdloss-\w+", entry)) == {"hvdloss-entrypoint"} <= programs
     # Two bases by name, neither of them moved by whoever made them last; the final one is BASE.
-    assert args["BASE"] == "debian:12-slim" and args["BUILD_BASE"] == "${BASE}"
+    assert args["BASE"] == "debian:12-slim"
+    assert args["BUILD_BASE"] == "${BASE}"
     froms = [value.split()[0] for name, value in steps if name == "FROM"]
     assert froms == ["${BUILD_BASE}", "build", "${BASE}"]
     secret = re.compile(r"ssh-keygen|PRIVATE KEY|PASSWORD|_TOKEN")
@@ -141,7 +151,8 @@ def test_one_port_one_user_and_one_folder_everywhere() -> None:
     ports = {name: set(re.findall(r"(?:Port |-p |]:)(\d+)", said)) for name, said in text.items()}
     assert {port for found in ports.values() for port in found} == {"2222"}
     assert all(ports[name] for name in ("sshd_config", "ssh_config", "hvdloss-ssh-keys", "hvdloss-health"))
-    assert "AllowUsers hvdloss\n" in text["sshd_config"] and "User hvdloss\n" in text["ssh_config"]
+    assert "AllowUsers hvdloss\n" in text["sshd_config"]
+    assert "User hvdloss\n" in text["ssh_config"]
     for name in ("sshd_config", "ssh_config", "hvdloss-entrypoint", "hvdloss-health"):
         assert "/run/hvdloss" in text[name]
 
@@ -151,7 +162,8 @@ def test_compose_hosts_agree_with_each_other(steps: list[tuple[str, str]]) -> No
     services = file["services"]
     keys = compose.command(services["keys"])
     hosts = {said["hostname"] for said in services.values() if "hostname" in said}
-    assert keys[0] == "hvdloss-ssh-keys" and set(keys[1:]) == hosts == {"host1", "host2"}
+    assert keys[0] == "hvdloss-ssh-keys"
+    assert set(keys[1:]) == hosts == {"host1", "host2"}
     assert [name for name, _ in compose.order(services)] == ["keys", "host2", "host1"]
     assert compose.command(services["host2"]) == ["sshd"]
     for over in (file, compose.load(FILES[1])):
@@ -165,7 +177,9 @@ def test_compose_hosts_agree_with_each_other(steps: list[tuple[str, str]]) -> No
     assert compose.command(compose.load(FILES[0], {"CONTROLLER": "mpi"})["services"]["host1"])[1] == "--mpi"
     named = {one for said in services.values() for one in said["networks"]}
     assert named == set(file["networks"])
-    assert {one.split(":")[0] for said in services.values() for one in said["volumes"]} == set(file["volumes"])
+    assert {one.split(":")[0] for said in services.values() for one in said["volumes"]} == set(
+        file["volumes"]
+    )
 
 
 def test_every_service_is_locked_up() -> None:
@@ -174,7 +188,9 @@ def test_every_service_is_locked_up() -> None:
         options = compose.podman_options("p", said)
         for option in ("--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges"):
             assert option in options, (name, option)
-        assert not {"privileged", "ports", "cap_add", "network_mode", "user", "devices", "environment"} & set(said)
+        assert not {"privileged", "ports", "cap_add", "network_mode", "user", "devices", "environment"} & set(
+            said
+        )
         if name != "keys":
             assert "keys:/ssh:ro" in said["volumes"]
     over: dict[str, Any] = compose.load(FILES[1])["services"]
