@@ -1,8 +1,8 @@
 # hvdloss with Horovod, PyTorch and TensorFlow: docs/docker.md says how to build, run and change it.
 #
 #   docker build -t hvdloss:cpu .
-#   docker run --rm hvdloss:cpu                   # hvdloss doctor
-#   docker compose up --abort-on-container-exit   # two containers train as two hosts
+#   docker run --rm hvdloss:cpu                           # hvdloss doctor
+#   docker compose run --rm --use-aliases host1           # two containers train as two hosts
 #
 # Needs BuildKit (Docker 23 or newer) or buildah. Both stages' bases must bring the same Python, 3.11 to 3.13.
 

@@ -227,10 +227,10 @@ class Engine:
 
     @staticmethod
     def limits() -> list[str]:
-        """Return options by which podman asks for no more than this process may have, which it would."""
+        """Return options by which podman asks for no more than this process may have, nor for a journal."""
         files = resource.getrlimit(resource.RLIMIT_NOFILE)
         processes = resource.getrlimit(resource.RLIMIT_NPROC)
-        asked = [f"--ulimit=nofile={min(1024, files[1])}:{files[1]}"]
+        asked = ["--log-driver=k8s-file", f"--ulimit=nofile={min(1024, files[1])}:{files[1]}"]
         most = min(processes[1], 32768) if processes[1] != resource.RLIM_INFINITY else 32768
         asked.append(f"--ulimit=nproc={most}:{most}")
         return [*asked, *shlex.split(os.environ.get("HVDLOSS_DOCKER_OPTIONS", ""))]
