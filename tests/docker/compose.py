@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from engine import AS_DOCKER
 
 #: Keys that say how the services of a file hang together, and where an image comes from.
 _ELSEWHERE = {"build", "command", "depends_on", "image", "networks", "volumes"}
@@ -52,6 +53,8 @@ def podman_options(project: str, service: Mapping[str, Any]) -> list[str]:
             words = [value] if isinstance(value, str) else value
             # Docker's spelling; podman knows the bare word.
             words = ["no-new-privileges" if word == "no-new-privileges:true" else word for word in words]
+            if key == "tmpfs":
+                words = [f"{word}{',' if ':' in word else ':'}{AS_DOCKER}" for word in words]
             out += [f"{names[key]}={word}" for word in words]
         elif key == "hostname":
             out.append(f"--hostname={value}")

@@ -42,6 +42,8 @@ path-exclude /usr/share/lintian/*
 path-exclude /usr/share/locale/*
 path-exclude /usr/share/man/*
 """
+#: How Docker mounts a tmpfs; podman would copy into it what the image has there.
+AS_DOCKER = "noexec,nosuid,nodev,notmpcopyup"
 _PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
 
 
@@ -220,7 +222,8 @@ class Engine:
     ) -> str:
         """Run a command in a new container, as locked up as compose.yaml's, and return what it prints."""
         locked = ["--rm", "--read-only", "--read-only-tmpfs=false", "--cap-drop=all"]
-        locked += ["--security-opt=no-new-privileges", "--network=none", "--tmpfs=/tmp", "--tmpfs=/run"]
+        locked += ["--security-opt=no-new-privileges", "--network=none"]
+        locked += [f"--tmpfs={place}:mode=1777,{AS_DOCKER}" for place in ("/tmp", "/run")]
         return self.podman(
             "run", *self.limits(), *locked, *options, image, *command, check=check, timeout=timeout
         )
@@ -230,7 +233,7 @@ class Engine:
         """Return options by which podman asks for no more than this process may have, nor for a journal."""
         files = resource.getrlimit(resource.RLIMIT_NOFILE)
         processes = resource.getrlimit(resource.RLIMIT_NPROC)
-        asked = ["--log-driver=k8s-file", f"--ulimit=nofile={min(1024, files[1])}:{files[1]}"]
+        asked = ["--pull=never", "--log-driver=k8s-file", f"--ulimit=nofile={min(1024, files[1])}:{files[1]}"]
         most = min(processes[1], 32768) if processes[1] != resource.RLIM_INFINITY else 32768
         asked.append(f"--ulimit=nproc={most}:{most}")
         return [*asked, *shlex.split(os.environ.get("HVDLOSS_DOCKER_OPTIONS", ""))]
