@@ -66,14 +66,16 @@ FROM ${BASE} AS final
 RUN apt-get update && \
     DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
         openmpi-bin openssh-client openssh-server python3 tini && \
-    rm -rf /var/lib/apt/lists/* /etc/ssh/ssh_host_* /var/log/* && \
+    rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/log/* /etc/ssh/ssh_host_* && \
     find / -xdev -perm /6000 -type f -exec chmod a-s {} +
 
 # Not a number that bases use already (Ubuntu's has 1000). Build with your own to write into folders of yours.
+# /run and /work for all: a tmpfs that is mounted there is root's, and takes this mode over.
 ARG UID=10001
 RUN groupadd --gid "$UID" hvdloss && \
     useradd --uid "$UID" --gid "$UID" --no-log-init --no-create-home --home-dir /work --shell /bin/bash hvdloss && \
-    install -d -o "$UID" -g "$UID" -m 755 /work && \
+    install -d -o "$UID" -g "$UID" -m 1777 /work && \
+    chmod 1777 /run && \
     install -d -o "$UID" -g "$UID" -m 700 /ssh /run/hvdloss
 
 COPY --from=pruned /opt/venv /opt/venv

@@ -6,6 +6,7 @@ this machine (indexes, folders of wheels, certificates) is lent to the build, an
     HVDLOSS_DOCKER_FOLDER   where storage, base and caches are; default: docker/ in `hvdloss install`'s cache
     HVDLOSS_DOCKER_KEEP=1   keep images and layers: the next run builds only what has changed (10 GB)
     HVDLOSS_DOCKER_OPTIONS  more options of `podman run`
+    HVDLOSS_DOCKER_BUILD=no take the image that such a run has kept
     HVDLOSS_DOCKER_BASE     an image of a registry to build on, instead of debootstrap's
 """
 
