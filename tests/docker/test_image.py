@@ -99,7 +99,8 @@ def test_the_user_is_nobody_special_and_the_root_file_system_cannot_be_written(e
     for user in (UID, 0):
         said = engine.run("sh", "-c", script, options=[f"--user={user}"])
         assert said.startswith(f"{user}\n"), said
-        assert said.count("Read-only file system") == 8, said
+        # Root, without its rights, may not even look into /ssh.
+        assert said.count("Read-only file system") + said.count("/ssh/x': Permission denied") == 8, said
         assert "WRITTEN" not in said, said
         assert said.rstrip().endswith("fine"), said
         assert said.count("\t0000000000000000\n") == 2, said
@@ -113,7 +114,6 @@ def test_doctor_finds_everything(engine: Engine) -> None:
     text = json.dumps(report)
     for word in ("torch", "tensorflow", "gloo", "mpi"):
         assert word in text.lower(), word
-    assert report["horovod"]["built"]["frameworks"] if "built" in report["horovod"] else True
 
 
 @pytest.mark.parametrize("controller", ["gloo", "mpi"])
