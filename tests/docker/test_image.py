@@ -137,9 +137,7 @@ def test_a_container_that_is_no_host_is_healthy(engine: Engine) -> None:
     options = ["--detach", f"--name={name}", HOME]
     try:
         engine.run("sleep", "300", options=options)
-        began = time.monotonic()
         engine.podman("healthcheck", "run", name)
-        assert time.monotonic() - began < 20
     finally:
         engine.podman("rm", "--force", "--time=0", name, check=False)
     name += "-b"
@@ -256,7 +254,7 @@ def test_ranks_are_on_both_hosts_and_hosts_take_only_their_own_keys(engine: Engi
             if service == "host2":
                 assert project.wait("keys")[0] == 0
             project.start(service)
-        assert project.until_healthy("host2") < 10
+        project.until_healthy("host2")
         words = compose.command(project.file["services"]["host1"])
         program = words.index("python")
         probe = "import os, hvdloss.torch as hvd; hvd.init(); print('AT', hvd.rank(), os.uname().nodename)"
