@@ -2,7 +2,7 @@
 
 PYTHON_BIN := .venv/bin/python
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test integrations test-more test-elastic test-hosts reliability soak lint format bench fuzz audit sbom docs notebook package clean distclean
+.PHONY: help setup demo test integrations test-more test-elastic test-hosts test-docker reliability soak lint format bench fuzz audit sbom docs notebook package clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,6 +35,10 @@ test-elastic: setup ## kill, stop, add, take away and preempt ranks of real elas
 test-hosts: setup ## train across hosts out of network namespaces, by ssh, and cut, slow and kill them (root)
 	@./scripts/hosts_tools.sh
 	$(PYTHON_BIN) -m pytest -m hosts tests/hosts
+
+test-docker: setup ## build the container image and run it: locked up, with ranks, as two hosts (root)
+	@./scripts/docker_tools.sh
+	$(PYTHON_BIN) -m pytest -m docker tests/docker
 
 lint: setup ## check style and types
 	$(PYTHON_BIN) -m ruff check .
