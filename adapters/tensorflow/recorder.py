@@ -1,0 +1,105 @@
+"""Following a run of TensorFlow or Keras: the recorder, and sinks of other kinds."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from hvdloss.communicator import included
+from hvdloss.errors import ConfigError
+from hvdloss.report import record
+from hvdloss.report.following import Following
+from hvdloss.tensorflow._backend import hvd
+from hvdloss.tensorflow.checkpoint import books_of
+
+__all__ = ["Recorder", "follow", "following"]
+
+
+def _books(steps: Any) -> Any:
+    """Return what tells of the steps of an objective, or of an optimizer."""
+    books = books_of(steps)
+    if books is None:
+        raise ConfigError(
+            f"steps={type(steps).__name__} is neither an Objective nor an optimizer from hvdloss's "
+            f"DistributedOptimizer"
+        )
+    return books
+
+
+def _group(books: Any) -> Any:
+    return books.process_set or hvd.global_process_set
+
+
+def _rank(books: Any) -> int:
+    group = _group(books)
+    return int(group.rank()) if included(hvd, group) else -1
+
+
+def following(steps: Any, sinks: tuple[Any, ...], closes: bool, framework: str = "tensorflow") -> Following:
+    """Return what follows; see :func:`follow`."""
+    books = _books(steps)
+    own = getattr(steps, "settings", None)
+
+    def about() -> dict[str, Any]:
+        settings = own() if own is not None else {"reduction": books.reduction, "nonfinite": books.nonfinite}
+        return record.about_run(hvd, framework, settings, books.controller, _group(books).size())
+
+    return Following(
+        books,
+        books.controller,
+        sinks,
+        about=about,
+        rank=functools.partial(_rank, books),
+        size=lambda: int(_group(books).size()),
+        closes=closes,
+    )
+
+
+def follow(steps: Any, *sinks: Any) -> Following:
+    """Have sinks told, on rank 0, of every step that is finished from now on.
+
+    ::
+
+        with hvd.follow(objective, hvd.Recorder("runs/a.jsonl"), MySink()):
+            train()
+
+    Args:
+        steps: the :class:`Objective` of a ``DistributedGradientTape``, or an optimizer from
+            :func:`DistributedOptimizer`; before a ``tf.function`` that holds its steps is traced.
+        sinks: objects with ``step(report)`` and ``close()``: see :class:`hvdloss.report.Sink`.
+
+    Returns:
+        what follows, as long as the objective lives, until its ``close()`` or the end of its ``with``; that
+        closes the sinks.
+
+    Raises:
+        ConfigError: an argument that cannot be used.
+        UsageError: steps were traced already.
+
+    Collectives: none. On rank 0 a traced step gets one operation that calls Python.
+    """
+    return following(steps, sinks, True)
+
+
+class Recorder(record.Recorder):  # noqa: D101 - the core's words
+    __doc__ = record.Recorder.__doc__
+    _framework = "tensorflow"
+
+    def follow(self, steps: Any) -> Recorder:
+        """Record every step that is finished from now on; return the recorder.
+
+        Args:
+            steps: the :class:`Objective` of a ``DistributedGradientTape``, or an optimizer from
+                :func:`DistributedOptimizer`; before a ``tf.function`` that holds its steps is traced.
+
+        Raises:
+            ConfigError: neither of them; on rank 0: the file exists, or cannot be made.
+            UsageError: it follows one already, or was closed; or steps were traced already.
+
+        Collectives: none. On rank 0 a traced step gets one operation that calls Python.
+        """
+        self._check_free()
+        if _rank(_books(steps)) == 0:
+            self.open()
+        self._follow(following(steps, (self,), False, self._framework))
+        return self
