@@ -1,4 +1,4 @@
-"""The command line: ``hvdloss install``, ``doctor``, ``bench``, ``explain`` and ``simulate``.
+"""The command line: ``hvdloss install``, ``doctor``, ``bench``, ``explain``, ``report``, ``simulate``.
 
 Subcommands are imported when they are asked for, so that ``hvdloss --help`` and
 ``hvdloss --version`` answer at once and no command pays for another's imports.
@@ -7,7 +7,7 @@ Exit statuses, the same for every subcommand (`hvdloss.cli.errors` names them):
 
 =====  =====================================================================
 0      done; for ``doctor``: training can start
-1      ``doctor``: training cannot start
+1      ``doctor``: training cannot start; ``report``: a record cannot be read, or the run failed
 2      the command line itself is wrong
 3      something needed is missing; nothing was changed
 4      Horovod's source could not be had (network, or a hash that differs)
@@ -34,6 +34,7 @@ _COMMANDS = {
     "doctor": ("hvdloss.cli.doctor", "doctor", "Say whether training can start, and what to do."),
     "explain": ("hvdloss.cli.explain", "explain", "Say what a trained model relies on, on all ranks."),
     "install": ("hvdloss.cli.install", "install", "Build and install Horovod for this Python."),
+    "report": ("hvdloss.cli.report", "report", "Show a run by its record: a page, a picture, live."),
     "simulate": ("hvdloss.cli.simulate", "simulate", "Try a plan on ranks that are not there."),
 }
 

@@ -199,6 +199,8 @@ def checked(text: bytes, where: str, first: bool = False) -> dict[str, Any] | No
         )
     if not isinstance(kind, str) or kind not in KINDS:
         return None
+    if kind != "step":  # whose texts nobody shows
+        line = _clean(line)
     needed, allowed = KINDS[kind]
     _check(line, {**_EVERY, **needed}, allowed, f"{where} ({kind})")
     if kind == "step":
@@ -211,6 +213,24 @@ def checked(text: bytes, where: str, first: bool = False) -> dict[str, Any] | No
         if names is not None and len(names) != width:
             raise ConfigError(f"{where} (classes): {len(names)} names of {width} classes")
     return line
+
+
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
+
+
+def _clean(value: Any) -> Any:
+    """Return a value whose texts neither command a terminal nor break a page."""
+    if isinstance(value, str):
+        return _CONTROL.sub("\ufffd", value)
+    if isinstance(value, list):
+        return (
+            [_clean(one) for one in value]
+            if any(isinstance(one, str | list | dict) for one in value)
+            else value
+        )
+    if isinstance(value, dict):
+        return {_CONTROL.sub("\ufffd", key): _clean(one) for key, one in value.items()}
+    return value
 
 
 def _check(

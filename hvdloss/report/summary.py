@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -67,7 +68,7 @@ class Summary:
         steps: number of the last step; `recorded`: how many of them the record holds.
         samples: elements of all steps.
         seconds: from the beginning to the last line.
-        first_loss, loss, best_loss: of the first, the last and the best recorded step; `best_step` is its number.
+        first_loss, loss, best_loss: of the first, the last and the best recorded step, the `best_step`-th.
         objective_value: of the last step.
         rate: elements a second between the first and the last recorded step.
         held_up: share of all ranks' time in which communication held them up.
@@ -211,8 +212,9 @@ def _total(values: Array) -> float:
 
 def bins(count: int, most: int) -> list[slice]:
     """Return at most `most` slices that cover `count` things evenly, in order."""
-    edges = np.unique(np.linspace(0, count, min(count, most) + 1).round().astype(int)) if count else [0]
-    return [slice(int(a), int(b)) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    parts = min(count, most)
+    edges = [round(i * count / parts) for i in range(parts + 1)] if parts > 0 else []
+    return [slice(a, b) for a, b in itertools.pairwise(edges)]
 
 
 def class_table(record: Record) -> tuple[Array, list[str], dict[str, Any]] | None:
@@ -226,7 +228,9 @@ def class_table(record: Record) -> tuple[Array, list[str], dict[str, Any]] | Non
     if names is None and isinstance(edges, list) and len(edges) == width - 1:
         shown = [_short(edge) for edge in edges]
         pairs = zip(["", *shown], [*shown, ""], strict=True)
-        names = [f"< {high}" if not low else f"≥ {low}" if not high else f"{low} to {high}" for low, high in pairs]
+        names = [
+            f"< {high}" if not low else f"≥ {low}" if not high else f"{low} to {high}" for low, high in pairs
+        ]
     return counts, [str(n) for n in names] if names is not None else [str(i) for i in range(width)], line
 
 
@@ -248,7 +252,9 @@ def hardest(record: Record, most: int = 12) -> list[Hardest]:
             continue
         seen.add(key)
         items = [
-            (str(item.get("label")), float(item["value"])) for item in line["items"] if _is_number(item.get("value"))
+            (str(item.get("label")), float(item["value"]))
+            for item in line["items"]
+            if _is_number(item.get("value"))
         ]
         out.append(_ordered(line["measure"], line["what"], bool(line.get("lowest")), items, most))
     table = class_table(record)
@@ -276,7 +282,8 @@ def _by_class(name: str, value: Any) -> tuple[list[Any] | None, str]:
     if all(one is None or _is_number(one) for one in value):
         return value, name
     square = all(
-        isinstance(row, list) and len(row) == len(value) and all(_is_number(x) and x >= 0 for x in row) for row in value
+        isinstance(row, list) and len(row) == len(value) and all(_is_number(x) and x >= 0 for x in row)
+        for row in value
     )
     if not square:
         return None, name

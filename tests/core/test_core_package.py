@@ -118,7 +118,7 @@ def imports_in(nodes, path):
 
 
 # Imported by the functions that need them, which say how to install what is missing.
-EXTRAS = {"safetensors", "pyarrow", "shap", "lime", "matplotlib", "sklearn"}
+EXTRAS = {"safetensors", "pyarrow", "shap", "lime", "matplotlib", "sklearn", "jinja2", "markupsafe"}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
