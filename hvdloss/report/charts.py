@@ -114,12 +114,14 @@ def _drawable(values: Array) -> Array:
 
 
 def _smooth(values: Array, span: int) -> Array:
-    """Return a running mean over `span` values that leaves gaps out."""
+    """Return the mean of the `span` values around each, without gaps; fewer at the ends."""
     known = np.isfinite(values)
-    kernel = np.ones(span)
-    sums = np.convolve(np.where(known, values, 0.0), kernel, "full")[: len(values)]
-    counts = np.convolve(known.astype(float), kernel, "full")[: len(values)]
-    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+    sums = np.concatenate([[0.0], np.cumsum(np.where(known, values, 0.0))])
+    counts = np.concatenate([[0], np.cumsum(known)])
+    at = np.arange(len(values))
+    half = np.minimum(span // 2, np.minimum(at, len(values) - 1 - at))  # the same on both sides
+    total, count = sums[at + half + 1] - sums[at - half], counts[at + half + 1] - counts[at - half]
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
 # -- figures ------------------------------------------------------------------------------------------
@@ -335,7 +337,7 @@ def _draw_lanes(canvas: Canvas, record: Record) -> Any:
             )
             below = below + means
         highest = max(highest, float(below[1:].max() if len(below) > 3 else below.max()))
-        axis.set_ylabel(f"rank {rank}", rotation=0, ha="right", va="center")
+        axis.set_ylabel(f"rank {rank}", rotation=0, ha="right", va="center", labelpad=10)
         axis.yaxis.set_major_locator(MaxNLocator(2))
         axis.yaxis.set_major_formatter(FuncFormatter(amount))
     if highest > 0:
@@ -427,7 +429,7 @@ def _plot_heat(canvas: Canvas, axis: Any, record: Record, most_ranks: int = 32) 
     )
     axis.grid(False)
     axis.tick_params(length=0)
-    axis.set_xlabel("class" if not canvas.narrow else "class; darkest is most")
+    axis.set_xlabel("class" if not canvas.narrow else "class; the stronger, the more")
 
 
 def _draw_heat(canvas: Canvas, record: Record) -> Any:
@@ -558,7 +560,8 @@ def picture(records: Sequence[Record], path: Any) -> None:
             draw(axis)
             axis.set_title(title)
             if axis.get_legend_handles_labels()[0]:
-                axis.legend(loc="best")
+                # Above, where it hides nothing.
+                axis.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=4, borderaxespad=0.1)
         for axis in axes[len(panels) :]:
             axis.axis("off")
         summary = summarize(record)
@@ -616,11 +619,9 @@ def _for_page(svg: bytes, name: str, label: str, titles: dict[str, str]) -> str:
             element.insert(0, title)
         if own:
             element.set("id", f"{name}-{own}")
-        for key in (f"{{{_XLINK}}}href", "href"):
-            target = element.get(key)
-            if target and target.startswith("#"):
-                del element.attrib[key]
-                element.set("href", f"#{name}-{target[1:]}")
+        target = element.attrib.pop(f"{{{_XLINK}}}href", None)
+        if target is not None:  # always of this drawing
+            element.set("href", f"#{name}-{target.lstrip('#')}")
         for key, value in list(element.attrib.items()):
             if "url(#" in value:
                 element.set(key, _URL.sub(rf"url(#{name}-\1)", value))

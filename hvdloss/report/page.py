@@ -8,6 +8,7 @@ by CSS alone.
 from __future__ import annotations
 
 import base64
+import dataclasses
 import datetime
 import hashlib
 import json
@@ -92,6 +93,11 @@ class Cell:
     text: str
     value: float | None = None
     numeric: bool = False
+
+    @property
+    def kind(self) -> str:
+        """How it is laid out: a number, a long text, or neither."""
+        return "n" if self.numeric else "t" if len(self.text) > 40 else ""
 
     @property
     def exact(self) -> str | None:
@@ -349,6 +355,7 @@ class Section:
     charts: Sequence[Chart] = ()
     tables: Sequence[Table] = ()
     open: bool = False  # whether the tables are shown at once
+    side_by_side: bool = False
 
 
 @dataclass(frozen=True)
@@ -387,7 +394,7 @@ def run_of(record: Record, prefix: str = "") -> Run:
         ("ranks", _n(summary.ranks), _hosts(record)),
         ("held up by communication", _n(summary.held_up, percent), "of all ranks' time"),
         ("decisions", _n(summary.decisions), "by the terms' acts"),
-        ("faults", _n(summary.faults), f"{number(summary.skipped)} steps skipped"),
+        ("faults", _n(summary.faults), f"{number(summary.skipped)} step(s) skipped"),
     ]
     decisions, faults, epochs = decisions_table(record), faults_table(record), epochs_table(record)
     classes = classes_table(record)
@@ -458,7 +465,7 @@ def run_of(record: Record, prefix: str = "") -> Run:
                 for one in hard[:4]
             ],
         ),
-        Section("settings", "Settings", tables=settings_tables(record), open=True),
+        Section("settings", "Settings", tables=settings_tables(record), open=True, side_by_side=True),
     ]
     remarks = [_STATUS.get(summary.status, "")]
     if summary.recorded:
@@ -469,10 +476,7 @@ def run_of(record: Record, prefix: str = "") -> Run:
         remarks.append(f"It was taken up again {len(record.runs) - 1} time(s).")
     if any(end.get("left_out") for end in record.ends):
         remarks.append("Some lines were left out, as they came too fast or were too many.")
-    sections = [
-        Section(f"{prefix}{one.id}", one.title, one.lead, one.charts, one.tables, one.open)
-        for one in sections
-    ]
+    sections = [dataclasses.replace(one, id=f"{prefix}{one.id}") for one in sections]
     return Run(f"{prefix}run", summary.name[:120], summary.status, " ".join(remarks), facts, sections)
 
 

@@ -173,7 +173,7 @@ class Recorder:
         self._size = 0
         self._lines: list[tuple[str, int, int]] = []  # kind, offset, length, of every line
         self._ordinal: list[int] = []  # of the lines that are steps: the how many-th it is
-        self._steps = 0
+        self._steps, self._stride = 0, 1
         self._events: dict[str, int] = {}
         self._travel: Any = None
         self._counts: dict[str, Any] | None = None  # what was counted of classes, and is not written yet
@@ -523,13 +523,14 @@ class Recorder:
         old = list(zip(self._ordinal, steps, strict=True))[: -self.recent]
         most = max(1, (self.max_steps - self.recent) // 2)
         recent = sum(length for _, _, length in steps[-self.recent :])
-        stride = 1
+        stride = self._stride  # never smaller than before, so that what is left is even
         while True:
             kept = [(number, line) for number, line in old if number % stride == 0]
             small = recent + sum(length for _, (_, _, length) in kept) <= self.max_bytes // 2
             if len(kept) <= min(most, 1) or (len(kept) <= most and small):
                 break
             stride *= 2
+        self._stride = stride
         gone = {line[1] for number, line in old if number % stride}
         if not gone:
             return

@@ -184,6 +184,13 @@ def checked(text: bytes, where: str, first: bool = False) -> dict[str, Any] | No
         line = parsed(text)
     except ValueError as error:
         raise ConfigError(f"{where} is no JSON ({error}); the file is damaged, or no record") from error
+    try:
+        return _checked(line, where, first)
+    except RecursionError as error:
+        raise ConfigError(f"{where} is nested too deeply; the file is damaged, or no record") from error
+
+
+def _checked(line: Any, where: str, first: bool) -> dict[str, Any] | None:
     if not isinstance(line, dict):
         raise ConfigError(f"{where} is no JSON object; the file is damaged, or no record")
     kind = line.get("kind")
@@ -240,10 +247,10 @@ def _check(
         if name not in line:
             raise ConfigError(f"{where}: {name!r} is missing")
         if not check(line[name]):
-            raise ConfigError(f"{where}: {name}={str(line[name])[:80]!r} is of another form")
+            raise ConfigError(f"{where}: {name}={line[name]!r:.80} is of another form")
     for name, check in allowed.items():
         if name in line and not check(line[name]):
-            raise ConfigError(f"{where}: {name}={str(line[name])[:80]!r} is of another form")
+            raise ConfigError(f"{where}: {name}={line[name]!r:.80} is of another form")
 
 
 def _check_step(line: dict[str, Any], where: str) -> None:
