@@ -21,13 +21,14 @@ class Recorder(recorder.Recorder):  # noqa: D101 - the core's words
 
 
 class FollowCallback(keras.callbacks.Callback):
-    """Has sinks told, on rank 0, of every step and epoch of ``fit``.
+    """Has sinks told, on one rank, of every step and epoch of ``fit``.
 
     Put it after :class:`MetricAverageCallback`, so that epochs have the metrics of all ranks.
 
     Args:
         sinks: objects with ``step(report)`` and ``close()``: see :class:`hvdloss.report.Sink`. They are
             closed when ``fit`` is over; if it raises, when the process ends, or by whoever made them.
+        rank: which one tells, counted among all ranks; it must be in the optimizer's process set.
 
     Raises:
         ConfigError: a sink that lacks a method; in ``fit``, a model that was not compiled with a
@@ -36,8 +37,9 @@ class FollowCallback(keras.callbacks.Callback):
     Collectives: none.
     """
 
-    def __init__(self, *sinks: Any) -> None:
+    def __init__(self, *sinks: Any, rank: int = 0) -> None:
         super().__init__()
+        self.rank = rank
         self.sinks = tuple(check_sink(sink) for sink in sinks)
         self._following: Following | None = None
 
@@ -47,7 +49,7 @@ class FollowCallback(keras.callbacks.Callback):
         if engine is None:
             raise ConfigError(f"{type(self).__name__} needs a model compiled with hvd.DistributedOptimizer")
         traced, engine.books.silent = engine.books.silent, False
-        self._following = recorder.following(self.model.optimizer, self.sinks, True, "keras")
+        self._following = recorder.following(self.model.optimizer, self.sinks, self.rank, True, "keras")
         if traced:
             engine.idle_steps = {}
             if self.model.train_function is not None:
@@ -76,19 +78,19 @@ class RecorderCallback(FollowCallback):
         path, options: of :class:`Recorder`.
 
     Raises:
-        ConfigError: an argument that cannot be used. In ``fit``, on rank 0: the file exists, or cannot be
-            made.
+        ConfigError: an argument that cannot be used. In ``fit``, on the rank that writes: the file exists,
+            or cannot be made.
 
     Collectives: none.
     """
 
     def __init__(self, path: str | os.PathLike[str], **options: Any) -> None:
         self.recorder = Recorder(path, **options)
-        super().__init__(self.recorder)
+        super().__init__(self.recorder, rank=self.recorder.rank)
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Make the file, and begin to follow."""
         engine = engine_of(self.model.optimizer)
-        if engine is not None and engine.included and engine.exchange.process_set.rank() == 0:
+        if engine is not None and recorder.tells(self.rank, engine.books):
             self.recorder.open()
         super().on_train_begin(logs)

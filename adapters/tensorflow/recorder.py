@@ -8,11 +8,11 @@ from typing import Any
 from hvdloss.communicator import included
 from hvdloss.errors import ConfigError
 from hvdloss.report import record
-from hvdloss.report.following import Following
+from hvdloss.report.following import Following, check_teller
 from hvdloss.tensorflow._backend import hvd
 from hvdloss.tensorflow.checkpoint import books_of
 
-__all__ = ["Recorder", "follow", "following"]
+__all__ = ["Recorder", "follow", "following", "tells"]
 
 
 def _books(steps: Any) -> Any:
@@ -30,14 +30,17 @@ def _group(books: Any) -> Any:
     return books.process_set or hvd.global_process_set
 
 
-def _rank(books: Any) -> int:
-    group = _group(books)
-    return int(group.rank()) if included(hvd, group) else -1
+def tells(rank: int, books: Any) -> bool:
+    """Return whether this rank is the one that tells of the steps of some books."""
+    return hvd.rank() == rank and included(hvd, _group(books))
 
 
-def following(steps: Any, sinks: tuple[Any, ...], closes: bool, framework: str = "tensorflow") -> Following:
+def following(
+    steps: Any, sinks: tuple[Any, ...], rank: int, closes: bool, framework: str = "tensorflow"
+) -> Following:
     """Return what follows; see :func:`follow`."""
     books = _books(steps)
+    check_teller(rank, _group(books))
     own = getattr(steps, "settings", None)
 
     def about() -> dict[str, Any]:
@@ -49,14 +52,14 @@ def following(steps: Any, sinks: tuple[Any, ...], closes: bool, framework: str =
         books.controller,
         sinks,
         about=about,
-        rank=functools.partial(_rank, books),
+        tells=functools.partial(tells, rank, books),
         size=lambda: int(_group(books).size()),
         closes=closes,
     )
 
 
-def follow(steps: Any, *sinks: Any) -> Following:
-    """Have sinks told, on rank 0, of every step that is finished from now on.
+def follow(steps: Any, *sinks: Any, rank: int = 0) -> Following:
+    """Have sinks told, on one rank, of every step that is finished from now on.
 
     ::
 
@@ -67,6 +70,7 @@ def follow(steps: Any, *sinks: Any) -> Following:
         steps: the :class:`Objective` of a ``DistributedGradientTape``, or an optimizer from
             :func:`DistributedOptimizer`; before a ``tf.function`` that holds its steps is traced.
         sinks: objects with ``step(report)`` and ``close()``: see :class:`hvdloss.report.Sink`.
+        rank: which one tells, counted among all ranks; it must be in the process set of the steps.
 
     Returns:
         what follows, as long as the objective lives, until its ``close()`` or the end of its ``with``; that
@@ -76,9 +80,9 @@ def follow(steps: Any, *sinks: Any) -> Following:
         ConfigError: an argument that cannot be used.
         UsageError: steps were traced already.
 
-    Collectives: none. On rank 0 a traced step gets one operation that calls Python.
+    Collectives: none. On the rank that tells a traced step gets one operation that calls Python.
     """
-    return following(steps, sinks, True)
+    return following(steps, sinks, rank, True)
 
 
 class Recorder(record.Recorder):  # noqa: D101 - the core's words
@@ -93,13 +97,13 @@ class Recorder(record.Recorder):  # noqa: D101 - the core's words
                 :func:`DistributedOptimizer`; before a ``tf.function`` that holds its steps is traced.
 
         Raises:
-            ConfigError: neither of them; on rank 0: the file exists, or cannot be made.
+            ConfigError: neither of them; on the rank that writes: the file exists, or cannot be made.
             UsageError: it follows one already, or was closed; or steps were traced already.
 
-        Collectives: none. On rank 0 a traced step gets one operation that calls Python.
+        Collectives: none. On the rank that tells a traced step gets one operation that calls Python.
         """
         self._check_free()
-        if _rank(_books(steps)) == 0:
+        if tells(self.rank, _books(steps)):
             self.open()
-        self._follow(following(steps, (self,), False, self._framework))
+        self._follow(following(steps, (self,), self.rank, False, self._framework))
         return self

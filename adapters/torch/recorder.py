@@ -8,7 +8,7 @@ from typing import Any
 from hvdloss.communicator import included
 from hvdloss.errors import ConfigError
 from hvdloss.report import record
-from hvdloss.report.following import Following
+from hvdloss.report.following import Following, check_teller
 from hvdloss.torch._backend import hvd
 from hvdloss.torch.objective import Objective
 
@@ -28,13 +28,14 @@ def _engine(steps: Any) -> Any:
     return engine
 
 
-def _rank(process_set: Any) -> int:
-    return int(process_set.rank()) if included(hvd, process_set) else -1
+def _tells(rank: int, process_set: Any) -> bool:
+    return hvd.rank() == rank and included(hvd, process_set)
 
 
-def _follow(steps: Any, sinks: tuple[Any, ...], closes: bool) -> Following:
+def _follow(steps: Any, sinks: tuple[Any, ...], rank: int, closes: bool) -> Following:
     engine = _engine(steps)
     group, objective = engine.process_set, engine.objective
+    check_teller(rank, group)
 
     def about() -> dict[str, Any]:
         return record.about_run(hvd, "torch", objective.settings(), objective.controller, group.size())
@@ -44,14 +45,14 @@ def _follow(steps: Any, sinks: tuple[Any, ...], closes: bool) -> Following:
         objective.controller,
         sinks,
         about=about,
-        rank=functools.partial(_rank, group),
+        tells=functools.partial(_tells, rank, group),
         size=group.size,
         closes=closes,
     )
 
 
-def follow(optimizer: Any, *sinks: Any) -> Following:
-    """Have sinks told, on rank 0, of every step that is finished from now on.
+def follow(optimizer: Any, *sinks: Any, rank: int = 0) -> Following:
+    """Have sinks told, on one rank, of every step that is finished from now on.
 
     ::
 
@@ -61,6 +62,7 @@ def follow(optimizer: Any, *sinks: Any) -> Following:
     Args:
         optimizer: from :func:`DistributedOptimizer` with an objective; or that objective.
         sinks: objects with ``step(report)`` and ``close()``: see :class:`hvdloss.report.Sink`.
+        rank: which one tells, counted among all ranks; it must be in the optimizer's process set.
 
     Returns:
         what follows, as long as the optimizer lives, until its ``close()`` or the end of its ``with``; that
@@ -71,7 +73,7 @@ def follow(optimizer: Any, *sinks: Any) -> Following:
 
     Collectives: none.
     """
-    return _follow(optimizer, sinks, True)
+    return _follow(optimizer, sinks, rank, True)
 
 
 class Recorder(record.Recorder):  # noqa: D101 - the core's words
@@ -84,13 +86,13 @@ class Recorder(record.Recorder):  # noqa: D101 - the core's words
             optimizer: from :func:`DistributedOptimizer` with an objective; or that objective.
 
         Raises:
-            ConfigError: no such optimizer; on rank 0: the file exists, or cannot be made.
+            ConfigError: no such optimizer; on the rank that writes: the file exists, or cannot be made.
             UsageError: it follows one already, or was closed.
 
         Collectives: none.
         """
         self._check_free()
-        if _rank(_engine(optimizer).process_set) == 0:
+        if _tells(self.rank, _engine(optimizer).process_set):
             self.open()
-        self._follow(_follow(optimizer, (self,), False))
+        self._follow(_follow(optimizer, (self,), self.rank, False))
         return self

@@ -17,7 +17,7 @@ from hvdloss.report.steps import StepReport
 from hvdloss.term import Decision
 from hvdloss.world import following
 
-__all__ = ["Following", "Sink", "Source", "check_sink"]
+__all__ = ["Following", "Sink", "Source", "check_sink", "check_teller"]
 
 
 @runtime_checkable
@@ -67,15 +67,32 @@ def check_sink(sink: Any) -> Any:
     return sink
 
 
+def check_teller(rank: Any, process_set: Any) -> None:
+    """Check that a rank can tell of the steps of a process set.
+
+    Raises:
+        ConfigError: no rank, or one that is not in the set and so sees nothing of them.
+    """
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 0:
+        raise ConfigError(f"rank={rank!r} must be the number of a rank")
+    members = getattr(process_set, "ranks", None)
+    if members is not None and rank not in members:
+        raise ConfigError(
+            f"rank={rank} is to tell of the steps, but they are those of the process set of ranks "
+            f"{list(members)}; pass rank={min(members, default=0)}"
+        )
+
+
 class Following:
-    """Sinks that follow a run, until :meth:`close`; on ranks other than 0 it does nothing.
+    """Sinks that follow a run, until :meth:`close`; on ranks that are not to tell it does nothing.
 
     Args:
         source: of the steps.
         controller: of their objective, whose decisions are told as well; None for none.
         sinks: what is told.
         about: gives what ``begin`` is told.
-        rank: gives this rank's number, as it is by then: an elastic job's ranks change.
+        tells: whether it is this rank that tells; asked again when an elastic job's ranks change.
+        size: gives the number of ranks.
         closes: whether to close the sinks with it.
 
     Raises:
@@ -91,21 +108,21 @@ class Following:
         sinks: tuple[Any, ...],
         *,
         about: Callable[[], Mapping[str, Any]],
-        rank: Callable[[], int],
+        tells: Callable[[], bool],
         size: Callable[[], int] = lambda: 1,
         closes: bool = True,
     ) -> None:
         self.sinks = [check_sink(sink) for sink in sinks]
         self._all = tuple(self.sinks)
         self._source, self._controller = source, controller
-        self._about, self._rank, self._size = about, rank, size
+        self._about, self._tells, self._size = about, tells, size
         self._closes = closes
         self._open, self._listening, self._begun = True, False, False
         following(self)
         self._attach()
 
     def _attach(self) -> None:
-        if not self._open or self._listening or self._rank() != 0:
+        if not self._open or self._listening or not self._tells():
             return
         self._source.listen(self._step)  # raises what is wrong before anything is told
         self._listening = True
@@ -127,10 +144,10 @@ class Following:
             self._controller.on_decision.remove(self._decision)
 
     def renew(self) -> None:
-        """Follow on the rank that is the first one now."""
+        """Follow on the rank that tells now."""
         if not self._open:
             return
-        if self._rank() != 0:
+        if not self._tells():
             self._detach()
             return
         if self._begun:

@@ -104,7 +104,7 @@ class Recorder:
             recorder.follow(optimizer)
             train()
 
-    Only rank 0 writes; on other ranks everything here does nothing. The file can be read at any time
+    Only one rank writes; on others everything here does nothing. The file can be read at any time
     (:func:`hvdloss.report.read`, ``hvdloss report``), after a crash as well, and only its owner can. Without
     ``with`` it is closed when the process ends. What goes wrong with the file is a warning, once; training
     goes on.
@@ -121,10 +121,11 @@ class Recorder:
         max_bytes: the same bound in bytes, for many ranks.
         exists: what to do if there is such a file: ``"raise"``, ``"append"`` (a run that is taken up again),
             or ``"replace"``.
+        rank: which one writes, counted among all ranks; it must be in the optimizer's process set.
 
     Raises:
-        ConfigError: an argument that cannot be used. ``follow`` raises it on rank 0 where the file exists or
-            cannot be made.
+        ConfigError: an argument that cannot be used. ``follow`` raises it on that rank where the file exists
+            or cannot be made.
 
     Collectives: none.
     """
@@ -140,6 +141,7 @@ class Recorder:
         recent: int = 200,
         max_bytes: int = 32 << 20,
         exists: str = "raise",
+        rank: int = 0,
     ) -> None:
         self.path = Path(path)
         for word, value, least in (
@@ -158,6 +160,7 @@ class Recorder:
         self.name, self.settings = name, dict(settings or {})
         self.classes = None if classes is None else [str(one) for one in classes]
         self.max_steps, self.recent, self.max_bytes, self.exists = max_steps, recent, max_bytes, exists
+        self.rank = rank
         #: Steps that were not written, since the queue was full; and events, of which there were too many.
         self.left_out = 0
         self._following: Following | None = None

@@ -419,13 +419,13 @@ class Notes:
         self.closed += 1
 
 
-def following(source, *sinks, rank=0, **options):
-    return Following(source, Controller(), sinks, about=lambda: ABOUT, rank=lambda: rank, **options)
+def following(source, *sinks, tells=True, **options):
+    return Following(source, Controller(), sinks, about=lambda: ABOUT, tells=lambda: tells, **options)
 
 
-def test_sinks_are_told_on_rank_0_until_the_end():
+def test_sinks_are_told_on_one_rank_until_the_end():
     source, notes, other = Steps(), Notes(), Notes()
-    with following(source, notes), following(source, other, rank=1):
+    with following(source, notes), following(source, other, tells=False):
         source.go(1)
         source.go(2)
     source.go(3)
@@ -455,17 +455,19 @@ def test_what_is_no_sink_is_refused():
         following(Steps(), Notes)
 
 
-def test_when_the_ranks_change_the_first_one_is_told(tmp_path):
-    source, rank = Steps(), [1]
+def test_when_the_ranks_change_another_one_is_told(tmp_path):
+    source, first = Steps(), [False]
     recorder = Recorder(tmp_path / "a.jsonl")
-    follows = Following(source, None, (recorder,), about=lambda: ABOUT, rank=lambda: rank[0], size=lambda: 3)
+    follows = Following(
+        source, None, (recorder,), about=lambda: ABOUT, tells=lambda: first[0], size=lambda: 3
+    )
     source.go(1)
-    rank[0] = 0
+    first[0] = True
     follows.renew()
     source.go(2)
     follows.renew()
     source.go(3)
-    rank[0] = 2
+    first[0] = False
     follows.renew()
     source.go(4)
     follows.close()
