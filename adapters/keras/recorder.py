@@ -28,7 +28,7 @@ class FollowCallback(keras.callbacks.Callback):
     Args:
         sinks: objects with ``step(report)`` and ``close()``: see :class:`hvdloss.report.Sink`. They are
             closed when ``fit`` is over; if it raises, when the process ends, or by whoever made them.
-        rank: which one tells, counted among all ranks; it must be in the optimizer's process set.
+        rank: which one tells, counted among all ranks, if it is in the optimizer's process set.
 
     Raises:
         ConfigError: a sink that lacks a method; in ``fit``, a model that was not compiled with a

@@ -40,7 +40,7 @@ def following(
 ) -> Following:
     """Return what follows; see :func:`follow`."""
     books = _books(steps)
-    check_teller(rank, _group(books))
+    check_teller(rank)
     own = getattr(steps, "settings", None)
 
     def about() -> dict[str, Any]:
@@ -70,7 +70,7 @@ def follow(steps: Any, *sinks: Any, rank: int = 0) -> Following:
         steps: the :class:`Objective` of a ``DistributedGradientTape``, or an optimizer from
             :func:`DistributedOptimizer`; before a ``tf.function`` that holds its steps is traced.
         sinks: objects with ``step(report)`` and ``close()``: see :class:`hvdloss.report.Sink`.
-        rank: which one tells, counted among all ranks; it must be in the process set of the steps.
+        rank: which one tells, counted among all ranks, if it is in the process set of the steps.
 
     Returns:
         what follows, as long as the objective lives, until its ``close()`` or the end of its ``with``; that

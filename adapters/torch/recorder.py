@@ -35,7 +35,7 @@ def _tells(rank: int, process_set: Any) -> bool:
 def _follow(steps: Any, sinks: tuple[Any, ...], rank: int, closes: bool) -> Following:
     engine = _engine(steps)
     group, objective = engine.process_set, engine.objective
-    check_teller(rank, group)
+    check_teller(rank)
 
     def about() -> dict[str, Any]:
         return record.about_run(hvd, "torch", objective.settings(), objective.controller, group.size())
@@ -62,7 +62,7 @@ def follow(optimizer: Any, *sinks: Any, rank: int = 0) -> Following:
     Args:
         optimizer: from :func:`DistributedOptimizer` with an objective; or that objective.
         sinks: objects with ``step(report)`` and ``close()``: see :class:`hvdloss.report.Sink`.
-        rank: which one tells, counted among all ranks; it must be in the optimizer's process set.
+        rank: which one tells, counted among all ranks, if it is in the optimizer's process set.
 
     Returns:
         what follows, as long as the optimizer lives, until its ``close()`` or the end of its ``with``; that

@@ -24,7 +24,7 @@ from typing import IO, Any
 from hvdloss._version import __version__
 from hvdloss.errors import ConfigError, UsageError
 from hvdloss.private import make_folder, open_private
-from hvdloss.report.following import Following
+from hvdloss.report.following import Following, check_teller
 from hvdloss.report.schema import FORMAT, TEXT_MOST, checked, encoded, plain, scrubbed
 from hvdloss.report.steps import RankReport, StepReport
 from hvdloss.term import Decision
@@ -121,7 +121,8 @@ class Recorder:
         max_bytes: the same bound in bytes, for many ranks.
         exists: what to do if there is such a file: ``"raise"``, ``"append"`` (a run that is taken up again),
             or ``"replace"``.
-        rank: which one writes, counted among all ranks; it must be in the optimizer's process set.
+        rank: which one writes, counted among all ranks. Of a process set that it is not in nothing is
+            recorded: where sets train models of their own, name a rank of each.
 
     Raises:
         ConfigError: an argument that cannot be used. ``follow`` raises it on that rank where the file exists
@@ -160,6 +161,7 @@ class Recorder:
         self.name, self.settings = name, dict(settings or {})
         self.classes = None if classes is None else [str(one) for one in classes]
         self.max_steps, self.recent, self.max_bytes, self.exists = max_steps, recent, max_bytes, exists
+        check_teller(rank)
         self.rank = rank
         #: Steps that were not written, since the queue was full; and events, of which there were too many.
         self.left_out = 0

@@ -21,7 +21,7 @@ RANKED = ("weight", "elements", "micro_batches", "communication", "computation",
 
 def folder():
     made = tempfile.mkdtemp() if hvd.rank() == 0 else None
-    return Path(hvd.broadcast_object(made, root_rank=0))
+    return Path(hvd.broadcast_object(made, root_rank=0, name="folder"))
 
 
 def check(path, reports):

@@ -23,7 +23,7 @@ __all__ = ["before_case"]
 def folder():
     """A folder that all ranks know; rank 0 makes it."""
     made = tempfile.mkdtemp() if hvd.rank() == 0 else None
-    return Path(hvd.broadcast_object(made, root_rank=0))
+    return Path(hvd.broadcast_object(made, root_rank=0, name="folder"))
 
 
 def parts(terms=(), **options):
@@ -131,9 +131,13 @@ def case_any_sink_follows_on_the_rank_that_is_asked_for():
     with pytest.raises(ConfigError, match="neither from hvdloss"):
         hvd.follow(torch.optim.SGD(model.parameters(), lr=1.0), first)
     alone = hvd.add_process_set([last])
-    _, _, only = parts(process_set=alone)
-    with pytest.raises(ConfigError, match=f"pass rank={last}"):
-        hvd.Recorder(folder() / "x.jsonl").follow(only)
+    net, objective, only = parts(process_set=alone)
+    none, there = Notes(), Notes()
+    with hvd.follow(only, none), hvd.follow(only, there, rank=last):
+        if hvd.rank() == last:
+            train(net, objective, only, 2)
+    assert len(none.steps) == (2 if last == 0 else 0)
+    assert len(there.steps) == (2 if hvd.rank() == last else 0)
     hvd.remove_process_set(alone)
 
 
