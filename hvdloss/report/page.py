@@ -22,7 +22,7 @@ from hvdloss._version import __version__
 from hvdloss.extras import library
 from hvdloss.report.charts import DARK, LIGHT, Chart, charts_of, comparison_chart
 from hvdloss.report.reading import Record
-from hvdloss.report.summary import Summary, class_table, hardest, summarize
+from hvdloss.report.summary import Summary, class_table, hardest, is_number, summarize
 
 __all__ = ["Cell", "Run", "Table", "html", "number", "run_of", "seconds", "table_of_runs"]
 
@@ -37,8 +37,8 @@ def number(value: Any, digits: int = 4) -> str:
     """Return a number as people read it; a dash for what is not known."""
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return "–"
-    if isinstance(value, bool | str):
-        return str(value)
+    if isinstance(value, bool | str) or not is_number(value):
+        return str(value)[:40]
     if abs(value) < 1e15 and float(value).is_integer():
         return f"{int(value):,}".replace(",", "\u202f")  # a narrow space
     return f"{value:.{digits}g}"
@@ -310,7 +310,7 @@ def epochs_table(record: Record) -> Table | None:
 
 
 def _scalar(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) else None
+    return float(value) if is_number(value) else None
 
 
 def table_of_runs(records: Sequence[Record]) -> Table:

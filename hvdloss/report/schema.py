@@ -226,15 +226,13 @@ _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udff
 
 
 def _clean(value: Any) -> Any:
-    """Return a value whose texts neither command a terminal nor break a page."""
+    """Return a value whose texts neither command a terminal nor break a page; None for NaN."""
     if isinstance(value, str):
         return _CONTROL.sub("\ufffd", value)
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None  # Python reads NaN, which is no JSON
     if isinstance(value, list):
-        return (
-            [_clean(one) for one in value]
-            if any(isinstance(one, str | list | dict) for one in value)
-            else value
-        )
+        return [_clean(one) for one in value]
     if isinstance(value, dict):
         return {_CONTROL.sub("\ufffd", key): _clean(one) for key, one in value.items()}
     return value

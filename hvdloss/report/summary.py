@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from hvdloss.report.reading import Record
 
-__all__ = ["Hardest", "RankRow", "Summary", "bins", "class_table", "hardest", "summarize"]
+__all__ = ["Hardest", "RankRow", "Summary", "bins", "class_table", "hardest", "is_number", "summarize"]
 
 Array = npt.NDArray[np.float64]
 
@@ -136,17 +136,19 @@ def summarize(record: Record) -> Summary:
         decisions=len(record.decisions),
         faults=len(record.faults),
         epochs=len(record.epochs),
-        metrics={k: float(v) for k, v in metrics.items() if _is_number(v)},
+        metrics={k: float(v) for k, v in metrics.items() if is_number(v)},
         rows=rows,
     )
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def is_number(value: Any) -> bool:
+    """Return whether a plain value is a number that a float can hold."""
+    # Not math.isfinite, which raises for integers that no float holds.
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1e308 < value < 1e308
 
 
 def _known(value: Any) -> float | None:
-    return float(value) if _is_number(value) else None
+    return float(value) if is_number(value) else None
 
 
 def _mean(values: Array) -> float:
@@ -254,7 +256,7 @@ def hardest(record: Record, most: int = 12) -> list[Hardest]:
         items = [
             (str(item.get("label")), float(item["value"]))
             for item in line["items"]
-            if _is_number(item.get("value"))
+            if is_number(item.get("value"))
         ]
         out.append(_ordered(line["measure"], line["what"], bool(line.get("lowest")), items, most))
     table = class_table(record)
@@ -264,7 +266,7 @@ def hardest(record: Record, most: int = 12) -> list[Hardest]:
         if rates is None:
             continue
         labels = names if len(names) == len(rates) else [str(i) for i in range(len(rates))]
-        items = [(label, float(rate)) for label, rate in zip(labels, rates, strict=True) if _is_number(rate)]
+        items = [(label, float(rate)) for label, rate in zip(labels, rates, strict=True) if is_number(rate)]
         lowest = any(word in name.lower() for word in _HIGH_IS_GOOD)
         out.append(_ordered(measure, "class", lowest, items, most))
     return [one for one in out if one.items]
@@ -279,10 +281,10 @@ def _by_class(name: str, value: Any) -> tuple[list[Any] | None, str]:
     """Return one number per class of a metric, and what they are; None for metrics that have none."""
     if not isinstance(value, list) or len(value) < 2:
         return None, name
-    if all(one is None or _is_number(one) for one in value):
+    if all(one is None or is_number(one) for one in value):
         return value, name
     square = all(
-        isinstance(row, list) and len(row) == len(value) and all(_is_number(x) and x >= 0 for x in row)
+        isinstance(row, list) and len(row) == len(value) and all(is_number(x) and x >= 0 for x in row)
         for row in value
     )
     if not square:

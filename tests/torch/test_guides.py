@@ -43,6 +43,14 @@ def test_terms():
     assert names["objective"].terms[0].name == "padding"
 
 
+def test_report(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = run("report.md")
+    assert (names["record"].status, len(names["record"].steps)) == ("finished", 10)
+    again = names["hvdloss"].report.read("runs/by-class.jsonl")
+    assert again.epochs[0]["metrics"]["recall"] == names["values"]["recall"].tolist()
+
+
 def test_watch():
     assert run("watch.md")["optimizer"].last_step.step == 4
 
