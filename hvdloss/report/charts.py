@@ -8,6 +8,7 @@ each chart is drawn for a wide page and for a phone.
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 import re
@@ -508,7 +509,7 @@ def charts_of(record: Record, prefix: str = "") -> dict[str, list[Chart]]:
                 f"{prefix}hardest{number}",
                 f"The hardest: {one.what} by {one.measure}; worst is {one.items[0][0]} with "
                 f"{one.items[0][1]:.4g}.",
-                lambda canvas, one=one: _draw_hardest(canvas, one),
+                functools.partial(_draw_hardest, found=one),
             )
             for number, one in enumerate(found[:4])
         ]
@@ -609,8 +610,6 @@ def _for_page(svg: bytes, name: str, label: str, titles: dict[str, str]) -> str:
             if child.tag in (f"{{{_SVG}}}style", f"{{{_SVG}}}metadata"):
                 parent.remove(child)
     for element in root.iter():
-        if not isinstance(element.tag, str):  # a comment
-            continue
         _without_style(element)
         own = element.get("id")
         if own in titles:

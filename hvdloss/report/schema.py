@@ -207,7 +207,7 @@ def _checked(line: Any, where: str, first: bool) -> dict[str, Any] | None:
     if not isinstance(kind, str) or kind not in KINDS:
         return None
     if kind != "step":  # whose texts nobody shows
-        line = _clean(line)
+        line = {key: _clean(one) for key, one in line.items()}
     needed, allowed = KINDS[kind]
     _check(line, {**_EVERY, **needed}, allowed, f"{where} ({kind})")
     if kind == "step":
@@ -219,7 +219,7 @@ def _checked(line: Any, where: str, first: bool) -> dict[str, Any] | None:
         names, width = line.get("names"), len(line["counts"][0]) if line["counts"] else 0
         if names is not None and len(names) != width:
             raise ConfigError(f"{where} (classes): {len(names)} names of {width} classes")
-    return line
+    return dict(line)
 
 
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
