@@ -322,7 +322,7 @@ def _draw_lanes(canvas: Canvas, record: Record) -> Any:
     figure = canvas.figure((110 if canvas.narrow else 74) + lane * len(ranks))
     axes = figure.subplots(len(ranks), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
     edges = [*(float(steps[one.start]) for one in slices), float(steps[-1]) + (1 if len(slices) == 1 else 0)]
-    highest = 0.0
+    tall: list[float] = []
     for axis, rank in zip(axes, ranks, strict=True):
         below = np.zeros(len(slices))
         for part, name, label in zip(parts, _PARTS, _PART_LABELS, strict=True):
@@ -337,14 +337,17 @@ def _draw_lanes(canvas: Canvas, record: Record) -> Any:
                 label=label if rank == ranks[0] else None,
             )
             below = below + means
-        highest = max(highest, float(below[1:].max() if len(below) > 3 else below.max()))
+        tall += below.tolist()
         axis.set_ylabel(f"rank {rank}", rotation=0, ha="right", va="center", labelpad=10)
         axis.yaxis.set_major_locator(MaxNLocator(2))
         axis.yaxis.set_major_formatter(FuncFormatter(amount))
-    if highest > 0:
-        axes[0].set_ylim(0, highest * 1.08)
+    # A first step, or a pause, takes a hundred times as long: the others shall be seen.
+    top, most = float(max(tall)), 2 * float(np.percentile(tall, 95))
+    if top > 0:
+        axes[0].set_ylim(0, 1.08 * (most if 0 < most < top else top))
+    cut = "; tall ones are cut off" if 0 < most < top else ""
     axes[-1].set_xlabel(
-        "step; each lane's height is milliseconds a step" if not canvas.narrow else "step (heights: ms)"
+        ("step (heights: ms)" if canvas.narrow else "step; each lane's height is milliseconds a step") + cut
     )
     axes[-1].xaxis.set_major_formatter(FuncFormatter(amount))
     axes[-1].locator_params(axis="x", nbins=5)
@@ -412,7 +415,7 @@ def _plot_heat(canvas: Canvas, axis: Any, record: Record, most_ranks: int = 32) 
             canvas.title(
                 cell, f"rank {rank}, class {names[columns[column]][:60]}: {100 * share:.3g} % of the rank"
             )
-            if numbers:
+            if numbers and share >= 0.005:
                 axis.text(
                     column + 0.5, rank + 0.5, f"{100 * share:.0f}", ha="center", va="center", fontsize=11
                 )

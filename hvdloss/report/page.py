@@ -76,6 +76,8 @@ def moment(value: float) -> str:
 
 def short(value: Any) -> str:
     """Return any plain value in one line."""
+    if value is None or value in ([], {}, ""):
+        return "–"
     if isinstance(value, list | dict):
         text = json.dumps(value, ensure_ascii=False)
     else:
