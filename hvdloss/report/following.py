@@ -112,8 +112,10 @@ class Following:
         self._about, self._tells, self._size = about, tells, size
         self._closes = closes
         self._open, self._listening, self._begun = True, False, False
-        following(self)
         self._attach()
+        # Lives as long as what it follows, also where it only waits to be the one that tells.
+        vars(source).setdefault("followers", []).append(self)
+        following(self)
 
     def _attach(self) -> None:
         if not self._open or self._listening or not self._tells():
@@ -125,10 +127,8 @@ class Following:
         if not self._begun:
             self._begun = True
             self._tell("begin", lambda: (self._about(),))
-        _alive.add(self)
 
     def _detach(self) -> None:
-        _alive.discard(self)
         if not self._listening:
             return
         self._listening = False
@@ -193,6 +193,7 @@ class Following:
             return
         self._open = False
         self._detach()
+        vars(self._source)["followers"].remove(self)
         if self._closes:
             self.sinks = list(self._all) if self._begun else []  # those that failed have files to close, too
             self._tell("close", tuple)
@@ -204,7 +205,3 @@ class Following:
         if error is not None:
             self.fault(error)
         self.close()
-
-
-#: Those that listen, so that nobody need keep what `follow` returns.
-_alive: set[Following] = set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import math
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 import warnings
+import weakref
 
 import numpy as np
 import pytest
@@ -446,6 +448,19 @@ def test_a_sink_that_fails_is_told_no_more_and_training_goes_on():
     follows.close()
     assert good.seen == [1, 2]
     assert (bad.closed, good.closed) == (1, 1)
+
+
+def test_following_lives_and_ends_with_what_it_follows():
+    source, notes = Steps(), Notes()
+    following(source, notes)  # nobody keeps it
+    waits = weakref.ref(following(source, Notes(), tells=False))
+    gc.collect()
+    source.go(1)
+    assert notes.seen == [1]
+    assert waits() is not None
+    del source
+    gc.collect()
+    assert waits() is None
 
 
 def test_what_is_no_sink_is_refused():
