@@ -191,6 +191,16 @@ class Progress:
                 print(f"  {100 * self.done // self.total:3d} %  {line}", flush=True)
 
 
+# -- records ------------------------------------------------------------------------------------------
+
+
+def recorder(hvd: Any, args: argparse.Namespace, **options: Any) -> Any:
+    """Return a recorder of an example's run: ``hvdloss report runs/NAME`` makes a page of what it writes."""
+    settings = {k: v for k, v in vars(args).items() if k not in ("name", "output", "quiet", "json")}
+    path = args.output / "run.jsonl"
+    return hvd.Recorder(path, name=args.name, settings=settings, exists="replace", **options)
+
+
 # -- what a run leaves --------------------------------------------------------------------------------
 
 

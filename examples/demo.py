@@ -1,8 +1,8 @@
 """Run the examples under horovodrun, one after the other, and sum up what they show.
 
 Each trains on real data on several ranks of this machine: with hvdloss, with Horovod's plain averaging of
-local means, and in one process. Tables, numbers and pictures go to runs/. The exit status is 0 only if
-hvdloss's gradient was one process's in all of them.
+local means, and in one process. Tables, numbers, pictures, and each run's record and page go to runs/. The
+exit status is 0 only if hvdloss's gradient was one process's in all of them.
 """
 
 from __future__ import annotations
@@ -90,6 +90,7 @@ def main() -> int:
         console.rule(f"{number + 1}. {job.script}.py on {args.np or job.size} ranks", align="left")
         results.append(run(job, args.np or job.size, args, launcher, console))
     summarise(results, console)
+    show_reports([args.output / result.script / "run.jsonl" for result in results if result.numbers])
     return 1 if any(r.failure and not r.failure.startswith("skipped") for r in results) else 0
 
 
@@ -244,6 +245,19 @@ def summarise(results: list[Result], console: Console) -> None:
         print("Pictures of the loss curves:")
         for picture in filter(None, pictures):
             print(f"  {picture}")
+
+
+def show_reports(records: list[Path]) -> None:
+    """Make the page of every run that was recorded, and print their places."""
+    pages = []
+    for record in filter(Path.exists, records):
+        command = [sys.executable, "-m", "hvdloss.cli", "report", str(record)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        pages.append(done.stdout.strip() or f"no page of {record}: {done.stderr.strip()}")
+    if pages:
+        print("Pages of the runs, from their records (`hvdloss report` compares several):")
+        for page in pages:
+            print(f"  {page}")
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from _common import (
     Watch,
     conclude,
     options,
+    recorder,
     relative,
     split,
     told_by_all,
@@ -46,7 +47,11 @@ def train(job: Job, model: keras.Model, watch: keras.callbacks.Callback) -> None
     """Train on this rank's samples. But for `watch`, this is all one has to write."""
     optimizer = hvd.DistributedOptimizer(make_optimizer())
     model.compile(optimizer, loss=hvd.Objective("cross_entropy"), weighted_metrics=["accuracy"])
-    callbacks = [hvd.callbacks.BroadcastGlobalVariablesCallback(0), hvd.callbacks.MetricAverageCallback()]
+    callbacks = [
+        hvd.callbacks.BroadcastGlobalVariablesCallback(0),
+        hvd.callbacks.MetricAverageCallback(),
+        hvd.callbacks.FollowCallback(recorder(hvd, job.args)),
+    ]
     job.fit(model, job.batches(hvd.rank()), [*callbacks, watch])
 
 

@@ -32,6 +32,7 @@ from _common import (
     conclude,
     options,
     outcome,
+    recorder,
     split,
     told_by_all,
 )
@@ -44,6 +45,7 @@ def train(job: Job, W: tf.Variable, b: tf.Variable, watch: Watch) -> None:
     """Train on this rank's samples. But for `watch`, this is all one has to write."""
     hvd.broadcast_variables([W, b], root_rank=0)
     objective = hvd.Objective("mse")
+    record = recorder(hvd, job.args).follow(objective)
 
     @tf.function(reduce_retracing=True)
     def step(x: tf.Tensor, y: tf.Tensor, weight: tf.Tensor) -> list[tf.Tensor]:
@@ -59,6 +61,7 @@ def train(job: Job, W: tf.Variable, b: tf.Variable, watch: Watch) -> None:
         for x, y, weight in job.batches(epoch):  # this rank's own, of any length
             watch.used = step(x, y, weight)
             watch(objective.last_step)  # its .loss is that of all ranks' samples
+    record.close()
 
 
 def train_plainly(job: Job, W: tf.Variable, b: tf.Variable, watch: Watch) -> None:

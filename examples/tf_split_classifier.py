@@ -39,6 +39,7 @@ from _common import (
     conclude,
     options,
     outcome,
+    recorder,
     split,
     told_by_all,
 )
@@ -115,9 +116,11 @@ def train(job: Job, step: Callable[..., Step], watch: Callable[..., Any]) -> Non
     loss = hvd.ShardedCrossEntropy(head.shards, process_set=job.groups.model)
     objective = hvd.Objective(loss, process_set=job.groups.data)  # ranks that hold the same part of the model
     one_step = step(model, objective, lambda tape: hvd.DistributedGradientTape(tape, objective))
+    record = recorder(hvd, job.args).follow(objective)
     for batch in job.batches():
         one_step(*batch)
         watch(objective.last_step)
+    record.close()
 
 
 def train_plainly(job: Job, step: Callable[..., Step], watch: Callable[..., Any]) -> None:

@@ -15,29 +15,42 @@ import numpy as np
 import torch
 from torch import nn
 
+import hvdloss
 import hvdloss.torch as hvd
-from _common import Shards, Watch, at_least, options, split
+from _common import Shards, Watch, at_least, options, recorder, split
 from _torch import DTYPES, Job, compare, weighted_mean
+from hvdloss.metrics import Accuracy, Recall
 
 
 def train(job: Job, model: nn.Module, watch: Watch) -> None:
     """Train on this rank's samples. But for `watch`, this is all one has to write."""
     hvd.broadcast_parameters(model.state_dict(), root_rank=0)
-    objective = hvd.Objective("cross_entropy")
+    terms = (
+        hvdloss.CommunicationCost(),
+        hvdloss.DataSkew(classes=10),
+    )  # measured; at no price they do nothing
+    objective = hvd.Objective("cross_entropy", terms=terms)
     optimizer = hvd.DistributedOptimizer(
         make_optimizer(model),
         model.named_parameters(),
         objective=objective,
         backward_passes_per_step=job.most_micro_batches(),  # other ranks may have fewer
     )
+    metrics = hvd.Metrics({"accuracy": Accuracy(10), "recall": Recall(10, average=None)})
+    record = recorder(hvd, job.args).follow(optimizer)
     for epoch in range(job.args.epochs):
+        metrics.reset()
         for micro_batches in job.micro_batches(epoch):
             optimizer.zero_grad()
             for x, y, weight in micro_batches:  # this rank's own, as many and as long as they are
-                loss = objective(model(x), y, weight)
+                prediction = model(x)
+                loss = objective(prediction, y, weight)
                 loss.backward()
+                metrics.update(prediction, y)
             optimizer.step()
             watch(optimizer.last_step)  # its .loss is that of all ranks' samples
+        record.epoch(metrics=metrics.compute())
+    record.close()
 
 
 def make_model() -> nn.Module:

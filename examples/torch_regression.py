@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import hvdloss.torch as hvd
-from _common import Shards, Watch, options, split
+from _common import Shards, Watch, options, recorder, split
 from _torch import DTYPES, Job, compare, weighted_mean
 
 
@@ -24,6 +24,7 @@ def train(job: Job, model: nn.Module, watch: Watch) -> None:
     hvd.broadcast_parameters(model.state_dict(), root_rank=0)
     objective = hvd.Objective("mse")
     optimizer = hvd.DistributedOptimizer(make_optimizer(model), model.named_parameters(), objective=objective)
+    record = recorder(hvd, job.args).follow(optimizer)
     for epoch in range(job.args.epochs):
         for x, y, weight in job.batches(epoch):  # this rank's own, of any length
             optimizer.zero_grad()
@@ -31,6 +32,7 @@ def train(job: Job, model: nn.Module, watch: Watch) -> None:
             loss.backward()
             optimizer.step()
             watch(optimizer.last_step)  # its .loss is that of all ranks' samples
+    record.close()
 
 
 def make_model() -> nn.Module:

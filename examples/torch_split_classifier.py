@@ -34,6 +34,7 @@ from _common import (
     at_least,
     conclude,
     options,
+    recorder,
     split,
     told_by_all,
 )
@@ -69,6 +70,7 @@ def train(job: SplitJob, model: nn.Sequential, watch: Watch) -> None:
         objective=objective,
         process_set=job.groups.data,  # ranks that hold the same part of the model
     )
+    record = recorder(hvd, job.args).follow(optimizer)
     for epoch in range(job.args.epochs):
         for x, y, weight in job.batches(epoch):
             optimizer.zero_grad()
@@ -76,6 +78,7 @@ def train(job: SplitJob, model: nn.Sequential, watch: Watch) -> None:
             loss.backward()
             optimizer.step()
             watch(optimizer.last_step)
+    record.close()
 
 
 def train_plainly(job: SplitJob, model: nn.Sequential, watch: Watch) -> None:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from hvdloss.communicator import Communicator
 from hvdloss.errors import ConfigError
 from hvdloss.ledger import WIDTH
-from hvdloss.report import TermReport
+from hvdloss.report.steps import TermReport
 from hvdloss.term import Act, Batch, Closed, Decision, Term, Travel, check_price
 
 __all__ = ["Controller"]

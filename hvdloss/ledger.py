@@ -8,6 +8,7 @@ ranks is then the table of all ledgers, known to every rank alike.
 
 from __future__ import annotations
 
+import operator
 from dataclasses import astuple, dataclass, fields
 
 import numpy as np
@@ -94,7 +95,8 @@ class Ledger:
 
     def merge(self, other: Ledger) -> Ledger:
         """Return the ledger of both parts together."""
-        return Ledger(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+        # Not astuple, which copies deeply: every follower of a run has this done in every step.
+        return Ledger(*map(operator.add, vars(self).values(), vars(other).values()))
 
     def finish(self, reduction: str) -> float:
         """Return the loss of the elements of this ledger; NaN where there is no weight."""

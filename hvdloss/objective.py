@@ -206,6 +206,10 @@ class ObjectiveBase(Generic[Row]):
             self._listeners.append(weakref.ref(listener))
         self.passes = passes
 
+    def listeners(self) -> list[Listener[Row]]:
+        """Return the optimizers that are told of each backward pass."""
+        return [one for ref in self._listeners if (one := ref()) is not None]
+
     def announce(self, row: Row) -> None:
         """Tell all listeners that a backward pass begins whose ledger row is `row`."""
         for ref in self._listeners:

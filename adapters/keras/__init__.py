@@ -30,6 +30,7 @@ from hvdloss.keras.losses import Objective
 from hvdloss.keras.metrics import merged_results, synchronized
 from hvdloss.keras.optimizer import DistributedOptimizer, PartialDistributedOptimizer
 from hvdloss.keras.rates import WarmupSchedule
+from hvdloss.keras.recorder import Recorder, follow
 from hvdloss.keras.seeds import seed_everything
 from hvdloss.keras.sharded import ShardedCrossEntropy, ShardedDense, full_weights, load_full_weights
 from hvdloss.keras.stream import StreamDataset
@@ -61,6 +62,7 @@ __all__ = [
     "PartialDistributedOptimizer",
     "Preemption",
     "RankReport",
+    "Recorder",
     "ShardedCrossEntropy",
     "ShardedDataset",
     "ShardedDense",
@@ -74,6 +76,7 @@ __all__ = [
     "broadcast_global_variables",
     "callbacks",
     "check_synchronized",
+    "follow",
     "full_weights",
     "grid",
     "lime_weights",

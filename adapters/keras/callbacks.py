@@ -14,6 +14,7 @@ import keras
 from hvdloss.errors import ConfigError
 from hvdloss.keras._backend import hvd
 from hvdloss.keras.metrics import merged_results, states
+from hvdloss.keras.recorder import FollowCallback, RecorderCallback
 from hvdloss.keras.seeds import seed_everything
 from hvdloss.keras.training import SynchronizationCallback
 from hvdloss.private import open_private
@@ -23,10 +24,12 @@ from hvdloss.training.seeds import seed_for
 __all__ = [
     "BestModelCheckpoint",
     "BroadcastGlobalVariablesCallback",
+    "FollowCallback",
     "LearningRateScheduleCallback",
     "LearningRateWarmupCallback",
     "MetricAverageCallback",
     "PreemptionCallback",
+    "RecorderCallback",
     "SeedCallback",
     "SynchronizationCallback",
     "TrackerCallback",

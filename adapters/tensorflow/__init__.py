@@ -24,6 +24,7 @@ from hvdloss.tensorflow.metrics import Metrics
 from hvdloss.tensorflow.objective import Objective
 from hvdloss.tensorflow.optimizer import DistributedOptimizer
 from hvdloss.tensorflow.preemption import Preemption
+from hvdloss.tensorflow.recorder import Recorder, follow
 from hvdloss.tensorflow.sharded import (
     ArcFace,
     ClassShards,
@@ -55,9 +56,11 @@ __all__ = [
     "PartialDistributedGradientTape",
     "Preemption",
     "RankReport",
+    "Recorder",
     "ShardedCrossEntropy",
     "StepReport",
     "check_synchronized",
+    "follow",
     "grid",
     "lime_weights",
     "merged_value",

@@ -19,7 +19,7 @@ from hvdloss.control.compression import AdaptiveCompression
 from hvdloss.control.period import period_of
 from hvdloss.control.weights import Proximal
 from hvdloss.controller import Controller
-from hvdloss.errors import ConfigError
+from hvdloss.errors import ConfigError, UsageError
 from hvdloss.ledger import COLUMN, FAULTS, NONFINITE, WIDTH, judge, offenders, unpack
 from hvdloss.reduction import MEASURED
 from hvdloss.report import StepReport
@@ -93,6 +93,8 @@ class Books:
         self._error: BaseException | None = None  # why it cannot go on
         self.process_set: Any = None  # of the ranks; set by those who exchange
         self.choices: dict[str, Any] = {}  # of how gradients travel, for the report
+        self.listeners: list[Callable[[StepReport], None]] = []
+        self.silent = False  # whether a step was traced in which nobody listened
 
         following(self)
 
@@ -394,7 +396,53 @@ class Books:
             kept.append(self._counts.assign(past + told, read_value=False))
         if state is not None and self._state is not None:
             kept.append(self._state.assign(state, read_value=False))
-        return kept
+        return kept + self._tell(table, kept)
+
+    # -- those who follow -------------------------------------------------------------------------
+
+    def listen(self, listener: Callable[[StepReport], None]) -> None:
+        """Have `listener` called with the report of every step that is finished from now on.
+
+        Raises:
+            UsageError: a ``tf.function`` with a step in it was traced already, when nobody listened, so that
+                nothing in it tells of steps. Keras's callback has ``fit`` traced anew.
+        """
+        if self.silent and not self.listeners:
+            raise UsageError(
+                "steps of this objective were traced in a tf.function before anybody followed them; call "
+                "recorder.follow(objective) before the first step, or make the tf.function anew after it"
+            )
+        self.listeners.append(listener)
+
+    def _tell(self, table: tf.Tensor, kept: list[Any]) -> list[Any]:
+        """Tell those who follow of the step that `kept` keeps; in a graph, return what does it.
+
+        Nothing is added to a graph that is traced while nobody listens.
+        """
+        if tf.executing_eagerly():
+            if self.listeners:
+                self._told_of(self.report(self.reduction))
+            return []
+        if not self.listeners:
+            self.silent = True
+            return []
+
+        def call(table: np.ndarray, step: np.ndarray, counts: np.ndarray) -> np.ndarray:
+            if self.listeners:
+                self._told_of(self._report(table, int(step), counts.tolist(), self.reduction))
+            return np.zeros(0)
+
+        with tf.control_dependencies([op for op in kept if op is not None]):
+            assert self._counts is not None
+            told = tf.numpy_function(
+                call, [table, self._of(2).read_value(), self._counts.read_value()], tf.float64
+            )
+        return [told.op]
+
+    def _told_of(self, report: StepReport | None) -> None:
+        if report is not None:
+            for listener in list(self.listeners):
+                listener(report)
 
     def try_close(
         self, table: tf.Tensor, step: tf.Tensor, steps: tf.Tensor, travel: Callable[[int], Travel]
@@ -459,11 +507,13 @@ class Books:
         """Return the last step's report; None before the first. Eager only."""
         if self._variables is None or not int(self._of(2)):
             return None
-        ledgers = unpack(self._of(1).numpy()[:, :WIDTH])
         counts = [] if self._counts is None else self._counts.numpy().tolist()
+        return self._report(self._of(1).numpy(), int(self._of(2)), counts, reduction)
+
+    def _report(self, table: np.ndarray, step: int, counts: list[int], reduction: str) -> StepReport:
         return StepReport.of(
-            int(self._of(2)),
-            ledgers,
+            step,
+            unpack(table[:, :WIDTH]),
             reduction,
             self.choices,
             self.controller.reports(),

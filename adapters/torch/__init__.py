@@ -25,6 +25,7 @@ from hvdloss.torch.metrics import Metrics, synchronized
 from hvdloss.torch.objective import Objective
 from hvdloss.torch.optimizer import DistributedOptimizer
 from hvdloss.torch.preemption import Preemption
+from hvdloss.torch.recorder import Recorder, follow
 from hvdloss.torch.sharded import (
     ArcFace,
     ClassShards,
@@ -64,6 +65,7 @@ __all__ = [
     "Objective",
     "Preemption",
     "RankReport",
+    "Recorder",
     "ShardedCrossEntropy",
     "ShardedLinear",
     "ShardedLoader",
@@ -72,6 +74,7 @@ __all__ = [
     "TransformedLoader",
     "broadcast_parameters",
     "check_synchronized",
+    "follow",
     "full_state_dict",
     "grid",
     "lime_weights",

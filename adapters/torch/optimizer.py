@@ -112,6 +112,8 @@ class _Engine:
         self._alone_bad = False  # whether that of a local step has gradients that are not finite
         self.skipped = 0  # updates
         self.dropped: list[int] = []  # steps, by rank
+        self.listeners: list[Callable[[StepReport], None]] = []
+        self._news = False  # whether they have not been told of the last step
         self._active = False
         self._rows: list[torch.Tensor] = []
         self._hooked: dict[int, Any] = {}
@@ -123,6 +125,39 @@ class _Engine:
             objective.attach(self, passes)
             self.controller.begin(process_set.rank(), process_set.size(), anew=True)
         following(self)
+
+    # -- those who follow -------------------------------------------------------------------------
+
+    def report(self) -> StepReport | None:
+        """Return the report of the last synchronised step; None before the first."""
+        if self.ledgers is None:
+            return None
+        choices = {**self.tuning.as_dict(), **launched(hvd), "travel": self.travel()}
+        return StepReport.of(
+            self.ledger_step,
+            self.ledgers,
+            self.objective.reduction,
+            choices,
+            self.controller.reports(),
+            nonfinite=self.objective.nonfinite,
+            skipped=self.skipped,
+            dropped=self.dropped,
+        )
+
+    def listen(self, listener: Callable[[StepReport], None]) -> None:
+        """Have `listener` called with the report of every step that is finished from now on."""
+        if not self.listeners:
+            self._news = False
+        self.listeners.append(listener)
+
+    def tell(self) -> None:
+        """Tell those who follow of the last step, once."""
+        if self.listeners and self._news:
+            self._news = False
+            report = self.report()
+            if report is not None:
+                for listener in list(self.listeners):
+                    listener(report)
 
     # -- other ranks, and going on ----------------------------------------------------------------
 
@@ -629,7 +664,7 @@ class _Engine:
             if self.verdict is None:
                 self._close(ledgers, self.step_count + 1, self._gradients_travel())
             else:  # a step that terms do not see
-                self.ledgers, self.ledger_step = ledgers, self.step_count + 1
+                self.ledgers, self.ledger_step, self._news = ledgers, self.step_count + 1, True
         except BaseException:
             self.abandon()
             raise
@@ -673,6 +708,7 @@ class _Engine:
             return False
         if isinstance(verdict, HvdlossError):
             self.step_count -= 1  # as for any other error
+            self._news = False
             raise verdict
         self.skipped += 1
         return False
@@ -701,8 +737,7 @@ class _Engine:
         if self.controller.terms:
             table = np.hstack([self._ledger_table, self._told.cpu().numpy()])
             self.controller.close(step, table, travel, self.objective.reduction)
-        self.ledgers = ledgers
-        self.ledger_step = step
+        self.ledgers, self.ledger_step, self._news = ledgers, step, True
 
     # -- local steps ------------------------------------------------------------------------------
 
@@ -929,6 +964,7 @@ class _Engine:
             self.exchange()
         elif self._apart:
             return
+        self.tell()
         if due(self.step_count, self.check_every) and self.step_count:
             named = [(self.names[id(p)], p) for p in self.parameters()]
             check_synchronized(
@@ -1102,6 +1138,7 @@ class _Exact:
         # others waiting, or there are more parameters to train.
         if engine._due or engine.unfrozen():
             engine.exchange()
+        engine.tell()
         engine._begin_step()
         self._base.zero_grad(self, set_to_none)  # type: ignore[arg-type]
 
@@ -1125,20 +1162,7 @@ class _Exact:
     @property
     def last_step(self) -> StepReport | None:
         """The report of the last synchronised step, equal on all ranks; None before the first."""
-        engine = self._hvdloss
-        if engine.ledgers is None:
-            return None
-        choices = {**engine.tuning.as_dict(), **launched(hvd), "travel": engine.travel()}
-        return StepReport.of(
-            engine.ledger_step,
-            engine.ledgers,
-            engine.objective.reduction,
-            choices,
-            engine.controller.reports(),
-            nonfinite=engine.objective.nonfinite,
-            skipped=engine.skipped,
-            dropped=engine.dropped,
-        )
+        return self._hvdloss.report()
 
     @property
     def objective(self) -> Objective:

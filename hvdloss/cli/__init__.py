@@ -1,4 +1,4 @@
-"""The command line: ``hvdloss install``, ``doctor``, ``bench``, ``explain`` and ``simulate``.
+"""The command line: ``hvdloss install``, ``doctor``, ``bench``, ``explain``, ``report``, ``simulate``.
 
 Subcommands are imported when they are asked for, so that ``hvdloss --help`` and
 ``hvdloss --version`` answer at once and no command pays for another's imports.
@@ -22,6 +22,7 @@ _COMMANDS = {
     "doctor": ("hvdloss.cli.doctor", "doctor", "Say whether training can start, and what to do."),
     "explain": ("hvdloss.cli.explain", "explain", "Say what a trained model relies on, on all ranks."),
     "install": ("hvdloss.cli.install", "install", "Build and install Horovod for this Python."),
+    "report": ("hvdloss.cli.report", "report", "Show a run by its record: a page, a picture, live."),
     "simulate": ("hvdloss.cli.simulate", "simulate", "Try a plan on ranks that are not there."),
 }
 

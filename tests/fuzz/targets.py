@@ -40,8 +40,10 @@ from hvdloss.numpy_ops import NumpyOps
 from hvdloss.objective import expand_mask_axes
 from hvdloss.plan import ParameterInfo
 from hvdloss.reduction import REDUCTIONS, contribution, weights_for
-from hvdloss.report import StepReport
-from hvdloss.term import Travel
+from hvdloss.report import Recorder, StepReport, TermReport
+from hvdloss.report import read as read_record
+from hvdloss.report.page import run_of, table_of_runs
+from hvdloss.term import Decision, Travel
 from hvdloss.terms.link import LinkModel
 from hvdloss.training import BestCheckpoint, EarlyStopping, TransformedBatches
 from hvdloss.training.checkpoint import Checkpoint, StateDict, parse_manifest, state_of_bytes, state_to_bytes
@@ -246,6 +248,34 @@ def control_log(data: bytes) -> None:
         json.dumps(lines)
 
 
+def good_record() -> bytes:
+    """A record with a line of every kind that is written for steps."""
+    path = folder() / f"{os.getpid()}-good.jsonl"
+    ledgers = [Ledger(2.0, 2.0, 2.0, 3.0, 1.0), Ledger(1.0, 1.0, 1.0, 1.0, 1.0, nonfinite_losses=1.0)]
+    term = TermReport("nats", 0.1, [0.1, 0.2], 0.3, 0.03, {"counts": [[1.0, 2.0], [3.0, 4.0]]})
+    with Recorder(path, settings={"lr": 0.1}, classes=["a", "b"]) as recorder:
+        recorder.begin({"ranks": 2, "terms": {"skew": {"unit": "nats"}}, "environment": {"hosts": 1}})
+        for step in (1, 2):
+            choices = {"bucket": {"value": 1, "by": "rule"}, "travel": {"messages": 1}}
+            recorder.step(StepReport.of(step, ledgers, "mean", choices, {"skew": term}, nonfinite="skip"))
+        recorder.decision(Decision(2, "period", 1, [2], "why"))
+        recorder.epoch(metrics={"loss": 0.5, "recall": [0.5, 1.0], "confusion": [[1, 0], [1, 2]]})
+        recorder.hardest({"a": 1.0, "b": 2.0})
+        recorder.ranks(3)
+    data = path.read_bytes()
+    path.unlink()
+    return data
+
+
+def run_record(data: bytes) -> None:
+    """What a page, a terminal and a script are told of a record; drawing is matplotlib's."""
+    found = read_record(file_of(data, "run.jsonl"))
+    with np.errstate(all="ignore"):
+        _ = found.seconds
+        json.dumps(run_of(found), default=lambda one: one.__dict__ if hasattr(one, "__dict__") else str(one))
+        table_of_runs([found])
+
+
 def log_decided_again(data: bytes) -> None:
     with np.errstate(all="ignore"):
         decide_again(controlled(), file_of(data, "control.log"))
@@ -408,6 +438,7 @@ TARGETS = (
         (b'{"tuple": [{"array": ["float32", [4, 3]]}, {"value": 1}]}', b"null"),
     ),
     Target("control-log", control_log, (good_log(),)),
+    Target("record", run_record, (good_record(),)),
     Target("log-decided-again", log_decided_again, (good_log(),)),
     Target("log-followed", log_followed, (good_log(),)),
     Target("csv", lambda data: source(data, Csv, "x.csv"), (b"a,b\n1,2.5\n3,x\n", b'"a",b\r\n1,\r\n')),

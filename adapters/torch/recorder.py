@@ -1,0 +1,98 @@
+"""Following a run of PyTorch: the recorder, and sinks of other kinds."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from hvdloss.communicator import included
+from hvdloss.errors import ConfigError
+from hvdloss.report import record
+from hvdloss.report.following import Following, check_teller
+from hvdloss.torch._backend import hvd
+from hvdloss.torch.objective import Objective
+
+__all__ = ["Recorder", "follow"]
+
+
+def _engine(steps: Any) -> Any:
+    """Return what tells of the steps of an optimizer, or of an objective that one was made with."""
+    engine = getattr(steps, "_hvdloss", None)
+    if engine is None and isinstance(steps, Objective):
+        engine = next((one for one in steps.listeners() if hasattr(one, "listen")), None)
+    if engine is None:
+        raise ConfigError(
+            f"steps={type(steps).__name__} is neither from hvdloss.torch.DistributedOptimizer with an "
+            f"objective, nor an Objective that such an optimizer was made with"
+        )
+    return engine
+
+
+def _tells(rank: int, process_set: Any) -> bool:
+    return hvd.rank() == rank and included(hvd, process_set)
+
+
+def _follow(steps: Any, sinks: tuple[Any, ...], rank: int, closes: bool) -> Following:
+    engine = _engine(steps)
+    group, objective = engine.process_set, engine.objective
+    check_teller(rank)
+
+    def about() -> dict[str, Any]:
+        return record.about_run(hvd, "torch", objective.settings(), objective.controller, group.size())
+
+    return Following(
+        engine,
+        objective.controller,
+        sinks,
+        about=about,
+        tells=functools.partial(_tells, rank, group),
+        size=group.size,
+        closes=closes,
+    )
+
+
+def follow(optimizer: Any, *sinks: Any, rank: int = 0) -> Following:
+    """Have sinks told, on one rank, of every step that is finished from now on.
+
+    ::
+
+        with hvd.follow(optimizer, hvd.Recorder("runs/a.jsonl"), MySink()):
+            train()
+
+    Args:
+        optimizer: from :func:`DistributedOptimizer` with an objective; or that objective.
+        sinks: objects with ``step(report)`` and ``close()``: see :class:`hvdloss.report.Sink`.
+        rank: which one tells, counted among all ranks, if it is in the optimizer's process set.
+
+    Returns:
+        what follows, as long as the optimizer lives, until its ``close()`` or the end of its ``with``; that
+        closes the sinks.
+
+    Raises:
+        ConfigError: an argument that cannot be used.
+
+    Collectives: none.
+    """
+    return _follow(optimizer, sinks, rank, True)
+
+
+class Recorder(record.Recorder):  # noqa: D101 - the core's words
+    __doc__ = record.Recorder.__doc__
+
+    def follow(self, optimizer: Any) -> Recorder:
+        """Record every step that is finished from now on; return the recorder.
+
+        Args:
+            optimizer: from :func:`DistributedOptimizer` with an objective; or that objective.
+
+        Raises:
+            ConfigError: no such optimizer; on the rank that writes: the file exists, or cannot be made.
+            UsageError: it follows one already, or was closed.
+
+        Collectives: none.
+        """
+        self._check_free()
+        if _tells(self.rank, _engine(optimizer).process_set):
+            self.open()
+        self._follow(_follow(optimizer, (self,), self.rank, False))
+        return self

@@ -1,0 +1,579 @@
+"""The record of a run: one file of JSON lines, written by rank 0 beside the training, of bounded size.
+
+Steps go through a bounded queue to a thread that writes them; a full queue loses steps (and counts them)
+rather than holding training up. When there are too many lines of steps, every 2^k-th is kept, with all of the
+last ones, and the file is replaced as a whole, so whoever reads it always sees a record.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import importlib.metadata
+import logging
+import os
+import platform
+import queue
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from hvdloss._version import __version__
+from hvdloss.errors import ConfigError, UsageError
+from hvdloss.private import make_folder, open_private
+from hvdloss.report.following import Following, check_teller
+from hvdloss.report.schema import FORMAT, TEXT_MOST, checked, encoded, plain, scrubbed
+from hvdloss.report.steps import RankReport, StepReport
+from hvdloss.term import Decision
+from hvdloss.tuning import launched
+
+__all__ = ["MOST_EVENTS", "Recorder", "about_run"]
+
+_log = logging.getLogger("hvdloss.report")
+MOST_EVENTS = 10_000  # lines of decisions, of faults, of epochs, ... each
+MOST_CLASSES = 50_000  # counts in one line: ranks times classes
+QUEUE = 10_000  # steps that wait to be written
+PAUSE = 0.2  # seconds that the writer lets steps gather, so that it wakes up seldom
+_PACKAGES = {
+    "numpy": ("numpy",),
+    "horovod": ("horovod",),
+    "torch": ("torch",),
+    "tensorflow": ("tensorflow", "tensorflow-cpu"),
+    "keras": ("keras",),
+}
+
+
+def about_run(
+    hvd: Any, framework: str, settings: Mapping[str, Any], controller: Any, ranks: int
+) -> dict[str, Any]:
+    """Return what sinks are told at the beginning: plain values, without secrets, paths or names of hosts.
+
+    Args:
+        hvd: a Horovod module, or its one-process stand-in.
+        framework: "torch", "tensorflow" or "keras".
+        settings: of the objective: what its ``settings()`` gives.
+        controller: of its terms.
+        ranks: how many there are.
+    """
+    terms = {} if controller is None else {term.name: term for term in controller.terms}
+    environment = {
+        "hvdloss": __version__,
+        "python": platform.python_version(),
+        **_versions(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "processors": os.cpu_count(),
+    }
+    with contextlib.suppress(Exception):  # what is not known is left out
+        environment["hosts"] = int(hvd.cross_size())
+    with contextlib.suppress(Exception):
+        environment["controller"] = launched(hvd)["controller"]["value"]
+    out = {
+        "framework": framework,
+        "ranks": ranks,
+        "objective": {k: v for k, v in settings.items() if not k.startswith("terms.")},
+        "terms": {
+            name: {"unit": term.unit, "price": term.price, **term.settings()} for name, term in terms.items()
+        },
+        "environment": environment,
+    }
+    told: dict[str, Any] = plain(out)
+    return told
+
+
+def _versions() -> dict[str, str]:
+    """Return the versions of what was imported of the frameworks and what they stand on."""
+    found = {}
+    for module, names in _PACKAGES.items():
+        if module in sys.modules:
+            for name in names:
+                with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                    found[module] = importlib.metadata.version(name)
+                    break
+    return found
+
+
+class Recorder:
+    """Writes the record of a run; a sink (:class:`hvdloss.report.Sink`). The adapters' have ``follow``.
+
+    ::
+
+        with hvd.Recorder("runs/digits.jsonl", settings=vars(args)) as recorder:
+            recorder.follow(optimizer)
+            train()
+
+    Only one rank writes; on others everything here does nothing. The file can be read at any time
+    (:func:`hvdloss.report.read`, ``hvdloss report``), after a crash as well, and only its owner can. Without
+    ``with`` it is closed when the process ends. What goes wrong with the file is a warning, once; training
+    goes on.
+
+    Args:
+        path: of the file; folders are made.
+        name: of the run, for the page; the file's name if empty.
+        settings: of the run, for the page: anything plain. What is named like a secret (password, token, key)
+            is left out, and of paths only the last name is kept.
+        classes: the classes' names, if a term counts classes (``DataSkew``).
+        max_steps: about how many lines of steps there may be. With more, every second, fourth, eighth... is
+            kept.
+        recent: how many of the last steps are always there.
+        max_bytes: the same bound in bytes, for many ranks.
+        exists: what to do if there is such a file: ``"raise"``, ``"append"`` (a run that is taken up again),
+            or ``"replace"``.
+        rank: which one writes, counted among all ranks. Of a process set that it is not in nothing is
+            recorded: where sets train models of their own, name a rank of each.
+
+    Raises:
+        ConfigError: an argument that cannot be used. ``follow`` raises it on that rank where the file exists
+            or cannot be made.
+
+    Collectives: none.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        name: str = "",
+        settings: Mapping[str, Any] | None = None,
+        classes: Sequence[Any] | None = None,
+        max_steps: int = 4000,
+        recent: int = 200,
+        max_bytes: int = 32 << 20,
+        exists: str = "raise",
+        rank: int = 0,
+    ) -> None:
+        self.path = Path(path)
+        for word, value, least in (
+            ("max_steps", max_steps, 8),
+            ("recent", recent, 1),
+            ("max_bytes", max_bytes, 1),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ConfigError(f"{word}={value!r} must be an integer of at least {least}")
+        if recent > max_steps // 2:
+            raise ConfigError(f"recent={recent} must be at most half of max_steps={max_steps}")
+        if exists not in ("raise", "append", "replace"):
+            raise ConfigError(f"exists={exists!r} is not known; choose 'raise', 'append' or 'replace'")
+        if settings is not None and not isinstance(settings, Mapping):
+            raise ConfigError(f"settings={settings!r} must be a dict")
+        self.name, self.settings = name, dict(settings or {})
+        self.classes = None if classes is None else [str(one) for one in classes]
+        self.max_steps, self.recent, self.max_bytes, self.exists = max_steps, recent, max_bytes, exists
+        check_teller(rank)
+        self.rank = rank
+        #: Steps that were not written, since the queue was full; and events, of which there were too many.
+        self.left_out = 0
+        self._following: Following | None = None
+        self._file: IO[bytes] | None = None
+        self._queue: queue.SimpleQueue[tuple[str, float, Any] | None] = queue.SimpleQueue()
+        self._hurry = threading.Event()
+        self._writer: threading.Thread | None = None
+        self._pid = 0
+        self._begun = self._closed = self._broken = False
+        self._step, self._epoch, self._status = 0, 0, "finished"
+        # Of the writer:
+        self._samples = 0.0
+        self._size = 0
+        self._lines: list[tuple[str, int, int]] = []  # kind, offset, length, of every line
+        self._ordinal: list[int] = []  # of the lines that are steps: the how many-th it is
+        self._steps, self._stride = 0, 1
+        self._events: dict[str, int] = {}
+        self._travel: Any = None
+        self._counts: dict[str, Any] | None = None  # what was counted of classes, and is not written yet
+
+    # -- the file ---------------------------------------------------------------------------------
+
+    def open(self) -> None:
+        """Make the file, or open it to go on; calling it again does nothing.
+
+        Raises:
+            ConfigError: it exists (``exists="raise"``), is no record (``"append"``), or cannot be made.
+        """
+        if self._file is not None or self._closed:
+            return
+        try:
+            make_folder(self.path.parent)
+            if self.exists == "append" and self.path.exists():
+                self._take_up()
+                self._file = open_private(self.path, "r+b")
+                self._file.truncate(self._size)  # half a line of a writer that was killed
+                self._file.seek(self._size)
+            else:
+                if self.exists == "replace":
+                    self.path.unlink(missing_ok=True)
+                self._file = open_private(self.path, "xb")
+        except FileExistsError as error:
+            raise ConfigError(
+                f"path={str(self.path)!r}: there is a record already; pass exists='append' to go on with it, "
+                f"'replace' to begin anew, or another path"
+            ) from error
+        except OSError as error:
+            raise ConfigError(f"path={str(self.path)!r}: cannot write the record: {error}") from error
+        self._pid = os.getpid()
+        self._writer = threading.Thread(target=self._work, name="hvdloss-recorder", daemon=True)
+        self._writer.start()
+        atexit.register(self._at_exit)
+
+    def _take_up(self) -> None:
+        """Find out what the file holds."""
+        with open(self.path, "rb") as file:
+            for number, text in enumerate(file, start=1):
+                if not text.endswith(b"\n"):
+                    break
+                line = checked(text, f"{self.path}, line {number}", first=number == 1)
+                kind = "" if line is None else str(line["kind"])
+                if line is not None and kind == "step":
+                    self._samples = float(line["samples"])
+                self._note(kind, len(text))
+
+    def _note(self, kind: str, length: int) -> None:
+        self._lines.append((kind, self._size, length))
+        self._size += length
+        if kind == "step":
+            self._ordinal.append(self._steps)
+            self._steps += 1
+
+    # -- what it is told, by the thread that trains -----------------------------------------------
+
+    def begin(self, about: Mapping[str, Any]) -> None:
+        """Write the head: what :func:`about_run` gives."""
+        self.open()
+        if self._file is None or self._begun:
+            return
+        self._begun = True
+        self._put("run", {"format": FORMAT, "name": self.name, **about, "settings": self.settings})
+
+    def step(self, report: StepReport) -> None:
+        """Take in a finished step; it is written later, by another thread."""
+        if not self._begun:
+            self.begin({"ranks": len(report.ranks)})
+        self._step = report.step
+        if self._queue.qsize() < QUEUE:
+            self._put("step", report)
+        else:
+            self.left_out += 1
+
+    def decision(self, decision: Decision) -> None:
+        """Write what a term's act decided."""
+        self._put("decision", decision)
+
+    def ranks(self, number: int) -> None:
+        """Write that there are so many ranks from here on."""
+        self._put("ranks", {"ranks": number})
+
+    def epoch(self, number: int | None = None, metrics: Mapping[str, Any] | None = None, **more: Any) -> None:
+        """Write that an epoch is over, with its metrics.
+
+        Args:
+            number: counted from 1; None for the next one.
+            metrics, more: by name: numbers, one number per class (``Recall(average="none")``), or a confusion
+                matrix; the page shows which classes are hardest.
+        """
+        if self._begun:
+            self._epoch = self._epoch + 1 if number is None else int(number)
+            self._put("epoch", {"epoch": self._epoch, "metrics": {**(metrics or {}), **more}})
+
+    def hardest(
+        self, parts: Any, *, what: str = "class", measure: str = "loss", lowest: bool = False
+    ) -> None:
+        """Write which classes (ranks, groups, samples) are hardest.
+
+        Args:
+            parts: the report of a :class:`hvd.LossAttribution`, of which `what` ("class", "rank", or a
+                grouping's name) is taken; or a number for every label.
+            what: the parts are.
+            measure: the numbers are.
+            lowest: whether low numbers are the hard ones, as of accuracy.
+        """
+        if not self._begun:
+            return
+        if hasattr(parts, "classes") and hasattr(parts, "hardest"):
+            found = {"class": parts.classes, "rank": parts.ranks, **parts.groups}
+            if what not in found:
+                raise ConfigError(f"what={what!r} is no grouping of this report; it has {', '.join(found)}")
+            items = [
+                {"label": str(p.label), "value": p.loss, "weight": p.weight, "share": p.share}
+                for p in found[what]
+            ]
+        elif isinstance(parts, Mapping):
+            items = [{"label": str(label), "value": float(value)} for label, value in parts.items()]
+        else:
+            raise ConfigError(
+                f"parts={parts!r:.100} must be a report of LossAttribution, or a dict of numbers"
+            )
+        items.sort(key=lambda item: item["value"] if lowest else -item["value"])
+        line = {"what": what, "measure": measure, "lowest": lowest, "items": items[:50]}
+        self._put("hardest", line)
+
+    def fault(self, error: BaseException) -> None:
+        """Write what ended training."""
+        if not self._begun or self._closed:
+            return
+        ended = isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit)
+        self._status = "interrupted" if ended else "failed"
+        if isinstance(error, SystemExit) and error.code in (None, 0):
+            self._status = "finished"
+            return
+        ranks = [int(rank) for rank in getattr(error, "ranks", ())]
+        text = scrubbed(str(error).partition("\n")[0])
+        self._put("fault", {"error": type(error).__name__, "ranks": ranks, "text": text})
+
+    def _put(self, kind: str, what: Any) -> None:
+        if self._begun and not self._closed and not self._broken and os.getpid() == self._pid:
+            self._queue.put((kind, time.time(), what))
+
+    # -- the end ----------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Write the end, wait until all is on its way to the disk, and close; again does nothing."""
+        if self._following is not None:
+            following, self._following = self._following, None
+            following.close()
+        if self._closed:
+            return
+        if self._begun and os.getpid() == self._pid:
+            self._put("end", {"status": self._status, "left_out": self.left_out})
+            self._queue.put(None)
+            self._hurry.set()
+            assert self._writer is not None
+            self._writer.join(timeout=60)
+            atexit.unregister(self._at_exit)
+        self._closed = True
+
+    def _at_exit(self) -> None:
+        error = getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)
+        if error is not None and self._status == "finished":
+            self.fault(error)
+        self.close()
+
+    def _follow(self, following: Following) -> None:
+        self._following = following
+
+    def _check_free(self) -> None:
+        if self._following is not None or self._closed:
+            raise UsageError(
+                f"the recorder of {self.path.name} follows an optimizer already, or was closed; make "
+                f"another one, with a file of its own"
+            )
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is not None:
+            self.fault(error)
+        self.close()
+
+    # -- what the writer does ---------------------------------------------------------------------
+
+    def _work(self) -> None:
+        try:
+            more = True
+            while more:
+                items = [self._queue.get()]
+                with contextlib.suppress(queue.Empty):
+                    while len(items) < 1000:
+                        items.append(self._queue.get_nowait())
+                for item in items:
+                    if item is None:
+                        more = False
+                        self._write_counts()
+                        continue
+                    self._take(*item)
+                assert self._file is not None
+                self._file.flush()
+                if len(self._ordinal) >= self.max_steps or self._size > self.max_bytes:
+                    self._thin()
+                if more:
+                    self._hurry.wait(PAUSE)
+        except Exception as error:  # training must not end for it
+            self._broken = True
+            _log.warning(
+                "hvdloss: the record %s is not written any more (%s: %s); training goes on",
+                self.path,
+                type(error).__name__,
+                error,
+            )
+        finally:
+            with contextlib.suppress(Exception):
+                assert self._file is not None
+                self._file.close()
+
+    def _take(self, kind: str, at: float, what: Any) -> None:
+        if kind == "step":
+            for line in self._of_step(what, at):
+                self._write(line)
+            return
+        if kind == "end":
+            self._write_counts()
+        elif kind != "run":
+            self._events[kind] = count = self._events.get(kind, 0) + 1
+            if count > MOST_EVENTS:
+                self.left_out += 1
+                return
+        line = {"kind": kind, "time": round(at, 3)}
+        if kind == "decision":
+            line |= {name: getattr(what, name) for name in ("step", "what", "before", "after", "reason")}
+        else:
+            line |= {**({} if kind == "run" else {"step": self._written_step}), **what}
+        self._write(plain(line))
+
+    _written_step = 0
+
+    def _write(self, line: Mapping[str, Any]) -> None:
+        assert self._file is not None
+        data = encoded(line)
+        self._file.write(data)
+        self._note(str(line["kind"]), len(data))
+
+    def _of_step(self, report: StepReport, at: float) -> list[dict[str, Any]]:
+        """Return the lines of a step: what changed of how it travelled, the step, what was wrong."""
+        self._samples += report.elements
+        self._written_step = report.step
+        head = {"time": round(at, 3), "step": report.step}
+        lines: list[dict[str, Any]] = []
+        choices = dict(report.choices)
+        travel = choices.pop("travel", None)
+        if (choices or travel) and (told := plain({"choices": choices, "travel": travel})) != self._travel:
+            self._travel = told
+            if self._room("travel"):
+                lines.append({"kind": "travel", **head, **told})
+        size = len(report.ranks)
+        ranks: dict[str, Any] = {
+            name: [plain(getattr(one, name)) for one in report.ranks]
+            for name in ("loss", "weight", "elements", "micro_batches", "communication", "computation")
+        }
+        if any(one.skew is not None for one in report.ranks):
+            ranks["skew"] = [plain(one.skew) for one in report.ranks]
+        wrong = [one for one in report.ranks if one.nonfinite]
+        if wrong:
+            ranks["nonfinite"] = [one.nonfinite for one in report.ranks]
+        if any(one.dropped for one in report.ranks):
+            ranks["dropped"] = [one.dropped for one in report.ranks]
+        terms = {}
+        for name, term in report.terms.items():
+            terms[name] = told = {
+                "values": plain(term.values),
+                "total": plain(term.total),
+                "priced": plain(term.priced),
+            }
+            for key, value in term.details.items():
+                if key in told or isinstance(value, bool | str):
+                    continue
+                if (
+                    value is None
+                    or isinstance(value, int | float)
+                    or (isinstance(value, list) and len(value) == size and _numbers(value))
+                ):
+                    told[key] = plain(value)
+            lines += self._classes(name, term, head, size)
+        lines.append(
+            {
+                "kind": "step",
+                **head,
+                "samples": self._samples,
+                "loss": plain(report.loss),
+                "weight": plain(report.weight),
+                "elements": report.elements,
+                "objective_value": plain(report.objective_value),
+                "skipped": report.skipped,
+                "ranks": ranks,
+                "terms": terms,
+            }
+        )
+        if wrong and self._room("fault"):
+            lines.append({"kind": "fault", **head, **_nonfinite(report, wrong)})
+        return lines
+
+    def _room(self, kind: str) -> bool:
+        self._events[kind] = count = self._events.get(kind, 0) + 1
+        if count > MOST_EVENTS:
+            self.left_out += 1
+        return count <= MOST_EVENTS
+
+    def _classes(self, name: str, term: Any, head: Mapping[str, Any], size: int) -> list[dict[str, Any]]:
+        """Return the line of what a term counted of classes, at steps 1, 2, 4, 8, ..."""
+        counts = term.details.get("counts")
+        if (
+            not isinstance(counts, list)
+            or len(counts) != size
+            or not counts
+            or not isinstance(counts[0], list)
+        ):
+            return []
+        width = len(counts[0])
+        if size * width > MOST_CLASSES:
+            return []
+        names = self.classes if self.classes is not None and len(self.classes) == width else None
+        line = {"kind": "classes", **head, "term": name, "unit": term.unit, "names": names}
+        line |= {"edges": term.details.get("edges"), "counts": counts}
+        if self._steps & (self._steps + 1):  # `_steps` were before this one
+            self._counts = line
+            return []
+        self._counts = None
+        told: dict[str, Any] = plain(line)
+        return [told]
+
+    def _write_counts(self) -> None:
+        """Write the last counts, if they are not."""
+        if self._counts is not None:
+            line, self._counts = self._counts, None
+            self._write(plain(line))
+
+    def _thin(self) -> None:
+        """Keep every 2^k-th step and the last ones, and all else, in a new file in place of the old."""
+        steps = [line for line in self._lines if line[0] == "step"]
+        old = list(zip(self._ordinal, steps, strict=True))[: -self.recent]
+        most = max(1, (self.max_steps - self.recent) // 2)
+        recent = sum(length for _, _, length in steps[-self.recent :])
+        stride = self._stride  # never smaller than before, so that what is left is even
+        while True:
+            kept = [(number, line) for number, line in old if number % stride == 0]
+            small = recent + sum(length for _, (_, _, length) in kept) <= self.max_bytes // 2
+            if len(kept) <= min(most, 1) or (len(kept) <= most and small):
+                break
+            stride *= 2
+        self._stride = stride
+        gone = {line[1] for number, line in old if number % stride}
+        if not gone:
+            return
+        ordinals = [number for number, _ in kept] + self._ordinal[-self.recent :]
+        new = self.path.with_name(f".{self.path.name}.{os.getpid()}.new")
+        assert self._file is not None
+        lines, size = [], 0
+        try:
+            with open(self.path, "rb") as source, open_private(new, "wb") as target:
+                os.fchmod(target.fileno(), os.fstat(source.fileno()).st_mode & 0o777)
+                for kind, offset, length in self._lines:
+                    if offset in gone:
+                        continue
+                    source.seek(offset)
+                    target.write(source.read(length))
+                    lines.append((kind, size, length))
+                    size += length
+            os.replace(new, self.path)
+        finally:
+            new.unlink(missing_ok=True)
+        self._file.close()
+        self._file = open_private(self.path, "ab")
+        self._lines, self._ordinal, self._size = lines, ordinals, size
+
+
+def _numbers(values: list[Any]) -> bool:
+    return all(
+        value is None or (isinstance(value, int | float) and not isinstance(value, bool)) for value in values
+    )
+
+
+def _nonfinite(report: StepReport, wrong: Sequence[RankReport]) -> dict[str, Any]:
+    """Return the fault of a step in which something was NaN or infinite, and training went on."""
+    kinds = sorted({one.nonfinite for one in wrong}, reverse=True)  # "loss" before "gradient"
+    ranks = ", ".join(str(one.rank) for one in wrong)
+    done = (
+        "the rank added nothing to the step" if any(one.dropped for one in wrong) else "nothing was updated"
+    )
+    text = f"step {report.step}: {' and '.join(kinds)} NaN or infinite on rank(s) {ranks}; {done}"
+    error = "NonFiniteLossError" if kinds[0] == "loss" else "NonFiniteGradientError"
+    return {"error": error, "ranks": [one.rank for one in wrong], "text": text[:TEXT_MOST]}
