@@ -77,6 +77,18 @@ PAGES: dict[str, tuple[str, str, tuple[str, ...]]] = {
         ("hvdloss.training",),
     ),
     "explain": ("Explanations", "The guide is [Explanations](../explain.md).", ("hvdloss.explain",)),
+    "report": (
+        "Records and reports",
+        "Reports of steps, records of runs, and who follows them. The guide is "
+        "[Recording and reading a run](../report.md).",
+        ("hvdloss.report",),
+    ),
+    "trackers": (
+        "Trackers",
+        "Steps in TensorBoard, MLflow and Weights & Biases. The guide is "
+        "[Ways in from other tools](../integrations.md).",
+        ("hvdloss.trackers",),
+    ),
 }
 
 

@@ -30,7 +30,7 @@ class Exit(IntEnum):
 
 _MEANINGS = {
     Exit.OK: "done; for `doctor`: training can start",
-    Exit.NOT_READY: "`doctor`: training cannot start",
+    Exit.NOT_READY: "`doctor`: training cannot start; `report`: no page, or the run that is followed failed",
     Exit.USAGE: "the command line is wrong, or a file that it names",
     Exit.MISSING: "something needed is missing; nothing was changed",
     Exit.SOURCE: "Horovod's source could not be had (network, or a hash that differs)",

@@ -76,7 +76,7 @@ def test_the_page_of_commands_has_every_exit_status():
     assert documented_statuses() == {int(status): status.meaning for status in Exit}
 
 
-@pytest.mark.parametrize("name", ["bench", "doctor", "explain", "install", "simulate"])
+@pytest.mark.parametrize("name", ["bench", "doctor", "explain", "install", "report", "simulate"])
 def test_what_help_says_of_exit_statuses_is_true_of_all(name):
     """A command names those of its own; none that the table does not have."""
     text = " ".join(CliRunner().invoke(cli, [name, "--help"]).output.split())
@@ -162,7 +162,10 @@ def on_terminal(*arguments: str, env: dict[str, str] | None = None) -> str:
 
 @pytest.mark.parametrize(
     ("line", "expected"),
-    [("hvdloss ", {"bench", "doctor", "explain", "install", "simulate"}), ("hvdloss sim", {"simulate"})],
+    [
+        ("hvdloss ", {"bench", "doctor", "explain", "install", "report", "simulate"}),
+        ("hvdloss sim", {"simulate"}),
+    ],
 )
 def test_bash_completes_commands(line, expected, tmp_path):
     """With click's script, as docs/commands.md has it."""

@@ -18,6 +18,8 @@ SKIPPED = {
 # Pages whose blocks another test runs, in a process of their own; they may have `py` blocks that it does not.
 ELSEWHERE = {
     "docs/tutorial.md": "docs/test_tutorial.py",  # as a notebook
+    "docs/integrations.md": "integrations/test_integration_guides.py",
+    "docs/launching.md": "integrations/test_integration_guides.py",
 }
 SLOW: set[str] = set()
 PAGES = [page for page in every_page() if page not in ELSEWHERE and RUN & {kind for kind, _ in blocks(page)}]
@@ -76,9 +78,15 @@ def elastic(names: dict[str, Any], text: str) -> None:
     assert before.values == {"note": "any values: numbers, strings, arrays"}
 
 
+def report(names: dict[str, Any], text: str) -> None:
+    assert (names["record"].status, len(names["record"].steps)) == ("finished", 10)
+    again = names["hvdloss"].report.read("runs/by-class.jsonl")
+    assert again.epochs[0]["metrics"]["recall"] == names["values"]["recall"].tolist()
+
+
 THEN = {
     f"docs/{check.__name__}.md": check
-    for check in (losses, terms, watch, data, explain, metrics, training, elastic)
+    for check in (losses, terms, watch, data, explain, metrics, training, elastic, report)
 }
 
 
