@@ -13,7 +13,7 @@ from typing import Any
 from hvdloss.checks import whole
 from hvdloss.errors import ConfigError
 from hvdloss.extras import library
-from hvdloss.report import StepReport
+from hvdloss.report.steps import StepReport
 from hvdloss.trackers.scalars import scalars
 
 __all__ = ["Tracker", "first_rank"]

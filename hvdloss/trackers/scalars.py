@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from hvdloss.report import RankReport, StepReport
+from hvdloss.report.steps import RankReport, StepReport
 
 __all__ = ["scalars"]
 
