@@ -257,6 +257,7 @@ class LoneGradient(_Reduction):
     def begin_step(self) -> None:
         """Let go of the last step's gradient, which is now the parameter's."""
         self._held: torch.Tensor | None = None
+        self._given = False  # once it is sealed: whether this rank had one, or adds zero
         self.launched = self.sealed = self.bad = False
         self._finish = None
         self.begin_pass()
@@ -273,6 +274,8 @@ class LoneGradient(_Reduction):
     @property
     def there(self) -> bool:
         """Whether this rank has a gradient in this step."""
+        if self.sealed:
+            return self._given
         return self._held is not None or self.parameters[0].grad is not None
 
     @torch.no_grad()
@@ -307,6 +310,7 @@ class LoneGradient(_Reduction):
     def seal(self, leftover: Any, wire: Wire) -> None:
         """Complete what this rank gives, and look at it: a gradient that no pass touched, or zero."""
         p = self.parameters[0]
+        self._given = self.there
         if self._held is None:
             self.fired_count = 1
             self.absorb(leftover)
