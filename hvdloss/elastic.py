@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from hvdloss import watch
@@ -15,21 +16,16 @@ __all__ = ["runner"]
 class _Synced:
     """A state whose ``sync`` tells ranks that are gone as the function that is run does."""
 
-    def __init__(self, state: Any, told: Callable[[Exception], Exception]) -> None:
-        self.state, self._told = state, told
+    def __init__(self, state: Any, translated: Callable[[], AbstractContextManager[None]]) -> None:
+        self.state, self._translated = state, translated
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.state, name)
 
     def sync(self) -> None:
         """Share rank 0's state; see Horovod's."""
-        try:
+        with self._translated():
             self.state.sync()
-        except Exception as error:
-            found = self._told(error)
-            if found is error:
-                raise
-            raise found from error
 
 
 def runner(
@@ -62,15 +58,21 @@ def runner(
         lost: whether an error of the framework means that ranks are gone.
     """
 
-    def told(error: Exception) -> Exception:
-        """Return an error that `run_fn` begins again after, where ranks are gone; else the error itself."""
-        if isinstance(error, changed):
-            return error
-        # Horovod's own error too: ranks that still wait must know it before this one ends its watch.
-        found = watch.explained(error)
-        if isinstance(found, failed):
-            return found
-        return failed(str(error)) if lost(error) else error
+    @contextmanager
+    def translated() -> Iterator[None]:
+        """Raise, where ranks are gone, what `run_fn` begins again after."""
+        try:
+            yield
+        except changed:
+            raise
+        except Exception as error:
+            # Horovod's own error too: ranks that still wait must know it before this one ends its watch.
+            found = watch.explained(error)
+            if not isinstance(found, failed) and lost(error):
+                found = failed(str(error))
+            if found is error or not isinstance(found, failed):
+                raise
+            raise found from error
 
     def run(function: Callable[..., Any]) -> Callable[..., Any]:
         def again_with_others() -> None:
@@ -86,17 +88,13 @@ def runner(
                 def once(_: Any, *args: Any, **kwargs: Any) -> Any:
                     numbers_begin_again()
                     try:
-                        return function(state, *args, **kwargs)
+                        with translated():
+                            return function(state, *args, **kwargs)
                     except changed as interrupt:
                         state.save()  # all ranks are at the same place, and still here
                         raise changed(False) from interrupt
-                    except Exception as error:
-                        found = told(error)
-                        if found is error:
-                            raise
-                        raise found from error
 
-                return run_fn(once, again_with_others)(_Synced(state, told), *args, **kwargs)
+                return run_fn(once, again_with_others)(_Synced(state, translated), *args, **kwargs)
 
         return wrapper
 

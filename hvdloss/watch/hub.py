@@ -156,9 +156,8 @@ class Hub:
     def _pass_over(self, seconds: float) -> None:
         """Do not count time in which this process could not hear anybody, nor perhaps others tell."""
         self._heard = [heard + seconds for heard in self._heard]
-        self._told = [told - seconds for told in self._told]  # what came before it says nothing of now
         self._since = [(serial, began + seconds) for serial, began in self._since]
-        self._stuck = ((), 0.0)
+        self._stuck = ((), 0.0)  # who is stuck must say so again from here on
 
     def _accept(self, listener: socket.socket) -> None:
         with contextlib.suppress(OSError):

@@ -384,12 +384,10 @@ def tell_error(error: BaseException) -> RankError | None:
     member = current()
     if member is None or _known(error):
         return None
-    if watched(error):
+    # Where all were told of something, Horovod was ended: whatever this rank was about failed in some way.
+    if watched(error) or member.fault is not None:
         found = explained(error)
         return found if isinstance(found, RankError) else None
-    if member.fault is not None:  # Horovod was ended: whatever this rank was about failed in some way
-        fault = member.take()
-        return None if fault is None else _raisable(fault)
     frames = traceback.extract_tb(error.__traceback__)
     frame = next(
         (one for one in reversed(frames) if "hvdloss" not in one.filename), frames[-1] if frames else None
