@@ -6,10 +6,10 @@ This package is the framework-neutral core; ``import hvdloss`` imports no framew
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hvdloss._version import __version__
+from hvdloss.lazy import lazily
 
 if TYPE_CHECKING:
     from hvdloss.communicator import OneProcess, SimulatedRank, simulate
@@ -96,15 +96,4 @@ __all__ = [
     "simulate",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    home = _HOME_OF.get(name)
-    if home is None:
-        raise AttributeError(f"module 'hvdloss' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"hvdloss.{home}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOME_OF])
+__getattr__, __dir__ = lazily(__name__, _HOME_OF)

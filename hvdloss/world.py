@@ -7,12 +7,24 @@ past those that have just come and made theirs.
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-__all__ = ["Renewed", "following", "next_number", "number", "numbers_again", "numbers_from", "renew"]
+__all__ = [
+    "Renewed",
+    "following",
+    "launched_as",
+    "next_number",
+    "number",
+    "numbers_again",
+    "numbers_from",
+    "renew",
+]
+
+_RANKS = ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 
 
 class Renewed(Protocol):
@@ -26,6 +38,11 @@ _following: weakref.WeakSet[Any] = weakref.WeakSet()
 _number = 0
 _counts: dict[Any, int] = {}
 _first = 0
+
+
+def launched_as() -> str | None:
+    """Return the rank that a launcher started this process as; None if none did."""
+    return next((os.environ[name] for name in _RANKS if name in os.environ), None)
 
 
 def number() -> int:

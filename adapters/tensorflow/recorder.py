@@ -102,8 +102,8 @@ class Recorder(record.Recorder):  # noqa: D101 - the core's words
 
         Collectives: none. On the rank that tells a traced step gets one operation that calls Python.
         """
-        self._check_free()
-        if tells(self.rank, _books(steps)):
-            self.open()
-        self._follow(following(steps, (self,), self.rank, False, self._framework))
+        self._begin_following(
+            lambda: tells(self.rank, _books(steps)),
+            lambda: following(steps, (self,), self.rank, False, self._framework),
+        )
         return self

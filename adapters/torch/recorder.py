@@ -91,8 +91,8 @@ class Recorder(record.Recorder):  # noqa: D101 - the core's words
 
         Collectives: none.
         """
-        self._check_free()
-        if _tells(self.rank, _engine(optimizer).process_set):
-            self.open()
-        self._follow(_follow(optimizer, (self,), self.rank, False))
+        self._begin_following(
+            lambda: _tells(self.rank, _engine(optimizer).process_set),
+            lambda: _follow(optimizer, (self,), self.rank, False),
+        )
         return self

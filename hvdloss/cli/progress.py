@@ -6,21 +6,20 @@ a log: `hvdloss.cli.install.progress`.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-__all__ = ["bar", "launched", "waiting"]
+from hvdloss.world import launched_as
 
-_RANK = ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+__all__ = ["bar", "launched", "waiting"]
 
 
 def launched() -> bool:
     """Return whether a launcher started this process as one of several ranks."""
-    return any(name in os.environ for name in _RANK)
+    return launched_as() is not None
 
 
 def _shown(console: Console) -> bool:

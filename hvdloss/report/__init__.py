@@ -7,9 +7,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from hvdloss.lazy import lazily
 from hvdloss.report.steps import RankReport, StepReport, TermReport
 
 if TYPE_CHECKING:
@@ -37,15 +37,4 @@ _HOME_OF = {
     "Recorder": "record",
 }
 
-
-def __getattr__(name: str) -> Any:
-    home = _HOME_OF.get(name)
-    if home is None:
-        raise AttributeError(f"module 'hvdloss.report' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"hvdloss.report.{home}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOME_OF])
+__getattr__, __dir__ = lazily(__name__, _HOME_OF)

@@ -17,7 +17,7 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -348,15 +348,16 @@ class Recorder:
             self.fault(error)
         self.close()
 
-    def _follow(self, following: Following) -> None:
-        self._following = following
-
-    def _check_free(self) -> None:
+    def _begin_following(self, tells: Callable[[], bool], following: Callable[[], Following]) -> None:
+        """Follow, with the file made first on the rank that tells."""
         if self._following is not None or self._closed:
             raise UsageError(
                 f"the recorder of {self.path.name} follows an optimizer already, or was closed; make "
                 f"another one, with a file of its own"
             )
+        if tells():
+            self.open()
+        self._following = following()
 
     def __enter__(self) -> Any:
         return self

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import sys
 import warnings
 from abc import ABC, abstractmethod
@@ -15,10 +14,9 @@ from hvdloss.errors import ConfigError
 from hvdloss.extras import library
 from hvdloss.report.steps import StepReport
 from hvdloss.trackers.scalars import scalars
+from hvdloss.world import launched_as
 
 __all__ = ["Tracker", "first_rank"]
-
-_LAUNCHERS = ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 
 
 def first_rank() -> bool:
@@ -28,7 +26,7 @@ def first_rank() -> bool:
         backend = sys.modules.get(f"hvdloss.{framework}._backend")
         if backend is not None and backend.hvd.is_initialized():
             return bool(backend.hvd.rank() == 0)
-    return next((os.environ[name] for name in _LAUNCHERS if name in os.environ), "0") == "0"
+    return launched_as() in (None, "0")
 
 
 class Tracker(ABC):

@@ -493,9 +493,9 @@ def test_when_the_ranks_change_another_one_is_told(tmp_path):
 
 def test_a_recorder_follows_once(tmp_path):
     with Recorder(tmp_path / "a.jsonl") as recorder:
-        recorder._follow(following(Steps(), recorder, closes=False))
+        recorder._begin_following(lambda: False, lambda: following(Steps(), recorder, closes=False))
         with pytest.raises(UsageError, match="follows an optimizer already"):
-            recorder._check_free()
+            recorder._begin_following(lambda: False, lambda: None)
 
 
 def test_the_error_that_ends_training_is_in_the_record(tmp_path):
@@ -503,7 +503,7 @@ def test_the_error_that_ends_training_is_in_the_record(tmp_path):
     error.ranks = (3,)
     source = Steps()
     recorder = Recorder(tmp_path / "a.jsonl")
-    recorder._follow(following(source, recorder, closes=False))
+    recorder._begin_following(lambda: False, lambda: following(source, recorder, closes=False))
     source.go(1)
     with pytest.raises(LostRankError), recorder:
         raise error
