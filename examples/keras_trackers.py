@@ -41,7 +41,7 @@ def main() -> int:
         verbose=0,
         callbacks=[
             hvd.callbacks.BroadcastGlobalVariablesCallback(0),
-            hvd.callbacks.TrackerCallback(TensorBoard(f"{args.output}/tensorboard")),
+            hvd.callbacks.FollowCallback(TensorBoard(f"{args.output}/tensorboard")),
         ],
     )
     if hvd.rank() == 0:

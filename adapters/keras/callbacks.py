@@ -32,7 +32,6 @@ __all__ = [
     "RecorderCallback",
     "SeedCallback",
     "SynchronizationCallback",
-    "TrackerCallback",
     "broadcast_variables",
 ]
 
@@ -406,50 +405,3 @@ class PreemptionCallback(keras.callbacks.Callback):
         if self.leaving is not None:
             self.leaving.close()
             self.leaving = None
-
-
-class TrackerCallback(keras.callbacks.Callback):
-    """Hands each finished step's report to trackers, such as those of :mod:`hvdloss.trackers`.
-
-    ::
-
-        from hvdloss.trackers import TensorBoard
-
-        model.fit(data, callbacks=[hvd.callbacks.TrackerCallback(TensorBoard("runs/digits"))])
-
-    With ``steps_per_execution`` above 1 Keras calls once for several steps, and the last of them is told.
-
-    Args:
-        trackers: what has ``step(report)`` and ``close()``; they are closed when training ends.
-
-    Raises:
-        ConfigError: in ``fit``, for a model whose optimizer is not exact.
-
-    Collectives: none.
-    """
-
-    def __init__(self, *trackers: Any) -> None:
-        super().__init__()
-        self.trackers = trackers
-        self._last: int | None = None
-
-    def on_train_begin(self, logs: Any = None) -> None:
-        """Look at the optimizer."""
-        if not hasattr(self.model.optimizer, "last_step"):
-            raise ConfigError(
-                "TrackerCallback needs a model compiled with hvd.DistributedOptimizer and an hvd.Objective"
-            )
-
-    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        """Tell of a step, if one was finished."""
-        report = self.model.optimizer.last_step
-        if report is None or report.step == self._last:
-            return
-        self._last = report.step
-        for tracker in self.trackers:
-            tracker.step(report)
-
-    def on_train_end(self, logs: Any = None) -> None:
-        """Close the trackers."""
-        for tracker in self.trackers:
-            tracker.close()
