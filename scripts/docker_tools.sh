@@ -20,24 +20,7 @@ done
 [ -x /usr/lib/podman/aardvark-dns ] || needed+=(aardvark-dns)
 command -v iptables >/dev/null || needed+=(iptables)
 
-as_root() {
-    if [ "$(id -u)" = 0 ]; then "$@"; else command -v sudo >/dev/null && sudo -n "$@"; fi
-}
-
-apt_install() {
-    local log status=0
-    [ -z "${NO_APT:-}" ] && command -v apt-get >/dev/null && as_root true 2>/dev/null || return 1
-    say "installing $* (apt-get)"
-    log=$(mktemp)
-    as_root env DEBIAN_FRONTEND=noninteractive sh -c 'apt-get update -qq &&
-        apt-get -o DPkg::Lock::Timeout=600 install -y -qq --no-install-recommends "$@"' sh "$@" >"$log" 2>&1 || status=$?
-    if [ "$status" != 0 ]; then
-        tail -n 20 "$log" >&2
-        say "apt-get failed; all it printed is in $log"
-        return 1
-    fi
-    rm -f "$log"
-}
+. "$(dirname "${BASH_SOURCE[0]}")/apt.sh"
 if [ ${#needed[@]} -gt 0 ] && ! apt_install "${needed[@]}"; then
     say "MISSING: ${needed[*]}; the image's tests are SKIPPED"
 fi

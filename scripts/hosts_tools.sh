@@ -20,33 +20,23 @@ command -v wg >/dev/null || needed+=(wireguard-tools)
 command -v wireguard-go >/dev/null || modinfo wireguard >/dev/null 2>&1 || [ -d /sys/module/wireguard ] ||
     needed+=(wireguard-go)
 
-as_root() {
-    if [ "$(id -u)" = 0 ]; then "$@"; else command -v sudo >/dev/null && sudo -n "$@"; fi
-}
+. "$(dirname "${BASH_SOURCE[0]}")/apt.sh"
 
 # A package's service is not started: policy-rc.d is how Debian is told (invoke-rc.d(8)). The rig starts
 # sshd by itself, in its own namespaces.
-apt_install() {
-    local log policy=/usr/sbin/policy-rc.d made='' status=0
-    [ -z "${NO_APT:-}" ] && command -v apt-get >/dev/null && as_root true 2>/dev/null || return 1
-    say "installing $* (apt-get)"
-    log=$(mktemp)
+apt_install_quietly() {
+    local policy=/usr/sbin/policy-rc.d made='' status=0
+    may_apt || return 1
     if [ ! -e "$policy" ]; then
         made=yes
         printf '#!/bin/sh\nexit 101\n' | as_root tee "$policy" >/dev/null
         as_root chmod 755 "$policy"
     fi
-    as_root env DEBIAN_FRONTEND=noninteractive sh -c 'apt-get update -qq &&
-        apt-get -o DPkg::Lock::Timeout=600 install -y -qq --no-install-recommends "$@"' sh "$@" >"$log" 2>&1 || status=$?
+    apt_install "$@" || status=$?
     [ -z "$made" ] || as_root rm -f "$policy"
-    if [ "$status" != 0 ]; then
-        tail -n 20 "$log" >&2
-        say "apt-get failed; all it printed is in $log"
-        return 1
-    fi
-    rm -f "$log"
+    return "$status"
 }
-if [ ${#needed[@]} -gt 0 ] && ! apt_install "${needed[@]}"; then
+if [ ${#needed[@]} -gt 0 ] && ! apt_install_quietly "${needed[@]}"; then
     say "MISSING: ${needed[*]}; tests that need them are SKIPPED"
 fi
 [ "$(id -u)" = 0 ] || say "NOT ROOT: hosts cannot be made out of namespaces, their tests are SKIPPED"

@@ -62,25 +62,7 @@ command -v mpicxx >/dev/null || useful+=(libopenmpi-dev)
 command -v mpirun >/dev/null || useful+=(openmpi-bin)
 command -v ssh >/dev/null || useful+=(openssh-client) # Open MPI looks for it even on one machine
 
-as_root() {
-    if [ "$(id -u)" = 0 ]; then "$@"; else command -v sudo >/dev/null && sudo -n "$@"; fi
-}
-
-# What apt-get prints is shown only if it fails. A new machine may be updating itself: wait for the lock.
-apt_install() {
-    local log
-    [ -z "${NO_APT:-}" ] && command -v apt-get >/dev/null && as_root true 2>/dev/null || return 1
-    say "installing $* (apt-get)"
-    log=$(mktemp)
-    if as_root env DEBIAN_FRONTEND=noninteractive sh -c 'apt-get update -qq &&
-        apt-get -o DPkg::Lock::Timeout=600 install -y -qq --no-install-recommends "$@"' sh "$@" >"$log" 2>&1; then
-        rm -f "$log"
-    else
-        tail -n 20 "$log" >&2
-        say "apt-get failed; all it printed is in $log"
-        return 1
-    fi
-}
+. scripts/apt.sh # what apt-get prints is shown only if it fails
 if [ $((${#needed[@]} + ${#useful[@]})) -gt 0 ] && ! apt_install "${needed[@]}" "${useful[@]}"; then
     [ ${#needed[@]} -eq 0 ] || die "missing: ${needed[*]}. Install them (Debian, Ubuntu: sudo apt-get install ${needed[*]} ${useful[*]}) and run this again."
     say "going on without ${useful[*]}"
