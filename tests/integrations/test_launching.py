@@ -40,6 +40,23 @@ def container(job: dict[str, Any], replica: str) -> dict[str, Any]:
     return one
 
 
+def trains_on_two_ranks(command, env, folder):
+    """Run what launches an example, which writes its numbers into ``folder/run``."""
+    done = subprocess.run(
+        command,
+        env=env,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=900,
+        cwd=ROOT,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    assert '"size": 2' in (folder / "run" / "numbers.json").read_text()
+
+
 def test_the_scripts_are_sound():
     subprocess.run(["bash", "-n", LAUNCH / "slurm.sbatch"], check=True)
     if shutil.which("shellcheck"):
@@ -54,9 +71,9 @@ def test_slurm(tmp_path):
     scontrol.write_text('#!/bin/sh\n[ "$*" = "show hostnames here" ] && echo localhost\n')
     scontrol.chmod(0o755)
     arguments = [ROOT / "examples" / "torch_regression.py", "--epochs", "1", "--output", tmp_path / "run"]
-    done = subprocess.run(
+    trains_on_two_ranks(
         ["bash", LAUNCH / "slurm.sbatch", *map(str, arguments)],
-        env={
+        {
             **environment(),
             "PATH": os.pathsep.join([str(tmp_path), environment()["PATH"]]),
             "SLURM_JOB_NODELIST": "here",
@@ -64,16 +81,8 @@ def test_slurm(tmp_path):
             "SLURM_NTASKS_PER_NODE": "2",
             "SLURM_CPUS_PER_TASK": "1",
         },
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=900,
-        cwd=ROOT,
-        check=False,
+        tmp_path,
     )
-    assert done.returncode == 0, done.stdout
-    assert '"size": 2' in (tmp_path / "run" / "numbers.json").read_text()
 
 
 def test_an_mpijob_has_the_operators_fields():
@@ -108,24 +117,16 @@ def test_what_an_mpijobs_launcher_runs(tmp_path):
     for place, here in moved.items():
         command = [word.replace(place, here) for word in command]
     (tmp_path / "hosts").write_text("localhost slots=2\n")
-    done = subprocess.run(
+    trains_on_two_ranks(
         command,
-        env=environment(
+        environment(
             OMPI_MCA_orte_default_hostfile=str(tmp_path / "hosts"),
             OMPI_ALLOW_RUN_AS_ROOT="1",
             OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1",
             OMPI_MCA_mpi_yield_when_idle="1",
         ),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=900,
-        cwd=ROOT,
-        check=False,
+        tmp_path,
     )
-    assert done.returncode == 0, done.stdout
-    assert '"size": 2' in (tmp_path / "run" / "numbers.json").read_text()
 
 
 @pytest.mark.more
