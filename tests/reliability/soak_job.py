@@ -59,14 +59,16 @@ def main() -> None:
         make_optimizer(model), model.named_parameters(), objective, backward_passes_per_step=PASSES
     )
     batches = hvd.uneven(hvd.StreamLoader(Parquet(folder / "digits.parquet"), BATCH), optimizer)
-    state = hvd.elastic.TorchState(model, optimizer, data=batches, step=0, epoch=0)
+    state = hvd.elastic.TorchState(model, optimizer, data=batches, step=0, epochs=0)
 
     @hvd.elastic.run
     def train(state: Any) -> None:
         generation = hvd.broadcast_object(time.time_ns(), root_rank=0)
         tell(generation=generation, start=state.step, size=hvd.size(), rank=hvd.rank())
         sampled = 0.0
-        while True:
+        # The number is the data's: a job that is interrupted between an epoch's last batch and a counter of
+        # its own would count it as the epoch before.
+        for epoch in batches.epochs(sys.maxsize):
             used: list[int] = []
             optimizer.zero_grad()
             for number, batch in enumerate(batches):
@@ -74,7 +76,7 @@ def main() -> None:
                 objective(model(inputs(batch)), batch["y"], batch["w"].double()).backward()
                 if number % PASSES != PASSES - 1:
                     continue
-                tell(step=state.step, epoch=state.epoch, ids=used, generation=generation)
+                tell(step=state.step, epoch=epoch, ids=used, generation=generation)
                 optimizer.step()
                 optimizer.zero_grad()
                 used = []
@@ -87,7 +89,7 @@ def main() -> None:
                     tell(resident=resident(), at=state.step)
                 if state.step % COMMIT == 0:
                     state.commit()
-            state.epoch += 1
+            state.epochs = epoch + 1
             state.commit()
             # Decided by one rank, since clocks are read at different times.
             if hvd.broadcast_object(time.time() > until, root_rank=0):
@@ -95,7 +97,7 @@ def main() -> None:
 
     train(state)
     hvd.check_synchronized(model, when="at the end")
-    tell(finished=state.step, epochs=state.epoch, rank=hvd.rank())
+    tell(finished=state.step, epochs=state.epochs, rank=hvd.rank())
     if hvd.rank() == 0:
         torch.save(model.state_dict(), folder / "model.pt")
 
