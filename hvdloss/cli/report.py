@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import math
 import os
 import sys
 import time
 import webbrowser
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import click
 from rich import box
@@ -23,10 +24,10 @@ from rich.text import Text
 from hvdloss.cli.errors import Exit, Interrupted
 from hvdloss.cli.process import interruptible
 from hvdloss.errors import ConfigError
-from hvdloss.private import write_text
 from hvdloss.report import page
 from hvdloss.report.reading import Record, Tail, read
 from hvdloss.report.summary import Summary, bins, hardest, summarize
+from hvdloss.training.files import write_atomically
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 
@@ -114,17 +115,13 @@ def report(
         elif png is not None:
             from hvdloss.report.charts import picture
 
-            with _written(png) as new:
-                picture(records, new)
-            click.echo(str(png))
+            _save(png, lambda file: picture(records, file))
         else:
             out = out or paths[0].with_suffix(".html")
             if out in paths:
                 raise click.UsageError(f"--out {out} is a record; choose another name")
-            text = page.html(records)
-            with _written(out) as new:
-                write_text(new, text)
-            click.echo(str(out))
+            text = page.html(records).encode()
+            _save(out, lambda file: file.write(text))
             if opens:
                 webbrowser.open(out.resolve().as_uri())
     except Interrupted as stop:
@@ -137,21 +134,16 @@ def report(
         ctx.exit(int(Exit.NOT_READY))
 
 
-class _written:
-    """Gives a name to write to, which takes the place of the file when it is whole."""
+def _save(path: Path, write: Callable[[IO[Any]], Any]) -> None:
+    """Write a file, whole or not at all, and say where; a folder that is missing is a mistake, and not made.
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.new = path, path.with_name(f".{path.name}.{os.getpid()}.new")
-
-    def __enter__(self) -> Path:
-        self.new.touch(mode=0o600)
-        return self.new
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if kind is None:
-            os.replace(self.new, self.path)
-        else:
-            self.new.unlink(missing_ok=True)
+    Raises:
+        OSError: it cannot be written.
+    """
+    if not path.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path.parent))
+    write_atomically(path, write)
+    click.echo(str(path))
 
 
 # -- numbers ------------------------------------------------------------------------------------------
