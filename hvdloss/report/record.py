@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from hvdloss._version import __version__
+from hvdloss.checks import whole
 from hvdloss.errors import ConfigError, UsageError
 from hvdloss.private import make_folder, open_private
 from hvdloss.report.following import Following, check_teller
@@ -150,8 +151,7 @@ class Recorder:
             ("recent", recent, 1),
             ("max_bytes", max_bytes, 1),
         ):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ConfigError(f"{word}={value!r} must be an integer of at least {least}")
+            whole(word, value, least)
         if recent > max_steps // 2:
             raise ConfigError(f"recent={recent} must be at most half of max_steps={max_steps}")
         if exists not in ("raise", "append", "replace"):
@@ -419,7 +419,10 @@ class Recorder:
             line |= {name: getattr(what, name) for name in ("step", "what", "before", "after", "reason")}
         else:
             line |= {**({} if kind == "run" else {"step": self._written_step}), **what}
-        self._write(plain(line))
+        told = plain(line)
+        if kind == "epoch":  # the accuracy of tokens is no secret
+            told["metrics"] = {str(name)[:200]: plain(value) for name, value in what["metrics"].items()}
+        self._write(told)
 
     _written_step = 0
 

@@ -86,6 +86,15 @@ def test_a_record_gives_back_what_the_reports_said(tmp_path):
     assert hard.items == [("1", 0.25), ("0", 0.5), ("2", 1.0)]
 
 
+def test_a_metric_is_no_secret_whatever_its_name(tmp_path):
+    with Recorder(tmp_path / "a.jsonl", settings={"token": 12}) as recorder:
+        recorder.begin(ABOUT)
+        recorder.epoch(1, {"token_accuracy": 0.5, "loss": float("nan")})
+    found = read(tmp_path / "a.jsonl")
+    assert found.epochs[0]["metrics"] == {"token_accuracy": 0.5, "loss": None}
+    assert found.runs[0]["settings"] == {"token": "(hidden)"}
+
+
 def test_what_summarize_says_is_what_the_steps_say(tmp_path):
     path = tmp_path / "a.jsonl"
     cost = {"communication": 0.25, "computation": 0.75}
