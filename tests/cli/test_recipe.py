@@ -16,7 +16,7 @@ def tree_for(folder: Path) -> Path:
     """A tree in which every edit finds its text and nothing else."""
     texts: dict[str, str] = {}
     for edit in recipe.EDITS:
-        texts[edit.path] = texts.get(edit.path, "") + edit.find + "\n"
+        texts[edit.path] = texts.get(edit.path, "") + (edit.find + "\n") * max(edit.count, 1)
     for name, text in texts.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)

@@ -2,8 +2,9 @@
 
 Horovod 0.28.1 (2023) is source only and compiles against neither a current PyTorch nor a
 current TensorFlow. The edits here make it, and make it fast to build and to start; those of
-`hardening` keep strangers out. Each one must find the text it replaces: an edit that finds
-nothing is an error that names the file, never a silently different build.
+`hardening` keep strangers out, those of `recovery` let ranks get over the loss of another. Each
+one must find the text it replaces: an edit that finds nothing is an error that names the file,
+never a silently different build.
 
 Change `RECIPE` with every change of an edit: wheels built by another recipe are not reused.
 """
@@ -16,11 +17,12 @@ from pathlib import Path
 from hvdloss.cli.errors import Exit, InstallError
 from hvdloss.cli.install.edit import Edit
 from hvdloss.cli.install.hardening import HARDENING
+from hvdloss.cli.install.recovery import RECOVERY
 
 VERSION = "0.28.1"
 SDIST = f"horovod-{VERSION}.tar.gz"
 SHA256 = "92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0"
-RECIPE = 2
+RECIPE = 3
 
 #: Needed in the build's own search path. Not newer: Horovod's setup.py predates what
 #: setuptools removed in 80. Not older: 70.1 is the first that builds wheels by itself.
@@ -218,6 +220,8 @@ EDITS: tuple[Edit, ...] = (
     _asks_record("nccl"),
     # What keeps strangers out of a job.
     *HARDENING,
+    # What lets ranks get over the loss of another.
+    *RECOVERY,
 )
 
 
