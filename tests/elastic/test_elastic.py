@@ -32,7 +32,8 @@ def horovodrun(folder: Path, *command: str, ranks: tuple[int, int, int], hosts: 
         str(Path(sys.executable).with_name("horovodrun")),
         *("--gloo", "-np", number, "--min-np", least, "--max-np", most),
         *("--host-discovery-script", str(discover), "--network-interfaces", "lo"),
-        *("--blacklist-cooldown-range", "1", "3", "--gloo-timeout-seconds", "120"),
+        # Longer than Horovod takes to end what is left on a host it gave up: see docs/elastic.md.
+        *("--blacklist-cooldown-range", "8", "12", "--gloo-timeout-seconds", "120"),
         *(sys.executable, *command),
     ]
 

@@ -292,7 +292,7 @@ def test_a_killed_host_comes_back_and_no_row_is_lost(tmp_path: Path, record_prop
             controller="elastic",
             options=[
                 *("-np", "3", "--min-np", "2", "--max-np", "3", "--host-discovery-script", str(discover)),
-                *("--blacklist-cooldown-range", "1", "3", "--elastic-timeout", "90"),
+                *("--blacklist-cooldown-range", "8", "12", "--elastic-timeout", "90"),
             ],
             # Also what ranks wait for the one that comes back; Gloo ends the process when that takes longer.
             env={**SHORT, "HOROVOD_GLOO_TIMEOUT_SECONDS": str(ELASTIC_TIMEOUT_S)},
