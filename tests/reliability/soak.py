@@ -138,7 +138,7 @@ def run(ranks: int, minutes: float, kill_every: float, folder: Path, seed: int, 
         try:
             _kill_at_random(job, logs, killed, ranks, until - PEACE * 60 * minutes, kill_every, seed, say)
             try:
-                job.wait(300.0)
+                job.wait(max(0.0, until - time.time()) + 300.0)
             except subprocess.TimeoutExpired:
                 out.problems.append("the job had not ended 300 s after its time; output.txt has the stacks")
                 logs.read()
