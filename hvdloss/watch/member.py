@@ -16,13 +16,14 @@ from hvdloss.errors import HvdlossError
 from hvdloss.watch import process
 from hvdloss.watch.activity import Activity
 from hvdloss.watch.hub import BEAT, TICK
-from hvdloss.watch.verdict import Fault, Limits, RankState, find, gone_text, silent_text
+from hvdloss.watch.verdict import Fault, Limits, RankState, find, gone_text, left_behind, silent_text
 from hvdloss.watch.wire import NONCE, Channel, WireError
 
 __all__ = ["Member"]
 
 _CONNECT_S = 3.0
 _ABORT_S = 0.75  # for the main thread to take a fault up, before what it may be blocked in is ended
+_AWAY_S = 1.0  # for this rank's thread to read what rank 0 said last
 _log = logging.getLogger("hvdloss.watch")
 
 
@@ -60,6 +61,7 @@ class Member:
         self._closed = False
         self._alone = False
         self._hub_ended: RankState | None = None
+        self._hub_away = False
         self._sending = threading.Lock()
         self._sock, self._channel = _connected(addresses, key)
         self._send({"rank": rank, **process.identity()})
@@ -127,12 +129,18 @@ class Member:
         """
         with self._changed:
             self._alone = False
-            if self._fault is None and self._send({"fault": fault.told()}):
+            if self._fault is None:
+                # Where rank 0 no longer hears, this rank's thread is about to find out why.
+                heard = self._send({"fault": fault.told()})
                 self._changed.wait_for(
-                    lambda: self._fault is not None or self._closed or self._alone, seconds
+                    lambda: self._fault is not None or self._closed or self._alone or self._hub_away,
+                    seconds if heard else min(seconds, _AWAY_S),
                 )
             if self._alone:
                 return None
+            if self._fault is None and fault.kind == "broken" and self._hub_ended is not None:
+                # Rank 0 ended in good order, and Horovod with it.
+                fault = left_behind(self._hub_ended, fault.ranks, self.activity.state(self.rank).step)
             if self._fault is None:
                 self._fault = fault
             self._taken = True
@@ -213,6 +221,9 @@ class Member:
         if self._hub_ended is None:
             self._found(self._of_hub("lost", self.activity.state(self.rank)))
             return
+        with self._changed:
+            self._hub_away = True
+            self._changed.notify_all()
         # Rank 0 ended in good order, and with it Horovod: what this rank still waits for will not come.
         only_left = Limits(left=self.limits.left, deadlock=3600.0, stall=0.0, silence=0.0)
         while not self.closed:

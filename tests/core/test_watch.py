@@ -319,6 +319,18 @@ def test_when_rank_0_ends_only_who_waits_for_it_has_a_fault():
         assert rig.members[2].fault is None
 
 
+def test_when_horovod_ends_with_rank_0_the_others_say_that_it_has_ended():
+    """Horovod's own error says nothing of the kind, and comes before anybody is seen to wait."""
+    with Rig(3) as rig:
+        rig.activities[0].stepped("o")
+        rig.hub.close(rig.activities[0].state(0).told())
+        for rank in (1, 2):
+            told = rig.members[rank].tell(Fault("broken", (rank,), "step 1: Horovod gave up"))
+            assert told.kind == "left"
+            assert told.ranks == (0,)
+            assert f"rank 0 has ended after step 1 of o, while rank {rank} wait(s)" in told.text
+
+
 def test_waiting_in_different_places_is_found_and_waiting_in_one_is_not():
     with Rig(2) as rig:
         with rig.activities[0].waiting("x"), rig.activities[1].waiting("x"):
