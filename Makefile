@@ -2,7 +2,7 @@
 
 PYTHON_BIN := .venv/bin/python
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test integrations test-more test-elastic test-hosts test-docker reliability soak lint format bench fuzz audit sbom docs notebook package clean distclean
+.PHONY: help setup demo test integrations test-more test-elastic test-hosts test-docker test-gpu reliability soak lint format bench fuzz audit sbom docs notebook package clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,6 +39,9 @@ test-hosts: setup ## train across hosts out of network namespaces, by ssh, and c
 test-docker: setup ## build the container image and run it: locked up, with ranks, as two hosts (root)
 	@./scripts/docker_tools.sh
 	$(PYTHON_BIN) -m pytest -m docker tests/docker
+
+test-gpu: setup ## run ranks on a CUDA GPU, over NCCL (a GPU; Horovod from `hvdloss install --nccl`)
+	$(PYTHON_BIN) -m pytest -m gpu tests/gpu
 
 lint: setup ## check style and types
 	$(PYTHON_BIN) -m ruff check .

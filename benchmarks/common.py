@@ -16,6 +16,7 @@ from typing import Any
 
 __all__ = [
     "WARM_UP",
+    "device_of",
     "environment",
     "horovodrun",
     "join_torch_distributed",
@@ -40,19 +41,27 @@ def rotated(names: list[str], number: int) -> list[str]:
 
 
 def timed_rounds(
-    hvd: Any, steps: dict[str, Callable[[], None]], rounds: int, per_round: int, label: str
+    hvd: Any,
+    steps: dict[str, Callable[[], None]],
+    rounds: int,
+    per_round: int,
+    label: str,
+    settle: Callable[[], None] = lambda: None,
 ) -> dict[str, list[float]]:
     """Return each peer's seconds per step, one mean per round, by this rank's clock.
 
-    Every round times every peer, in an order that rotates, between two barriers.
+    Every round times every peer, in an order that rotates, between two barriers, before which `settle` waits
+    for what the rank's device has still to do.
     """
     times: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(rounds):
         for name in rotated(list(steps), number):
+            settle()
             meet(hvd)
             began = perf_counter()
             for _ in range(per_round):
                 steps[name]()
+            settle()
             meet(hvd)
             times[name].append((perf_counter() - began) / per_round)
         progress(hvd, label, number + 1, rounds)
@@ -67,12 +76,13 @@ def measured(
     rounds: int,
     per_round: int,
     label: str,
+    settle: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Return a workload's numbers: seconds per step of each peer by round, and its messages."""
     for step in steps.values():
         for _ in range(WARM_UP):
             step()
-    seconds = timed_rounds(hvd, steps, rounds, per_round, label)
+    seconds = timed_rounds(hvd, steps, rounds, per_round, label, settle)
     return {"title": title, "seconds": seconds, "messages": {peer: messages(peer) for peer in steps}}
 
 
@@ -106,8 +116,27 @@ def progress(hvd: Any, label: str, done: int, of: int) -> None:
         print(f"hvdloss-bench {done}/{of} {label}", flush=True)
 
 
-def join_torch_distributed(hvd: Any) -> None:
-    """Start torch.distributed over Gloo among Horovod's ranks, which are all on this machine."""
+def device_of(hvd: Any, kind: str) -> Any:
+    """Return this rank's torch device. To be called before Horovod has used NCCL.
+
+    Ranks that share a GPU tell NCCL that they are on hosts of their own, or it would refuse them; they talk
+    through sockets then.
+    """
+    import torch
+
+    if kind != "cuda":
+        return torch.device(kind)
+    gpus = torch.cuda.device_count()
+    if hvd.local_size() > gpus:
+        os.environ["NCCL_HOSTID"] = f"hvdloss-{hvd.local_rank()}"
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+    device = torch.device("cuda", hvd.local_rank() % gpus)
+    torch.cuda.set_device(device)
+    return device
+
+
+def join_torch_distributed(hvd: Any, backend: str = "gloo") -> None:
+    """Start torch.distributed among Horovod's ranks, which are all on this machine."""
     import torch
     import torch.distributed as dist
 
@@ -118,7 +147,7 @@ def join_torch_distributed(hvd: Any) -> None:
             port = s.getsockname()[1]
     port = int(hvd.broadcast(torch.tensor([port]), root_rank=0).item())
     dist.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=hvd.rank(), world_size=hvd.size()
+        backend, init_method=f"tcp://127.0.0.1:{port}", rank=hvd.rank(), world_size=hvd.size()
     )
 
 

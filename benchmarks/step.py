@@ -4,7 +4,8 @@
 
 Peers: "compute" (no reduction at all), "horovod" (horovod.torch.DistributedOptimizer), "ddp" (torch
 DistributedDataParallel over Gloo), "plain" (hvdloss without an objective), "hvdloss" (exact). One thread
-per rank, SGD, float32. ``hvdloss bench step`` runs this for several numbers of ranks and shows it.
+per rank, SGD, float32. ``hvdloss bench step`` runs this for several numbers of ranks and shows it. With
+``--device cuda`` gradients travel over NCCL, those of "ddp" too.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from torch import nn
 import hvdloss.torch as hvd
 from hvdloss.benchmarks.common import (
     WARM_UP,
+    device_of,
     environment,
     join_torch_distributed,
     measured,
@@ -39,10 +41,14 @@ from hvdloss.benchmarks.workloads import WORKLOADS
 PEERS = ("compute", "horovod", "ddp", "plain", "hvdloss")
 
 
-def build(peer: str, workload: str) -> tuple[nn.Module, Any, Callable[..., torch.Tensor], Any, Any]:
-    """Return this peer's model, optimizer and loss, and the workload's input and target."""
+def build(
+    peer: str, workload: str, device: torch.device | str = "cpu", times: int = 1
+) -> tuple[nn.Module, Any, Callable[..., torch.Tensor], Any, Any]:
+    """Return this peer's model, optimizer and loss, and the workload's input and target, `times` over."""
     torch.manual_seed(0)
     model, x, y = WORKLOADS[workload]()
+    model = model.to(device)
+    x, y = (t.repeat(times, *[1] * (t.dim() - 1)).to(device) for t in (x, y))
     optimizer: Any = torch.optim.SGD(model.parameters(), lr=1e-3)
     loss_of: Callable[..., torch.Tensor] = F.mse_loss
     if peer == "horovod":
@@ -57,9 +63,11 @@ def build(peer: str, workload: str) -> tuple[nn.Module, Any, Callable[..., torch
     return model, optimizer, loss_of, x, y
 
 
-def make_step(peer: str, workload: str) -> tuple[Callable[[], None], nn.Module]:
+def make_step(
+    peer: str, workload: str, device: torch.device, times: int = 1
+) -> tuple[Callable[[], None], nn.Module]:
     """Return a function that makes one training step of this peer, and its model."""
-    model, optimizer, loss_of, x, y = build(peer, workload)
+    model, optimizer, loss_of, x, y = build(peer, workload, device, times)
 
     def step() -> None:
         optimizer.zero_grad()
@@ -105,9 +113,11 @@ def messages(peer: str, step: Callable[[], None], model: nn.Module) -> dict[str,
     return dict(seen)
 
 
-def measure(peers: list[str], workload: str, rounds: int, steps: int) -> dict[str, Any]:
+def measure(
+    peers: list[str], workload: str, rounds: int, steps: int, device: torch.device, times: int = 1
+) -> dict[str, Any]:
     """Return seconds per step of each peer, by round, and its messages."""
-    made = {peer: make_step(peer, workload) for peer in peers}
+    made = {peer: make_step(peer, workload, device, times) for peer in peers}
     return measured(
         hvd,
         WORKLOADS[workload].__doc__,
@@ -116,18 +126,26 @@ def measure(peers: list[str], workload: str, rounds: int, steps: int) -> dict[st
         rounds,
         steps,
         workload,
+        torch.cuda.synchronize if device.type == "cuda" else lambda: None,
     )
 
 
-def memory(peer: str, workload: str) -> int:
-    """Return the peak of resident bytes that training adds. Trustworthy once in a process only."""
+def memory(peer: str, workload: str, device: torch.device) -> int:
+    """Return the peak of resident bytes that training adds. Trustworthy once in a process only.
+
+    On a GPU those that torch's allocator has handed out.
+    """
     for _ in range(2):  # buffers that exist once, whatever the model
-        hvd.allreduce(torch.zeros(2**20), name="warm")
+        hvd.allreduce(torch.zeros(2**20, device=device), name="warm")
     gc.collect()
-    before = resident()
-    step, _ = make_step(peer, workload)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device) if device.type == "cuda" else resident()
+    step, _ = make_step(peer, workload, device)
     for _ in range(WARM_UP):
         step()
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) - before
     return peak_above(before)
 
 
@@ -137,6 +155,8 @@ def main() -> None:
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--steps", type=int, default=5, help="per peer and round")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--batch", type=int, default=1, metavar="N", help="N times the workload's batch")
     parser.add_argument("--memory", action="store_true", help="peak memory of one peer and workload instead")
     parser.add_argument("--json", help="write all numbers to this file")
     args = parser.parse_args()
@@ -144,14 +164,19 @@ def main() -> None:
         parser.error("--memory takes one peer and one workload")
     hvd.init()
     torch.set_num_threads(1)
+    device = device_of(hvd, args.device)
     if "ddp" in args.peers:
-        join_torch_distributed(hvd)
+        join_torch_distributed(hvd, "nccl" if device.type == "cuda" else "gloo")
     out: dict[str, Any] = {"environment": {**environment(hvd), "framework": f"torch {torch.__version__}"}}
+    if device.type == "cuda":
+        out["environment"]["gpu"] = torch.cuda.get_device_name(device)
+        out["environment"]["batch"] = args.batch
     if args.memory:
-        out["memory"] = memory(args.peers[0], args.workload[0])
+        out["memory"] = memory(args.peers[0], args.workload[0], device)
     else:
         out["workloads"] = {
-            name: measure(args.peers, name, args.rounds, args.steps) for name in args.workload
+            name: measure(args.peers, name, args.rounds, args.steps, device, args.batch)
+            for name in args.workload
         }
     if hvd.rank() == 0:
         write_json(args.json, out)

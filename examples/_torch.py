@@ -77,12 +77,20 @@ class Job:
         return weighted_mean(self.losses(model(x), y), weight)
 
 
+def device_of(kind: str) -> torch.device:
+    """Return this rank's device: of the machine's GPUs the one with its local rank."""
+    if kind == "cuda":
+        torch.cuda.set_device(hvd.local_rank())
+        return torch.device("cuda", hvd.local_rank())
+    return torch.device(kind)
+
+
 def weighted_mean(losses: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return (weight * losses).sum() / weight.sum().clamp(min=torch.finfo(losses.dtype).tiny)
 
 
 def flat(tensors: Any) -> np.ndarray:
-    return torch.cat([t.detach().flatten() for t in tensors]).double().numpy()
+    return torch.cat([t.detach().flatten() for t in tensors]).double().cpu().numpy()
 
 
 def compare(job: Job, train: Callable[[Job, nn.Module, Watch], None], title: str, **report: Any) -> int:

@@ -18,7 +18,7 @@ from torch import nn
 import hvdloss
 import hvdloss.torch as hvd
 from _common import Shards, Watch, at_least, options, recorder, split
-from _torch import DTYPES, Job, compare, weighted_mean
+from _torch import DTYPES, Job, compare, device_of, weighted_mean
 from hvdloss.metrics import Accuracy, Recall
 
 
@@ -71,7 +71,11 @@ def make_job(args: argparse.Namespace) -> Job:
     order = training[np.argsort(mixed[training])]
 
     dtype = DTYPES[args.dtype]
-    data = torch.tensor(x / 16, dtype=dtype), torch.tensor(y), torch.tensor(weight, dtype=dtype)
+    device = device_of(args.device)
+    data = tuple(
+        torch.as_tensor(a, dtype=kind, device=device)
+        for a, kind in ((x / 16, dtype), (y, None), (weight, dtype))
+    )
 
     def losses(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return nn.functional.cross_entropy(prediction, target, reduction="none")
@@ -88,7 +92,7 @@ def make_job(args: argparse.Namespace) -> Job:
     torch.manual_seed(args.seed)
     return Job(
         args,
-        model=make_model().to(dtype),
+        model=make_model().to(device, dtype),
         make_optimizer=make_optimizer,
         losses=losses,
         data=data,
@@ -101,6 +105,9 @@ def make_job(args: argparse.Namespace) -> Job:
 if __name__ == "__main__":
     parser = options("torch_digits", __doc__, epochs=8, batch=96)
     parser.add_argument("--micro", type=at_least(1), default=16, help="samples a micro-batch (%(default)s)")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="cuda: over NCCL, a GPU each"
+    )
     arguments = parser.parse_args()
     hvd.init()
     torch.set_num_threads(1)  # ranks share the cores

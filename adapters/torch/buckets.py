@@ -10,6 +10,7 @@ import torch
 from hvdloss.plan import Bucket
 from hvdloss.torch._backend import hvd
 from hvdloss.torch.compression import BF16Compressor
+from hvdloss.torch.ops import at_hand, put_on
 from hvdloss.torch.waiting import explaining, wait
 
 __all__ = [
@@ -21,10 +22,13 @@ __all__ = [
     "as_numbers",
     "beyond",
     "from_numbers",
+    "weighed",
+    "weighed_sparse",
 ]
 
 # Horovod sums these dtypes; others travel as a wider one.
 _WIDER = {torch.bfloat16: torch.float32}
+_SHORT = (torch.float16, torch.bfloat16)
 
 
 def _scaled(tensor: torch.Tensor, scale: Any) -> bool:
@@ -49,7 +53,7 @@ def beyond(x: torch.Tensor, limit: float) -> Any:
         return False
     if x.is_complex():
         x = torch.view_as_real(x).view(-1)
-    if x.device.type != "cpu":
+    if not at_hand(x):
         low, high = torch.aminmax(x)
         return ~((low >= -limit) & (high <= limit))
     if x.dtype in (torch.float32, torch.float64):
@@ -73,12 +77,58 @@ def from_numbers(numbers: torch.Tensor) -> torch.Tensor:
     return numbers.to(torch.int16).view(torch.float64)
 
 
+def weighed(gradient: torch.Tensor, scale: Any) -> torch.Tensor:
+    """Return ``scale * gradient``, and zeros where `scale` is 0, whatever the gradient is.
+
+    `scale` is a float, or a 0-dim tensor on a device, for which nobody waits.
+    """
+    if absent(scale):
+        return torch.zeros_like(gradient)
+    if isinstance(scale, float):
+        return gradient * scale
+    # A tensor's 0-dim factor would first be rounded to 16 bits, which a number is not.
+    wide = gradient.float() if gradient.dtype in _SHORT else gradient
+    return torch.where(scale == 0, 0, wide * scale).to(gradient.dtype)
+
+
+def weighed_sparse(gradient: torch.Tensor, scale: Any) -> torch.Tensor:
+    """Return ``scale * gradient`` of a sparse gradient; see :func:`weighed`."""
+    return torch.sparse_coo_tensor(
+        gradient._indices(),
+        weighed(gradient._values(), scale),
+        gradient.shape,
+        check_invariants=False,
+        is_coalesced=gradient.is_coalesced(),
+    )
+
+
+def _scale_(held: torch.Tensor, scale: Any) -> torch.Tensor:
+    """Multiply in place; see :func:`weighed`."""
+    if not _scaled(held, scale):
+        return held
+    if isinstance(scale, float):
+        return held.mul_(scale)
+    if held.dtype in _SHORT:
+        return held.copy_(weighed(held, scale))
+    return held.mul_(scale).masked_fill_(scale == 0, 0)
+
+
+def _write(held: torch.Tensor, gradient: torch.Tensor, scale: Any) -> None:
+    """Set to ``scale * gradient``; see :func:`weighed`."""
+    if isinstance(scale, float):
+        torch.mul(gradient, scale, out=held)
+    elif held.dtype in _SHORT:
+        held.copy_(weighed(gradient, scale))
+    else:
+        torch.mul(gradient, scale, out=held).masked_fill_(scale == 0, 0)
+
+
 def _add(held: torch.Tensor, gradient: torch.Tensor, scale: Any) -> None:
-    """Add ``scale * gradient`` in place; `scale` is a float, or a 0-dim tensor that nobody waits for."""
+    """Add ``scale * gradient`` in place; see :func:`weighed`."""
     if isinstance(scale, float):
         held.add_(gradient, alpha=scale)
     else:
-        held.addcmul_(gradient, scale.to(held.dtype))
+        held.add_(weighed(gradient, scale))
 
 
 class _Reduction:
@@ -181,8 +231,7 @@ class FlatBucket(_Reduction):
             self.written[i] = True
             self.written_count += 1
             if grad is view:  # it was not set to None, so autograd has added to what lay here
-                if _scaled(view, scale):
-                    view.mul_(scale)
+                _scale_(view, scale)
             else:
                 views.append(view)
                 grads.append(grad)
@@ -192,10 +241,10 @@ class FlatBucket(_Reduction):
             torch._foreach_copy_(views, grads)
         elif self._fused or len(views) < len(self.views):
             for view, grad in zip(views, grads, strict=True):
-                torch.mul(grad, scale, out=view)
+                _write(view, grad, scale)
         else:
             torch._foreach_copy_(views, grads)
-            self.body.mul_(scale)
+            _scale_(self.body, scale)
 
     @torch.no_grad()
     def seal(self, leftover: Any, wire: Wire) -> None:
@@ -215,7 +264,7 @@ class FlatBucket(_Reduction):
             self.absorb(leftover)
         self.flags.fill_(1)
         if self.written_count < len(self.views):
-            self.flags.copy_(torch.tensor(self.written, dtype=self.flags.dtype))
+            self.flags.copy_(put_on(torch.tensor(self.written, dtype=self.flags.dtype), self.flags.device))
         self.bad = beyond(self.body, wire.limit(self.body.dtype))
         self.sealed = True
 
@@ -302,7 +351,7 @@ class LoneGradient(_Reduction):
         if self._held is None:
             # Its own memory, which nobody else sees: autograd gives a parameter such a tensor.
             kept = grad.contiguous() if not grad.requires_grad else grad.detach().clone()
-            self._held = kept.mul_(scale) if _scaled(kept, scale) else kept
+            self._held = _scale_(kept, scale)
         else:
             _add(self._held, grad, scale)
 
@@ -371,7 +420,7 @@ class SparseSlot:
         p.grad = None
         if grad.layout is torch.strided:
             grad = grad.to_sparse(1)
-        grad = torch.zeros_like(grad) if absent(scale) else grad * scale
+        grad = weighed_sparse(grad, scale)
         self._held = grad if self._held is None else self._held + grad
 
     @torch.no_grad()

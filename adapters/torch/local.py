@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from hvdloss.communicator import Communicator
@@ -55,23 +54,23 @@ class Stretch:
                 p.grad.add_(p.detach() - anchor, alpha=strength)
 
     @torch.no_grad()
-    def moves(self) -> tuple[dict[torch.dtype, torch.Tensor], float]:
-        """Return theta - anchor, side by side for each dtype, and the squared length of all."""
-        parts: dict[Any, list[torch.Tensor]] = defaultdict(list)
+    def moves(self) -> tuple[dict[str, torch.Tensor], float]:
+        """Return theta - anchor, side by side for each dtype and device, and the squared length of all."""
+        parts: dict[str, list[torch.Tensor]] = defaultdict(list)
         for p, anchor in zip(self.parameters, self.anchor, strict=True):
-            parts[p.dtype].append((p.detach() - anchor).reshape(-1))
-        flats = {dtype: torch.cat(some) for dtype, some in parts.items()}
+            parts[_kind(p)].append((p.detach() - anchor).reshape(-1))
+        flats = {kind: torch.cat(some) for kind, some in parts.items()}
         return flats, _squared_length(flats)
 
     @torch.no_grad()
     def send(
-        self, flats: dict[torch.dtype, torch.Tensor], share: float, wire: Wire
+        self, flats: dict[str, torch.Tensor], share: float, wire: Wire
     ) -> tuple[list[Callable[[], None]], Travel]:
         """Start summing ``share`` times the moves over ranks, in place."""
         for flat in flats.values():
             # Multiplying would make NaN of what is not finite on a rank that must not count.
             flat.mul_(share) if share else flat.zero_()
-        waits = [wire.send(flat, f"{self.name}.moves.{dtype}") for dtype, flat in flats.items()]
+        waits = [wire.send(flat, f"{self.name}.moves.{kind}") for kind, flat in flats.items()]
         travel = Travel(
             messages=len(flats) + 1,
             bytes=sum(wire.bytes_of(flat) for flat in flats.values()),
@@ -82,20 +81,19 @@ class Stretch:
         return waits, travel
 
     @torch.no_grad()
-    def settle(
-        self, flats: dict[torch.dtype, torch.Tensor], denominator: float, outer: OuterStep | None
-    ) -> float:
+    def settle(self, flats: dict[str, torch.Tensor], denominator: float, outer: OuterStep | None) -> float:
         """Move anchor and parameters by the ranks' mean move; return its squared length."""
         for flat in flats.values():
             flat.div_(denominator)
         length = _squared_length(flats)
-        at: dict[Any, int] = defaultdict(int)
+        at: dict[str, int] = defaultdict(int)
         if outer is not None and self.velocity is None:
             self.velocity = [torch.zeros_like(anchor) for anchor in self.anchor]
         for i, (p, anchor) in enumerate(zip(self.parameters, self.anchor, strict=True)):
-            start = at[p.dtype]
-            at[p.dtype] = start + p.numel()
-            move = flats[p.dtype][start : start + p.numel()].view(p.shape)
+            kind = _kind(p)
+            start = at[kind]
+            at[kind] = start + p.numel()
+            move = flats[kind][start : start + p.numel()].view(p.shape)
             if outer is not None:
                 assert self.velocity is not None
                 move, self.velocity[i] = outer.move(move, self.velocity[i])
@@ -165,7 +163,12 @@ def _device(values: Sequence[torch.Tensor]) -> torch.device:
     return max(values, key=lambda value: value.numel()).device
 
 
-def _squared_length(flats: dict[torch.dtype, torch.Tensor]) -> float:
+def _kind(p: torch.Tensor) -> str:
+    """Return what can lie side by side, equal on all ranks, whose devices may have other numbers."""
+    return f"{p.dtype} {p.device.type}"
+
+
+def _squared_length(flats: dict[str, torch.Tensor]) -> float:
     return sum(float(torch.linalg.vector_norm(flat, dtype=_wide(flat)).abs() ** 2) for flat in flats.values())
 
 

@@ -12,7 +12,7 @@ from hvdloss.objective import CLASS_LOSSES, IGNORED, ObjectiveBase, expand_mask_
 from hvdloss.reduction import Contribution, contribution, weights_for
 from hvdloss.torch._backend import hvd
 from hvdloss.torch.collectives import group_of
-from hvdloss.torch.ops import NAMED_LOSSES, TorchOps
+from hvdloss.torch.ops import NAMED_LOSSES, TorchOps, at_hand, put_on
 
 __all__ = ["Objective"]
 
@@ -206,7 +206,7 @@ class Objective(ObjectiveBase[torch.Tensor]):
         given = prediction
         classes = self.name in CLASS_LOSSES
         absent = self._absent(target)
-        if absent is not None and absent.device.type == "cpu" and not absent.any():
+        if absent is not None and at_hand(absent) and not absent.any():
             absent = None
         acting = self.controller
         may_mask = weight is not None or absent is not None or acting.weighs
@@ -225,7 +225,7 @@ class Objective(ObjectiveBase[torch.Tensor]):
                 losses=losses,
                 weight=weight,
                 keys=keys,
-                state=torch.from_numpy(acting.state).to(losses.device),
+                state=put_on(torch.from_numpy(acting.state), losses.device),
                 class_axis=min(1, given.dim() - 1) if classes else None,
                 rank=rank,
                 size=size,
@@ -259,7 +259,7 @@ class Objective(ObjectiveBase[torch.Tensor]):
             target=target,
             weight=weight,
             keys=keys,
-            state=lambda: torch.from_numpy(self.controller.state).to(_device(given)),
+            state=lambda: put_on(torch.from_numpy(self.controller.state), _device(given)),
             total=total,
         )
         if weight is not None and isinstance(given, torch.Tensor):
@@ -291,8 +291,10 @@ class Objective(ObjectiveBase[torch.Tensor]):
         axes = expand_mask_axes(tuple(losses.shape), tuple(prediction.shape), class_axis)
         if axes is None:
             return
+        if isinstance(weight, int | float) and weight:
+            return
         mask = torch.as_tensor(weight, device=losses.device).detach().expand_as(losses) == 0
-        if mask.device.type == "cpu" and not mask.any():
+        if at_hand(mask) and not mask.any():
             return
         for axis in axes:
             mask = mask.unsqueeze(axis)

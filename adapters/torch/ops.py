@@ -15,7 +15,36 @@ from hvdloss.objective import IGNORED, loss_named
 from hvdloss.torch._backend import hvd
 from hvdloss.torch.waiting import explaining, wait
 
-__all__ = ["NAMED_LOSSES", "HorovodCommunicator", "TorchOps", "as_array", "communicator_of"]
+__all__ = [
+    "AT_HAND",
+    "NAMED_LOSSES",
+    "HorovodCommunicator",
+    "TorchOps",
+    "as_array",
+    "at_hand",
+    "communicator_of",
+    "put_on",
+]
+
+#: Kinds of devices whose values can be read at once. Without "cpu", what is for GPUs is done on the CPU's
+#: tensors, which is how it is tested where there is no GPU.
+AT_HAND = {"cpu"}
+
+
+def at_hand(x: torch.Tensor) -> bool:
+    """Return whether values of `x` can be looked at without waiting for a device."""
+    return x.device.type in AT_HAND
+
+
+def put_on(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a tensor of the CPU on `device`, without waiting for it.
+
+    From ordinary memory a copy waits for all that the device still has to compute, from pinned memory it
+    is one more thing in its queue.
+    """
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 class TorchOps:
@@ -31,6 +60,8 @@ class TorchOps:
 
     def weights_like(self, w: Any, losses: torch.Tensor) -> torch.Tensor:
         """Broadcast, cast and move; weights are data, so no gradient."""
+        if isinstance(w, int | float):  # written by the device itself: a copy of it would be waited for
+            w = torch.full((), w, dtype=losses.dtype, device=losses.device)
         w = torch.as_tensor(w, dtype=losses.dtype, device=losses.device)
         return w.detach().expand_as(losses)
 
@@ -176,7 +207,7 @@ class TorchOps:
 
     def vector64(self, values: list[float], like: torch.Tensor) -> torch.Tensor:
         """Make a tensor."""
-        return torch.tensor(values, dtype=torch.float64, device=like.device)
+        return put_on(torch.tensor(values, dtype=torch.float64), like.device)
 
     def one_hot(self, index: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         """Compare, which bears indices outside."""

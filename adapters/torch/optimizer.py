@@ -33,16 +33,17 @@ from hvdloss.torch.buckets import (
     LoneGradient,
     SparseSlot,
     Wire,
-    absent,
     as_numbers,
     beyond,
     from_numbers,
+    weighed,
+    weighed_sparse,
 )
 from hvdloss.torch.compression import Compression
 from hvdloss.torch.guard import check_synchronized, checksums
 from hvdloss.torch.local import Stretch, share_memory
 from hvdloss.torch.objective import Objective
-from hvdloss.torch.ops import communicator_of
+from hvdloss.torch.ops import at_hand, communicator_of, put_on
 from hvdloss.tuning import Tuning, choose, launched
 from hvdloss.world import following, next_number
 
@@ -423,7 +424,7 @@ class _Engine:
             scale = self._rows[0][1]
             if self.objective.reduction != "sum":
                 scale = scale / self._reference
-            self._scale = float(scale) if scale.device.type == "cpu" else scale
+            self._scale = float(scale) if at_hand(scale) else scale
         return self._scale
 
     def _end_backward(self) -> None:
@@ -432,6 +433,7 @@ class _Engine:
         if not reached:  # autograd.grad, say: no parameter's gradient was touched
             return
         rows = self._rows
+        # Where there were several calls, a device is waited for.
         stray = not rows or any(bool(row[1] != rows[0][1]) for row in rows[1:])
         scale = 0.0 if stray else self._current_scale()
         for slot in (*self.buckets, *self.sparse):
@@ -463,7 +465,7 @@ class _Engine:
             grad, p.grad = p.grad.detach(), None
             # Sums of many weights do not fit float16.
             grad = grad.float() if grad.dtype is torch.float16 else grad
-            grad = torch.zeros_like(grad) if absent(scale) else grad * scale
+            grad = (weighed if grad.layout is torch.strided else weighed_sparse)(grad, scale)
             held = self._gathered.get(id(p))
             self._gathered[id(p)] = grad if held is None else held + grad
         self._fired.clear()
@@ -542,13 +544,21 @@ class _Engine:
         table, self._told_ready = self._own_table(self._row_sum, self._strays, bad)
         there = torch.tensor([float(lone.there) for lone in self.lone], dtype=torch.float64)
         if self.carrier is None:
-            self._table = torch.cat([table, there.to(table.device)])
+            self._table = torch.cat([table, put_on(there, table.device)])
             self._table_ready = self._plain_wire.send(self._table, f"{self.name}.ledger")
             return
         self._table = tail = self.carrier.tail
         tail[: 4 * len(table)] = as_numbers(table, tail.dtype)
-        tail[4 * len(table) :] = there
+        if len(there):
+            tail[4 * len(table) :] = put_on(there, tail.device)
         self._table_ready = self.carrier.drain
+
+    def _device(self) -> torch.device:
+        """Return where ledgers travel: the same kind of device on all ranks, with a batch or without."""
+        if self.carrier is not None:
+            return self.carrier.flat.device
+        devices = [p.device for p in self.parameters()]
+        return next((device for device in devices if device.type != "cpu"), devices[0])
 
     def _own_table(
         self, row: torch.Tensor | None, strays: int, bad: Any, moved: float = 0.0
@@ -570,17 +580,15 @@ class _Engine:
             more=float(self.more),
             leaving=float(self.leaving()),
         )
-        table = torch.from_numpy(pack(own, rank, size).reshape(-1))
+        device = self._device()
+        table = put_on(torch.from_numpy(pack(own, rank, size).reshape(-1)), device)
         width = self.controller.width
-        self._told = torch.zeros(size, width, dtype=torch.float64)
+        self._told = torch.zeros(size, width, dtype=torch.float64, device=device)
         if row is not None:
-            table = table.to(row.device)
             table[rank * WIDTH : rank * WIDTH + MEASURED] = row[:MEASURED]
             if width:
-                self._told = self._told.to(row.device)
                 self._told[rank] = row[MEASURED:]
         if isinstance(bad, torch.Tensor):
-            table = table.to(bad.device)
             table[rank * WIDTH + _GRADIENTS] = bad
         ready = self._plain_wire.send(self._told.view(-1), f"{self.name}.terms") if width else None
         return table, ready
@@ -617,7 +625,8 @@ class _Engine:
             ready, self._table_ready = self._table_ready, None
             ready()
         entries = self.process_set.size() * WIDTH * (1 if self.carrier is None else 4)
-        table, there = self._table[:entries].cpu(), self._table[entries:].tolist()
+        whole = self._table.cpu()
+        table, there = whole[:entries], whole[entries:].tolist()
         if self.carrier is not None:
             table = from_numbers(table)
         # Of gradients the update decides: where a GradScaler sees that they are not finite, there is none.
@@ -752,13 +761,14 @@ class _Engine:
         if not self._stretch.steps:  # whatever was done or loaded in between is equal on all ranks
             self._stretch.anchor_here()
         row, strays = self._row_sum, self._strays
-        sound = row is not None and not strays and bool(row[1] > 0) and not bool(row[FAULTS_TOLD].any())
-        bad = bool(self._bad_gradients())
+        bad, scale, *told = _floats(self._bad_gradients(), self._scale_sum, *([] if row is None else [row]))
+        bad = bool(bad)
+        sound = row is not None and not strays and told[1] > 0 and not any(told[FAULTS_TOLD])
         self._alone_bad = bad and sound and not self._dropping  # a GradScaler may be about to see it
         sound &= not bad or self._alone_bad
         for slot in (*self.buckets, *self.sparse):
-            slot.finish(float(self._scale_sum) if sound else 1.0)
-        if self._dropping and row is not None and (bad or bool(row[_NONFINITE] > 0)):
+            slot.finish(scale if sound else 1.0)
+        if self._dropping and row is not None and (bad or told[_NONFINITE] > 0):
             row = _emptied(row)
         self._stretch.count(row, strays, bad and self._dropping)
         self._hand_over()
@@ -1007,6 +1017,15 @@ FAULTS_TOLD = slice(FAULTS.start, MEASURED)  # the faults that tensors tell
 _NONFINITE = COLUMN["nonfinite_losses"]
 _GRADIENTS = COLUMN["nonfinite_gradients"]
 _KEPT = slice(COLUMN["micro_batches"], MEASURED)
+
+
+def _floats(*values: Any) -> list[float]:
+    """Return numbers and tensors as numbers, one after the other; a device is waited for once."""
+    if not any(isinstance(value, torch.Tensor) for value in values):
+        return [float(value) for value in values]
+    parts = [torch.as_tensor(value, dtype=torch.float64).reshape(-1) for value in values]
+    device = next((part.device for part in parts if part.device.type != "cpu"), parts[0].device)
+    return torch.cat([part if part.device == device else put_on(part, device) for part in parts]).tolist()
 
 
 def _emptied(row: torch.Tensor) -> torch.Tensor:

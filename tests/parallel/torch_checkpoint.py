@@ -8,7 +8,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from torch_support import before_case, flat, generator, raises_everywhere, same_on_all_ranks
+from torch_support import DEVICE, before_case, flat, generator, here, raises_everywhere, same_on_all_ranks
 
 import hvdloss
 import hvdloss.torch as hvd
@@ -34,7 +34,7 @@ class Run:
             torch.nn.LayerNorm(8, dtype=torch.float64),
             torch.nn.Dropout(0.2),
             torch.nn.Linear(8, 2, dtype=torch.float64),
-        )
+        ).to(DEVICE)
         self.objective = hvd.Objective("cross_entropy", terms=terms)
         plain = torch.optim.AdamW(self.model.parameters(), lr=0.01, weight_decay=0.1)
         self.optimizer = hvd.DistributedOptimizer(plain, self.model.named_parameters(), self.objective)
@@ -49,7 +49,7 @@ class Run:
         for _ in self.loader.epochs(9):
             for x, y in self.loader:
                 self.optimizer.zero_grad()
-                self.objective(self.model(x), y).backward()
+                self.objective(self.model(here(x)), here(y)).backward()
                 self.optimizer.step()
                 self.schedule.step()
                 out.append(self.optimizer.last_step)

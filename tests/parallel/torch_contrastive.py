@@ -9,7 +9,7 @@ import contrastive_reference as reference
 import numpy as np
 import pytest
 import torch
-from torch_support import before_case, difference, same_on_all_ranks
+from torch_support import DEVICE, before_case, difference, here, same_on_all_ranks
 
 import hvdloss.torch as hvd
 from hvdloss.errors import ShapeError, UsageError
@@ -27,7 +27,7 @@ class Arithmetic:
     """What `contrastive_reference` computes with."""
 
     exp, log, sqrt = torch.exp, torch.log, torch.sqrt
-    constant = staticmethod(torch.from_numpy)
+    constant = staticmethod(here)
 
     @staticmethod
     def transpose(x):
@@ -50,14 +50,14 @@ def definition(name, batch):
     loss, formula, _ = reference.LOSSES[name]
     keep = batch["w"] != 0
     leaves = {
-        k: torch.tensor(batch[k], dtype=torch.float64, requires_grad=True)
+        k: torch.tensor(batch[k], dtype=torch.float64, device=DEVICE, requires_grad=True)
         for k in ("x", "y", "scale", "bias")
     }
     value = formula(
         Arithmetic,
         leaves["x"][keep],
         leaves["y"][keep],
-        torch.from_numpy(batch["w"][keep]),
+        here(batch["w"][keep]),
         labels=batch["labels"][keep],
         **{k: leaves[k] for k in reference.LOSSES[name][2] if k != "y"},
         **reference.settings(loss),
@@ -70,12 +70,14 @@ def distributed(name, batch, mine, group, dtype=torch.float64):
     """Return value and gradients of this rank's rows."""
     loss, _, extra = reference.LOSSES[name]
     leaves = {
-        k: torch.tensor(batch[k][mine] if k in "xy" else batch[k], dtype=dtype, requires_grad=True)
+        k: torch.tensor(
+            batch[k][mine] if k in "xy" else batch[k], dtype=dtype, device=DEVICE, requires_grad=True
+        )
         for k in ("x", *extra)
     }
     prediction = tuple(leaves.values()) if extra else leaves["x"]
-    w = torch.tensor(batch["w"][mine], dtype=dtype)
-    value = loss.value(OPS, group, prediction, torch.from_numpy(batch["labels"][mine]), w)
+    w = torch.tensor(batch["w"][mine], dtype=dtype, device=DEVICE)
+    value = loss.value(OPS, group, prediction, here(batch["labels"][mine]), w)
     value.backward()
     return value.item(), {k: v.grad for k, v in leaves.items()}
 
@@ -150,9 +152,9 @@ def case_a_large_scale():
     rng = np.random.default_rng(5)
     batch = reference.sample(rng)
     batch["scale"] = math.log(2000.0)
-    x, y = (torch.tensor(batch[k], requires_grad=True) for k in "xy")
-    for loss, rest in ((InfoNCE(), ()), (SigLIP(), (torch.tensor(-10.0),))):
-        value = loss.value(OPS, group_of(), (x, y, torch.tensor(batch["scale"]), *rest), None, None)
+    x, y = (torch.tensor(batch[k], device=DEVICE, requires_grad=True) for k in "xy")
+    for loss, rest in ((InfoNCE(), ()), (SigLIP(), (here(-10.0),))):
+        value = loss.value(OPS, group_of(), (x, y, here(batch["scale"]), *rest), None, None)
         value.backward()
         assert math.isfinite(value.item())
         assert x.grad.isfinite().all()
@@ -172,8 +174,8 @@ def case_no_weight_at_all():
 
 def case_anchors_without_positives_are_left_out():
     loss = SupervisedContrastive()
-    z = torch.eye(4, dtype=torch.float64)[: 2 + hvd.rank()].requires_grad_()
-    alone = torch.arange(len(z)) + 10 * hvd.rank()
+    z = torch.eye(4, dtype=torch.float64, device=DEVICE)[: 2 + hvd.rank()].requires_grad_()
+    alone = torch.arange(len(z), device=DEVICE) + 10 * hvd.rank()
     value = loss.value(OPS, group_of(), z, alone, None)
     value.backward()
     assert math.isnan(value.item())
@@ -192,16 +194,18 @@ def case_an_objective_of_them():
         batch = reference.shuffled(rng, reference.sample(rng))
         cut = reference.split(rng, len(batch["w"]), hvd.size())
         mine = slice(cut[hvd.rank()], cut[hvd.rank() + 1])
-        theta = torch.from_numpy(rng.normal(size=(3, 3))).requires_grad_()
-        scalars = [torch.tensor(batch[k], dtype=torch.float64, requires_grad=True) for k in extra if k != "y"]
+        theta = here(rng.normal(size=(3, 3))).requires_grad_()
+        scalars = [
+            torch.tensor(batch[k], dtype=torch.float64, device=DEVICE, requires_grad=True)
+            for k in extra
+            if k != "y"
+        ]
 
         def predict(rows, theta=theta, batch=batch, extra=extra, scalars=scalars):
-            x = torch.from_numpy(batch["x"][rows]) @ theta
-            return (x, torch.from_numpy(batch["y"][rows]) @ theta.t(), *scalars) if extra else x
+            x = here(batch["x"][rows]) @ theta
+            return (x, here(batch["y"][rows]) @ theta.t(), *scalars) if extra else x
 
-        value = hvd.Objective(loss)(
-            predict(mine), torch.from_numpy(batch["labels"][mine]), torch.from_numpy(batch["w"][mine])
-        )
+        value = hvd.Objective(loss)(predict(mine), here(batch["labels"][mine]), here(batch["w"][mine]))
         leaves = [theta, *scalars]
         ours = [
             hvd.allreduce(g.contiguous(), name=f"g{i}", op=hvd.Average)
@@ -213,7 +217,7 @@ def case_an_objective_of_them():
             Arithmetic,
             given[0] if extra else given,
             given[1] if extra else None,
-            torch.from_numpy(batch["w"][keep]),
+            here(batch["w"][keep]),
             labels=batch["labels"][keep],
             **dict(zip([k for k in extra if k != "y"], scalars, strict=True)),
             **reference.settings(loss),
@@ -229,8 +233,8 @@ def case_parity_with_numpy():
     """One core: the values are those of NumPy's arrays in one process."""
     batch = reference.sample(np.random.default_rng(8))
     for name, (loss, _, extra) in reference.LOSSES.items():
-        given = [torch.tensor(batch[k], dtype=torch.float64) for k in ("x", *extra)]
-        labels, w = torch.from_numpy(batch["labels"]), torch.from_numpy(batch["w"])
+        given = [torch.tensor(batch[k], dtype=torch.float64, device=DEVICE) for k in ("x", *extra)]
+        labels, w = here(batch["labels"]), here(batch["w"])
         value = loss.value(OPS, OneRank(), tuple(given) if extra else given[0], labels, w).item()
         arrays = [batch[k] for k in ("x", *extra)]
         other = float(loss.of(tuple(arrays) if extra else arrays[0], batch["labels"], batch["w"]))
@@ -263,14 +267,14 @@ def case_second_derivatives():
         (grad,) = torch.autograd.grad(value, x, create_graph=True)
         return torch.autograd.grad((grad**2).sum(), x)[0]
 
-    x, y, w = (torch.from_numpy(batch[k]) for k in "xyw")
+    x, y, w = (here(batch[k]) for k in "xyw")
     own = x[mine].clone().requires_grad_()
     ours = penalty(own, InfoNCE(0.5).value(OPS, group_of(), (own, y[mine]), None, w[mine]))
     keep = w != 0
     whole = x.clone().requires_grad_()
     exact = penalty(whole, reference.info_nce(Arithmetic, whole[keep], y[keep], w[keep], temperature=0.5))
     assert not len(ours) or (ours - exact[mine]).abs().max() <= 1e-11 * exact.abs().max()
-    scalars = torch.tensor(1.0), torch.tensor(0.0)
+    scalars = here(1.0), here(0.0)
     with pytest.raises(UsageError, match="cannot be differentiated again"):
         penalty(own, SigLIP().value(OPS, group_of(), (own, y[mine], *scalars), None, w[mine]))
 

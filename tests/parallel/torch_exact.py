@@ -8,6 +8,7 @@ import random
 import torch
 import torch.nn.functional as F
 from torch_support import (
+    DEVICE,
     Batch,
     Trial,
     before_case,
@@ -240,7 +241,7 @@ def case_ignored_targets():
 
 def case_class_weights():
     g = generator(17)
-    balance = torch.tensor([5.0, 1.0, 0.2, 2.0], dtype=torch.float64)
+    balance = torch.tensor([5.0, 1.0, 0.2, 2.0], dtype=torch.float64, device=DEVICE)
 
     def losses(prediction, target):
         return F.cross_entropy(prediction, target, reduction="none")

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torchmetrics.classification as classification
 import torchmetrics.regression as regression
-from torch_support import before_case, generator, same_on_all_ranks
+from torch_support import DEVICE, before_case, generator, here, same_on_all_ranks
 from torchmetrics import MeanMetric, MetricCollection
 
 import hvdloss
@@ -40,11 +40,11 @@ def parts(seed, kinds):
     cut = [0, *sorted(torch.randint(0, n, (hvd.size() - 1,), generator=g).tolist()), n]
     if hvd.size() > 1:
         cut[1] = 0  # rank 0 sees nothing
-    return y, target, slice(cut[hvd.rank()], cut[hvd.rank() + 1])
+    return here(y), here(target), slice(cut[hvd.rank()], cut[hvd.rank() + 1])
 
 
 def near(a, b, name):
-    error = (torch.as_tensor(a).double() - torch.as_tensor(b).double()).abs().max().item()
+    error = (torch.as_tensor(a).double().cpu() - torch.as_tensor(b).double().cpu()).abs().max().item()
     assert error < 1e-6, (name, a, b)  # torchmetrics keeps some states in float32
     return error
 
@@ -61,9 +61,9 @@ def case_classification_equals_one_process():
     errors = []
     for seed, (name, make) in enumerate(KINDS.items()):
         y, target, mine = parts(seed, 3)
-        ours = feed(hvd.synchronized(make()), y[mine].softmax(-1), target[mine])
+        ours = feed(hvd.synchronized(make().to(DEVICE)), y[mine].softmax(-1), target[mine])
         value = ours.compute()
-        errors.append(near(value, feed(make(), y.softmax(-1), target).compute(), name))
+        errors.append(near(value, feed(make().to(DEVICE), y.softmax(-1), target).compute(), name))
         same_on_all_ranks(value.tolist())
         assert sum(map(len, [target[mine]])) == len(target[mine])
     return {"error": max(errors)}
@@ -74,16 +74,16 @@ def case_regression_equals_one_process():
     for seed, (name, make) in enumerate(REAL.items()):
         y, _, mine = parts(seed, 3)
         prediction, target = y[:, 0].float(), (y[:, 0] + y[:, 1]).float()
-        ours = feed(hvd.synchronized(make()), prediction[mine], target[mine])
-        errors.append(near(ours.compute(), feed(make(), prediction, target).compute(), name))
+        ours = feed(hvd.synchronized(make().to(DEVICE)), prediction[mine], target[mine])
+        errors.append(near(ours.compute(), feed(make().to(DEVICE), prediction, target).compute(), name))
     return {"error": max(errors)}
 
 
 def case_after_computing_each_goes_on_with_its_own():
-    metric = hvd.synchronized(MeanMetric())
+    metric = hvd.synchronized(MeanMetric().to(DEVICE))
     total, count = 0.0, 0
     for step in range(3):
-        values = torch.arange(1.0 + hvd.rank()) + step
+        values = here(torch.arange(1.0 + hvd.rank())) + step
         metric.update(values)
         for rank in range(hvd.size()):
             total, count = total + (torch.arange(1.0 + rank) + step).sum().item(), count + rank + 1
@@ -102,7 +102,7 @@ def case_collections_and_modules_that_hold_metrics():
                 {"mae": regression.MeanAbsoluteError(), "rmse": regression.MeanSquaredError(squared=False)}
             )
 
-    model = hvd.synchronized(Model())
+    model = hvd.synchronized(Model().to(DEVICE))
     y, _, mine = parts(9, 3)
     feed(model.scores, y[mine, 0], y[mine, 1])
     found = model.scores.compute()

@@ -12,11 +12,13 @@ from contextlib import contextmanager
 import pytest
 import torch
 from torch_support import (
+    DEVICE,
     Trial,
     before_case,
     flat,
     generator,
     gradients,
+    here,
     mse,
     network,
     raises_everywhere,
@@ -262,7 +264,7 @@ def case_a_grad_scaler_skips_as_ever():
             for clip in (False, True):
                 g = generator(7)
                 trial = Trial(network(g, torch.float32), make, nonfinite=policy)
-                scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+                scaler = torch.amp.GradScaler(DEVICE.type, init_scale=256.0)
                 for number in range(5):
                     step = regression(g, uneven(), dtype=torch.float32)
                     before, scale = state_of(trial), scaler.get_scale()
@@ -299,7 +301,7 @@ def case_a_grad_scaler_skips_as_ever():
 def case_drop_is_refused_with_a_grad_scaler():
     g = generator(8)
     trial = Trial(network(g), nonfinite="drop")
-    scaler = torch.amp.GradScaler("cpu")
+    scaler = torch.amp.GradScaler(DEVICE.type)
     (b,) = regression(g, uneven())[hvd.rank()]
     scaler.scale(trial.objective(trial.model(b.x), b.y)).backward()
     raises_everywhere(ConfigError, lambda: scaler.step(trial.optimizer), "GradScaler", "skip")
@@ -388,7 +390,7 @@ def case_sparse_gradients():
             continue
         for as_dense in (False, True):
             g = generator(11)
-            table = torch.nn.Embedding(9, 3, sparse=True, dtype=torch.float64)
+            table = torch.nn.Embedding(9, 3, sparse=True, dtype=torch.float64, device=DEVICE)
             with torch.no_grad():
                 table.weight.copy_(torch.randn(9, 3, generator=g, dtype=torch.float64))
             one = copy.deepcopy(table)
@@ -398,8 +400,8 @@ def case_sparse_gradients():
             )
             plain = torch.optim.SGD(one.parameters(), lr=0.1)
             for bad in (None, nan, inf, None):
-                rows = [torch.randint(0, 9, (3 + r,), generator=g) for r in range(hvd.size())]
-                ys = [torch.randn(len(i), 3, generator=g, dtype=torch.float64) for i in rows]
+                rows = [here(torch.randint(0, 9, (3 + r,), generator=g)) for r in range(hvd.size())]
+                ys = [here(torch.randn(len(i), 3, generator=g, dtype=torch.float64)) for i in rows]
                 opt.zero_grad()
                 before = table.weight.detach().clone()
                 prediction = table(rows[hvd.rank()])

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch_support import difference, flat, gathered, raises_everywhere, same_on_all_ranks
+from torch_support import DEVICE, difference, flat, gathered, here, raises_everywhere, same_on_all_ranks
 
 import hvdloss.torch as hvd
 from hvdloss.errors import AgreementError, ConfigError, ShapeError
@@ -69,16 +69,17 @@ def random_case(rng: np.random.Generator) -> dict[str, Any]:
         "margin": margins[int(rng.integers(3))] if normalize else None,
         "scale": float(rng.choice([1.0, 8.0])),
         "smoothing": float(rng.choice([0.0, 0.1])),
-        "x": torch.from_numpy(rng.normal(size=(*lead, width))),
-        "target": torch.from_numpy(target),
-        "upstream": torch.from_numpy(rng.normal(size=lead)),
+        "x": here(rng.normal(size=(*lead, width))),
+        "target": here(target),
+        "upstream": here(rng.normal(size=lead)),
         "seed": int(rng.integers(10**6)),
     }
 
 
 def whole_head(case: dict[str, Any]) -> torch.nn.Linear:
     torch.manual_seed(case["seed"])
-    return torch.nn.Linear(case["width"], case["classes"], bias=case["bias"], dtype=torch.float64)
+    head = torch.nn.Linear(case["width"], case["classes"], bias=case["bias"], dtype=torch.float64)
+    return head.to(DEVICE)
 
 
 def sharded_head(case: dict[str, Any]) -> hvd.ShardedLinear:
@@ -89,6 +90,7 @@ def sharded_head(case: dict[str, Any]) -> hvd.ShardedLinear:
         bias=case["bias"],
         sizes=case["sizes"],
         normalize=case["normalize"],
+        device=DEVICE,
         dtype=torch.float64,
     )
 
@@ -172,8 +174,9 @@ def case_extreme_logits():
             [0.0, -inf, 1.0, 2.0, 3.0],
         ],
         dtype=torch.float64,
+        device=DEVICE,
     )
-    target = torch.tensor([0, 2, 1, 3, 4, 1])
+    target = torch.tensor([0, 2, 1, 3, 4, 1], device=DEVICE)
     shards = hvd.ClassShards(5, hvd.size())
     whole = rows.clone().requires_grad_()
     right = F.cross_entropy(whole, target, reduction="none")
@@ -190,8 +193,8 @@ def case_extreme_logits():
 def case_half_precision_is_computed_in_float32():
     g = torch.Generator().manual_seed(1)
     shards = hvd.ClassShards(11, hvd.size())
-    whole = torch.randn(7, 11, generator=g) * 20
-    target = torch.randint(11, (7,), generator=g)
+    whole = here(torch.randn(7, 11, generator=g)) * 20
+    target = here(torch.randint(11, (7,), generator=g))
     errors = []
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         logits = whole.to(dtype)
@@ -213,10 +216,10 @@ def case_half_precision_is_computed_in_float32():
 def case_absent_elements_leave_no_trace():
     shards = hvd.ClassShards(6, hvd.size())
     g = torch.Generator().manual_seed(2)
-    whole = torch.randn(5, 6, generator=g, dtype=torch.float64)
+    whole = here(torch.randn(5, 6, generator=g, dtype=torch.float64))
     whole[1] = math.nan
     whole[3, 2] = math.inf
-    target = torch.tensor([4, -100, 0, -100, 5])
+    target = here([4, -100, 0, -100, 5])
     mine = whole[:, own(shards)].clone().requires_grad_()
     losses = hvd.sharded_cross_entropy(mine, target, shards)
     losses.sum().backward()
@@ -230,9 +233,9 @@ def case_absent_elements_leave_no_trace():
 def case_weights_and_absent_elements_through_an_objective():
     shards = hvd.ClassShards(7, hvd.size(), random_sizes(np.random.default_rng(1), 7, hvd.size()))
     g = torch.Generator().manual_seed(5)
-    whole = torch.randn(6, 7, generator=g, dtype=torch.float64)
-    target = torch.tensor([4, -100, 0, 6, 5, 1])
-    weight = torch.tensor([1.0, 2.0, 0.0, 0.5, 3.0, 1.0], dtype=torch.float64)
+    whole = here(torch.randn(6, 7, generator=g, dtype=torch.float64))
+    target = here([4, -100, 0, 6, 5, 1])
+    weight = here([1.0, 2.0, 0.0, 0.5, 3.0, 1.0]).double()
     loss = hvd.ShardedCrossEntropy(shards, label_smoothing=0.1)
     # The ranks share a model, so this rank alone is its data group: the objective needs no others.
     worst = 0.0
@@ -242,7 +245,7 @@ def case_weights_and_absent_elements_through_an_objective():
         value.backward()
         exact = whole.clone().requires_grad_()
         counted = target != -100
-        w = (torch.ones(6, dtype=torch.float64) if given is None else given) * counted
+        w = (torch.ones(6, dtype=torch.float64, device=DEVICE) if given is None else given) * counted
         losses = F.cross_entropy(exact, target, reduction="none", label_smoothing=0.1)
         right = (w * losses).sum() / w.sum()
         right.backward()
@@ -256,16 +259,16 @@ def case_weights_and_absent_elements_through_an_objective():
 
 def case_a_second_backward_pass():
     shards = hvd.ClassShards(4, hvd.size())
-    logits = torch.randn(3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    logits = here(torch.randn(3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
     mine = logits[:, own(shards)].clone().requires_grad_()
-    losses = hvd.sharded_cross_entropy(mine, torch.tensor([0, 3, 1]), shards)
+    losses = hvd.sharded_cross_entropy(mine, here([0, 3, 1]), shards)
     losses.sum().backward(retain_graph=True)
     first = mine.grad.clone()
     mine.grad = None
     losses.sum().backward()
     assert torch.equal(first, mine.grad)
     mine.grad = None
-    losses = hvd.sharded_cross_entropy(mine, torch.tensor([0, 3, 1]), shards)
+    losses = hvd.sharded_cross_entropy(mine, here([0, 3, 1]), shards)
     refused(ConfigError, lambda: torch.autograd.grad(losses.sum(), mine, create_graph=True), "create_graph")
 
 
@@ -279,7 +282,7 @@ def case_sampled_columns():
         one, head = whole_head(case), sharded_head(case)
         target = case["target"]
         columns = head.sample(target, float(rng.uniform(0.01, 1)), seed=number)
-        everyone = [torch.tensor(eval(text)) for text in gathered(repr(columns.tolist()))]
+        everyone = [here(eval(text)) for text in gathered(repr(columns.tolist()))]
         union = torch.cat([c + head.shards.offset(r) for r, c in enumerate(everyone)])
         present = target[target >= 0]
         assert torch.isin(present, union).all()
@@ -292,8 +295,8 @@ def case_sampled_columns():
         )
         (losses * case["upstream"]).sum().backward()
         right_x = case["x"].clone().requires_grad_()
-        among = torch.full((case["classes"],), -100)
-        among[union] = torch.arange(len(union))
+        among = torch.full((case["classes"],), -100, device=DEVICE)
+        among[union] = torch.arange(len(union), device=DEVICE)
         renamed = torch.where(target >= 0, among[target.clamp(min=0)], -100)
         whole = whole_logits(case, one, right_x)[..., union]
         right = one_process(whole, renamed, case["margin"], case["scale"], case["smoothing"])
@@ -443,7 +446,7 @@ def case_a_grid_trains_like_one_process():
         sizes = random_sizes(rng, classes, model) if model > 1 else None
 
         def network(head: torch.nn.Module) -> torch.nn.Module:
-            return torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), head).double()
+            return torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), head).double().to(DEVICE)
 
         torch.manual_seed(23)
         one = network(torch.nn.Linear(5, classes))
@@ -466,10 +469,10 @@ def case_a_grid_trains_like_one_process():
         worst = 0.0
         for _ in range(steps):
             counts = rng.integers(1, 6, (ranks, 2))  # of each data-parallel replica's two passes
-            x = torch.from_numpy(rng.normal(size=(int(counts.sum()), 6)))
-            y = torch.from_numpy(rng.integers(0, classes, len(x)))
-            y[torch.from_numpy(rng.uniform(size=len(x)) < 0.1)] = -100
-            w = torch.from_numpy(rng.uniform(0, 2, len(x)))
+            x = here(rng.normal(size=(int(counts.sum()), 6)))
+            y = here(rng.integers(0, classes, len(x)))
+            y[here(rng.uniform(size=len(x)) < 0.1)] = -100
+            w = here(rng.uniform(0, 2, len(x)))
             y[0], w[0] = 3, 1.0
             cuts = np.cumsum([0, *counts.reshape(-1)]).tolist()
             optimizer.zero_grad()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import sums_reference as reference
 import torch
-from torch_support import before_case, difference, flat, gradients, network, same_on_all_ranks
+from torch_support import DEVICE, before_case, difference, flat, gradients, here, network, same_on_all_ranks
 
 import hvdloss
 import hvdloss.torch as hvd
@@ -21,7 +21,7 @@ class Arithmetic:
     """What `sums_reference` computes with."""
 
     exp, log, sqrt, sigmoid, maximum = torch.exp, torch.log, torch.sqrt, torch.sigmoid, torch.maximum
-    constant = staticmethod(torch.from_numpy)
+    constant = staticmethod(here)
 
     @staticmethod
     def sum(x, axis=None):
@@ -37,7 +37,7 @@ class Arithmetic:
 
     @staticmethod
     def numpy(x):
-        return x.detach().numpy()
+        return x.detach().cpu().numpy()
 
 
 def split(rng, n, parts):
@@ -76,12 +76,12 @@ def case_value_and_gradient_over_random_splits():
     for name, (make, kind, formula) in reference.LOSSES.items():
         objective = hvd.Objective(make())
         for trial in range(12):
-            x, t, w = (torch.from_numpy(a) for a in reference.sample(rng, kind, int(rng.integers(8, 40))))
-            order = torch.from_numpy(rng.permutation(len(x)))
+            x, t, w = (here(a) for a in reference.sample(rng, kind, int(rng.integers(8, 40))))
+            order = here(rng.permutation(len(x)))
             x, t, w = x[order], t[order], w[order]
             cut = split(rng, len(x), hvd.size())
             mine = slice(cut[hvd.rank()], cut[hvd.rank() + 1])
-            theta = torch.from_numpy(rng.normal(size=(5, reference.outputs(kind)))).requires_grad_()
+            theta = here(rng.normal(size=(5, reference.outputs(kind)))).requires_grad_()
             value = objective(predict(x[mine], theta, kind), t[mine], w[mine])
             value.backward()
             expected, gradient = definition(name, kind, x, t, w, theta)
@@ -102,8 +102,8 @@ def case_absent_elements_may_be_anything():
     rng = np.random.default_rng(2)
     errors = [0.0]
     for name, (make, kind, _) in reference.LOSSES.items():
-        x, t, w = (torch.from_numpy(a) for a in reference.sample(rng, kind, 24))
-        theta = torch.from_numpy(rng.normal(size=(5, reference.outputs(kind)))).requires_grad_()
+        x, t, w = (here(a) for a in reference.sample(rng, kind, 24))
+        theta = here(rng.normal(size=(5, reference.outputs(kind)))).requires_grad_()
         cut = [24 * r // hvd.size() for r in range(hvd.size() + 1)]
         mine = slice(cut[hvd.rank()], cut[hvd.rank() + 1])
         absent = (w if w.dim() == 1 else w[:, 0]) == 0
@@ -154,7 +154,7 @@ def concordance(y, t, w):
 
 def steps_of(step, parts):
     rng = np.random.default_rng(100 + step)
-    x, t, w = (torch.from_numpy(a) for a in reference.sample(rng, "real", 40))
+    x, t, w = (here(a) for a in reference.sample(rng, "real", 40))
     cut = split(rng, 40, parts)
     return [(x[a:b], t[a:b], w[a:b]) for a, b in itertools.pairwise(cut)], (x, t, w)
 
@@ -241,7 +241,7 @@ def case_with_data_skew_and_its_weights():
     )
     rng = np.random.default_rng(5)
     for _ in range(4):
-        x, t, _ = (torch.from_numpy(a) for a in reference.sample(rng, "binary", 20 * hvd.size()))
+        x, t, _ = (here(a) for a in reference.sample(rng, "binary", 20 * hvd.size()))
         mine = slice(20 * hvd.rank(), 20 * hvd.rank() + 20)
         optimizer.zero_grad()
         objective(model(x[mine])[:, 0], t[mine].long()).backward()
@@ -253,8 +253,8 @@ def case_with_data_skew_and_its_weights():
 
 def case_second_derivatives_are_refused():
     objective = hvd.Objective(Correlation())
-    y = torch.randn(5, dtype=torch.float64, requires_grad=True)
-    value = objective(y, torch.arange(5.0))
+    y = torch.randn(5, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    value = objective(y, torch.arange(5.0, device=DEVICE))
     with pytest.raises(hvdloss.ConfigError, match="create_graph=True"):
         torch.autograd.grad(value, y, create_graph=True)
 
@@ -284,8 +284,8 @@ def case_one_rank_is_to_blame_for_what_is_not_finite():
 def case_inside_a_compiled_function():
     objective = hvd.Objective("concordance")
     rng = np.random.default_rng(11)
-    x, t, w = (torch.from_numpy(a) for a in reference.sample(rng, "real", 30))
-    theta = torch.ones(5, 1, dtype=torch.float64, requires_grad=True)
+    x, t, w = (here(a) for a in reference.sample(rng, "real", 30))
+    theta = torch.ones(5, 1, dtype=torch.float64, device=DEVICE, requires_grad=True)
     mine = slice(30 * hvd.rank() // hvd.size(), 30 * (hvd.rank() + 1) // hvd.size())
 
     @torch.compile(backend="aot_eager")
@@ -303,8 +303,8 @@ def case_a_process_set():
         return
     members = hvd.add_process_set([0, hvd.size() - 1])
     if members.included():
-        x, t, w = (torch.from_numpy(a) for a in reference.sample(np.random.default_rng(9), "real", 30))
-        theta = torch.ones(5, 1, dtype=torch.float64, requires_grad=True)
+        x, t, w = (here(a) for a in reference.sample(np.random.default_rng(9), "real", 30))
+        theta = torch.ones(5, 1, dtype=torch.float64, device=DEVICE, requires_grad=True)
         mine = slice(0, 11) if members.rank() == 0 else slice(11, 30)
         objective = hvd.Objective("r2", process_set=members)
         value = objective(predict(x[mine], theta, "real"), t[mine], w[mine])

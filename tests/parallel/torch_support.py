@@ -1,4 +1,12 @@
-"""What the PyTorch cases share: steps split over ranks, their one-process reference, plain averaging."""
+"""What the PyTorch cases share: steps split over ranks, their one-process reference, plain averaging.
+
+``HVDLOSS_TEST_DEVICE=cuda`` puts models and batches on the rank's GPU, as a user's program does, tensor by
+tensor: what the library makes by itself it must put there by itself. Ranks that share a GPU tell NCCL that
+they are on hosts of their own, or it would refuse them; they then talk through sockets.
+
+``HVDLOSS_TEST_DEVICE=deferred`` leaves tensors on the CPU, and has the library treat them as those of a GPU,
+whose values are not to be looked at: its code for GPUs, computed where there is none.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +21,28 @@ import torch
 import torch.nn.functional as F
 
 import hvdloss.torch as hvd
-from hvdloss.torch.ops import HorovodCommunicator
+from hvdloss.torch.ops import AT_HAND, HorovodCommunicator
 from hvdloss.world import numbers_from
 
+
+def _device() -> torch.device:
+    """Return where this rank's models and batches lie. Called before Horovod, and NCCL, have begun."""
+    kind = os.environ.get("HVDLOSS_TEST_DEVICE", "cpu")
+    if kind == "deferred":
+        AT_HAND.clear()
+    if kind != "cuda":
+        return torch.device("cpu")
+    gpus, local = torch.cuda.device_count(), int(os.environ.get("HOROVOD_LOCAL_RANK", "0"))
+    if int(os.environ.get("HOROVOD_LOCAL_SIZE", "1")) > gpus:
+        os.environ["NCCL_HOSTID"] = f"hvdloss-{local}"
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+    torch.cuda.set_device(local % gpus)
+    # Convolutions would round to 10 bits otherwise.
+    torch.backends.cudnn.allow_tf32 = False
+    return torch.device("cuda", local % gpus)
+
+
+DEVICE = _device()
 EXACT = {torch.float64: 1e-12, torch.float32: 1e-5}
 PLAIN_IS_WRONG = 1e-3  # below this a split would not tell exact from averaged
 
@@ -34,13 +61,23 @@ def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def here(value: Any) -> torch.Tensor:
+    """Return a tensor, or an array as one, on `DEVICE`."""
+    return torch.as_tensor(value).to(DEVICE)
+
+
 @dataclass
 class Batch:
-    """One micro-batch: inputs, targets, and weights as a user would pass them."""
+    """One micro-batch: inputs, targets, and weights as a user would pass them, on `DEVICE`."""
 
     x: torch.Tensor
     y: torch.Tensor
     weight: Any = None
+
+    def __post_init__(self) -> None:
+        self.x, self.y = self.x.to(DEVICE), self.y.to(DEVICE)
+        if isinstance(self.weight, torch.Tensor):
+            self.weight = self.weight.to(DEVICE)
 
 
 Step = Sequence[Sequence[Batch]]  # a list of micro-batches for each rank
@@ -71,7 +108,7 @@ def network(g: torch.Generator, dtype=torch.float64, outputs: int = 1) -> torch.
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(torch.randn(p.shape, generator=g, dtype=dtype) * 0.4)
-    return model
+    return model.to(DEVICE)
 
 
 def mse(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -85,7 +122,7 @@ def union(step: Step) -> Batch:
     weights = []
     for b in batches:
         w = torch.ones(1, dtype=torch.float64) if b.weight is None else torch.as_tensor(b.weight)
-        w = w.to(b.y.dtype if b.y.is_floating_point() else torch.float64)
+        w = w.to(DEVICE, b.y.dtype if b.y.is_floating_point() else torch.float64)
         weights.append(w.expand_as(b.y) if b.y.dim() else w)
     return Batch(torch.cat([b.x for b in batches]), torch.cat([b.y for b in batches]), torch.cat(weights))
 
@@ -106,8 +143,8 @@ def reduced(losses: torch.Tensor, weight: torch.Tensor, reduction: str) -> torch
 
 
 def flat(tensors) -> torch.Tensor:
-    """Return tensors (None counts as zeros of no entries) as one float64 vector."""
-    return torch.cat([t.detach().to_dense().double().flatten() for t in tensors])
+    """Return tensors (None counts as zeros of no entries) as one float64 vector on the CPU."""
+    return torch.cat([t.detach().cpu().to_dense().double().flatten() for t in tensors])
 
 
 def gradients(model: torch.nn.Module) -> torch.Tensor:
@@ -179,6 +216,7 @@ class Trial:
         tolerance: float | None = None,
         **options: Any,
     ) -> None:
+        model.to(DEVICE)
         self.model = model
         self.one = copy.deepcopy(model)
         self.plain = copy.deepcopy(model)

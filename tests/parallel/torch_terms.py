@@ -14,11 +14,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch_support import (
+    DEVICE,
     before_case,
     difference,
     flat,
     generator,
     gradients,
+    here,
     network,
     raises_everywhere,
     same_on_all_ranks,
@@ -59,12 +61,12 @@ def batch_of(rank: int, step: int, weighted: bool = True) -> tuple[torch.Tensor,
     g = generator(77 * step + rank)
     x = torch.randn(len(y), 5, generator=g, dtype=torch.float64) + rank
     w = torch.rand(len(y), generator=g, dtype=torch.float64) + 0.5
-    return x, y, w if weighted else torch.ones_like(w)
+    return here(x), here(y), here(w if weighted else torch.ones_like(w))
 
 
 def histogram(step: int, rank: int) -> np.ndarray:
     _, y, w = batch_of(rank, step)
-    return np.bincount(y.numpy(), weights=w.numpy(), minlength=CLASSES)
+    return np.bincount(y.cpu().numpy(), weights=w.cpu().numpy(), minlength=CLASSES)
 
 
 def train(objective, model, steps, optimizer=None, **options):
@@ -114,7 +116,7 @@ def case_real_targets_are_binned_alike():
         n = 0 if hvd.rank() == 0 and step % 2 else 40
         x = torch.randn(n, 5, generator=g, dtype=torch.float64)
         y = torch.randn(n, 1, generator=g, dtype=torch.float64) + hvd.rank()
-        objective(model(x), y).backward()
+        objective(model(here(x)), here(y)).backward()
         opt.step()
         if step < 1:
             assert term.edges is None
@@ -135,25 +137,25 @@ def case_keys_soft_and_several_labels():
     objective = hvd.Objective("cross_entropy", terms=(by_key, soft))
     model = network(generator(4), outputs=CLASSES)
     opt = hvd.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.01), objective=objective)
-    x = torch.randn(5, 5, generator=generator(5), dtype=torch.float64)
-    y = torch.softmax(torch.randn(5, CLASSES, generator=generator(6 + hvd.rank()), dtype=torch.float64), 1)
+    x = here(torch.randn(5, 5, generator=generator(5), dtype=torch.float64))
+    y = here(torch.randn(5, CLASSES, generator=generator(6 + hvd.rank()), dtype=torch.float64)).softmax(1)
     keys = torch.full((5,), hvd.rank() % 3)
     objective(model(x), y, keys=keys).backward()
     opt.step()
     expected = np.zeros((hvd.size(), 3))
     expected[range(hvd.size()), [r % 3 for r in range(hvd.size())]] = 5
     assert (by_key.counts == expected).all()
-    mine = y.sum(0).numpy()
+    mine = y.sum(0).cpu().numpy()
     assert np.abs(soft.counts[hvd.rank()] - mine).max() < 1e-12
     tags = hvdloss.DataSkew(classes=3, multilabel=True)
     objective = hvd.Objective("binary_cross_entropy_with_logits", terms=(tags,))
     model = network(generator(7), outputs=3)
     opt = hvd.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.01), objective=objective)
-    y = (torch.rand(5, 3, generator=generator(8 + hvd.rank())) < 0.5).double()
-    w = torch.rand(5, 1, generator=generator(9), dtype=torch.float64)
+    y = here(torch.rand(5, 3, generator=generator(8 + hvd.rank())) < 0.5).double()
+    w = here(torch.rand(5, 1, generator=generator(9), dtype=torch.float64))
     objective(model(x), y, w).backward()
     opt.step()
-    assert np.abs(tags.counts[hvd.rank()] - (y * w).sum(0).numpy()).max() < 1e-12
+    assert np.abs(tags.counts[hvd.rank()] - (y * w).sum(0).cpu().numpy()).max() < 1e-12
     raises_everywhere(
         hvdloss.UsageError,
         lambda: hvd.Objective("mse", terms=(hvdloss.DataSkew(classes=2, of="keys"),))(x, x),
@@ -193,7 +195,7 @@ def case_a_term_of_the_users_own():
     for rank in range(hvd.size()):
         x = torch.randn(3 + rank, 5, generator=g, dtype=torch.float64)
         y, w = (torch.rand(3 + rank, 1, generator=g, dtype=torch.float64) for _ in range(2))
-        data.append((x, y, w))
+        data.append((here(x), here(y), here(w)))
     x, y, w = data[hvd.rank()]
     objective(model(x), y, w).backward()
     opt.synchronize()
@@ -250,7 +252,7 @@ def case_importance_and_balance_weights():
     for step, opt in enumerate(train(objective, model, 5), start=1):
         if tables is not None:
             expected = weighted_reference(
-                reference, step, lambda rank, y, tables=tables: torch.from_numpy(tables[rank])[y]
+                reference, step, lambda rank, y, tables=tables: here(tables[rank])[y]
             )
             worst = max(worst, difference(gradients(model), expected))
         counts = term.counts
@@ -577,7 +579,7 @@ def case_a_skipped_update_keeps_nobody_waiting():
     objective = hvd.Objective("cross_entropy", terms=(hvdloss.CommunicationCost(acts=(SyncPeriod(2),)),))
     model = network(generator(21), outputs=CLASSES).float()
     opt = hvd.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), objective=objective)
-    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler = torch.amp.GradScaler(DEVICE.type, init_scale=4.0)
     for step in range(1, 8):
         x, y, _ = batch_of(hvd.rank(), step)
         opt.zero_grad()
@@ -645,7 +647,7 @@ def case_sparse_gradients_and_frozen_layers_in_local_steps():
             return self.head(self.frozen(self.table(x).mean(1)))
 
     torch.manual_seed(3)
-    model = Bag()
+    model = Bag().to(DEVICE)
     objective = hvd.Objective("cross_entropy", terms=(hvdloss.CommunicationCost(acts=(SyncPeriod(2),)),))
     opt = hvd.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), objective=objective)
     before = flat(model.parameters())
@@ -655,7 +657,8 @@ def case_sparse_gradients_and_frozen_layers_in_local_steps():
         g = generator(step * 10 + hvd.rank())
         opt.zero_grad()
         objective(
-            model(torch.randint(0, 10, (6, 3), generator=g)), torch.randint(0, CLASSES, (6,), generator=g)
+            model(here(torch.randint(0, 10, (6, 3), generator=g))),
+            here(torch.randint(0, CLASSES, (6,), generator=g)),
         ).backward()
         opt.step()
     opt.exchange()
@@ -717,7 +720,7 @@ def case_batch_shares_follow_speed():
     """The slow rank gets less, every sample is seen once, and the loss is that of equal shares."""
     if hvd.size() == 1:
         return
-    data = torch.randn(30 * 12 * hvd.size(), 5, generator=generator(23), dtype=torch.float64)
+    data = here(torch.randn(30 * 12 * hvd.size(), 5, generator=generator(23), dtype=torch.float64))
     target = data.sum(1, keepdim=True)
     losses = []
     for gain in (0.1, 0.999):  # the second never finds it worth the while
@@ -767,7 +770,7 @@ def case_decisions_can_be_made_again_from_the_log():
             record(objective.controller, path)
         g = generator(26)
         for indices in SharedBatches(8 * hvd.size() * 40, shares, seed=3):
-            x = torch.randn(len(indices), 5, generator=g, dtype=torch.float64)
+            x = here(torch.randn(len(indices), 5, generator=g, dtype=torch.float64))
             opt.zero_grad()
             if not following and hvd.rank() == hvd.size() - 1:
                 time.sleep(0.002 * len(indices))

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from torch_support import (
+    DEVICE,
     EXACT,
     Batch,
     Trial,
@@ -113,7 +114,7 @@ def case_grad_scaler():
     results = []
     for unscale in (False, True):
         trial = Trial(network(g), passes=2)
-        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        scaler = torch.amp.GradScaler(DEVICE.type, init_scale=2.0**10)
         for _ in range(4):
             step = regression(g, uneven(micro=2))
             _scaled_step(trial, scaler, step, unscale)
@@ -132,7 +133,7 @@ def case_grad_scaler_skips_on_all_ranks_together():
     results = []
     for unscale in (False, True):
         trial = Trial(network(g))
-        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        scaler = torch.amp.GradScaler(DEVICE.type, init_scale=2.0**10)
         _scaled_step(trial, scaler, regression(g, uneven()), unscale)
         before = flat(trial.model.parameters())
         step = regression(g, uneven())
@@ -165,7 +166,7 @@ def case_autocast_bfloat16():
     plain = []
     for _ in range(3):
         step = regression(g, uneven(8, more=8), dtype=torch.float32)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(DEVICE.type, torch.bfloat16):
             trial.optimizer.zero_grad()
             for b in step[hvd.rank()]:
                 loss = trial.objective(trial.model(b.x), b.y, weight=b.weight)
@@ -173,7 +174,7 @@ def case_autocast_bfloat16():
         loss.backward()
         trial.optimizer.step()
         mine = gradients(trial.model)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(DEVICE.type, torch.bfloat16):
             trial.reference(step)
         trial.near(difference(mine, gradients(trial.one)), "gradient")
         trial.averaged(step)
@@ -384,7 +385,7 @@ def case_sparse_gradients_as_dense():
 def case_sparse_adam():
     """An optimizer that takes nothing but sparse gradients, beside a dense one."""
     g = generator(13)
-    model = Bag(g, sparse=True)
+    model = Bag(g, sparse=True).to(DEVICE)
     one = copy.deepcopy(model)
     objective = hvd.Objective("mse")
 
@@ -985,7 +986,7 @@ def case_autograd_grad_and_double_backward_before_the_backward_pass():
 def case_a_penalty_on_the_gradient():
     """A penalty that needs a second derivative, the same on every rank, counts once."""
     g = generator(32)
-    probe = torch.randn(4, 5, generator=g, dtype=torch.float64)
+    probe = torch.randn(4, 5, generator=g, dtype=torch.float64).to(DEVICE)
 
     def penalty(model):
         x = probe.clone().requires_grad_()
@@ -1192,7 +1193,7 @@ def case_dropout_of_samples_by_weight_equals_leaving_them_out():
     start = network(g)
     step = regression(g, uneven(6))
     (b,) = step[hvd.rank()]
-    keep = torch.rand(b.weight.shape[0], generator=g) < 0.6
+    keep = (torch.rand(b.weight.shape[0], generator=g) < 0.6).to(DEVICE)
     for how in ("weight", "slice"):
         model = copy.deepcopy(start)
         objective = hvd.Objective("mse", reduction="batch_mean")

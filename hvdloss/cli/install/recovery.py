@@ -2,13 +2,13 @@
 
 As released, a rank that loses a peer can
 
-- *stand still with Python's lock*: where process sets are dynamic (``HOROVOD_DYNAMIC_PROCESS_SETS``) every cycle
-  of the background thread exchanges numbers with all ranks, and holds the table's lock while it waits for
-  them. A rank that hands over a tensor meanwhile waits for that lock inside a C++ function that holds
-  Python's: no thread of its process runs, no watch, no signal handler, until Gloo's time-out (30 s).
+- *stand still with Python's lock*: where process sets are dynamic (``HOROVOD_DYNAMIC_PROCESS_SETS``)
+  every cycle of the background thread exchanges numbers with all ranks, and holds the table's lock while it
+  waits for them. A rank that hands over a tensor meanwhile waits for that lock inside a C++ function that
+  holds Python's: no thread of its process runs, no watch, no signal handler, until Gloo's time-out (30 s).
 - *leave a tensor behind*: one that is handed over just as the background thread gives up is put into a
-  queue that is finished already. Nobody ever answers for it, and in an elastic job, which begins again with the
-  same queue, the next tensor of its name is refused as a duplicate.
+  queue that is finished already. Nobody ever answers for it, and in an elastic job, which begins again with
+  the same queue, the next tensor of its name is refused as a duplicate.
 - *end by std::terminate*: where there are further process sets, giving up agrees with all ranks on their
   removal, and who cannot be reached is an exception that nothing catches.
 """
