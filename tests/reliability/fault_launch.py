@@ -247,7 +247,7 @@ def launch(
     records.read()
     for rank in left:
         path = folder / f"stacks-{rank}.txt"
-        out.stacks[rank] = path.read_text()[-3000:] if path.exists() else ""
+        out.stacks[rank] = path.read_text()[-20000:] if path.exists() else ""
     out.output = (folder / "output.txt").read_text(errors="replace")[-6000:]
     return out
 

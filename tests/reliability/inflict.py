@@ -340,6 +340,17 @@ def summary(verdicts: Sequence[Verdict], settings: dict[str, Any]) -> dict[str, 
     }
 
 
+def gathered(paths: Iterable[Path]) -> list[Verdict]:
+    """Return what several runs found; of a fault in a loop, launched in one way, the last run counts."""
+    found: dict[tuple[str, str, bool], list[Verdict]] = {}
+    for path in paths:
+        verdicts = [Verdict(**json.loads(line)) for line in path.read_text().splitlines()]
+        keys = [(v.fault, v.loop, v.repeat >= 0) for v in verdicts]
+        for key in set(keys):
+            found[key] = [v for v, one in zip(verdicts, keys, strict=True) if one == key]
+    return [v for verdicts in found.values() for v in verdicts]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Inflict faults on real jobs, and write what came of it.")
     add = parser.add_argument
@@ -356,7 +367,7 @@ def main() -> int:
         "--gather",
         type=Path,
         nargs="+",
-        help="write the docs from inflictions.jsonl of earlier runs",
+        help="write the docs from inflictions.jsonl of earlier runs; the last of a fault counts",
     )
     add("--page", action="store_true", help="only write the page's table from docs/reliability.json")
     args = parser.parse_args()
@@ -368,8 +379,7 @@ def main() -> int:
     began = time.time()
     verdicts: list[Verdict] = []
     if args.gather:
-        lines = [line for path in args.gather for line in path.read_text().splitlines()]
-        _write([Verdict(**json.loads(line)) for line in lines], args, docs=True)
+        _write(gathered(args.gather), args, docs=True)
         return 0
     with (args.out / "inflictions.jsonl").open("w") as log:
         for loop in args.loop or LOOPS:
