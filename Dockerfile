@@ -38,16 +38,18 @@ RUN --mount=type=cache,target=/root/.cache/pip,sharing=locked \
                             sys.exit(torch.version.cuda and f"torch {torch.__version__} is a CUDA build: set TORCH_INDEX")' ;; \
     esac
 
-# Extras of pyproject.toml. Horovod's wheel stays in the cache between builds, its proof runs in each.
+# Extras of pyproject.toml. Horovod's wheel stays in the cache between builds, its proof runs in each. Not in
+# /root/.cache/hvdloss: buildah 1.28 (Debian 12) empties the image where its own storage is under the path that a
+# cache has in it, and `make test-docker` keeps its storage there.
 ARG EXTRAS=horovod,examples
 COPY pyproject.toml README.md LICENSE /src/
 COPY hvdloss /src/hvdloss
 COPY adapters /src/adapters
 COPY benchmarks /src/benchmarks
 RUN --mount=type=cache,target=/root/.cache/pip,sharing=locked \
-    --mount=type=cache,target=/root/.cache/hvdloss,sharing=locked \
+    --mount=type=cache,target=/var/cache/hvdloss,sharing=locked \
     pip install --constraint /src/constraints.txt "/src[$EXTRAS]" && \
-    hvdloss install $HOROVOD_OPTIONS && \
+    hvdloss install --cache-dir /var/cache/hvdloss $HOROVOD_OPTIONS && \
     pip check
 
 # 2. What only compiling against the frameworks needs, and their own test programs, are left behind.
