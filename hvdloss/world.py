@@ -36,7 +36,8 @@ class Renewed(Protocol):
         """Forget what was of the ranks there were; no collective, as not all may be here yet."""
 
 
-_following: weakref.WeakSet[Any] = weakref.WeakSet()
+# In the order of their making: what rests on another one is told after it.
+_following: weakref.WeakKeyDictionary[Any, None] = weakref.WeakKeyDictionary()
 _number = 0
 _why: BaseException | None = None
 _counts: dict[Any, int] = {}
@@ -59,11 +60,11 @@ def why() -> BaseException | None:
 
 
 def following(one: Renewed) -> None:
-    """Have `one` told when the ranks have changed, as long as it lives.
+    """Have `one` told when the ranks have changed, as long as it lives, after those that follow already.
 
     One with a method ``release()`` is told before as well: see :func:`release`.
     """
-    _following.add(one)
+    _following[one] = None
 
 
 def release() -> None:

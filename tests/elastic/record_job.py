@@ -99,7 +99,7 @@ def tape_job(path: Path, rank: int, strike: Callable[[int, int], None], log: Log
     w, b = tf.Variable(tf.zeros((64, 10), tf.float64)), tf.Variable(tf.zeros(10, tf.float64))
     objective = hvd.Objective("cross_entropy")
 
-    @tf.function(reduce_retracing=True)
+    @tf.function(reduce_retracing=True, autograph=False)
     def gradients(x, y):
         with tf.GradientTape() as tape:
             loss = objective(x @ w + b, y)
