@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from hvdloss import watch
-from hvdloss.world import numbers_again, renew
+from hvdloss.world import numbers_again, release, renew
 
 __all__ = ["runner"]
 
@@ -44,6 +44,8 @@ def runner(
     - what was made for other ranks (plans, traced functions, measurements) is forgotten;
     - what the function itself makes has the same names on the wire on ranks that stay, where it is made
       again, and on ranks that have just come;
+    - whoever follows the run (a recorder) lets go of its file before another rank may write it, and is told
+      which ranks were lost;
     - whatever this rank fails with when others are gone (the watch ends what it waits in, and Horovod's own
       code then fails in its own ways) makes it begin again, and not end;
     - where ranks were only added or taken away, by agreement of all, what was done until then counts, and
@@ -58,9 +60,13 @@ def runner(
         lost: whether an error of the framework means that ranks are gone.
     """
 
+    because: BaseException | None = None  # what it begins again after
+
     @contextmanager
     def translated() -> Iterator[None]:
         """Raise, where ranks are gone, what `run_fn` begins again after."""
+        nonlocal because
+        because = None
         try:
             yield
         except changed:
@@ -70,15 +76,20 @@ def runner(
             found = watch.explained(error)
             if not isinstance(found, failed) and lost(error):
                 found = failed(str(error))
+            if isinstance(found, failed):
+                because = found
             if found is error or not isinstance(found, failed):
                 raise
             raise found from error
 
     def run(function: Callable[..., Any]) -> Callable[..., Any]:
         def again_with_others() -> None:
+            nonlocal because
+            release()
             shutdown()
             init()
-            renew()
+            renew(because=because)
+            because = None  # whose traceback holds what the function did
 
         @functools.wraps(function)
         def wrapper(state: Any, *args: Any, **kwargs: Any) -> Any:

@@ -21,7 +21,9 @@ __all__ = [
     "number",
     "numbers_again",
     "numbers_from",
+    "release",
     "renew",
+    "why",
 ]
 
 _RANKS = ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
@@ -34,8 +36,10 @@ class Renewed(Protocol):
         """Forget what was of the ranks there were; no collective, as not all may be here yet."""
 
 
-_following: weakref.WeakSet[Any] = weakref.WeakSet()
+# In the order of their making: what rests on another one is told after it.
+_following: weakref.WeakKeyDictionary[Any, None] = weakref.WeakKeyDictionary()
 _number = 0
+_why: BaseException | None = None
 _counts: dict[Any, int] = {}
 _first = 0
 
@@ -50,19 +54,42 @@ def number() -> int:
     return _number
 
 
+def why() -> BaseException | None:
+    """Return, while :func:`renew` tells it, the error of those that are left; None if all had agreed."""
+    return _why
+
+
 def following(one: Renewed) -> None:
-    """Have `one` told when the ranks have changed, as long as it lives."""
-    _following.add(one)
+    """Have `one` told when the ranks have changed, as long as it lives, after those that follow already.
+
+    One with a method ``release()`` is told before as well: see :func:`release`.
+    """
+    _following[one] = None
 
 
-def renew(*first: Callable[[], None]) -> None:
-    """Tell all that follow: the ranks are others now."""
-    global _number
+def release() -> None:
+    """Tell all that follow: the ranks will be others.
+
+    What only one rank may hold, such as a file that it writes, is let go of now: when the others are here
+    it may be another rank's. No collective, as some may be gone.
+    """
+    for one in list(_following):
+        if hasattr(one, "release"):
+            one.release()
+
+
+def renew(*first: Callable[[], None], because: BaseException | None = None) -> None:
+    """Tell all that follow: the ranks are others now, `because` of an error if it was one."""
+    global _number, _why
     _number += 1
+    _why = because
     for call in first:
         call()
-    for one in list(_following):
-        one.renew()
+    try:
+        for one in list(_following):
+            one.renew()
+    finally:
+        _why = None  # or its traceback would keep what training held
 
 
 def next_number(kind: Any) -> int:

@@ -48,6 +48,8 @@ class FollowCallback(keras.callbacks.Callback):
         engine = engine_of(self.model.optimizer)
         if engine is None:
             raise ConfigError(f"{type(self).__name__} needs a model compiled with hvd.DistributedOptimizer")
+        if self._following is not None and self._following.of(engine.books):
+            return  # an elastic job runs a fit again that did not come to its end
         traced, engine.books.silent = engine.books.silent, False
         self._following = recorder.following(self.model.optimizer, self.sinks, self.rank, True, "keras")
         if traced:

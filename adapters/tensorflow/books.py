@@ -61,6 +61,7 @@ def translated(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 _FAILED, _MORE, _LEAVING = COLUMN["failed"], COLUMN["more"], COLUMN["leaving"]
+_ELEMENTS = COLUMN["elements"]
 _EXTRA = 2  # sums of passes that are not told: of squared denominators, and of scaled losses
 
 
@@ -83,6 +84,8 @@ class Books:
         self.nonfinite = nonfinite
         self.scaled: Any = False  # whether a loss was multiplied, of the passes last taken
         self._counts: tf.Variable | None = None  # of steps skipped, or dropped by rank
+        # Elements of all steps, those before a checkpoint that it goes on from among them.
+        self._samples: tf.Variable | None = None
         self._variables: tuple[tf.Variable, tf.Variable, tf.Variable] | None = None
         self._state: tf.Variable | None = None  # the terms' state, and what acts decided (see `_now`)
         self._bound: tuple[int, int] | None = None
@@ -103,6 +106,7 @@ class Books:
     def renew(self) -> None:
         """Forget what was of other ranks."""
         self._bound = self._error = None
+        self.silent = False  # what was traced is traced anew
         if self._variables is None:
             return
         self.forget()
@@ -112,7 +116,8 @@ class Books:
 
     def memory(self) -> dict[str, Any]:
         """Return what a run that goes on needs: plain values and arrays, equal on all ranks. Eager only."""
-        return {"steps": int(self._of(2)), "terms": self.controller.memory()}
+        counts = {"steps": int(self._of(2)), "samples": int(self._samples_now())}
+        return {**counts, "terms": self.controller.memory()}
 
     def remember(self, memory: Any, *, same_ranks: bool) -> None:
         """Go on from a :meth:`memory`; no collective. Eager only.
@@ -120,7 +125,8 @@ class Books:
         Raises:
             ConfigError: it is none.
         """
-        if not isinstance(memory, dict) or not isinstance(memory.get("steps"), int):
+        samples = memory.get("samples", 0) if isinstance(memory, dict) else None
+        if not isinstance(samples, int) or not isinstance(memory.get("steps"), int):
             raise ConfigError(f"memory={str(memory)[:200]} is not what Books.memory() gives")
         if self.controller.terms:
             self.begin(*rank_and_size(hvd, self.process_set))
@@ -128,6 +134,7 @@ class Books:
             assert self._state is not None
             self._state.assign(self._now())
         self._of(2).assign(memory["steps"])
+        self._samples_now().assign(samples)
 
     @property
     def width(self) -> int:
@@ -196,6 +203,11 @@ class Books:
         """The number of steps that were closed, int64."""
         return self._of(2)
 
+    def _samples_now(self) -> tf.Variable:
+        self._of(2)
+        assert self._samples is not None
+        return self._samples
+
     # -- a step -----------------------------------------------------------------------------------
 
     def _of(self, which: int) -> tf.Variable:
@@ -214,6 +226,7 @@ class Books:
                     tf.Variable(0, trainable=False, dtype=tf.int64, name="hvdloss_step"),
                 )
                 self._signal = tf.Variable(tf.zeros(3, tf.float64), trainable=False, name="hvdloss_signal")
+                self._samples = tf.Variable(0, trainable=False, dtype=tf.float64, name="hvdloss_samples")
                 self._counts = tf.Variable(
                     tf.zeros(0, tf.int64), trainable=False, shape=(None,), name="hvdloss_nonfinite"
                 )
@@ -385,6 +398,7 @@ class Books:
         kept = [
             self._of(2).assign_add(steps, read_value=False),
             self._of(1).assign(table, read_value=False),
+            self._samples_now().assign_add(tf.reduce_sum(table[:, _ELEMENTS]), read_value=False),
         ]
         if self.nonfinite != "raise":
             assert self._counts is not None
@@ -427,16 +441,15 @@ class Books:
             self.silent = True
             return []
 
-        def call(table: np.ndarray, step: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        def call(table: np.ndarray, step: np.ndarray, counts: np.ndarray, samples: np.ndarray) -> np.ndarray:
             if self.listeners:
-                self._told_of(self._report(table, int(step), counts.tolist(), self.reduction))
+                self._told_of(self._report(table, int(step), counts.tolist(), self.reduction, int(samples)))
             return np.zeros(0)
 
         with tf.control_dependencies([op for op in kept if op is not None]):
             assert self._counts is not None
-            told = tf.numpy_function(
-                call, [table, self._of(2).read_value(), self._counts.read_value()], tf.float64
-            )
+            counted = [self._counts.read_value(), self._samples_now().read_value()]
+            told = tf.numpy_function(call, [table, self._of(2).read_value(), *counted], tf.float64)
         return [told.op]
 
     def _told_of(self, report: StepReport | None) -> None:
@@ -508,9 +521,13 @@ class Books:
         if self._variables is None or not int(self._of(2)):
             return None
         counts = [] if self._counts is None else self._counts.numpy().tolist()
-        return self._report(self._of(1).numpy(), int(self._of(2)), counts, reduction)
+        return self._report(
+            self._of(1).numpy(), int(self._of(2)), counts, reduction, int(self._samples_now())
+        )
 
-    def _report(self, table: np.ndarray, step: int, counts: list[int], reduction: str) -> StepReport:
+    def _report(
+        self, table: np.ndarray, step: int, counts: list[int], reduction: str, samples: int
+    ) -> StepReport:
         return StepReport.of(
             step,
             unpack(table[:, :WIDTH]),
@@ -520,6 +537,7 @@ class Books:
             nonfinite=self.nonfinite,
             skipped=counts[0] if self.nonfinite == "skip" and counts else 0,
             dropped=counts if self.nonfinite == "drop" else (),
+            samples=samples,
         )
 
 

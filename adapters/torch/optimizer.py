@@ -111,6 +111,7 @@ class _Engine:
         self._idle = False  # whether this rank has nothing to update with
         self.verdict: HvdlossError | str | None = None  # "skip", or an error, for the update to come
         self._alone_bad = False  # whether that of a local step has gradients that are not finite
+        self.samples = 0  # elements of all steps, those before a checkpoint that it goes on from among them
         self.skipped = 0  # updates
         self.dropped: list[int] = []  # steps, by rank
         self.listeners: list[Callable[[StepReport], None]] = []
@@ -143,6 +144,7 @@ class _Engine:
             nonfinite=self.objective.nonfinite,
             skipped=self.skipped,
             dropped=self.dropped,
+            samples=self.samples,
         )
 
     def listen(self, listener: Callable[[StepReport], None]) -> None:
@@ -184,7 +186,8 @@ class _Engine:
         To be asked for when parameters are equal: after :meth:`exchange`.
         """
         velocity = self.velocity if self._stretch is None else self._stretch.velocity
-        return {"steps": self.step_count, "terms": self.controller.memory(), "velocity": velocity}
+        counts = {"steps": self.step_count, "samples": self.samples}
+        return {**counts, "terms": self.controller.memory(), "velocity": velocity}
 
     def remember(self, memory: Any, *, same_ranks: bool) -> None:
         """Go on from a :meth:`memory`; no collective.
@@ -192,10 +195,11 @@ class _Engine:
         Raises:
             ConfigError: it is none.
         """
-        if not isinstance(memory, dict) or not isinstance(memory.get("steps"), int):
+        samples = memory.get("samples", 0) if isinstance(memory, dict) else None
+        if not isinstance(samples, int) or not isinstance(memory.get("steps"), int):
             raise ConfigError(f"memory={str(memory)[:200]} is not of a DistributedOptimizer")
         self.controller.remember(memory["terms"], same_ranks=same_ranks)
-        self.step_count = memory["steps"]
+        self.step_count, self.samples = memory["steps"], samples
         self._stretch = None
         self.velocity = memory["velocity"]
 
@@ -673,7 +677,7 @@ class _Engine:
             if self.verdict is None:
                 self._close(ledgers, self.step_count + 1, self._gradients_travel())
             else:  # a step that terms do not see
-                self.ledgers, self.ledger_step, self._news = ledgers, self.step_count + 1, True
+                self._keep(ledgers, self.step_count + 1)
         except BaseException:
             self.abandon()
             raise
@@ -717,6 +721,7 @@ class _Engine:
             return False
         if isinstance(verdict, HvdlossError):
             self.step_count -= 1  # as for any other error
+            self.samples -= _elements(self.ledgers or [])
             self._news = False
             raise verdict
         self.skipped += 1
@@ -746,7 +751,12 @@ class _Engine:
         if self.controller.terms:
             table = np.hstack([self._ledger_table, self._told.cpu().numpy()])
             self.controller.close(step, table, travel, self.objective.reduction)
+        self._keep(ledgers, step)
+
+    def _keep(self, ledgers: list[Ledger], step: int) -> None:
+        """Keep the ledgers of a finished step."""
         self.ledgers, self.ledger_step, self._news = ledgers, step, True
+        self.samples += _elements(ledgers)
 
     # -- local steps ------------------------------------------------------------------------------
 
@@ -1012,6 +1022,10 @@ class _Engine:
 
 
 # Fields of a ledger row that add up over several calls in one backward pass; the others are shared.
+def _elements(ledgers: list[Ledger]) -> int:
+    return sum(round(one.elements) for one in ledgers)
+
+
 _ADDED = [0, 5, 6, 7]
 FAULTS_TOLD = slice(FAULTS.start, MEASURED)  # the faults that tensors tell
 _NONFINITE = COLUMN["nonfinite_losses"]

@@ -250,14 +250,16 @@ def _plot_loss(canvas: Canvas, axis: Any, records: Sequence[Record], against: st
                 ls="--",
                 label="J, with terms",
             )
-        times = record.column("time")
+        times, began = record.column("time"), float(record.runs[0]["time"])
         for kind, lines, color_name in (
             ("decision", record.decisions, "decision"),
             ("fault", record.faults, "fault"),
         ):
             steps = record.column("step")
             at = [
-                float(x[min(len(x) - 1, int(np.searchsorted(steps, one["step"])))])
+                (float(one["time"]) - began) / length
+                if against == "time"  # not when a step that was undone was done again
+                else float(x[min(len(x) - 1, int(np.searchsorted(steps, one["step"])))])
                 if one["step"]
                 else float(x[min(len(x) - 1, int(np.searchsorted(times, one["time"])))])
                 for one in lines[:300]

@@ -15,7 +15,7 @@ from hvdloss.controller import Controller
 from hvdloss.errors import ConfigError
 from hvdloss.report.steps import StepReport
 from hvdloss.term import Decision
-from hvdloss.world import following
+from hvdloss.world import following, why
 
 __all__ = ["Following", "Sink", "Source", "check_sink", "check_teller"]
 
@@ -29,7 +29,11 @@ class Sink(Protocol):
     - ``begin(about)``: once, before the first step: a dict of plain values (see
       :func:`hvdloss.report.record.about_run`): framework, ranks, objective, terms, environment.
     - ``decision(decision)``: every :class:`hvdloss.term.Decision` of the terms' acts.
-    - ``ranks(number)``: there are so many ranks from here on (an elastic job).
+    - ``release()``: the ranks are about to change (an elastic job): let go of what only the rank that tells
+      may hold, such as a file. The only one that is told on all ranks.
+    - ``ranks(number)``: there are so many ranks from here on, and this one still tells.
+    - ``lost(error)``: after that, or after ``begin`` on a rank that tells now in place of another: why ranks
+      were lost. Steps since the last commit are undone: what is told next has their numbers again.
     - ``epoch(number, metrics)``: an epoch of Keras's ``fit`` is over, counted from 1, with its logs; in loops
       of your own call it yourself.
     - ``fault(error)``: training under the sink's ``with``, or ``fit``, ended with this exception.
@@ -137,6 +141,11 @@ class Following:
         if self._controller is not None and self._decision in self._controller.on_decision:
             self._controller.on_decision.remove(self._decision)
 
+    def release(self) -> None:
+        """Have sinks let go of what only one rank may hold: it may be another one's when the ranks change."""
+        if self._open:
+            self._tell("release", tuple)
+
     def renew(self) -> None:
         """Follow on the rank that tells now."""
         if not self._open:
@@ -151,6 +160,13 @@ class Following:
             self._attach()
         except Exception as error:  # must not end the training of the others
             warnings.warn(f"hvdloss: steps are not followed any more: {error}", RuntimeWarning, stacklevel=2)
+            return
+        if (lost := why()) is not None:
+            self._tell("lost", lambda: (lost,))
+
+    def of(self, source: Source) -> bool:
+        """Return whether it follows this source."""
+        return self._open and self._source is source
 
     # -- telling ----------------------------------------------------------------------------------
 

@@ -476,6 +476,9 @@ def run_of(record: Record, prefix: str = "") -> Run:
         remarks.append("Its last line is half-written, and was passed over.")
     if len(record.runs) > 1:
         remarks.append(f"It was taken up again {len(record.runs) - 1} time(s).")
+    if record.undone:
+        undone = sum(max(0, one["until"] - one["step"]) for one in record.undone)
+        remarks.append(f"{number(undone)} steps were undone, as it went back to a commit or checkpoint.")
     if any(end.get("left_out") for end in record.ends):
         remarks.append("Some lines were left out, as they came too fast or were too many.")
     sections = [dataclasses.replace(one, id=f"{prefix}{one.id}") for one in sections]

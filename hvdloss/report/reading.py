@@ -19,8 +19,9 @@ Array = npt.NDArray[np.float64]
 MOST_BYTES = 1 << 30
 _BY_KIND = {
     **{kind: kind + "s" for kind in ("run", "step", "travel", "epoch", "decision", "fault", "end")},
-    **{kind: kind for kind in ("ranks", "classes", "hardest")},
+    **{kind: kind for kind in ("ranks", "classes", "hardest", "undone")},
 }
+_UNDONE = ("steps", "epochs", "decisions", "classes", "hardest")  # faults have happened
 
 
 @dataclass
@@ -30,7 +31,7 @@ class Record:
     Attributes:
         path: of the file.
         runs: heads; more than one where a run was taken up again.
-        steps: those that were kept, in order of time.
+        steps: those that were kept, in order of time; those that were undone are not among them.
         ranks: changes of the number of ranks.
         classes: weighted counts of classes by rank.
         travels: how gradients travelled, whenever it changed.
@@ -38,6 +39,8 @@ class Record:
         decisions: of the terms' acts.
         faults: what went wrong.
         hardest: the hardest classes or samples.
+        undone: which steps were undone (an elastic job went back to its last commit, or a run that was taken
+            up again to its checkpoint): after `step`, up to `until`. What was told of them is in no list.
         ends: how it ended; fewer than `runs` while it runs, and after a crash.
         unknown: lines of kinds that this version does not know.
         half: whether a half-written last line was passed over.
@@ -53,6 +56,7 @@ class Record:
     decisions: list[dict[str, Any]] = field(default_factory=list)
     faults: list[dict[str, Any]] = field(default_factory=list)
     hardest: list[dict[str, Any]] = field(default_factory=list)
+    undone: list[dict[str, Any]] = field(default_factory=list)
     ends: list[dict[str, Any]] = field(default_factory=list)
     unknown: int = 0
     half: bool = False
@@ -63,6 +67,11 @@ class Record:
         if line is None:
             self.unknown += 1
             return
+        if line["kind"] == "undone":
+            for name in _UNDONE:
+                lines = getattr(self, name)
+                while lines and lines[-1]["step"] > line["step"]:
+                    lines.pop()
         getattr(self, _BY_KIND[line["kind"]]).append(line)
         self.last = line["kind"]
 

@@ -121,7 +121,7 @@ class Recorder:
         recent: how many of the last steps are always there.
         max_bytes: the same bound in bytes, for many ranks.
         exists: what to do if there is such a file: ``"raise"``, ``"append"`` (a run that is taken up again),
-            or ``"replace"``.
+            or ``"replace"``. When the ranks of an elastic job change, whoever writes goes on in the file.
         rank: which one writes, counted among all ranks. Of a process set that it is not in nothing is
             recorded: where sets train models of their own, name a rank of each.
 
@@ -172,9 +172,16 @@ class Recorder:
         self._writer: threading.Thread | None = None
         self._pid = 0
         self._begun = self._closed = self._broken = False
-        self._step, self._epoch, self._status = 0, 0, "finished"
+        self._again = False  # whether an elastic job's ranks have changed, so that the file is this job's
+        self._head: dict[str, Any] = {}
+        self._step, self._status = 0, "finished"
+        self._epochs: list[tuple[int, int]] = []  # after which step, and which one
         # Of the writer:
         self._samples = 0.0
+        # Those before the run's own count began: of a run that was taken up without its count, in the file
+        # (None without steps), and of the one that is written (None before its first step).
+        self._found_before: float | None = None
+        self._before: float | None = None
         self._size = 0
         self._lines: list[tuple[str, int, int]] = []  # kind, offset, length, of every line
         self._ordinal: list[int] = []  # of the lines that are steps: the how many-th it is
@@ -195,6 +202,7 @@ class Recorder:
             return
         try:
             make_folder(self.path.parent)
+            self._begin_file()
             if self.exists == "append" and self.path.exists():
                 self._take_up()
                 self._file = open_private(self.path, "r+b")
@@ -212,9 +220,16 @@ class Recorder:
         except OSError as error:
             raise ConfigError(f"path={str(self.path)!r}: cannot write the record: {error}") from error
         self._pid = os.getpid()
+        self._hurry.clear()
         self._writer = threading.Thread(target=self._work, name="hvdloss-recorder", daemon=True)
         self._writer.start()
         atexit.register(self._at_exit)
+
+    def _begin_file(self) -> None:
+        """Forget what a file that was released held."""
+        self._size, self._lines, self._ordinal, self._steps, self._stride = 0, [], [], 0, 1
+        self._samples, self._found_before, self._before = 0.0, None, None
+        self._step, self._epochs = 0, []
 
     def _take_up(self) -> None:
         """Find out what the file holds."""
@@ -225,8 +240,39 @@ class Recorder:
                 line = checked(text, f"{self.path}, line {number}", first=number == 1)
                 kind = "" if line is None else str(line["kind"])
                 if line is not None and kind == "step":
-                    self._samples = float(line["samples"])
+                    self._step, self._samples = int(line["step"]), float(line["samples"])
+                    self._found_before = float(line.get("before", 0.0))
+                elif line is not None and kind == "epoch":
+                    self._epochs.append((int(line["step"]), int(line["epoch"])))
+                elif line is not None and kind == "undone":
+                    self._go_back(int(line["step"]))
                 self._note(kind, len(text))
+        self._written_step = self._step
+
+    def _go_back(self, step: int) -> None:
+        """Forget what came after a step."""
+        self._step = step
+        while self._epochs and self._epochs[-1][0] > step:
+            self._epochs.pop()
+
+    def release(self) -> None:
+        """Let go of the file, for it may be another rank that writes it when an elastic job's ranks change.
+
+        Nothing is written any more, not even an end, until :meth:`ranks` says that this rank still writes.
+        """
+        self._again, self.exists = True, "append"
+        if self._file is not None and not self._closed and os.getpid() == self._pid:
+            self._stop()
+            self._file = None
+
+    def _stop(self) -> None:
+        """Have the writer write what it has, and end."""
+        assert self._writer is not None
+        self._queue.put(None)
+        self._hurry.set()
+        self._writer.join(timeout=60)
+        self._broken = self._broken or self._writer.is_alive()
+        atexit.unregister(self._at_exit)
 
     def _note(self, kind: str, length: int) -> None:
         self._lines.append((kind, self._size, length))
@@ -243,12 +289,17 @@ class Recorder:
         if self._file is None or self._begun:
             return
         self._begun = True
-        self._put("run", {"format": FORMAT, "name": self.name, **about, "settings": self.settings})
+        self._head = {"format": FORMAT, "name": self.name, **about, "settings": self.settings}
+        self._put("run", self._head)
 
     def step(self, report: StepReport) -> None:
         """Take in a finished step; it is written later, by another thread."""
         if not self._begun:
             self.begin({"ranks": len(report.ranks)})
+        # A run that is taken up without its count of steps begins with 1, and nothing is undone.
+        if report.step <= self._step and (report.step > 1 or self._again):
+            self._put("undone", {"step": report.step - 1, "until": self._step})
+            self._go_back(report.step - 1)
         self._step = report.step
         if self._queue.qsize() < QUEUE:
             self._put("step", report)
@@ -260,8 +311,16 @@ class Recorder:
         self._put("decision", decision)
 
     def ranks(self, number: int) -> None:
-        """Write that there are so many ranks from here on."""
+        """Write that there are so many ranks from here on, and take up the file if it was released."""
+        if self._begun and self._file is None and not self._broken:
+            self.open()
+            if not self._size:  # somebody took the file away
+                self._put("run", self._head)
         self._put("ranks", {"ranks": number})
+
+    def lost(self, error: BaseException) -> None:
+        """Write why ranks were lost without which an elastic job goes on."""
+        self._put("fault", _told(error))
 
     def epoch(self, number: int | None = None, metrics: Mapping[str, Any] | None = None, **more: Any) -> None:
         """Write that an epoch is over, with its metrics.
@@ -271,9 +330,11 @@ class Recorder:
             metrics, more: by name: numbers, one number per class (``Recall(average="none")``), or a confusion
                 matrix; the page shows which classes are hardest.
         """
-        if self._begun:
-            self._epoch = self._epoch + 1 if number is None else int(number)
-            self._put("epoch", {"epoch": self._epoch, "metrics": {**(metrics or {}), **more}})
+        if self._begun and self._file is not None:
+            if number is None:
+                number = self._epochs[-1][1] + 1 if self._epochs else 1
+            self._epochs.append((self._step, int(number)))
+            self._put("epoch", {"epoch": int(number), "metrics": {**(metrics or {}), **more}})
 
     def hardest(
         self, parts: Any, *, what: str = "class", measure: str = "loss", lowest: bool = False
@@ -316,12 +377,11 @@ class Recorder:
         if isinstance(error, SystemExit) and error.code in (None, 0):
             self._status = "finished"
             return
-        ranks = [int(rank) for rank in getattr(error, "ranks", ())]
-        text = scrubbed(str(error).partition("\n")[0])
-        self._put("fault", {"error": type(error).__name__, "ranks": ranks, "text": text})
+        self._put("fault", _told(error))
 
     def _put(self, kind: str, what: Any) -> None:
-        if self._begun and not self._closed and not self._broken and os.getpid() == self._pid:
+        writes = self._file is not None and not self._closed and not self._broken
+        if self._begun and writes and os.getpid() == self._pid:
             self._queue.put((kind, time.time(), what))
 
     # -- the end ----------------------------------------------------------------------------------
@@ -333,13 +393,9 @@ class Recorder:
             following.close()
         if self._closed:
             return
-        if self._begun and os.getpid() == self._pid:
+        if self._begun and self._file is not None and os.getpid() == self._pid:
             self._put("end", {"status": self._status, "left_out": self.left_out})
-            self._queue.put(None)
-            self._hurry.set()
-            assert self._writer is not None
-            self._writer.join(timeout=60)
-            atexit.unregister(self._at_exit)
+            self._stop()
         self._closed = True
 
     def _at_exit(self) -> None:
@@ -434,7 +490,7 @@ class Recorder:
 
     def _of_step(self, report: StepReport, at: float) -> list[dict[str, Any]]:
         """Return the lines of a step: what changed of how it travelled, the step, what was wrong."""
-        self._samples += report.elements
+        self._count(report)
         self._written_step = report.step
         head = {"time": round(at, 3), "step": report.step}
         lines: list[dict[str, Any]] = []
@@ -478,6 +534,7 @@ class Recorder:
                 "kind": "step",
                 **head,
                 "samples": self._samples,
+                **({"before": self._before} if self._before else {}),
                 "loss": plain(report.loss),
                 "weight": plain(report.weight),
                 "elements": report.elements,
@@ -490,6 +547,16 @@ class Recorder:
         if wrong and self._room("fault"):
             lines.append({"kind": "fault", **head, **_nonfinite(report, wrong)})
         return lines
+
+    def _count(self, report: StepReport) -> None:
+        """Bring the number of samples up to this step."""
+        if report.samples is None:
+            self._samples += report.elements
+            return
+        if self._before is None:
+            begins = report.samples == report.elements and not self._again
+            self._before = self._samples if begins else self._found_before or 0.0
+        self._samples = self._before + report.samples
 
     def _room(self, kind: str) -> bool:
         self._events[kind] = count = self._events.get(kind, 0) + 1
@@ -563,6 +630,13 @@ class Recorder:
         self._file.close()
         self._file = open_private(self.path, "ab")
         self._lines, self._ordinal, self._size = lines, ordinals, size
+
+
+def _told(error: BaseException) -> dict[str, Any]:
+    """Return the fault of an exception."""
+    ranks = [int(rank) for rank in getattr(error, "ranks", ())]
+    text = scrubbed(str(error).partition("\n")[0])
+    return {"error": type(error).__name__, "ranks": ranks, "text": text}
 
 
 def _numbers(values: list[Any]) -> bool:

@@ -150,8 +150,9 @@ KINDS: dict[str, tuple[dict[str, Check], dict[str, Check]]] = {
             "objective_value": _maybe(_number),
             "ranks": _table,
         },
-        {"skipped": _count, "terms": _table, "epoch": _maybe(_count)},
+        {"skipped": _count, "terms": _table, "epoch": _maybe(_count), "before": _number},
     ),
+    "undone": ({"step": _count, "until": _count}, {}),
     "ranks": ({"step": _count, "ranks": _count}, {}),
     "classes": (
         {"step": _count, "term": _text, "counts": _list_of(_NUMBERS)},

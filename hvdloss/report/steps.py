@@ -80,6 +80,8 @@ class StepReport:
         terms: by name, what the objective's terms came to (:class:`TermReport`).
         skipped: steps so far in which nothing was updated, since a loss or gradient was NaN or infinite
             (``nonfinite="skip"``); `ranks` tell whose it was in this one.
+        samples: elements of all steps up to this one, those before a checkpoint or commit that training went
+            on from among them; None where nobody counted.
     """
 
     step: int
@@ -91,6 +93,7 @@ class StepReport:
     choices: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
     terms: Mapping[str, TermReport] = field(default_factory=dict)
     skipped: int = 0
+    samples: int | None = None
 
     @classmethod
     def of(
@@ -104,11 +107,12 @@ class StepReport:
         nonfinite: str = "raise",
         skipped: int = 0,
         dropped: Sequence[int] = (),
+        samples: int | None = None,
     ) -> StepReport:
         """Return the report of the step whose ranks' ledgers these are.
 
         `nonfinite` is the objective's policy; `skipped`, and `dropped` by rank (none if empty), what it came
-        to so far.
+        to so far; `samples` the elements of all steps.
         """
         whole = Ledger.zero()
         for ledger in ledgers:
@@ -148,6 +152,7 @@ class StepReport:
             choices=dict(choices or {}),
             terms=terms,
             skipped=skipped,
+            samples=samples,
         )
 
     def as_dict(self) -> dict[str, Any]:

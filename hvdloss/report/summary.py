@@ -76,7 +76,7 @@ class Summary:
         decisions, faults: how many there were.
         epochs: how many are over.
         metrics: single numbers of the last epoch.
-        rows: one per rank.
+        rows: one per rank, of as many as there were at most.
     """
 
     name: str
@@ -176,7 +176,8 @@ def _rows(record: Record) -> list[RankRow]:
         return []
     elements, weight = record.by_rank("elements"), record.by_rank("weight")
     losses, skew = record.by_rank("loss"), record.by_rank("skew")
-    times = [[_mean(part[:, rank]) for part in parts_of_time(record)] for rank in range(record.size)]
+    # Those that were lost on the way, too.
+    times = [[_mean(part[:, rank]) for part in parts_of_time(record)] for rank in range(losses.shape[1])]
     all_elements, all_weight = _total(elements), _total(weight)
     rows = []
     for rank, (computing, waiting, moving) in enumerate(times):

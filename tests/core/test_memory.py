@@ -98,3 +98,17 @@ def test_a_new_world_is_told_and_numbers_begin_again():
         again()
         assert [world.next_number("test"), world.next_number("test")] == inside == [outside + 1, outside + 2]
     assert (follower.told, world.number()) == (1, number + 1)
+
+
+def test_what_rests_on_another_one_is_told_after_it():
+    order = []
+
+    class Follower:
+        def renew(self) -> None:
+            order.append(self)
+
+    followers = [Follower() for _ in range(20)]
+    for one in followers:
+        world.following(one)
+    world.renew()
+    assert order == followers

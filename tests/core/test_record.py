@@ -20,6 +20,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hvdloss import world
 from hvdloss.controller import Controller
 from hvdloss.errors import ConfigError, LostRankError, UsageError
 from hvdloss.ledger import Ledger
@@ -361,7 +362,7 @@ def test_a_good_step_is_none_of_these(tmp_path):
 def test_every_kind_that_is_checked_is_kept():
     record = read.__globals__["Record"]("x")
     for kind in KINDS:
-        record.add({"kind": kind})
+        record.add({"kind": kind, "step": 0})
     assert record.unknown == 0
 
 
@@ -559,3 +560,118 @@ def test_importing_hvdloss_report_loads_no_recorder():
     program = "import sys, hvdloss.report; print('hvdloss.report.record' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def ranks_of_a_job(path, teller, **options):
+    """Return the runs and recorders of three processes of an elastic job; `teller` says which one tells."""
+    runs, recorders = [Steps() for _ in range(3)], [Recorder(path, **options) for _ in range(3)]
+    for number, (run, recorder) in enumerate(zip(runs, recorders, strict=True)):
+        Following(
+            run, None, (recorder,), about=lambda: ABOUT, tells=lambda number=number: teller[0] == number
+        )
+    return runs, recorders
+
+
+def go(runs, step):
+    for run in runs:
+        for listener in list(run.listeners):
+            listener(report(step, samples=6 * step))
+
+
+def change(error=None):
+    """Have the ranks of an elastic job change."""
+    world.release()
+    world.renew(because=error)
+
+
+@pytest.mark.parametrize("exists", ["raise", "replace", "append"])
+def test_a_file_has_one_writer_when_another_rank_takes_over(tmp_path, exists):
+    path, teller = tmp_path / "a.jsonl", [0]
+    runs, recorders = ranks_of_a_job(path, teller, exists=exists)
+    go(runs, 1)
+    teller[0] = 1
+    change()
+    go(runs, 2)
+    recorders[0].epoch(loss=9.0)  # all ranks make the same calls
+    recorders[1].epoch(loss=0.5)
+    recorders[0].fault(ValueError("of a rank that writes no more"))
+    recorders[0].close()
+    go(runs, 3)
+    change()
+    teller[0] = 2
+    change()
+    teller[0] = 1  # which has written before
+    change()
+    go(runs, 4)
+    recorders[1].epoch(loss=0.25)
+    for recorder in recorders:
+        recorder.close()
+    found = read(path)
+    assert [(line["step"], line["samples"]) for line in found.steps] == [(n, 6.0 * n) for n in (1, 2, 3, 4)]
+    assert [(line["epoch"], line["metrics"]) for line in found.epochs] == [
+        (1, {"loss": 0.5}), (2, {"loss": 0.25}),
+    ]  # fmt: skip
+    assert (len(found.runs), len(found.ends), found.faults, found.undone) == (3, 1, [], [])
+    assert found.status == "finished"
+
+
+def test_a_rank_that_is_lost_is_a_fault_and_undone_steps_do_not_count(tmp_path):
+    path, teller = tmp_path / "a.jsonl", [0]
+    runs, recorders = ranks_of_a_job(path, teller)
+    error = LostRankError("rank 2 is gone")
+    error.ranks = (2,)
+    for step in range(1, 8):
+        go(runs, step)
+    recorders[0].decision(Decision(7, "period", 1, 4, "it pays"))
+    recorders[0].epoch(loss=9.0)
+    change(error)  # the one that writes is still there
+    assert read(path).status == "running"
+    for step in range(5, 8):
+        go(runs, step)
+    recorders[0].epoch(loss=0.5)
+    teller[0] = 1
+    change(error)  # it is not
+    for step in range(1, 4):  # back to the beginning: nothing was committed
+        go(runs, step)
+    recorders[1].epoch(loss=0.25)
+    for recorder in recorders:
+        recorder.close()
+    found = read(path)
+    assert found.column("step").tolist() == [1, 2, 3]
+    assert found.column("samples").tolist() == [6, 12, 18]
+    assert [(line["step"], line["until"]) for line in found.undone] == [(4, 7), (0, 7)]
+    assert [line["epoch"] for line in found.epochs] == [1]
+    assert found.decisions == []
+    assert [(line["error"], line["ranks"]) for line in found.faults] == [("LostRankError", [2])] * 2
+    assert [line["step"] for line in found.ranks] == [7]
+    assert found.status == "finished"
+    assert world.why() is None
+
+
+def test_samples_are_counted_once_though_the_last_steps_of_a_killed_writer_are_missing(tmp_path):
+    path = tmp_path / "a.jsonl"
+    with recorded(path, []) as former:  # an earlier run, without a count
+        former.step(report(1))
+    with Recorder(path, exists="append") as recorder:
+        recorder.begin(ABOUT)
+        for step in (1, 2, 3):
+            recorder.step(report(step, samples=6 * step))
+    with Recorder(path, exists="append") as after:  # from a commit after step 5, which was not written
+        after.begin(ABOUT)
+        after.step(report(6, samples=36))
+        after.step(report(3, samples=18))  # from a checkpoint
+    found = read(path)
+    assert found.column("step").tolist() == [1, 1, 2, 3]
+    assert found.column("samples").tolist() == [6, 12, 18, 24]
+
+
+def test_a_file_that_was_taken_away_is_begun_anew(tmp_path):
+    path = tmp_path / "a.jsonl"
+    runs, recorders = ranks_of_a_job(path, [0])
+    go(runs, 1)
+    world.release()
+    path.unlink()
+    world.renew()
+    go(runs, 2)
+    recorders[0].close()
+    assert read(path).column("step").tolist() == [2]

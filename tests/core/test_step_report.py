@@ -66,6 +66,7 @@ def test_a_report_goes_through_json(step, parts, reduction):
         "choices",
         "terms",
         "skipped",
+        "samples",
     }
     assert len(record["ranks"]) == len(parts)
     for rank, (one, ledger) in enumerate(zip(record["ranks"], parts, strict=True)):
