@@ -1022,10 +1022,6 @@ class _Engine:
 
 
 # Fields of a ledger row that add up over several calls in one backward pass; the others are shared.
-def _elements(ledgers: list[Ledger]) -> int:
-    return sum(round(one.elements) for one in ledgers)
-
-
 _ADDED = [0, 5, 6, 7]
 FAULTS_TOLD = slice(FAULTS.start, MEASURED)  # the faults that tensors tell
 _NONFINITE = COLUMN["nonfinite_losses"]
@@ -1040,6 +1036,10 @@ def _floats(*values: Any) -> list[float]:
     parts = [torch.as_tensor(value, dtype=torch.float64).reshape(-1) for value in values]
     device = next((part.device for part in parts if part.device.type != "cpu"), parts[0].device)
     return torch.cat([part if part.device == device else put_on(part, device) for part in parts]).tolist()
+
+
+def _elements(ledgers: list[Ledger]) -> int:
+    return sum(round(one.elements) for one in ledgers)
 
 
 def _emptied(row: torch.Tensor) -> torch.Tensor:
