@@ -46,7 +46,11 @@ def recorded(
                     reads += 1
         finally:
             running.terminate()
-            running.wait(30)
+            try:
+                running.wait(60)
+            except subprocess.TimeoutExpired:
+                running.kill()
+                running.wait()
     assert running.returncode == 0, (folder / "output").read_text()[-6000:]
     assert reads > 10
     assert all((folder / f"done-{number}").exists() for number in range(len(kills)))
