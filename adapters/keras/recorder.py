@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 import keras
-from hvdloss.errors import ConfigError
+from hvdloss.errors import ConfigError, UsageError
 from hvdloss.keras.optimizer import engine_of
 from hvdloss.report.following import Following, check_sink
 from hvdloss.tensorflow import recorder
@@ -82,17 +82,30 @@ class RecorderCallback(FollowCallback):
     Raises:
         ConfigError: an argument that cannot be used. In ``fit``, on the rank that writes: the file exists,
             or cannot be made.
+        UsageError: in a further ``fit``, on all ranks: the record ended with the first.
 
     Collectives: none.
     """
 
     def __init__(self, path: str | os.PathLike[str], **options: Any) -> None:
         self.recorder = Recorder(path, **options)
+        self._ended = False
         super().__init__(self.recorder, rank=self.recorder.rank)
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Make the file, and begin to follow."""
+        if self._ended:
+            raise UsageError(
+                f"the record {self.recorder.path.name} ended with the fit before; make another "
+                f"RecorderCallback for this one (exists='append' goes on in its file), or record several with "
+                f"hvd.Recorder(...) and its follow(optimizer)"
+            )
         engine = engine_of(self.model.optimizer)
         if engine is not None and recorder.tells(self.rank, engine.books):
             self.recorder.open()
         super().on_train_begin(logs)
+
+    def on_train_end(self, logs: Any = None) -> None:
+        """Follow no more, and close the file."""
+        self._ended = True
+        super().on_train_end(logs)

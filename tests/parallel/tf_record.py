@@ -120,5 +120,7 @@ def case_fit_and_fit_again():
         assert [line["epoch"] for line in found.epochs] == [1, 2]
         assert "loss" in found.epochs[0]["metrics"]
         assert len(found.steps) == 8
+    with pytest.raises(UsageError, match="ended with the fit before"):
+        net.fit(data, epochs=1, verbose=0, callbacks=[record])
     net.fit(data, epochs=1, verbose=0)
     check(path / "run.jsonl", reports.seen)
