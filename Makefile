@@ -23,7 +23,7 @@ integrations: setup ## install what the ways in from other tools need (Lightning
 test-more: integrations ## run what `test` leaves out: more of everything on 3 and 4 ranks and over MPI, other tools
 	$(PYTHON_BIN) -m pytest -m more --ignore tests/elastic --ignore tests/reliability
 
-reliability: setup ## inflict every kind of fault on real jobs, and write docs/reliability.md's table (30 minutes)
+reliability: setup ## inflict every kind of fault on real jobs, and write docs/reliability.md's table (40 minutes)
 	$(PYTHON_BIN) tests/reliability/inflict.py --docs
 
 soak: setup ## train on 8 ranks for 20 minutes while ranks are killed (SOAK="--minutes 720" for a night)
