@@ -97,7 +97,7 @@ class RecorderCallback(FollowCallback):
         if self._ended:
             raise UsageError(
                 f"the record {self.recorder.path.name} ended with the fit before; make another "
-                f"RecorderCallback for this one (exists='append' goes on in its file), or record several with "
+                f"RecorderCallback for this one (exists='append' goes on in its file), or record several by "
                 f"hvd.Recorder(...) and its follow(optimizer)"
             )
         engine = engine_of(self.model.optimizer)

@@ -11,6 +11,9 @@ As released, a rank that loses a peer can
   the same queue, the next tensor of its name is refused as a duplicate.
 - *end by std::terminate*: where there are further process sets, giving up agrees with all ranks on their
   removal, and who cannot be reached is an exception that nothing catches.
+
+And a ``horovodrun`` that is told to end (SIGTERM) may exit with 0, as if the job were done: it waits for the
+shells of its ranks in two threads, and the one that takes their exit statuses drops them.
 """
 
 from __future__ import annotations
@@ -159,5 +162,30 @@ RECOVERY: tuple[Edit, ...] = (
       guard.lock();
 """,
         "a rank that is gone does not end those that remove their process sets",
+    ),
+    Edit(
+        "horovod/runner/common/util/safe_shell_exec.py",
+        """\
+    try:
+        p.wait(timeout=GRACEFUL_TERMINATION_TIME_S)
+    except psutil.TimeoutExpired:
+        try:
+            p.kill()
+        except psutil.NoSuchProcess:
+            pass
+""",
+        """\
+    # Not p.wait(): it would take the exit status from who waits for the shell, and that one would read 0.
+    until = time.time() + GRACEFUL_TERMINATION_TIME_S
+    try:
+        while p.is_running() and p.status() != psutil.STATUS_ZOMBIE:
+            if time.time() > until:
+                p.kill()
+                break
+            time.sleep(0.05)
+    except psutil.NoSuchProcess:
+        pass
+""",
+        "horovodrun that is told to end does not say that the job is done",
     ),
 )
