@@ -36,9 +36,10 @@ def main() -> None:
     batches = hvd.uneven(hvd.StreamLoader(Parquet(folder / "rows.parquet"), 4), optimizer)
     state = hvd.elastic.TorchState(model, optimizer, data=batches, step=0)
     host = os.uname().nodename
+    process = f"{host}-{os.getpid()}-{time.time_ns()}"  # a host that comes back counts its processes anew
 
     def write(name: str, **record: object) -> None:
-        with (folder / f"{name}-{host}-{os.getpid()}").open("a") as log:
+        with (folder / f"{name}-{process}").open("a") as log:
             log.write(json.dumps({"time": time.monotonic(), **record}) + "\n")
 
     def step_of(batch: dict[str, torch.Tensor], step: int) -> None:
