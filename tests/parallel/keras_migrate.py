@@ -47,7 +47,9 @@ def case_horovod():
         trained = flat(importlib.import_module(f"keras_{which}").train(epochs=1, batch_size=BATCH))
         off[f"keras, {which}"] = float(np.linalg.norm(trained - right) / np.linalg.norm(right - first))
     assert off["keras, after"] < 1e-5, off
-    assert 0.2 < off["keras, before"] < 0.24, off  # the page says 22 %
+    # The page says 17 and 22 %: every rank trains by itself there.
+    low, high = (0.2, 0.24) if hvd.rank() == 0 else (0.15, 0.19)
+    assert low < off["keras, before"] < high, off
     return off
 
 
