@@ -140,11 +140,11 @@ def build() -> tuple[Path, Path]:
 
 
 def _sources() -> set[str]:
-    """Return where the modules of the tree should lie in the wheel."""
+    """Return where the modules of the tree, and what they read, should lie in the wheel."""
     placed = set()
     for name in known():
         folder, _, rest = name.partition("/")
-        if folder in PACKAGES and rest.endswith((".py", "py.typed")):
+        if folder in PACKAGES and rest.endswith((".py", "py.typed", ".j2", ".css")):
             placed.add(f"{PACKAGES[folder]}/{rest}")
     return placed
 

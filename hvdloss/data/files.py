@@ -276,8 +276,12 @@ class Parquet(Source):
             with self._of(file), pq.ParquetFile(file) as opened:
                 schema, found = opened.schema_arrow, opened.metadata
                 self._metadata[file] = found
+                kinds = [found.schema.column(j).physical_type for j in range(found.num_columns)]
                 for n in range(found.num_row_groups):
-                    chunks = (found.row_group(n).column(j) for j in range(found.num_columns))
+                    chunks = [found.row_group(n).column(j) for j in range(found.num_columns)]
+                    if [chunk.physical_type for chunk in chunks] != kinds:
+                        # Arrow would end the process when it is asked for such a column's statistics.
+                        raise DataError(f"{file}: row group {n} is damaged: its columns have other types")
                     self._nulls |= {
                         chunk.path_in_schema
                         for chunk in chunks

@@ -98,6 +98,17 @@ def test_damage_is_always_a_data_error(tmp_path):
     assert refused > 50
 
 
+def test_a_column_of_no_known_type_is_a_data_error(tmp_path):
+    """Asked for its statistics, Arrow would end the process."""
+    pq.write_table(pa.table({"x": [1.0, 2.0]}), tmp_path / "a.parquet")
+    data = (tmp_path / "a.parquet").read_bytes()
+    double, unknown = b"\x1c\x15\x0a\x19", b"\x1c\x15\x2a\x19"  # the head of a column chunk, its type
+    assert data.count(double) == 1
+    (tmp_path / "a.parquet").write_bytes(data.replace(double, unknown))
+    with pytest.raises(DataError, match=r"a\.parquet: row group 0 is damaged"):
+        Parquet(tmp_path / "a.parquet").parts()
+
+
 def test_csv_parts_are_whole_lines(tmp_path):
     for ending in ("\n", "\r\n"):
         rows = [f'{i},"a, {i}",{i / 2}' for i in range(50)]
