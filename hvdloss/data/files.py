@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,18 @@ from hvdloss.errors import ConfigError, DataError
 from hvdloss.extras import library
 
 __all__ = ["Csv", "NumpyFiles", "Parquet", "Part", "Source"]
+
+#: What readers raise for bytes that are none of theirs.
+_UNREADABLE = (
+    OSError,
+    ValueError,
+    EOFError,
+    ArithmeticError,
+    KeyError,
+    csv.Error,
+    SyntaxError,
+    TokenError,
+)
 
 Columns = dict[str, npt.NDArray[Any]]
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
@@ -209,9 +222,7 @@ class Source(ABC):
         except FileNotFoundError as error:
             raise DataError(f"{where}: there is no such file (any more)") from error
         except Exception as error:
-            ours = isinstance(
-                error, OSError | ValueError | EOFError | ArithmeticError | KeyError | csv.Error | SyntaxError
-            )
+            ours = isinstance(error, _UNREADABLE)
             if not ours and not type(error).__module__.startswith("pyarrow"):
                 raise
             text = " ".join(str(error).split())[:300]

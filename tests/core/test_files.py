@@ -143,6 +143,14 @@ def test_csv_that_does_not_fit_its_first_part(tmp_path):
         Csv([tmp_path / "b.csv", tmp_path / "c.csv"]).open()
 
 
+def test_a_header_of_numpy_that_breaks_off_is_a_data_error(tmp_path):
+    np.save(tmp_path / "a.npy", np.arange(6.0))
+    data = (tmp_path / "a.npy").read_bytes()
+    (tmp_path / "a.npy").write_bytes(data.replace(b"(6,), }", b"(6,)(  "))
+    with pytest.raises(DataError, match=r"a\.npy"):
+        NumpyFiles({"x": tmp_path / "a.npy"}).parts()
+
+
 def test_numpy_files(tmp_path):
     x = np.arange(30, dtype=np.float32).reshape(10, 3)
     np.save(tmp_path / "x.npy", x)
