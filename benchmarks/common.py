@@ -116,7 +116,7 @@ def progress(hvd: Any, label: str, done: int, of: int) -> None:
         print(f"hvdloss-bench {done}/{of} {label}", flush=True)
 
 
-def device_of(hvd: Any, kind: str) -> Any:
+def device_of(kind: str, local_rank: int, local_size: int) -> Any:
     """Return this rank's torch device. To be called before Horovod has used NCCL.
 
     Ranks that share a GPU tell NCCL that they are on hosts of their own, or it would refuse them; they talk
@@ -127,10 +127,10 @@ def device_of(hvd: Any, kind: str) -> Any:
     if kind != "cuda":
         return torch.device(kind)
     gpus = torch.cuda.device_count()
-    if hvd.local_size() > gpus:
-        os.environ["NCCL_HOSTID"] = f"hvdloss-{hvd.local_rank()}"
+    if local_size > gpus:
+        os.environ["NCCL_HOSTID"] = f"hvdloss-{local_rank}"
         os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
-    device = torch.device("cuda", hvd.local_rank() % gpus)
+    device = torch.device("cuda", local_rank % gpus)
     torch.cuda.set_device(device)
     return device
 

@@ -164,7 +164,7 @@ def main() -> None:
         parser.error("--memory takes one peer and one workload")
     hvd.init()
     torch.set_num_threads(1)
-    device = device_of(hvd, args.device)
+    device = device_of(args.device, hvd.local_rank(), hvd.local_size())
     if "ddp" in args.peers:
         join_torch_distributed(hvd, "nccl" if device.type == "cuda" else "gloo")
     out: dict[str, Any] = {"environment": {**environment(hvd), "framework": f"torch {torch.__version__}"}}

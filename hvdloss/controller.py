@@ -21,10 +21,24 @@ from hvdloss.ledger import WIDTH
 from hvdloss.report.steps import TermReport
 from hvdloss.term import Act, Batch, Closed, Decision, Term, Travel, check_price
 
-__all__ = ["Controller"]
+__all__ = ["Controller", "counts_of"]
 
 Array = npt.NDArray[np.float64]
 Kind = TypeVar("Kind", bound=Act)
+
+
+def counts_of(memory: Any, otherwise: str) -> tuple[int, int]:
+    """Return the steps and samples that an optimizer's or a tape's memory holds (older ones: no samples).
+
+    Raises:
+        ConfigError: it is none; the text says what it is not.
+    """
+    steps, samples = (
+        (memory.get("steps"), memory.get("samples", 0)) if isinstance(memory, dict) else (None, 0)
+    )
+    if not isinstance(steps, int) or not isinstance(samples, int):
+        raise ConfigError(f"memory={str(memory)[:200]} {otherwise}")
+    return steps, samples
 
 
 class Controller:

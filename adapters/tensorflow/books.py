@@ -18,8 +18,8 @@ from hvdloss.communicator import rank_and_size
 from hvdloss.control.compression import AdaptiveCompression
 from hvdloss.control.period import period_of
 from hvdloss.control.weights import Proximal
-from hvdloss.controller import Controller
-from hvdloss.errors import ConfigError, UsageError
+from hvdloss.controller import Controller, counts_of
+from hvdloss.errors import UsageError
 from hvdloss.ledger import COLUMN, FAULTS, NONFINITE, WIDTH, judge, offenders, unpack
 from hvdloss.reduction import MEASURED
 from hvdloss.report import StepReport
@@ -116,8 +116,11 @@ class Books:
 
     def memory(self) -> dict[str, Any]:
         """Return what a run that goes on needs: plain values and arrays, equal on all ranks. Eager only."""
-        counts = {"steps": int(self._of(2)), "samples": int(self._samples_now())}
-        return {**counts, "terms": self.controller.memory()}
+        return {
+            "steps": int(self._of(2)),
+            "samples": int(self._samples_now()),
+            "terms": self.controller.memory(),
+        }
 
     def remember(self, memory: Any, *, same_ranks: bool) -> None:
         """Go on from a :meth:`memory`; no collective. Eager only.
@@ -125,15 +128,13 @@ class Books:
         Raises:
             ConfigError: it is none.
         """
-        samples = memory.get("samples", 0) if isinstance(memory, dict) else None
-        if not isinstance(samples, int) or not isinstance(memory.get("steps"), int):
-            raise ConfigError(f"memory={str(memory)[:200]} is not what Books.memory() gives")
+        steps, samples = counts_of(memory, "is not what Books.memory() gives")
         if self.controller.terms:
             self.begin(*rank_and_size(hvd, self.process_set))
             self.controller.remember(memory["terms"], same_ranks=same_ranks)
             assert self._state is not None
             self._state.assign(self._now())
-        self._of(2).assign(memory["steps"])
+        self._of(2).assign(steps)
         self._samples_now().assign(samples)
 
     @property

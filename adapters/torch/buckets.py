@@ -102,17 +102,6 @@ def weighed_sparse(gradient: torch.Tensor, scale: Any) -> torch.Tensor:
     )
 
 
-def _scale_(held: torch.Tensor, scale: Any) -> torch.Tensor:
-    """Multiply in place; see :func:`weighed`."""
-    if not _scaled(held, scale):
-        return held
-    if isinstance(scale, float):
-        return held.mul_(scale)
-    if held.dtype in _SHORT:
-        return held.copy_(weighed(held, scale))
-    return held.mul_(scale).masked_fill_(scale == 0, 0)
-
-
 def _write(held: torch.Tensor, gradient: torch.Tensor, scale: Any) -> None:
     """Set to ``scale * gradient``; see :func:`weighed`."""
     if isinstance(scale, float):
@@ -121,6 +110,13 @@ def _write(held: torch.Tensor, gradient: torch.Tensor, scale: Any) -> None:
         held.copy_(weighed(gradient, scale))
     else:
         torch.mul(gradient, scale, out=held).masked_fill_(scale == 0, 0)
+
+
+def _scale_(held: torch.Tensor, scale: Any) -> torch.Tensor:
+    """Multiply in place; see :func:`weighed`."""
+    if _scaled(held, scale):
+        _write(held, held, scale)
+    return held
 
 
 def _add(held: torch.Tensor, gradient: torch.Tensor, scale: Any) -> None:

@@ -20,6 +20,7 @@ from hvdloss.communicator import Communicator, included, ranks_of
 from hvdloss.control.compression import AdaptiveCompression
 from hvdloss.control.period import SyncPeriod
 from hvdloss.control.weights import Proximal
+from hvdloss.controller import counts_of
 from hvdloss.errors import ConfigError, HvdlossError, UsageError
 from hvdloss.guard import due
 from hvdloss.ledger import COLUMN, FAULTS, WIDTH, Ledger, judge, offenders, pack, unpack
@@ -186,8 +187,12 @@ class _Engine:
         To be asked for when parameters are equal: after :meth:`exchange`.
         """
         velocity = self.velocity if self._stretch is None else self._stretch.velocity
-        counts = {"steps": self.step_count, "samples": self.samples}
-        return {**counts, "terms": self.controller.memory(), "velocity": velocity}
+        return {
+            "steps": self.step_count,
+            "samples": self.samples,
+            "terms": self.controller.memory(),
+            "velocity": velocity,
+        }
 
     def remember(self, memory: Any, *, same_ranks: bool) -> None:
         """Go on from a :meth:`memory`; no collective.
@@ -195,11 +200,9 @@ class _Engine:
         Raises:
             ConfigError: it is none.
         """
-        samples = memory.get("samples", 0) if isinstance(memory, dict) else None
-        if not isinstance(samples, int) or not isinstance(memory.get("steps"), int):
-            raise ConfigError(f"memory={str(memory)[:200]} is not of a DistributedOptimizer")
+        counts = counts_of(memory, "is not of a DistributedOptimizer")
         self.controller.remember(memory["terms"], same_ranks=same_ranks)
-        self.step_count, self.samples = memory["steps"], samples
+        self.step_count, self.samples = counts
         self._stretch = None
         self.velocity = memory["velocity"]
 
@@ -561,8 +564,8 @@ class _Engine:
         """Return where ledgers travel: the same kind of device on all ranks, with a batch or without."""
         if self.carrier is not None:
             return self.carrier.flat.device
-        devices = [p.device for p in self.parameters()]
-        return next((device for device in devices if device.type != "cpu"), devices[0])
+        devices = (p.device for p in self.parameters())
+        return next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
 
     def _own_table(
         self, row: torch.Tensor | None, strays: int, bad: Any, moved: float = 0.0

@@ -138,10 +138,10 @@ class Member:
                 )
             if self._alone:
                 return None
-            if self._fault is None and fault.kind == "broken" and self._hub_ended is not None:
-                # Rank 0 ended in good order, and Horovod with it.
-                fault = left_behind(self._hub_ended, fault.ranks, self.activity.state(self.rank).step)
             if self._fault is None:
+                if fault.kind == "broken" and self._hub_ended is not None:
+                    # Rank 0 ended in good order, and Horovod with it.
+                    fault = left_behind(self._hub_ended, fault.ranks, self.activity.state(self.rank).step)
                 self._fault = fault
             self._taken = True
             return self._fault

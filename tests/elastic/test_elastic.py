@@ -67,13 +67,18 @@ def reference(batches: list[list[int]]) -> tuple[np.ndarray, np.ndarray, list[fl
     return w, b, losses
 
 
+def those_that_count(lines: list[dict], step: int) -> list[dict]:
+    """Return what ranks told of a step when it was last done; what was done before was undone."""
+    those = [line for line in lines if line["step"] == step]
+    latest = max(line["attempt"] for line in those)
+    return [line for line in those if line["attempt"] == latest]
+
+
 def check(folder: Path, lines: list[dict]) -> list[dict[str, Any]]:
     """Check that what counts in the end is one process's training; return it by step."""
     steps = []
     for step in range(max(line["step"] for line in lines) + 1):
-        those = [line for line in lines if line["step"] == step]
-        latest = max(line["attempt"] for line in those)  # what was done before was undone
-        counted = [line for line in those if line["attempt"] == latest]
+        counted = those_that_count(lines, step)
         assert len(counted) == counted[0]["size"], counted
         assert len({line["loss"] for line in counted}) == 1
         steps.append(
@@ -82,7 +87,7 @@ def check(folder: Path, lines: list[dict]) -> list[dict[str, Any]]:
                 "epoch": counted[0]["epoch"],
                 "size": counted[0]["size"],
                 "loss": counted[0]["loss"],
-                "undone": len({line["attempt"] for line in those}) - 1,
+                "undone": len({line["attempt"] for line in lines if line["step"] == step}) - 1,
             }
         )
     for epoch in range(EPOCHS):

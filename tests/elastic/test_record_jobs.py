@@ -17,7 +17,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 sys.path.insert(0, str(HERE.parent))
 from ranks import environment, missing_controller  # noqa: E402
-from test_elastic import horovodrun  # noqa: E402
+from test_elastic import horovodrun, those_that_count  # noqa: E402
 
 ROWS, EPOCHS = 331, 2  # of record_job.py
 THREE_HOSTS = ["LOCALHOST:1", "localhost:1", "127.0.0.1:1"]  # names of this machine
@@ -57,9 +57,7 @@ def recorded(
     lines = [json.loads(line) for log in folder.glob("log-*") for line in log.read_text().splitlines()]
     counted = {}
     for step in {line["step"] for line in lines}:
-        those = [line for line in lines if line["step"] == step]
-        latest = max(line["attempt"] for line in those)  # what was done before was undone
-        last = [line for line in those if line["attempt"] == latest]
+        last = those_that_count(lines, step)
         counted[step] = {**last[0], "ids": [i for line in last for i in line["ids"]]}
     return read(path), counted
 

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 
 import hvdloss.torch as hvd
+from hvdloss.benchmarks.common import device_of
 from hvdloss.torch.ops import AT_HAND, HorovodCommunicator
 from hvdloss.world import numbers_from
 
@@ -30,16 +31,11 @@ def _device() -> torch.device:
     kind = os.environ.get("HVDLOSS_TEST_DEVICE", "cpu")
     if kind == "deferred":
         AT_HAND.clear()
-    if kind != "cuda":
-        return torch.device("cpu")
-    gpus, local = torch.cuda.device_count(), int(os.environ.get("HOROVOD_LOCAL_RANK", "0"))
-    if int(os.environ.get("HOROVOD_LOCAL_SIZE", "1")) > gpus:
-        os.environ["NCCL_HOSTID"] = f"hvdloss-{local}"
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
-    torch.cuda.set_device(local % gpus)
-    # Convolutions would round to 10 bits otherwise.
-    torch.backends.cudnn.allow_tf32 = False
-    return torch.device("cuda", local % gpus)
+        kind = "cpu"
+    if kind == "cuda":  # convolutions would round to 10 bits otherwise
+        torch.backends.cudnn.allow_tf32 = False
+    rank, size = os.environ.get("HOROVOD_LOCAL_RANK", "0"), os.environ.get("HOROVOD_LOCAL_SIZE", "1")
+    return device_of(kind, int(rank), int(size))
 
 
 DEVICE = _device()
