@@ -246,6 +246,14 @@ def _column(column: Any) -> npt.NDArray[Any]:
     return np.asarray(column.to_numpy(zero_copy_only=False))
 
 
+def _whole(kind: Any) -> bool:
+    """Say whether Arrow's type is of integers or booleans, which have no NaN to stand for a null."""
+    import pyarrow as pa
+
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return bool(pa.types.is_integer(kind) or pa.types.is_boolean(kind))
+
+
 def _columns(table: Any) -> Columns:
     return {name: _column(table.column(name)) for name in table.column_names}
 
@@ -287,17 +295,6 @@ class Parquet(Source):
             with self._of(file), pq.ParquetFile(file) as opened:
                 schema, found = opened.schema_arrow, opened.metadata
                 self._metadata[file] = found
-                kinds = [found.schema.column(j).physical_type for j in range(found.num_columns)]
-                for n in range(found.num_row_groups):
-                    chunks = [found.row_group(n).column(j) for j in range(found.num_columns)]
-                    if [chunk.physical_type for chunk in chunks] != kinds:
-                        # Arrow would end the process when it is asked for such a column's statistics.
-                        raise DataError(f"{file}: row group {n} is damaged: its columns have other types")
-                    self._nulls |= {
-                        chunk.path_in_schema
-                        for chunk in chunks
-                        if chunk.statistics is not None and chunk.statistics.null_count
-                    }
                 missing = [name for name in self.columns or () if name not in schema.names]
                 if missing:
                     raise ConfigError(f"columns: {file} has no {missing}, but {schema.names}")
@@ -305,12 +302,35 @@ class Parquet(Source):
                 first = first or schema
                 if not schema.equals(first):
                     raise DataError(f"{file}: has other columns or types than {out[0].file}: {schema}")
+                self._nulls |= self._with_nulls(file, found, schema)
                 out += [
                     Part(file, f"row group {n}", found.row_group(n).num_rows, (n,))
                     for n in range(found.num_row_groups)
                 ]
         self._schema = first
         return out
+
+    def _with_nulls(self, file: str, found: Any, schema: Any) -> set[str]:
+        """Return the columns of integers and booleans that have nulls, by the file's statistics."""
+        import pyarrow.parquet as pq
+
+        asked = [field.name for field in schema if field.nullable and _whole(field.type)]
+        if self.columns is not None:
+            asked = [name for name in asked if name in self.columns]
+        if not asked:
+            return set()
+        places = {found.schema.column(j).path: j for j in range(found.num_columns)}
+        nulls = set()
+        # Not the whole file, and not whole columns: a buffered reader takes in what it decodes.
+        with pq.ParquetFile(file, metadata=found, buffer_size=1 << 14) as opened:
+            for n in range(found.num_row_groups):
+                # Asked for statistics that are damaged, Arrow ends the process; reading a row, it raises.
+                next(opened.iter_batches(1, row_groups=[n], columns=asked, use_threads=False), None)
+                for name in asked:
+                    statistics = found.row_group(n).column(places[name]).statistics
+                    if statistics is not None and statistics.null_count:
+                        nulls.add(name)
+        return nulls
 
     def _read(self, part: Part) -> Columns:
         import pyarrow.parquet as pq

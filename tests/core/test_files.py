@@ -105,8 +105,8 @@ def test_a_column_of_no_known_type_is_a_data_error(tmp_path):
     double, unknown = b"\x1c\x15\x0a\x19", b"\x1c\x15\x2a\x19"  # the head of a column chunk, its type
     assert data.count(double) == 1
     (tmp_path / "a.parquet").write_bytes(data.replace(double, unknown))
-    with pytest.raises(DataError, match=r"a\.parquet: row group 0 is damaged"):
-        Parquet(tmp_path / "a.parquet").parts()
+    with pytest.raises(DataError, match=r"a\.parquet, row group 0: cannot be read: OSError"):
+        Parquet(tmp_path / "a.parquet").read(0)
 
 
 def test_csv_parts_are_whole_lines(tmp_path):
@@ -201,6 +201,23 @@ def test_files_that_are_not_there_or_not_what_they_seem(tmp_path):
         Parquet(tmp_path / "a.parquet", columns=["z"]).open()
     with pytest.raises(ConfigError, match="name no file"):
         Parquet([]).open()
+
+
+@pytest.mark.parametrize("columns", [None, ["n"], ["n", "m"]])
+def test_statistics_that_do_not_fit_are_an_error_and_not_the_end_of_the_process(tmp_path, columns):
+    least = 0x1122334455667788
+    path = tmp_path / "a.parquet"
+    table = pa.table({"m": [1, 2, 3], "n": [least, None, least + 1]})
+    pq.write_table(table, path, store_schema=False, compression="none")
+    data, bytes_of = path.read_bytes(), least.to_bytes(8, "little")
+    length = int.from_bytes(data[-8:-4], "little")
+    pages, footer = data[: -8 - length], data[-8 - length : -8]
+    assert footer.count(b"\x08" + bytes_of) == 2  # twice the least value of "n", after its length
+    footer = footer.replace(b"\x08" + bytes_of, b"\x04" + bytes_of[:4])
+    path.write_bytes(pages + footer + len(footer).to_bytes(4, "little") + b"PAR1")
+    with pytest.raises(DataError, match=r"a\.parquet: cannot be read: OSError: Unexpected end of stream"):
+        Parquet(path, columns).open()
+    assert Parquet(path, ["m"]).read(0)["m"].tolist() == [1, 2, 3]
 
 
 def test_a_file_that_changes_under_its_reader(tmp_path):
