@@ -32,7 +32,7 @@ def needs(*libraries: str, extra: str = "integrations") -> pytest.MarkDecorator:
     )
 
 
-def run(command: list[Any], expect: int = 0) -> str:
+def run(command: list[Any], expect: int = 0, cwd: Path = ROOT) -> str:
     """Run a command, check its status, and return what it printed."""
     environment = {
         **os.environ,
@@ -50,7 +50,7 @@ def run(command: list[Any], expect: int = 0) -> str:
         stderr=subprocess.STDOUT,
         text=True,
         timeout=900,
-        cwd=ROOT,
+        cwd=cwd,
     )
     assert done.returncode == expect, done.stdout
     return done.stdout
@@ -112,6 +112,67 @@ def test_trackers(tmp_path):
     (run_folder,) = (tmp_path / "wandb").glob("offline-run-*")
     (record,) = run_folder.glob("run-*.wandb")
     assert record.stat().st_size > 1000
+
+
+FOLLOWED = {
+    "torch": """
+import torch, hvdloss.torch as hvd
+hvd.init()
+model = torch.nn.Linear(4, 1, bias=False)
+torch.nn.init.zeros_(model.weight)
+objective = hvd.Objective("mse")
+optimizer = hvd.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), objective=objective)
+def step():
+    optimizer.zero_grad()
+    objective(model(torch.ones(8, 4)), torch.ones(8, 1)).backward()
+    optimizer.step()
+""",
+    "tensorflow": """
+import tensorflow as tf, hvdloss.tensorflow as hvd
+hvd.init()
+weights = tf.Variable(tf.zeros([4, 1]))
+objective = hvd.Objective("mse")
+@tf.function
+def step():
+    with hvd.DistributedGradientTape(tf.GradientTape(), objective) as tape:
+        loss = objective(tf.ones([8, 4]) @ weights, tf.ones([8, 1]))
+    weights.assign_sub(0.1 * tape.gradient(loss, [weights])[0])
+""",
+}
+FOLLOW = """
+from hvdloss.trackers import MLflow, TensorBoard, WandB
+sinks = [
+    TensorBoard("tensorboard"),
+    MLflow("digits", tracking_uri="sqlite:///mlflow.db"),
+    WandB("digits", init={"mode": "offline"}),
+]
+with hvd.follow(objective, hvd.Recorder("run.jsonl"), *sinks):
+    for _ in range(3):
+        step()
+assert not any(sink.failures for sink in sinks)
+"""
+
+
+@pytest.mark.more
+@pytest.mark.parametrize("framework", list(FOLLOWED))
+@needs("tensorboard", "mlflow", "wandb", "sqlalchemy")
+def test_trackers_and_a_record_follow_a_run_together(tmp_path, framework):
+    run([sys.executable, "-c", FOLLOWED[framework] + FOLLOW], cwd=tmp_path)
+    losses = [1.0, 0.04, 0.0016]  # (1 - 4w)^2: a step leaves a fifth of 1 - 4w
+    found = events(tmp_path / "tensorboard")["hvdloss/loss"]
+    assert [value for _, value in found] == pytest.approx(losses, rel=1e-4)
+
+    import mlflow
+
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    (one,) = client.search_runs([client.get_experiment_by_name("digits").experiment_id])
+    assert one.info.status == "FINISHED"
+    history = client.get_metric_history(one.info.run_id, "hvdloss/loss")
+    assert [metric.value for metric in history] == pytest.approx(losses, rel=1e-4)
+
+    lines = [json.loads(line) for line in (tmp_path / "run.jsonl").read_text().splitlines()]
+    assert [line["loss"] for line in lines if line["kind"] == "step"] == pytest.approx(losses, rel=1e-4)
+    assert lines[-1]["kind"] == "end"
 
 
 @pytest.mark.more
