@@ -155,8 +155,9 @@ class Hub:
 
     def _pass_over(self, seconds: float) -> None:
         """Do not count time in which this process could not hear anybody, nor perhaps others tell."""
-        self._heard = [heard + seconds for heard in self._heard]
-        self._since = [(serial, began + seconds) for serial, began in self._since]
+        now = time.monotonic()  # some were heard of just now
+        self._heard = [min(heard + seconds, now) for heard in self._heard]
+        self._since = [(serial, min(began + seconds, now)) for serial, began in self._since]
         self._stuck = ((), 0.0)  # who is stuck must say so again from here on
 
     def _accept(self, listener: socket.socket) -> None:

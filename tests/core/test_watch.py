@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -295,6 +296,17 @@ def test_a_rank_whose_connection_ends_is_lost_and_one_that_says_goodbye_is_not()
         assert fault.kind == "lost"
         assert fault.ranks == (1,)
         assert isinstance(fault.error(), LostRankError)
+
+
+def test_after_a_pause_of_rank_0_nobody_was_heard_of_in_the_future():
+    with Rig(3) as rig:
+        passed = threading.Event()
+        rig.hub._order(lambda: (rig.hub._pass_over(30.0), passed.set()))
+        assert passed.wait(5.0)
+        cut(rig.members[1])
+        (fault,) = rig.faults(0)
+        (ago,) = re.findall(r"rank 1 is gone: .* last heard of (\S+) s before", fault.text)
+        assert 0 <= float(ago) < 10
 
 
 def test_the_loss_of_rank_0_is_found_by_all_the_others():

@@ -56,6 +56,8 @@ def podman_options(project: str, service: Mapping[str, Any]) -> list[str]:
             if key == "tmpfs":
                 words = [f"{word}{',' if ':' in word else ':'}{AS_DOCKER}" for word in words]
             out += [f"{names[key]}={word}" for word in words]
+        elif key == "environment":
+            out += [f"--env={name}={said}" for name, said in value.items()]
         elif key == "hostname":
             out.append(f"--hostname={value}")
         elif key == "shm_size":
