@@ -113,6 +113,7 @@ def examine() -> Report:
     _launchers(report, built)
     _hardware(report)
     _name(report)
+    _home(report)
     _choices(report)
     _watch(report)
     return report
@@ -172,6 +173,19 @@ def _name(report: Report) -> None:
     except OSError as error:
         way_out = f"add the line '127.0.1.1 {name}' to /etc/hosts"
         report.add("host name", "problem", f"{name!r} does not resolve ({error.strerror})", way_out)
+
+
+def _home(report: Report) -> None:
+    """horovodrun notes in the home folder what it found out about hosts, and ends where it may not."""
+    folder = Path(os.path.expanduser("~"), ".horovod")
+    there = next(place for place in (folder, *folder.parents) if os.path.exists(place))
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        report.add(
+            "home",
+            "problem",
+            f"horovodrun writes to {folder}, and nothing can be written there",
+            "set HOME to a folder that can be written, or start jobs with horovodrun --disable-cache",
+        )
 
 
 def try_ranks(report: Report) -> None:

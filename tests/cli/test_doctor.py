@@ -154,3 +154,16 @@ def test_a_host_name_that_does_not_resolve_is_a_problem_with_its_way_out(monkeyp
     doctor_module._name(report)
     assert not report.ok
     assert f"127.0.1.1 {socket.gethostname()}" in report.findings[0].way_out
+
+
+def test_a_home_that_cannot_be_written_is_a_problem_with_its_way_out(monkeypatch, tmp_path):
+    for home in (tmp_path, tmp_path / "made" / "by horovodrun"):
+        monkeypatch.setenv("HOME", str(home))
+        report = Report()
+        doctor_module._home(report)
+        assert report.findings == []
+    monkeypatch.setenv("HOME", "/dev/null")  # not even root can
+    doctor_module._home(report)
+    assert not report.ok
+    assert "/dev/null/.horovod" in report.findings[0].found
+    assert "set HOME" in report.findings[0].way_out
