@@ -46,6 +46,7 @@ def test_goals_are_met_or_missed_as_measured() -> None:
 
 
 @ranks
+@pytest.mark.more
 def test_steps_are_measured_counted_and_drawn(tmp_path: Path) -> None:
     options = ["--workload", "conv", "--rounds", "2", "--steps", "1", "--out", str(tmp_path)]
     done = run_cli("bench", "step", *options, "--peer", "compute", "--peer", "horovod", "--peer", "hvdloss")

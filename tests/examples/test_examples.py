@@ -32,6 +32,12 @@ def present(name: str, framework: str) -> bool:
     return (EXAMPLES / f"{name}.py").exists() and importlib.util.find_spec(framework) is not None
 
 
+def some_more(names: list[str]) -> list[Any]:
+    """Have `make test` leave out examples that are much like another one; `make demo` runs them too."""
+    slow = ("torch_regression", "tensorflow_linear", "torch_split_classifier")
+    return [pytest.param(name, marks=pytest.mark.more if name in slow else ()) for name in names]
+
+
 PRESENT = [name for name, (framework, _, _) in SCRIPTS.items() if present(name, framework)]
 SPLIT_PRESENT = [name for name, framework in SPLIT.items() if present(name, framework)]
 
@@ -78,7 +84,7 @@ def check_picture(path: Path) -> None:
 
 
 @launched
-@pytest.mark.parametrize("script", PRESENT)
+@pytest.mark.parametrize("script", some_more(PRESENT))
 def test_under_horovodrun_hvdloss_is_one_process_and_plain_averaging_is_not(script, tmp_path):
     _, size, short = SCRIPTS[script]
     arguments = [*short, "--output", tmp_path]
@@ -100,6 +106,7 @@ def test_under_horovodrun_hvdloss_is_one_process_and_plain_averaging_is_not(scri
     check_picture(tmp_path / "loss.png")
 
 
+@pytest.mark.more
 @launched
 @pytest.mark.skipif(not present("torch_explain", "torch"), reason="torch is not installed")
 def test_a_trained_model_is_explained_on_ranks(tmp_path):
@@ -116,7 +123,7 @@ def test_a_trained_model_is_explained_on_ranks(tmp_path):
 
 @launched
 @pytest.mark.parametrize("size", [pytest.param(4, marks=pytest.mark.more), 2])
-@pytest.mark.parametrize("script", SPLIT_PRESENT)
+@pytest.mark.parametrize("script", some_more(SPLIT_PRESENT))
 def test_a_split_model_is_one_process(script, size, tmp_path):
     arguments = ["--epochs", 1, "--output", tmp_path]
     out = run([HOROVODRUN, "--gloo", "-np", size, sys.executable, EXAMPLES / f"{script}.py", *arguments])

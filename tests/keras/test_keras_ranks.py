@@ -25,6 +25,7 @@ TERMS_EVERYWHERE = [
 
 
 SLOW = [
+    "fit_with_local_steps",
     "fit_with_local_steps_and_more",
     "several_losses_with_local_steps",
     "fit_with_weights_from_terms",
@@ -91,6 +92,11 @@ def test_terms_everywhere(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)
 
 
-@parallel_cases("keras_nonfinite", [("gloo", 2), *more(("gloo", 3), ("mpi", 2))], group="keras")
+@parallel_cases(
+    "keras_nonfinite",
+    [("gloo", 2), *more(("gloo", 3), ("mpi", 2))],
+    slow=["local_steps"],
+    group="keras",
+)
 def test_nonfinite(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)

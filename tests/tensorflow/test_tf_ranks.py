@@ -28,6 +28,12 @@ SUMS_EVERYWHERE = [
     "one_rank_is_to_blame_for_what_is_not_finite",
 ]
 
+SLOW_TERMS = [
+    "local_steps_with_other_optimizers_and_wires",
+    "local_steps_with_accumulation_and_sum",
+    "an_outer_nesterov_step",
+]
+
 TERMS_EVERYWHERE = [
     "skew_is_that_of_all_labels",
     "importance_and_balance_weights",
@@ -51,7 +57,12 @@ def test_parity_of_one_rank(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)
 
 
-@parallel_cases("tf_sums", [("gloo", 2), *more(("gloo", 3))], group="tensorflow")
+@parallel_cases(
+    "tf_sums",
+    [("gloo", 2), *more(("gloo", 3))],
+    slow=["value_and_gradient_over_random_splits"],
+    group="tensorflow",
+)
 def test_sums(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)
 
@@ -63,7 +74,7 @@ def test_sums_everywhere(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)
 
 
-@parallel_cases("tf_terms", [("gloo", 2)], group="tensorflow")
+@parallel_cases("tf_terms", [("gloo", 2)], slow=SLOW_TERMS, group="tensorflow")
 def test_terms(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)
 

@@ -31,7 +31,12 @@ MPI = [
 ]
 
 
-@parallel_cases("tf_sharded", [("gloo", 2), *more(("gloo", 3))], group="tensorflow")
+@parallel_cases(
+    "tf_sharded",
+    [("gloo", 2), *more(("gloo", 3))],
+    slow=["random_shards_in_a_function"],
+    group="tensorflow",
+)
 def test_sharded(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)
 
