@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,21 @@ def unavailable() -> str | None:
     if free < 15e9:
         return f"{folder()} has {free / 1e9:.0f} GB free, and 15 are needed"
     return None
+
+
+def unreachable() -> str | None:
+    """Return why there can be no base image, or None; asks the network unless there is one."""
+    if os.environ.get("HVDLOSS_DOCKER_BASE") or _archive().exists():
+        return None
+    try:
+        urllib.request.urlopen(f"{MIRROR}/dists/{SUITE}/Release", timeout=30).close()
+    except OSError as error:
+        return f"debootstrap cannot reach {MIRROR}: {error}"
+    return None
+
+
+def _archive() -> Path:
+    return folder() / f"debian-{SUITE}-slim.tar"
 
 
 def folder() -> Path:
@@ -164,7 +180,7 @@ class Engine:
         name = "localhost/debian:12-slim"
         if self.keep and name in self.buildah("images", "--format", "{{.Name}}:{{.Tag}}", check=False):
             return name
-        archive = self.folder / f"debian-{SUITE}-slim.tar"
+        archive = _archive()
         if not archive.exists():
             self._bootstrap(archive)
         container = self.buildah("from", "scratch").strip()

@@ -29,19 +29,20 @@ HOME = f"--tmpfs=/work:mode=1777,{engine_module.AS_DOCKER}"
 ROOT = engine_module.ROOT
 PARTS = ["/opt/venv", "/usr", "/var", "/opt/hvdloss"]
 
+SKIPPED = "the image is NOT BUILT, these tests are SKIPPED: {}"
 reason = engine_module.unavailable()
 pytestmark = [
     pytest.mark.docker,
     pytest.mark.timeout(7200),
-    pytest.mark.skipif(
-        reason is not None, reason=f"the image is NOT BUILT, these tests are SKIPPED: {reason}"
-    ),
+    pytest.mark.skipif(reason is not None, reason=SKIPPED.format(reason)),
 ]
 
 
 @pytest.fixture(scope="module")
 def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
     """The engine, with the image built."""
+    if problem := engine_module.unreachable():
+        pytest.skip(SKIPPED.format(problem))
     with Engine() as made:
         log = made.folder / "build.log"
         if os.environ.get("HVDLOSS_DOCKER_BUILD") == "no":
