@@ -280,7 +280,7 @@ class Parquet(Source):
     ) -> None:
         library("pyarrow", "data", "reading Parquet files")
         self._metadata: dict[str, Any] = {}
-        self._nulls: set[str] = set()  # columns that have any
+        self._nulls: set[str] = set()  # columns of integers and booleans that have any
         self.paths, self.use_threads = paths, use_threads
         self.columns = None if columns is None else list(columns)
 
@@ -292,7 +292,8 @@ class Parquet(Source):
         self._metadata, self._nulls = {}, set()
         for file in _listed(self.paths, (".parquet", ".pq")):
             self._note(file)
-            with self._of(file), pq.ParquetFile(file) as opened:
+            # Buffered, so that the look for nulls takes in what it decodes, and not whole columns.
+            with self._of(file), pq.ParquetFile(file, buffer_size=1 << 14) as opened:
                 schema, found = opened.schema_arrow, opened.metadata
                 self._metadata[file] = found
                 missing = [name for name in self.columns or () if name not in schema.names]
@@ -302,7 +303,7 @@ class Parquet(Source):
                 first = first or schema
                 if not schema.equals(first):
                     raise DataError(f"{file}: has other columns or types than {out[0].file}: {schema}")
-                self._nulls |= self._with_nulls(file, found, schema)
+                self._nulls |= self._with_nulls(opened, schema)
                 out += [
                     Part(file, f"row group {n}", found.row_group(n).num_rows, (n,))
                     for n in range(found.num_row_groups)
@@ -310,26 +311,23 @@ class Parquet(Source):
         self._schema = first
         return out
 
-    def _with_nulls(self, file: str, found: Any, schema: Any) -> set[str]:
-        """Return the columns of integers and booleans that have nulls, by the file's statistics."""
-        import pyarrow.parquet as pq
-
+    def _with_nulls(self, opened: Any, schema: Any) -> set[str]:
+        """Return the columns of integers and booleans that have nulls, by an open file's statistics."""
         asked = [field.name for field in schema if field.nullable and _whole(field.type)]
         if self.columns is not None:
             asked = [name for name in asked if name in self.columns]
         if not asked:
             return set()
+        found = opened.metadata
         places = {found.schema.column(j).path: j for j in range(found.num_columns)}
         nulls = set()
-        # Not the whole file, and not whole columns: a buffered reader takes in what it decodes.
-        with pq.ParquetFile(file, metadata=found, buffer_size=1 << 14) as opened:
-            for n in range(found.num_row_groups):
-                # Asked for statistics that are damaged, Arrow ends the process; reading a row, it raises.
-                next(opened.iter_batches(1, row_groups=[n], columns=asked, use_threads=False), None)
-                for name in asked:
-                    statistics = found.row_group(n).column(places[name]).statistics
-                    if statistics is not None and statistics.null_count:
-                        nulls.add(name)
+        for n in range(found.num_row_groups):
+            # Asked for statistics that are damaged, Arrow ends the process; reading a row, it raises.
+            next(opened.iter_batches(1, row_groups=[n], columns=asked, use_threads=False), None)
+            for name in asked:
+                statistics = found.row_group(n).column(places[name]).statistics
+                if statistics is not None and statistics.null_count:
+                    nulls.add(name)
         return nulls
 
     def _read(self, part: Part) -> Columns:
@@ -344,9 +342,7 @@ class Parquet(Source):
         """Return columns as arrays, of the same dtype in every row group."""
         columns = _columns(table)
         for name in self._nulls & set(columns):
-            kind = table.schema.field(name).type
-            if columns[name].dtype.kind in "biu" or str(kind) == "bool":
-                columns[name] = columns[name].astype(np.float64)
+            columns[name] = columns[name].astype(np.float64)
         return columns
 
     def _nothing(self) -> Columns:

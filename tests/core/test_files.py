@@ -148,7 +148,7 @@ def test_a_header_of_numpy_that_breaks_off_is_a_data_error(tmp_path):
     data = (tmp_path / "a.npy").read_bytes()
     (tmp_path / "a.npy").write_bytes(data.replace(b"(6,), }", b"(6,)(  "))
     with pytest.raises(DataError, match=r"a\.npy"):
-        NumpyFiles({"x": tmp_path / "a.npy"}).parts()
+        NumpyFiles({"x": tmp_path / "a.npy"}).open()
 
 
 def test_numpy_files(tmp_path):
