@@ -46,6 +46,8 @@ def runner(
       again, and on ranks that have just come;
     - whoever follows the run (a recorder) lets go of its file before another rank may write it, and is told
       which ranks were lost;
+    - a process that was silent for so long that the others took it for lost ends when it comes back, as a
+      rank of its host would have ended it: another one may be in its place by then;
     - whatever this rank fails with when others are gone (the watch ends what it waits in, and Horovod's own
       code then fails in its own ways) makes it begin again, and not end;
     - where ranks were only added or taken away, by agreement of all, what was done until then counts, and
@@ -74,6 +76,8 @@ def runner(
         except Exception as error:
             # Horovod's own error too: ranks that still wait must know it before this one ends its watch.
             found = watch.explained(error)
+            if (gone := watch.given_up()) is not None:
+                raise gone from error
             if not isinstance(found, failed) and lost(error):
                 found = failed(str(error))
             if isinstance(found, failed):

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from hvdloss.errors import HvdlossError
+from hvdloss.watch import process
 from hvdloss.watch.verdict import Fault, Limits, RankState, deadlocked, find, left_behind, missing, step_of
 from hvdloss.watch.wire import NONCE, Channel, WireError
 
@@ -208,7 +209,7 @@ class Hub:
             self._guests[rank] = guest
             self._who[rank] = {k: message.get(k) for k in ("pid", "started", "host")}
             self._heard[rank] = time.monotonic()
-            self._tell(guest, {"welcome": 1})
+            self._tell(guest, {"welcome": process.identity()})
             return
         rank, now = guest.rank, time.monotonic()
         self._heard[rank] = now

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import secrets
 import select
 import socket
@@ -23,6 +24,7 @@ __all__ = ["Member"]
 
 _CONNECT_S = 3.0
 _ABORT_S = 0.75  # for the main thread to take a fault up, before what it may be blocked in is ended
+_BACK_S = 10.0  # after a silence, for this rank to find what came of it
 _AWAY_S = 1.0  # for this rank's thread to read what rank 0 said last
 _log = logging.getLogger("hvdloss.watch")
 
@@ -62,6 +64,9 @@ class Member:
         self._alone = False
         self._hub_ended: RankState | None = None
         self._hub_away = False
+        self._back = -math.inf  # when it was last back from a silence for which others take it for lost
+        self._given_up = False
+        self._hub_who: dict[str, Any] = {}
         self._sending = threading.Lock()
         self._sock, self._channel = _connected(addresses, key)
         self._send({"rank": rank, **process.identity()})
@@ -96,8 +101,10 @@ class Member:
         """
         try:
             while data := self._sock.recv(65536):
-                if any("welcome" in message for message in self._channel.feed(data)):
-                    return
+                for message in self._channel.feed(data):
+                    if "welcome" in message:
+                        self._hub_who = message["welcome"]
+                        return
         except OSError:
             pass
         self._sock.close()
@@ -109,6 +116,11 @@ class Member:
     def fault(self) -> Fault | None:
         """What is wrong, once that is known."""
         return self._fault
+
+    @property
+    def given_up(self) -> bool:
+        """Whether what is wrong is that this very rank was silent for too long."""
+        return self._given_up
 
     @property
     def closed(self) -> bool:
@@ -142,7 +154,7 @@ class Member:
                 if fault.kind == "broken" and self._hub_ended is not None:
                     # Rank 0 ended in good order, and Horovod with it.
                     fault = left_behind(self._hub_ended, fault.ranks, self.activity.state(self.rank).step)
-                self._fault = fault
+                self._set(fault)
             self._taken = True
             return self._fault
 
@@ -173,6 +185,8 @@ class Member:
                 now = time.monotonic()
                 if now > before + TICK + 2.0:  # this process itself was stopped, or had no processor
                     heard += now - before
+                    if self._too_long(now - before):
+                        self._back = now
                 before = now
                 if readable:
                     try:
@@ -180,7 +194,7 @@ class Member:
                     except OSError:
                         data = b""
                     if not data:
-                        self._hub_gone()
+                        self._hub_gone(now - heard)
                         return
                     heard = now
                     for message in self._channel.feed(data):
@@ -191,6 +205,7 @@ class Member:
                     told, beat = serial, now + BEAT
                     self._tell_state(state)
                 if self.limits.silence and now - heard > self.limits.silence and self._hub_ended is None:
+                    self._end(self._hub_who)
                     self._found(self._of_hub("silent", state))
                     return
         except (OSError, ValueError) as error:
@@ -201,8 +216,7 @@ class Member:
         if "fault" in message:
             fault = Fault.heard(message["fault"])
             for who in message.get("end") or []:
-                # Nobody can go on, nor even leave, while its connections are open and dead.
-                process.end(who, only_stopped=not self._recovers)
+                self._end(who)
             self._found(fault)
         if "alone" in message:
             with self._changed:
@@ -214,12 +228,24 @@ class Member:
             self._hub_ended = RankState(0, status="left")
             self._hub_ended.hear(message["closing"])
 
-    def _hub_gone(self) -> None:
-        """Rank 0's connection has ended."""
+    def _end(self, who: dict[str, Any]) -> None:
+        """End a process of this host that was silent for too long."""
+        # Nobody can go on, nor even leave, while its connections are open and dead.
+        process.end(who, only_stopped=not self._recovers)
+
+    def _too_long(self, silent: float) -> bool:
+        """Return whether another rank may have taken one for lost that was silent for so many seconds."""
+        limit = self.limits.silence  # the other's began when the last beat came, and it looks now and then
+        return limit > 0 and silent > max(limit - 2 * BEAT, limit / 2)
+
+    def _hub_gone(self, silent: float) -> None:
+        """Rank 0's connection has ended, `silent` seconds after it was last heard of."""
         if self.closed or self._fault is not None:
             return
         if self._hub_ended is None:
-            self._found(self._of_hub("lost", self.activity.state(self.rank)))
+            # One that was silent until now was ended for it.
+            kind = "silent" if self._too_long(silent) else "lost"
+            self._found(self._of_hub(kind, self.activity.state(self.rank)))
             return
         with self._changed:
             self._hub_away = True
@@ -239,10 +265,17 @@ class Member:
         text = gone_text(mine.step, 0) if kind == "lost" else silent_text(mine.step, 0, self.limits)
         return Fault(kind, (0,), text)
 
+    def _set(self, fault: Fault) -> None:
+        # What rank 0 finds after a silence of its own is that the others have left.
+        self._given_up = time.monotonic() - self._back < _BACK_S or (
+            fault.kind == "silent" and self.rank in fault.ranks
+        )
+        self._fault = fault
+
     def _found(self, fault: Fault) -> None:
         with self._changed:
             if self._fault is None:
-                self._fault = fault
+                self._set(fault)
             self._changed.notify_all()
         threading.Thread(target=self._end_waiting, name="hvdloss-watch-end", daemon=True).start()
 

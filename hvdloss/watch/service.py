@@ -23,6 +23,7 @@ from hvdloss.errors import (
     AgreementError,
     ConfigError,
     HvdlossError,
+    LostRankError,
     NonFiniteLossError,
     NoWeightError,
     RankError,
@@ -41,6 +42,7 @@ __all__ = [
     "did",
     "explained",
     "follow",
+    "given_up",
     "limits_from_environment",
     "same_fate",
     "start",
@@ -372,6 +374,20 @@ def explained(error: BaseException) -> BaseException:
     out = _raisable(fault)
     out.__cause__ = error
     return out
+
+
+def given_up() -> RankError | None:
+    """Return what to raise where this very rank was silent for so long that the others took it for lost."""
+    member = current()
+    if member is None or not member.given_up:
+        return None
+    error = LostRankError(
+        f"rank {member.rank} was silent for more than {member.limits.silence:g} s (HVDLOSS_WATCH_SILENCE): "
+        f"it was stopped, or native code held Python's lock. The others took it for lost; the job goes on "
+        f"from its last commit without this process, which has nothing left to do."
+    )
+    error.ranks = (member.rank,)
+    return error
 
 
 def tell_error(error: BaseException) -> RankError | None:

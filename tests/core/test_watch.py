@@ -316,6 +316,60 @@ def test_the_loss_of_rank_0_is_found_by_all_the_others():
         assert "rank 0 is gone" in rig.faults(1)[0].text
 
 
+RANK_0 = """
+import json, time
+from hvdloss.watch.activity import Activity
+from hvdloss.watch.hub import Hub
+from hvdloss.watch.member import Member
+from hvdloss.watch.verdict import Limits
+limits, key = Limits(silence=4.0), bytes(range(32))
+hub = Hub(["127.0.0.1"], 3, key, limits)
+mine = Member(0, hub.addresses, key, Activity(), limits, lambda: None, False)
+print(json.dumps(hub.addresses), flush=True)
+time.sleep(60)
+"""
+
+
+def test_rank_0_that_is_stopped_is_ended_and_all_say_so_alike():
+    child = subprocess.Popen([sys.executable, "-c", RANK_0], stdout=subprocess.PIPE)
+    members = []
+    try:
+        assert child.stdout is not None
+        addresses, limits = json.loads(child.stdout.readline()), Limits(silence=4.0)
+        for rank in (1, 2):
+            members.append(Member(rank, addresses, bytes(range(32)), Activity(), limits, lambda: None, False))
+            time.sleep(0.4)  # they do not look at the same time
+        time.sleep(1.0)
+        os.kill(child.pid, signal.SIGSTOP)
+        assert child.wait(15) == -signal.SIGKILL
+        until = time.monotonic() + 5
+        while time.monotonic() < until and any(member.fault is None for member in members):
+            time.sleep(0.01)
+        faults = [member.take() for member in members]
+        assert faults[0] == faults[1]
+        assert faults[0] is not None
+        assert (faults[0].kind, faults[0].ranks) == ("silent", (0,))
+        assert "rank 0 has not answered for 4 s" in faults[0].text
+    finally:
+        for member in members:
+            member.close(bye=False)
+        child.kill()
+        child.wait()
+        child.stdout.close()  # type: ignore[union-attr]
+
+
+def test_who_was_taken_for_lost_knows_it_when_it_is_back():
+    with Rig(3) as rig:
+        rig.hub._order(lambda: rig.hub._announce(Fault("silent", (1,), "step 1: rank 1 is silent")))
+        rig.faults()
+        assert [member.given_up for member in rig.members] == [False, True, False]
+    with Rig(3) as rig:
+        rig.members[0]._back = time.monotonic()  # as after a stop: the others have left meanwhile
+        cut(rig.members[1])
+        rig.faults(0, 2)
+        assert [rig.members[rank].given_up for rank in (0, 2)] == [True, False]
+
+
 def test_when_rank_0_ends_only_who_waits_for_it_has_a_fault():
     with Rig(3) as rig:
         rig.activities[0].stepped("o")

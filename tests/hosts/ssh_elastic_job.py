@@ -48,7 +48,9 @@ def main() -> None:
         objective(model(x), batch["y"][:, None]).backward()
         if host == KILLED and step == COMMIT + 1 and not (folder / "in-step").exists():
             (folder / "in-step").touch()
-            time.sleep(60)  # the host is killed meanwhile
+            until = time.monotonic() + 60  # the host is killed meanwhile, or this process stopped
+            while time.monotonic() < until and not (folder / "go-on").exists():
+                time.sleep(0.1)
         optimizer.step()
 
     @hvd.elastic.run

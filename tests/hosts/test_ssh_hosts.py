@@ -12,6 +12,7 @@ import fcntl
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -272,40 +273,47 @@ def ended_at(folder: Path, rank: int, until: float) -> float | None:
 ROWS = 150
 
 
-def test_a_killed_host_comes_back_and_no_row_is_lost(tmp_path: Path, record_property) -> None:
+def rows(folder: Path) -> dict[str, np.ndarray]:
+    """Write the rows that an elastic job trains on; return them."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     rng = np.random.default_rng(0)
     columns = {f"x{i}": rng.normal(size=ROWS) for i in range(3)}
     table = {"id": np.arange(ROWS), "y": rng.normal(size=ROWS), **columns}
-    pq.write_table(pa.table(table), tmp_path / "rows.parquet", row_group_size=7)
-    with SshHosts(3, alive_s=2) as hosts:
-        discover = tmp_path / "discover.sh"  # whoever lets us in
-        discover.write_text(
-            f"#!/bin/sh\nfor host in {' '.join(hosts.names)}; do\n"
-            "    ssh -o ConnectTimeout=1 $host true 2>/dev/null && echo $host:1\ndone\nexit 0\n"
-        )
-        discover.chmod(0o755)
-        job = hosts.launch(
-            [sys.executable, ELASTIC_JOB, str(tmp_path)],
-            controller="elastic",
-            options=[
-                *("-np", "3", "--min-np", "2", "--max-np", "3", "--host-discovery-script", str(discover)),
-                *("--blacklist-cooldown-range", "8", "12", "--elastic-timeout", "90"),
-            ],
-            # Also what ranks wait for the one that comes back; Gloo ends the process when that takes longer.
-            env={**SHORT, "HOROVOD_GLOO_TIMEOUT_SECONDS": str(ELASTIC_TIMEOUT_S)},
-        )
-        wait_for(tmp_path / "in-step", job)
-        hosts.kill(1)
-        killed = time.monotonic()
-        wait_for(tmp_path / "went-on", job)
-        hosts.revive(1)
-        revived = time.monotonic()
-        assert job.wait(150) == 0, job.output[-6000:]
-        check_nothing_runs(hosts)
-    logs = {path: path.read_text().splitlines() for path in tmp_path.glob("log-*")}
+    pq.write_table(pa.table(table), folder / "rows.parquet", row_group_size=7)
+    return table
+
+
+def launch_elastic(hosts: SshHosts, folder: Path, patience_s: int) -> Job:
+    """Start an elastic job on three hosts; return it when host 1 is in the middle of a step."""
+    discover = folder / "discover.sh"  # whoever lets us in
+    discover.write_text(
+        f"#!/bin/sh\nfor host in {' '.join(hosts.names)}; do\n"
+        "    ssh -o ConnectTimeout=1 $host true 2>/dev/null && echo $host:1\ndone\nexit 0\n"
+    )
+    discover.chmod(0o755)
+    job = hosts.launch(
+        [sys.executable, ELASTIC_JOB, str(folder)],
+        controller="elastic",
+        options=[
+            *("-np", "3", "--min-np", "2", "--max-np", "3", "--host-discovery-script", str(discover)),
+            *("--blacklist-cooldown-range", "8", "12", "--elastic-timeout", str(patience_s)),
+        ],
+        # Also what ranks wait for the one that comes back; Gloo ends the process when that takes longer.
+        env={**SHORT, "HOROVOD_GLOO_TIMEOUT_SECONDS": str(ELASTIC_TIMEOUT_S)},
+    )
+    wait_for(folder / "in-step", job)
+    return job
+
+
+def trained(folder: Path, table: dict[str, np.ndarray]) -> tuple[list[dict], list[dict]]:
+    """Check that every row was used once, as by one process, though a host was away for some steps.
+
+    Returns:
+        What ranks told of steps of two ranks, and of those of three after that.
+    """
+    logs = {path: path.read_text().splitlines() for path in folder.glob("log-*")}
     lines = [json.loads(line) for log in logs.values() for line in log]
     again = [line for line in lines if line["size"] == 2]
     assert min(line["step"] for line in again) == 3  # the last commit
@@ -316,8 +324,23 @@ def test_a_killed_host_comes_back_and_no_row_is_lost(tmp_path: Path, record_prop
     assert collections.Counter(i for line in used for i in line["ids"]) == collections.Counter(range(ROWS))
     came_back = [line for line in used if line["size"] == 3 and line["step"] > max(undone)]
     assert len(came_back) == 3 * len({line["step"] for line in came_back}) > 0
-    assert len(list(tmp_path.glob("log-host1-*"))) == 2  # a process before, another after
-    exact(tmp_path, used, columns, table["y"])
+    assert len(list(folder.glob("log-host1-*"))) == 2  # a process before, another after
+    exact(folder, used, table)
+    return again, came_back
+
+
+def test_a_killed_host_comes_back_and_no_row_is_lost(tmp_path: Path, record_property) -> None:
+    table = rows(tmp_path)
+    with SshHosts(3, alive_s=2) as hosts:
+        job = launch_elastic(hosts, tmp_path, patience_s=90)
+        hosts.kill(1)
+        killed = time.monotonic()
+        wait_for(tmp_path / "went-on", job)
+        hosts.revive(1)
+        revived = time.monotonic()
+        assert job.wait(150) == 0, job.output[-6000:]
+        check_nothing_runs(hosts)
+    again, came_back = trained(tmp_path, table)
     errors = [json.loads(path.read_text().splitlines()[0]) for path in tmp_path.glob("error-*")]
     assert len(errors) == 2
     assert all(KNOWN_AS & set(error["kinds"]) for error in errors), errors
@@ -341,12 +364,47 @@ def test_a_killed_host_comes_back_and_no_row_is_lost(tmp_path: Path, record_prop
     )
 
 
-def exact(folder: Path, used: list[dict], columns: dict, y: np.ndarray) -> None:
+@pytest.mark.parametrize("comes_back", [False, True], ids=["given up", "comes back before"])
+def test_a_rank_that_is_stopped_alone_on_its_host_does_not_hold_the_others_up(comes_back, tmp_path) -> None:
+    """Nobody on its host can end it: the launcher gives the host up, which is there again after a while."""
+    table = rows(tmp_path)
+    with SshHosts(3) as hosts:
+        job = launch_elastic(hosts, tmp_path, patience_s=90 if comes_back else 15)
+        (stopped,) = [
+            pid
+            for pid, line in hosts.processes(1).items()
+            if line.startswith(f"{sys.executable} {ELASTIC_JOB}")
+        ]
+        os.kill(stopped, signal.SIGSTOP)
+        if comes_back:
+            until = time.monotonic() + MARGIN_S
+            while len(list(tmp_path.glob("error-*"))) < 2:
+                assert time.monotonic() < until, "the others do not know"
+                time.sleep(0.1)
+        else:
+            wait_for(tmp_path / "went-on", job)
+        (tmp_path / "go-on").touch()
+        os.kill(stopped, signal.SIGCONT)  # it must not take the place of the one that comes after it
+        until = time.monotonic() + ELASTIC_TIMEOUT_S + MARGIN_S
+        while stopped in hosts.processes(1):
+            assert time.monotonic() < until, "it still runs"
+            time.sleep(0.1)
+        assert job.wait(150) == 0, job.output[-6000:]
+        gave_up = "host1[0] has neither ended nor begun again in 15 seconds (--elastic-timeout)" in job.output
+        assert gave_up != comes_back
+        assert (
+            bool(re.search(r"rank \d was silent for more than 4 s", job.output)) == comes_back
+        )  # else nobody hears it
+        check_nothing_runs(hosts)
+    trained(tmp_path, table)
+
+
+def exact(folder: Path, used: list[dict], table: dict[str, np.ndarray]) -> None:
     """Compare with one process that made the same steps of the same global batches."""
     import torch
 
-    inputs = torch.from_numpy(np.stack(list(columns.values()), 1))
-    targets = torch.from_numpy(y)[:, None]
+    inputs = torch.from_numpy(np.stack([table[f"x{i}"] for i in range(3)], 1))
+    targets = torch.from_numpy(table["y"])[:, None]
     one = torch.nn.Linear(3, 1, dtype=torch.float64)
     for p in one.parameters():
         torch.nn.init.zeros_(p)
@@ -356,9 +414,9 @@ def exact(folder: Path, used: list[dict], columns: dict, y: np.ndarray) -> None:
         optimizer.zero_grad()
         ((one(inputs[ids]) - targets[ids]) ** 2).mean().backward()
         optimizer.step()
-    trained = torch.load(folder / "model.pt")
+    found = torch.load(folder / "model.pt")
     for name, value in one.state_dict().items():
-        torch.testing.assert_close(trained[name], value, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(found[name], value, rtol=1e-12, atol=1e-14)
 
 
 # What a stranger at the switch sees

@@ -13,7 +13,8 @@ As released, a rank that loses a peer can
   removal, and who cannot be reached is an exception that nothing catches.
 
 And a ``horovodrun`` that is told to end (SIGTERM) may exit with 0, as if the job were done: it waits for the
-shells of its ranks in two threads, and the one that takes their exit statuses drops them.
+shells of its ranks in two threads, and the one that takes their exit statuses drops them. In an elastic job
+it waits for ever for a rank that neither ends nor begins again with the others, as one that is stopped.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from hvdloss.cli.install.edit import Edit
 
 _QUEUE = "horovod/common/tensor_queue"
 _SETS = "horovod/common/process_set.cc"
+_REGISTRY = "horovod/runner/elastic/registration.py"
 
 _NOT_WHEN_FINISHED = "  if (finished_) {\n    return SHUT_DOWN_ERROR;\n  }\n"
 
@@ -187,5 +189,49 @@ RECOVERY: tuple[Edit, ...] = (
         pass
 """,
         "horovodrun that is told to end does not say that the job is done",
+    ),
+    Edit(
+        _REGISTRY,
+        "                self._workers[state].add(key)\n\n            rendezvous_id",
+        """\
+                self._workers[state].add(key)
+                if state == READY and self.count(READY) == 1:
+                    self._expect_the_others()
+
+            rendezvous_id""",
+        "when one rank begins again, the others are expected to",
+    ),
+    Edit(
+        _REGISTRY,
+        "    def _wait(self, key, state, rendezvous_id):\n",
+        """\
+    def _expect_the_others(self):
+        rendezvous_id, timeout = self._rendezvous_id, self._driver.timeout
+
+        def give_up():
+            with self._lock:
+                if self._rendezvous_id != rendezvous_id or self._driver.finished():
+                    return
+                keys = [(slot.hostname, slot.local_rank)
+                        for slots in self._driver.host_assignments.values() for slot in slots]
+                missing = [key for key in keys if key not in self._states]
+            for host, slot in missing:
+                logging.error('%s[%d] has neither ended nor begun again in %d seconds (--elastic-timeout), '
+                              'as others have: its host is given up', host, slot, timeout)
+                threading.Thread(target=self.record_failure, args=(host, slot), daemon=True).start()
+
+        timer = threading.Timer(timeout, give_up)
+        timer.daemon = True
+        timer.start()
+
+    def _wait(self, key, state, rendezvous_id):
+""",
+        "a rank that neither ends nor begins again does not hold the others up for ever",
+    ),
+    Edit(
+        "horovod/runner/elastic/driver.py",
+        "    def finished(self):\n",
+        "    @property\n    def timeout(self):\n        return self._timeout\n\n    def finished(self):\n",
+        "for how long the job waits is known to who waits",
     ),
 )
