@@ -74,12 +74,11 @@ def runner(
         except changed:
             raise
         except Exception as error:
+            known = failed(str(error)) if lost(error) and not isinstance(error, failed) else error
             # Horovod's own error too: ranks that still wait must know it before this one ends its watch.
-            found = watch.explained(error)
+            found = watch.explained(known)
             if (gone := watch.given_up()) is not None:
                 raise gone from error
-            if not isinstance(found, failed) and lost(error):
-                found = failed(str(error))
             if isinstance(found, failed):
                 because = found
             if found is error or not isinstance(found, failed):

@@ -347,5 +347,6 @@ class Hub:
         if self.fault is not None:
             return
         self.fault = fault
+        others = [state.status != "running" for state in self.states[1:]]
         who = [self._who[rank] for rank in fault.ranks if rank < self.size] if fault.kind == "silent" else []
-        self._tell_all({"fault": fault.told(), "end": who})
+        self._tell_all({"fault": fault.told(), "end": who, "left": all(others)})

@@ -154,7 +154,7 @@ class Member:
                 if fault.kind == "broken" and self._hub_ended is not None:
                     # Rank 0 ended in good order, and Horovod with it.
                     fault = left_behind(self._hub_ended, fault.ranks, self.activity.state(self.rank).step)
-                self._set(fault)
+                self._fault = fault
             self._taken = True
             return self._fault
 
@@ -179,6 +179,7 @@ class Member:
 
     def _run(self) -> None:
         told, beat, heard, before = -1, 0.0, time.monotonic(), time.monotonic()
+        last = heard  # the same, whatever this process itself missed
         try:
             while not self._closed:
                 readable = select.select([self._sock], [], [], TICK)[0]
@@ -194,9 +195,9 @@ class Member:
                     except OSError:
                         data = b""
                     if not data:
-                        self._hub_gone(now - heard)
+                        self._hub_gone(now - last)
                         return
-                    heard = now
+                    heard = last = now
                     for message in self._channel.feed(data):
                         self._hear(message)
                 state = self.activity.state(self.rank)
@@ -207,6 +208,8 @@ class Member:
                 if self.limits.silence and now - heard > self.limits.silence and self._hub_ended is None:
                     self._end(self._hub_who)
                     self._found(self._of_hub("silent", state))
+                    with contextlib.suppress(OSError):
+                        self._sock.shutdown(socket.SHUT_RDWR)  # rank 0 shall see it when it is back
                     return
         except (OSError, ValueError) as error:
             if not self._closed:
@@ -217,6 +220,10 @@ class Member:
             fault = Fault.heard(message["fault"])
             for who in message.get("end") or []:
                 self._end(who)
+            # What rank 0 finds after a silence of its own is that the others have left.
+            self._given_up = (fault.kind == "silent" and self.rank in fault.ranks) or (
+                self.rank == 0 and message.get("left") is True and time.monotonic() - self._back < _BACK_S
+            )
             self._found(fault)
         if "alone" in message:
             with self._changed:
@@ -265,17 +272,10 @@ class Member:
         text = gone_text(mine.step, 0) if kind == "lost" else silent_text(mine.step, 0, self.limits)
         return Fault(kind, (0,), text)
 
-    def _set(self, fault: Fault) -> None:
-        # What rank 0 finds after a silence of its own is that the others have left.
-        self._given_up = time.monotonic() - self._back < _BACK_S or (
-            fault.kind == "silent" and self.rank in fault.ranks
-        )
-        self._fault = fault
-
     def _found(self, fault: Fault) -> None:
         with self._changed:
             if self._fault is None:
-                self._set(fault)
+                self._fault = fault
             self._changed.notify_all()
         threading.Thread(target=self._end_waiting, name="hvdloss-watch-end", daemon=True).start()
 

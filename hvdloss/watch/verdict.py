@@ -15,6 +15,7 @@ __all__ = ["Fault", "Limits", "RankState", "Wait", "deadlocked", "find", "missin
 
 STACK = 12  # frames that are told, the innermost
 TEXT = 4000  # characters of an error that are told
+SILENCE = 3.0  # seconds: three signs of life
 FINISHED = 32  # exchanges that are told to be over, the last ones
 
 
@@ -27,7 +28,7 @@ class Limits:
         left: for which a rank must wait for one that has ended.
         warn: of waiting, after which rank 0 logs who is missing; 0 for never.
         stall: of waiting, after which it is an error; 0 for never.
-        silence: after which a rank that says nothing counts as lost; 0 for never.
+        silence: after which a rank that says nothing counts as lost, at least 3; 0 for never.
     """
 
     deadlock: float = 1.5
@@ -40,6 +41,11 @@ class Limits:
         for name, value in asdict(self).items():
             if not (isinstance(value, int | float) and math.isfinite(value) and value >= 0):
                 raise ConfigError(f"{name}={value!r} must be a number of seconds, at least 0")
+        if 0 < self.silence < SILENCE:
+            raise ConfigError(
+                f"silence={self.silence!r} (HVDLOSS_WATCH_SILENCE) must be 0 (never) or at least {SILENCE:g} "
+                f"seconds: ranks give a sign of life every second"
+            )
 
 
 @dataclass(frozen=True)

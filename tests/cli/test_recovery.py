@@ -27,6 +27,61 @@ if __name__ == "__main__":
 """
 
 
+GIVEN_UP = """\
+import sys, threading, time
+from horovod.runner.elastic.discovery import FixedHosts
+from horovod.runner.elastic.driver import ElasticDriver
+from horovod.runner.elastic.rendezvous import create_rendezvous_handler
+from horovod.runner.http.http_server import RendezvousServer
+
+hosts = {name: int(slots) for name, slots in (text.split(":") for text in sys.argv[1:])}
+server = RendezvousServer()
+driver = ElasticDriver(server, FixedHosts(hosts), min_num_proc=1, max_num_proc=2, timeout=2)
+server.start(create_rendezvous_handler(driver))
+told = []
+
+def worker(slot, events):  # stands still until it is told to end
+    for event in events:
+        threading.Thread(target=lambda e=event: (e.wait(), ended.set()), daemon=True).start()
+    ended = threading.Event()
+    ended.wait()
+    told.append(slot.hostname)
+    return 1, time.time()
+
+driver.start(2, worker)
+first = driver.get_slot_info(next(iter(hosts)), 0)
+driver.record_ready(first.hostname, 0)  # returns when it is known who goes on
+print("size", driver.world_size(), "finished", driver.finished())
+if not driver.finished():
+    for _ in range(100):
+        if told:
+            break
+        time.sleep(0.1)
+    print("ended", *told)
+    driver.stop()
+print("results", driver.get_results().worker_results)
+"""
+
+
+@pytest.mark.parametrize("hosts", [["localhost:1", "127.0.0.1:1"], ["localhost:2"]], ids=["two hosts", "one"])
+def test_who_does_not_begin_again_is_given_up(hosts, tmp_path):
+    """As released, those who begin again waited for it for ever."""
+    build = pytest.importorskip("horovod.hvdloss_build", reason="Horovod is not of `hvdloss install`")
+    if build.RECIPE < 6:
+        pytest.skip("Horovod is of an older recipe; run `hvdloss install`")
+    script = tmp_path / "given_up.py"
+    script.write_text(GIVEN_UP)
+    done = subprocess.run([sys.executable, script, *hosts], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "has neither ended nor begun again in 2 seconds (--elastic-timeout)" in done.stderr
+    if len(hosts) == 2:
+        assert "size 1 finished False" in done.stdout
+        assert "ended 127.0.0.1" in done.stdout
+    else:  # nobody is left, and horovodrun must not end as if the job were done
+        assert "size 2 finished True" in done.stdout
+        assert "results {'localhost[1]': (1, " in done.stdout
+
+
 def test_who_is_told_to_end_has_not_ended_well(tmp_path):
     """As released, one in eight shells of ranks that were ended this way had the exit status 0."""
     build = pytest.importorskip("horovod.hvdloss_build", reason="Horovod is not of `hvdloss install`")

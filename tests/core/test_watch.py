@@ -211,6 +211,8 @@ def test_limits_that_cannot_be_used_are_named():
     for value in (-1.0, float("nan"), float("inf"), "3"):
         with pytest.raises(ConfigError, match="stall="):
             Limits(stall=value)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"silence=2\.0 .* at least 3 seconds"):
+        Limits(silence=2.0)
 
 
 # -- hub and members ----------------------------------------------------------------------------------
@@ -364,10 +366,21 @@ def test_who_was_taken_for_lost_knows_it_when_it_is_back():
         rig.faults()
         assert [member.given_up for member in rig.members] == [False, True, False]
     with Rig(3) as rig:
-        rig.members[0]._back = time.monotonic()  # as after a stop: the others have left meanwhile
+        rig.members[0]._back = time.monotonic()  # as after a stop, and the others have left meanwhile
+        cut(rig.members[1])
+        cut(rig.members[2])
+        rig.faults(0)
+        assert rig.members[0].given_up
+
+
+def test_who_was_stopped_with_all_others_is_not_given_up():
+    with Rig(3) as rig:
+        for member in rig.members:
+            member._back = time.monotonic()
         cut(rig.members[1])
         rig.faults(0, 2)
-        assert [rig.members[rank].given_up for rank in (0, 2)] == [True, False]
+        assert not rig.members[0].given_up
+        assert not rig.members[2].given_up
 
 
 def test_when_rank_0_ends_only_who_waits_for_it_has_a_fault():

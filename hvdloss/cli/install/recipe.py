@@ -22,7 +22,7 @@ from hvdloss.cli.install.recovery import RECOVERY
 VERSION = "0.28.1"
 SDIST = f"horovod-{VERSION}.tar.gz"
 SHA256 = "92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0"
-RECIPE = 5
+RECIPE = 6
 
 #: Needed in the build's own search path. Not newer: Horovod's setup.py predates what
 #: setuptools removed in 80. Not older: 70.1 is the first that builds wheels by itself.

@@ -206,32 +206,69 @@ RECOVERY: tuple[Edit, ...] = (
         "    def _wait(self, key, state, rendezvous_id):\n",
         """\
     def _expect_the_others(self):
-        rendezvous_id, timeout = self._rendezvous_id, self._driver.timeout
+        rendezvous_id = self._rendezvous_id
 
-        def give_up():
-            with self._lock:
+        def expect():
+            # Second by second: time in which this process itself was stopped does not count.
+            for _ in range(self._driver.timeout):
+                time.sleep(1)
                 if self._rendezvous_id != rendezvous_id or self._driver.finished():
                     return
-                keys = [(slot.hostname, slot.local_rank)
-                        for slots in self._driver.host_assignments.values() for slot in slots]
-                missing = [key for key in keys if key not in self._states]
-            for host, slot in missing:
-                logging.error('%s[%d] has neither ended nor begun again in %d seconds (--elastic-timeout), '
-                              'as others have: its host is given up', host, slot, timeout)
-                threading.Thread(target=self.record_failure, args=(host, slot), daemon=True).start()
+            with self._lock:
+                if self._rendezvous_id != rendezvous_id:
+                    return
+                missing = [slot_info
+                           for slots in self._driver.host_assignments.values() for slot_info in slots
+                           if (slot_info.hostname, slot_info.local_rank) not in self._states]
+            for slot_info in missing:
+                self._driver.give_up(slot_info, rendezvous_id)
 
-        timer = threading.Timer(timeout, give_up)
-        timer.daemon = True
-        timer.start()
+        threading.Thread(target=expect, daemon=True).start()
+
+    def record_missing(self, host, slot, rendezvous_id):
+        key = (host, slot)
+        with self._lock:
+            if self._rendezvous_id != rendezvous_id or key in self._states:
+                return None  # it has come after all
+            logging.error('%s[%d] has neither ended nor begun again in %d seconds (--elastic-timeout), as '
+                          'others have: its host is given up', host, slot, self._driver.timeout)
+            self._states[key] = FAILURE
+            self._workers[FAILURE].add(key)
+        return self._wait(key, FAILURE, rendezvous_id)
 
     def _wait(self, key, state, rendezvous_id):
 """,
         "a rank that neither ends nor begins again does not hold the others up for ever",
     ),
     Edit(
+        _REGISTRY,
+        "import logging\nimport threading\n",
+        "import logging\nimport threading\nimport time\n",
+        "seconds are waited for",
+    ),
+    Edit(
         "horovod/runner/elastic/driver.py",
         "    def finished(self):\n",
-        "    @property\n    def timeout(self):\n        return self._timeout\n\n    def finished(self):\n",
-        "for how long the job waits is known to who waits",
+        """\
+    @property
+    def timeout(self):
+        return self._timeout
+
+    def give_up(self, slot_info, rendezvous_id):
+        host, slot = slot_info.hostname, slot_info.local_rank
+
+        def record():
+            recorded = self._worker_registry.record_missing(host, slot, rendezvous_id)
+            if self.finished() and recorded == self._worker_registry.last_rendezvous():
+                # Nobody goes on without it: the job has failed.
+                self._results.add_result('{}[{}]'.format(host, slot), (1, _epoch_time_s()))
+
+        thread = threading.Thread(target=record, daemon=True)
+        self._results.expect(thread)
+        thread.start()
+
+    def finished(self):
+""",
+        "a worker that is given up counts as one that has failed",
     ),
 )
