@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import operator
 import os
 import sys
 import threading
@@ -10,6 +12,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import accumulate, chain, repeat, starmap
 from types import FrameType
 from typing import Any
 
@@ -167,8 +170,8 @@ class Activity:
         now = time.monotonic()
         steps = dict(self._steps)
         noted = self._in_graphs(steps, now)
-        if self._waits:
-            noted = self._waits[-1]
+        if waits := self._waits:
+            noted = waits[-1]
         wait = None
         if noted is not None:
             what, step, members, serial, began, count = noted
@@ -200,11 +203,19 @@ def _place_of_main() -> tuple[tuple[int, int] | None, str]:
 
 def stack_of_main() -> tuple[str, ...]:
     """Return the innermost frames of the main thread, outermost first: "train.py:31 in main"."""
-    frame = _main()
-    found: list[str] = []
-    while frame is not None and len(found) < STACK:
-        code = frame.f_code
-        folder, name = os.path.split(code.co_filename)
-        found.append(f"{os.path.basename(folder)}/{name}:{frame.f_lineno} in {code.co_name}")
-        frame = frame.f_back
-    return tuple(reversed(found))
+    # One call, of C functions only, so that the main thread cannot go on meanwhile: f_back of a frame that is
+    # left, or yields, may be whatever lies there by then (seen on Python 3.11: a dict).
+    main = map(operator.itemgetter(threading.main_thread().ident or 0), starmap(sys._current_frames, [()]))
+    frames = accumulate(chain(main, repeat("f_back", STACK - 1)), getattr)
+    found: list[tuple[str, int, str]] = []
+    with contextlib.suppress(
+        AttributeError, KeyError
+    ):  # None is before the outermost; what came before stays
+        found.extend(map(_place, frames))
+    return tuple(
+        f"{os.path.basename(os.path.dirname(file))}/{os.path.basename(file)}:{line} in {name}"
+        for file, line, name in reversed(found)
+    )
+
+
+_place = operator.attrgetter("f_code.co_filename", "f_lineno", "f_code.co_name")

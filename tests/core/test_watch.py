@@ -22,10 +22,10 @@ from hvdloss import watch
 from hvdloss.communicator import OneProcess, simulate
 from hvdloss.errors import ConfigError, HvdlossError, LostRankError, RankError, StallError
 from hvdloss.watch import Fault, Limits, RankState, Wait, process, service
-from hvdloss.watch.activity import Activity
+from hvdloss.watch.activity import Activity, stack_of_main
 from hvdloss.watch.hub import Hub
 from hvdloss.watch.member import Member
-from hvdloss.watch.verdict import FINISHED, deadlocked, error_text, find, missing
+from hvdloss.watch.verdict import FINISHED, STACK, deadlocked, error_text, find, missing
 from hvdloss.watch.wire import LIMIT, NONCE, Channel, WireError
 
 KEY = bytes(range(32))
@@ -638,6 +638,28 @@ def test_only_the_last_exchanges_are_told():
             pass
     told = activity.state(0).told()["finished"]
     assert list(told) == [f"x{number}" for number in range(5000 - FINISHED, 5000)]
+
+
+def test_the_main_threads_stack_is_told_while_it_runs():
+    def generate(depth: int):
+        yield from generate(depth - 1) if depth else [1, 2]
+
+    told: set[tuple[str, ...]] = set()
+    until = time.monotonic() + 1.0
+
+    def look() -> None:
+        while time.monotonic() < until:
+            told.add(stack_of_main())
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    while time.monotonic() < until:
+        assert list(generate(5)) == [1, 2]
+    thread.join()
+    assert all(0 < len(stack) <= STACK for stack in told)
+    assert any("in generate" in stack[-1] for stack in told)
+    here = f"in {test_the_main_threads_stack_is_told_while_it_runs.__name__}"
+    assert any(stack[-1].endswith(here) and stack[-1].startswith("core/test_watch.py:") for stack in told)
 
 
 def test_the_innermost_wait_counts_and_steps_too():
