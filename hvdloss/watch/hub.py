@@ -57,6 +57,7 @@ class Hub:
 
     def __init__(self, addresses: Sequence[str], size: int, key: bytes, limits: Limits) -> None:
         self.size, self._key, self.limits = size, key, limits
+        self._me = process.identity()  # for ranks of this host to end it if it is silent
         self._selector = selectors.DefaultSelector()
         self.addresses: list[tuple[str, int]] = []
         problem: OSError | None = None
@@ -209,7 +210,7 @@ class Hub:
             self._guests[rank] = guest
             self._who[rank] = {k: message.get(k) for k in ("pid", "started", "host")}
             self._heard[rank] = time.monotonic()
-            self._tell(guest, {"welcome": process.identity()})
+            self._tell(guest, {"welcome": self._me})
             return
         rank, now = guest.rank, time.monotonic()
         self._heard[rank] = now
@@ -347,6 +348,6 @@ class Hub:
         if self.fault is not None:
             return
         self.fault = fault
-        others = [state.status != "running" for state in self.states[1:]]
         who = [self._who[rank] for rank in fault.ranks if rank < self.size] if fault.kind == "silent" else []
-        self._tell_all({"fault": fault.told(), "end": who, "left": all(others)})
+        left = all(state.status != "running" for state in self.states[1:])
+        self._tell_all({"fault": fault.told(), "end": who, "left": left})
