@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import gc
 import operator
 import os
 import sys
@@ -11,9 +11,8 @@ import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import accumulate, chain, repeat, starmap
-from types import FrameType
 from typing import Any
 
 from hvdloss.watch.verdict import FINISHED, STACK, RankState, Wait, key_of
@@ -21,6 +20,8 @@ from hvdloss.watch.verdict import FINISHED, STACK, RankState, Wait, key_of
 __all__ = ["Activity", "stack_of_main"]
 
 Noted = tuple[str, int | None, tuple[int, ...], int, float, int]  # as a Wait, with when it began
+_PLACE = operator.attrgetter("f_code.co_filename", "f_lineno", "f_code.co_name")  # of a frame
+_looking = threading.Lock()
 _COUNTED = 1024  # names of exchanges that are counted, those that were used last
 
 
@@ -188,13 +189,28 @@ class Activity:
         )
 
 
-def _main() -> FrameType | None:
-    return sys._current_frames().get(threading.main_thread().ident or 0)
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Collect no garbage in the block, in which frames of other threads are asked for.
+
+    Python holds a lock of its own as it looks for them. What is collected meanwhile may let another thread
+    run (a socket that is closed), and if that one wants the same lock, all of Python stands still: CPython's
+    issue 106883, mended in the last releases of 3.11.
+    """
+    with _looking:  # lest another one that looks switches it on again in the middle
+        enabled = gc.isenabled()
+        gc.disable()
+        try:
+            yield
+        finally:
+            if enabled:
+                gc.enable()
 
 
 def _place_of_main() -> tuple[tuple[int, int] | None, str]:
     """Return where exactly the main thread is, and in which package."""
-    frame = _main()
+    with _undisturbed():
+        frame = sys._current_frames().get(threading.main_thread().ident or 0)
     if frame is None:
         return None, ""
     package = str(frame.f_globals.get("__name__") or "").partition(".")[0]
@@ -208,14 +224,12 @@ def stack_of_main() -> tuple[str, ...]:
     main = map(operator.itemgetter(threading.main_thread().ident or 0), starmap(sys._current_frames, [()]))
     frames = accumulate(chain(main, repeat("f_back", STACK - 1)), getattr)
     found: list[tuple[str, int, str]] = []
-    with contextlib.suppress(
-        AttributeError, KeyError
-    ):  # None is before the outermost; what came before stays
-        found.extend(map(_place, frames))
+    with (
+        _undisturbed(),
+        suppress(AttributeError, KeyError),
+    ):  # None is beyond the outermost; what came before it stays
+        found.extend(map(_PLACE, frames))
     return tuple(
         f"{os.path.basename(os.path.dirname(file))}/{os.path.basename(file)}:{line} in {name}"
         for file, line, name in reversed(found)
     )
-
-
-_place = operator.attrgetter("f_code.co_filename", "f_lineno", "f_code.co_name")

@@ -662,6 +662,39 @@ def test_the_main_threads_stack_is_told_while_it_runs():
     assert any(stack[-1].endswith(here) and stack[-1].startswith("core/test_watch.py:") for stack in told)
 
 
+LOOKING = """
+import gc, socket, threading, time, warnings
+from hvdloss.watch.activity import stack_of_main
+
+warnings.simplefilter("ignore")  # sockets are not closed
+until = time.monotonic() + 2.0
+
+class Ring:
+    def __init__(self):
+        self.me, self.sock = self, socket.socket()
+
+def look():
+    while time.monotonic() < until:
+        stack_of_main()
+        Ring()
+
+threads = [threading.Thread(target=look, daemon=True) for _ in range(3)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+assert gc.isenabled()
+gc.disable()
+stack_of_main()
+assert not gc.isenabled()
+"""
+
+
+def test_looking_for_the_main_thread_does_not_stop_python_while_garbage_is_collected():
+    """CPython's issue 106883: all threads stood still within a second."""
+    subprocess.run([sys.executable, "-c", LOOKING], check=True, timeout=60)
+
+
 def test_the_innermost_wait_counts_and_steps_too():
     activity = Activity()
     with activity.waiting_in_step("o"):
