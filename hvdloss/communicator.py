@@ -6,6 +6,7 @@ adapter gives them over Horovod; :class:`OneProcess` and :class:`SimulatedRank` 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 import threading
@@ -109,6 +110,16 @@ def ranks_of(hvd: Any, process_set: Any) -> tuple[int, ...]:
     if process_set is None or process_set is hvd.global_process_set:
         return ()
     return tuple(process_set.ranks or ())
+
+
+def process_set_ranks(hvd: Any, number: int) -> tuple[int, ...]:
+    """Return the ranks of the process set with a number, ascending; empty for that of all ranks, 0."""
+    if not number:
+        return ()
+    with contextlib.suppress(RuntimeError, ValueError):  # it is being changed
+        ranks: dict[int, list[int]] = hvd.mpi_ops._basics._get_process_set_ids_and_ranks()
+        return tuple(sorted(ranks.get(number, ())))
+    return ()
 
 
 def among(hvd: Any, of: Callable[[Any], Communicator], process_set: Any = None) -> Communicator:

@@ -21,7 +21,7 @@ from hvdloss.tensorflow._backend import hvd
 from hvdloss.tensorflow._traces import noted
 from hvdloss.tensorflow.guard import checksums, parameter_name
 from hvdloss.tensorflow.ops import communicator_of
-from hvdloss.tensorflow.waiting import explaining
+from hvdloss.tensorflow.waiting import explaining, uncounted
 from hvdloss.term import Travel
 from hvdloss.tuning import choose, launched
 from hvdloss.world import following
@@ -309,7 +309,7 @@ class Exchange:
         return tf.scatter_nd([[self.process_set.rank()]], rows[tf.newaxis], [self.size, *rows.shape])
 
     def _sum(self, x: tf.Tensor, name: str, predivide: float = 1.0) -> tf.Tensor:
-        with tf.device(self.device_dense):
+        with tf.device(self.device_dense), uncounted():  # the clock counts steps
             return hvd.allreduce(
                 x,
                 op=hvd.Sum,
@@ -645,7 +645,7 @@ class Exchange:
 
     def _gather_sparse(self, g: tf.IndexedSlices, scale: tf.Tensor, name: str) -> tf.IndexedSlices:
         """Return the rows of all ranks one after another, which is their sum."""
-        with tf.device(self.device_sparse):
+        with tf.device(self.device_sparse), uncounted():
             values = scaled(g.values, scale)
             wide = tf.cast(values, tf.float32) if values.dtype == tf.bfloat16 else values
             options = {"process_set": self.process_set, "ignore_name_scope": True}

@@ -1,19 +1,23 @@
-"""Waiting for other ranks: not for one that will not come."""
+"""Waiting for other ranks: not for one that will not come. The watch sees every exchange of Horovod's."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from hvdloss import watch
-from hvdloss.communicator import ranks_of
+from hvdloss.communicator import process_set_ranks, ranks_of
 from hvdloss.torch._backend import hvd
 
 __all__ = ["explaining", "wait"]
 
 _FIRST_LOOK, _LAST_LOOK = 5e-5, 1e-3  # seconds
+_PREFIX = "horovod_torch_"
 
 
 @contextmanager
@@ -27,30 +31,98 @@ def explaining() -> Iterator[None]:
     try:
         yield
     except hvd.HorovodInternalError as error:
-        raise watch.explained(error) from error
+        why = watch.explained(error)
+        if why is error:
+            raise
+        raise why from error
 
 
-def wait(handle: int, name: str = "", process_set: Any = None) -> Any:
-    """Return the result of an asynchronous call of Horovod.
+@watch.blocking
+def _until_done(handle: int) -> None:
+    """Return once a call is over.
 
     Looks soon at first, where Horovod looks once a millisecond; then less and less often, since ranks
     that share cores need them more than this one.
-
-    Args:
-        handle: of the call.
-        name: of the exchange, for the watch; empty if what it belongs to is named already.
-        process_set: whose exchange it is; None for all ranks'.
-
-    Raises:
-        RankError, LostRankError, StallError: ranks cannot go on together (:mod:`hvdloss.watch`).
     """
-    if name:
-        with watch.waiting(name, ranks_of(hvd, process_set)):
-            return wait(handle)
     delay = _FIRST_LOOK
     while not hvd.poll(handle):
         watch.check()
         time.sleep(delay)
         delay = min(2 * delay, _LAST_LOOK)
-    with explaining():
+
+
+def wait(handle: int, name: str = "", process_set: Any = None) -> Any:
+    """Return the result of an asynchronous call of Horovod.
+
+    Args:
+        handle: of the call.
+        name: of the exchange, for the watch; empty for what Horovod calls it.
+        process_set: whose exchange it is; None for all ranks'.
+
+    Raises:
+        RankError, LostRankError, StallError: ranks cannot go on together (:mod:`hvdloss.watch`).
+    """
+    with watch.waiting(name, ranks_of(hvd, process_set)) if name else contextlib.nullcontext():
         return hvd.synchronize(handle)
+
+
+class _Launches:
+    """Horovod's library, of which every exchange that is launched is named to the watch.
+
+    Args:
+        library: ``horovod.torch.mpi_ops.mpi_lib``.
+    """
+
+    def __init__(self, library: Any) -> None:
+        self._library = library
+        self.begun: dict[int, tuple[str, tuple[int, ...], int]] = {}  # by handle
+
+    def __getattr__(self, name: str) -> Any:
+        function = getattr(self._library, name)
+        operation = name.removeprefix(_PREFIX).partition("_async_")[0]
+        if "_async_" in name or operation in ("join", "barrier"):
+            function = self._named(function, operation)
+        setattr(self, name, function)
+        return function
+
+    def _named(self, function: Callable[..., int], operation: str) -> Callable[..., int]:
+        # Where the process set is among the arguments: last, but for two factors that follow it.
+        at = -3 if "reducescatter" in operation else -1
+
+        @functools.wraps(function)
+        def launch(*args: Any) -> int:
+            handle = function(*args)
+            name = next((one.decode() for one in args if isinstance(one, bytes)), "")
+            if operation in ("join", "barrier"):
+                what = operation
+            else:
+                what = f"{operation}.{name or f'noname.{handle}'}"  # as Horovod itself
+            ranks = () if operation == "join" else process_set_ranks(hvd, args[at])
+            self.begun[handle] = (what, ranks, watch.begun(what, ranks))
+            return handle
+
+        return launch
+
+
+def _observe() -> None:
+    """Have all of Horovod's exchanges seen, whoever makes them, and waited for as ours are."""
+    library = hvd.mpi_ops.mpi_lib
+    launches = hvd.mpi_ops.mpi_lib = _Launches(library)
+    plain = hvd.synchronize
+
+    @functools.wraps(plain)
+    def synchronize(handle: int) -> Any:
+        begun = launches.begun.pop(handle, None)
+        if begun is not None and not hvd.poll(handle):
+            with watch.waiting_for(*begun):
+                _until_done(handle)
+        with explaining():
+            return plain(handle)
+
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] == "horovod" and vars(module).get("synchronize") is plain:
+            module.synchronize = synchronize  # type: ignore[attr-defined]
+
+
+if hasattr(hvd, "mpi_ops"):
+    _observe()

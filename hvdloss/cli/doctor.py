@@ -135,8 +135,9 @@ def _watch(report: Report) -> None:
     report.add(
         "watch",
         "info",
-        f"a rank that does not come is told after {limits.warn:g} s, an error after {limits.stall:g} s; one "
-        f"that says nothing after {limits.silence:g} s (0: never)",
+        f"a rank that does not come is warned about after {limits.warn:g} s, an error after "
+        f"{limits.stall:g} s; one that is stopped, or whose host cannot be reached, is lost after "
+        f"{limits.silence:g} s (0: never)",
     )
 
 

@@ -2,48 +2,53 @@
 
 The ledgers of a step tell what goes wrong *in* steps. What keeps a rank from its next step they cannot tell:
 an exception in user code, a script that ends early, a killed process, ranks that wait for each other in
-different places. For that each rank has a thread that talks to rank 0's, over TCP and beside Horovod: who
-waits in what, at which step, what it did last, where its Python stack is. When ranks cannot go on together,
-every rank raises the same :class:`hvdloss.errors.RankError`.
+different places. For that each host has a small process, its agent, which looks at the ranks' processes
+through the operating system, hears from a thread of each rank what it waits in, and talks to the other
+hosts' agents along a tree. When ranks cannot go on together, every rank raises the same
+:class:`hvdloss.errors.RankError`. A job that is only slow is warned about, and goes on.
 
-It begins with ``hvd.init()``, and costs no collective afterwards: a rank sends one to four short messages a
-second. Environment variables, read when it begins:
+It begins with ``hvd.init()``, and costs no collective afterwards. Environment variables, read when it begins:
 
 ``HVDLOSS_WATCH``: ``0`` for no watch.
-``HVDLOSS_WATCH_WARN``: seconds of waiting after which rank 0 logs who is missing, and where it is (60).
-``HVDLOSS_WATCH_STALL``: seconds after which that is an error on every rank (600; 0: never).
-``HVDLOSS_WATCH_SILENCE``: seconds after which a rank that says nothing at all counts as lost (30; 0: never).
-``HVDLOSS_WATCH_ADDRESS``: the address of rank 0 that others reach it at, where the choice is wrong.
+``HVDLOSS_WATCH_WARN``: seconds of waiting after which it is logged who is missing, and where it is (60).
+``HVDLOSS_WATCH_STALL``: seconds after which that is an error on every rank (0: never).
+``HVDLOSS_WATCH_SILENCE``: seconds for which a process may be stopped, or a host out of reach (30; 0: ever).
+``HVDLOSS_WATCH_ADDRESS``: the address at which other hosts reach this one, where the choice is wrong.
 """
 
 from __future__ import annotations
 
-from hvdloss.watch.service import (
-    begins_with,
-    check,
-    current,
-    did,
-    explained,
-    follow,
-    given_up,
-    limits_from_environment,
-    same_fate,
-    start,
-    stepped,
-    stop,
-    tell_error,
-    waiting,
-    waiting_in_step,
-    watched,
-)
-from hvdloss.watch.verdict import Fault, Limits, RankState, Wait
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "Fault",
-    "Limits",
-    "RankState",
-    "Wait",
+from hvdloss.lazy import lazily
+
+if TYPE_CHECKING:
+    from hvdloss.watch.activity import beneath, blocking
+    from hvdloss.watch.service import (
+        begins_with,
+        begun,
+        check,
+        current,
+        did,
+        explained,
+        follow,
+        given_up,
+        limits_from_environment,
+        same_fate,
+        start,
+        stepped,
+        stop,
+        tell_error,
+        waiting,
+        waiting_for,
+        waiting_in_step,
+        watched,
+    )
+    from hvdloss.watch.verdict import Fault, Limits, RankState, Wait
+
+_SERVICE = (
     "begins_with",
+    "begun",
     "check",
     "current",
     "did",
@@ -57,6 +62,44 @@ __all__ = [
     "stop",
     "tell_error",
     "waiting",
+    "waiting_for",
+    "waiting_in_step",
+    "watched",
+)
+
+__all__ = [
+    "Fault",
+    "Limits",
+    "RankState",
+    "Wait",
+    "begins_with",
+    "begun",
+    "beneath",
+    "blocking",
+    "check",
+    "current",
+    "did",
+    "explained",
+    "follow",
+    "given_up",
+    "limits_from_environment",
+    "same_fate",
+    "start",
+    "stepped",
+    "stop",
+    "tell_error",
+    "waiting",
+    "waiting_for",
     "waiting_in_step",
     "watched",
 ]
+
+# Loaded on first use: a host's agent imports its own modules from here, and nothing heavy.
+__getattr__, __dir__ = lazily(
+    __name__,
+    {
+        **dict.fromkeys(_SERVICE, "service"),
+        **dict.fromkeys(("Fault", "Limits", "RankState", "Wait"), "verdict"),
+        **dict.fromkeys(("beneath", "blocking"), "activity"),
+    },
+)

@@ -10,14 +10,14 @@ import threading
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import accumulate, chain, repeat, starmap
-from typing import Any
+from typing import Any, TypeVar
 
-from hvdloss.watch.verdict import FINISHED, STACK, RankState, Wait, key_of
+from hvdloss.watch.verdict import REACHED, STACK, RankState, Wait, key_of
 
-__all__ = ["Activity", "stack_of_main"]
+__all__ = ["Activity", "beneath", "blocking", "stack_of_main"]
 
 Noted = tuple[str, int | None, tuple[int, ...], int, float, int]  # as a Wait, with when it began
 _PLACE = operator.attrgetter("f_code.co_filename", "f_lineno", "f_code.co_name")  # of a frame
@@ -30,6 +30,7 @@ class _Graph:
 
     Attributes:
         inside: the package whose code the main thread is in while it waits; empty for any.
+        steps: whether these are steps of an optimizer, and not exchanges by themselves.
         before: how many had begun when counting began.
         never: how many of those that have begun will not end, since they failed.
         begun: as last seen in a wait.
@@ -38,8 +39,8 @@ class _Graph:
         since: when it was first seen.
     """
 
-    def __init__(self, exchange: Any, inside: str) -> None:
-        self._of, self.inside = weakref.ref(exchange), inside
+    def __init__(self, exchange: Any, inside: str, steps: bool) -> None:
+        self._of, self.inside, self.steps = weakref.ref(exchange), inside, steps
         self.before = self.never = 0
         self.begun, self.serial, self.since = 0, 0, 0.0
         self.at: tuple[int, int] | None = None
@@ -71,40 +72,57 @@ class Activity:
         self._serial = 0
         self._waits: tuple[Noted, ...] = ()
         self._counts: OrderedDict[str, int] = OrderedDict()
-        self._finished: dict[str, int] = {}
         self._steps: dict[str, int] = {}
         self._graphs: dict[tuple[str, tuple[int, ...]], _Graph] = {}
         self._did: tuple[str, float] = ("", time.monotonic())
 
     def begin(self) -> None:
         """Count steps from here: ranks have come or gone, and count alike from now on."""
-        self._steps, self._finished = {}, {}
+        self._steps = {}
         self._counts.clear()
         for graph in list(self._graphs.values()):
             graph.begin()
 
     @contextmanager
     def waiting(self, what: str, members: tuple[int, ...] = ()) -> Iterator[None]:
-        """Say that this process waits for others in `what` until the block ends.
+        """Name the exchange that a function of :func:`blocking` waits in until the block ends.
+
+        What else happens in the block (a callback, a finalizer, a look at tensors) is no waiting.
 
         Args:
             what: names the exchange, on all of its ranks alike.
             members: the ranks of it; empty for all.
         """
+        members = tuple(sorted(members))
+        with self._wait(what, None, members, self.begun(what, members)):
+            yield
+
+    def begun(self, what: str, members: tuple[int, ...] = ()) -> int:
+        """Say that this rank has given its part in an exchange; return its ordinal among those of its name.
+
+        Args:
+            what: names the exchange, on all of its ranks alike.
+            members: the ranks of it, in ascending order; empty for all.
+        """
         key = key_of(what, members)
         count = self._counts[key] = self._counts.pop(key, 0) + 1
         if len(self._counts) > _COUNTED:
             self._counts.popitem(last=False)
+        return count
+
+    @contextmanager
+    def waiting_for(self, what: str, members: tuple[int, ...], count: int) -> Iterator[None]:
+        """Name the exchange that was :meth:`begun` as what is waited in, unless something else is named."""
+        if self._waits:
+            yield
+            return
         with self._wait(what, None, members, count):
             yield
-        # Put last: those that were over last are told.
-        kept = [(k, n) for k, n in self._finished.items() if k != key][1 - FINISHED :]
-        self._finished = dict([*kept, (key, count)])
 
     @contextmanager
     def waiting_in_step(self, name: str, members: tuple[int, ...] = ()) -> Iterator[None]:
-        """Say that this process waits for others in the present step of the optimizer `name`."""
-        with self._wait(name, self._steps.get(name, 0) + 1, members):
+        """Name the present step of the optimizer `name` as what is waited in; see :meth:`waiting`."""
+        with self._wait(name, self._steps.get(name, 0) + 1, tuple(sorted(members))):
             yield
 
     @contextmanager
@@ -122,7 +140,9 @@ class Activity:
         self._steps = {**self._steps, name: self._steps.get(name, 0) + 1}
         self._did = ("finished a step", time.monotonic())
 
-    def follow(self, name: str, exchange: Any, members: tuple[int, ...] = (), *, inside: str = "") -> None:
+    def follow(
+        self, name: str, exchange: Any, members: tuple[int, ...] = (), *, inside: str = "", steps: bool = True
+    ) -> None:
         """Have ``exchange.progress()`` tell how many steps have begun to wait, and how many are over.
 
         For steps that run in a graph. It is called in another thread, and forgotten with its owner. Of
@@ -133,30 +153,35 @@ class Activity:
             exchange: what knows.
             members: the ranks of it; empty for all.
             inside: the package whose code the main thread is in while it waits; empty for any.
+            steps: whether these are steps of an optimizer, and not exchanges by themselves.
         """
-        self._graphs = {**self._graphs, (name, members): _Graph(exchange, inside)}
+        self._graphs = {**self._graphs, (name, tuple(sorted(members))): _Graph(exchange, inside, steps)}
 
     def did(self, what: str) -> None:
         """Say what was just done: "begun epoch 3", "read a batch"."""
         self._did = (what, time.monotonic())
 
-    def _in_graphs(self, steps: dict[str, int], now: float) -> Noted | None:
-        """Add the steps of graphs; return what is waited for in one."""
-        found = None
+    def _in_graphs(self, steps: dict[str, int], counts: dict[str, int], now: float) -> Noted | None:
+        """Add the steps of graphs, and the counts of their exchanges; return what is waited for in one."""
+        found: Noted | None = None
         for (name, members), graph in list(self._graphs.items()):
             begun, ended = graph.progress()
             count = max(begun - graph.before, 0)
             waits = begun - ended > graph.never
-            if waits and not self._blocked(graph, begun, now):
+            if waits and not self._stays(graph, begun, now):
                 # The graph has failed, and is no longer run: this step never ends.
                 waits, graph.never = False, begun - ended
-            if count:
+            if count and graph.steps:
                 steps[name] = max(steps.get(name, 0), count - waits)
-            if waits:
+            elif count:
+                counts[key_of(name, members)] = count
+            if waits and graph.steps:
                 found = name, count, members, graph.serial, graph.since, 0
+            elif waits:
+                found = name, None, members, graph.serial, graph.since, count
         return found
 
-    def _blocked(self, graph: _Graph, begun: int, now: float) -> bool:
+    def _stays(self, graph: _Graph, begun: int, now: float) -> bool:
         """Return whether the main thread still is where it was when this step was first seen to wait."""
         at, package = _place_of_main()
         if graph.inside and package != graph.inside:
@@ -166,17 +191,35 @@ class Activity:
             graph.begun, graph.serial, graph.since, graph.at = begun, self._serial, now, at
         return not graph.inside or graph.at == at
 
-    def state(self, rank: int) -> RankState:
-        """Return it as a rank's state."""
+    def wait(self) -> Wait | None:
+        """Return what the main thread is blocked in at this moment; None if it is not. Cheap."""
         now = time.monotonic()
-        steps = dict(self._steps)
-        noted = self._in_graphs(steps, now)
+        return self._waits_in(self._in_graphs({}, {}, now) if self._graphs else None, now)
+
+    def _waits_in(self, in_graph: Noted | None, now: float) -> Wait | None:
+        noted = in_graph
         if waits := self._waits:
-            noted = waits[-1]
-        wait = None
-        if noted is not None:
-            what, step, members, serial, began, count = noted
-            wait = Wait(what, step, members, serial, now - began, count)
+            noted = waits[-1] if _blocked() else None
+        if noted is None:
+            return None
+        what, step, members, serial, began, count = noted
+        return Wait(what, step, members, serial, now - began, count)
+
+    def state(self, rank: int, *, stack: bool = True, keys: Iterable[str] | None = None) -> RankState:
+        """Return it as a rank's state.
+
+        Args:
+            rank: of this process.
+            stack: whether to add the main thread's stack.
+            keys: the exchanges that are asked about; None for those that were begun last.
+        """
+        now = time.monotonic()
+        steps, counts = dict(self._steps), self._counted()
+        wait = self._waits_in(self._in_graphs(steps, counts, now), now)
+        if keys is None:
+            reached = dict([*counts.items()][-REACHED:])
+        else:
+            reached = {key: counts[key] for key in keys if key in counts}
         what, when = self._did
         return RankState(
             rank,
@@ -184,9 +227,45 @@ class Activity:
             wait=wait,
             did=what,
             ago=now - when,
-            stack=stack_of_main(),
-            finished=self._finished,
+            stack=stack_of_main() if stack else (),
+            reached=reached,
         )
+
+    def _counted(self) -> dict[str, int]:
+        try:
+            return self._counts.copy()
+        except RuntimeError:  # the main thread has just begun another one: it is not blocked
+            return {}
+
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+_blocking: set[Any] = set()  # code of functions that do nothing but block
+# Packages whose functions a blocking one calls; what else is called meanwhile (a finalizer) is no waiting.
+_beneath = {"horovod", "tensorflow", "contextlib"}
+
+
+def blocking(function: _Function) -> _Function:
+    """Declare a function to do nothing but wait for other ranks, after this rank has given what is its part.
+
+    A rank counts as waiting only while its main thread is in such a function, and in nothing else on top.
+    """
+    _blocking.add(function.__code__)
+    return function
+
+
+def beneath(package: str) -> None:
+    """Declare that functions of a package are called by blocking ones, and do nothing else but wait."""
+    _beneath.add(package)
+
+
+def _blocked() -> bool:
+    """Return whether the main thread is in a function of :func:`blocking`, and in nothing on top of it."""
+    for code, module in _frames_of_main(8):
+        if code in _blocking:
+            return True
+        if not (module.partition(".")[0] in _beneath or module.startswith("hvdloss.watch")):
+            return False
+    return False
 
 
 @contextmanager
@@ -217,18 +296,30 @@ def _place_of_main() -> tuple[tuple[int, int] | None, str]:
     return (id(frame), frame.f_lasti), package
 
 
-def stack_of_main() -> tuple[str, ...]:
-    """Return the innermost frames of the main thread, outermost first: "train.py:31 in main"."""
+def _of_main(count: int, what: Callable[[Any], Any]) -> list[Any]:
+    """Return something of each of the main thread's innermost frames, innermost first."""
     # One call, of C functions only, so that the main thread cannot go on meanwhile: f_back of a frame that is
     # left, or yields, may be whatever lies there by then (seen on Python 3.11: a dict).
     main = map(operator.itemgetter(threading.main_thread().ident or 0), starmap(sys._current_frames, [()]))
-    frames = accumulate(chain(main, repeat("f_back", STACK - 1)), getattr)
-    found: list[tuple[str, int, str]] = []
+    frames = accumulate(chain(main, repeat("f_back", count - 1)), getattr)
+    found: list[Any] = []
     with (
         _undisturbed(),
         suppress(AttributeError, KeyError),
     ):  # None is beyond the outermost; what came before it stays
-        found.extend(map(_PLACE, frames))
+        found.extend(map(what, frames))
+    return found
+
+
+def _frames_of_main(count: int) -> list[tuple[Any, str]]:
+    """Return code and module of the main thread's innermost frames, innermost first."""
+    found = _of_main(count, operator.attrgetter("f_code", "f_globals"))
+    return [(code, str(names.get("__name__") or "")) for code, names in found]
+
+
+def stack_of_main() -> tuple[str, ...]:
+    """Return the innermost frames of the main thread, outermost first: "train.py:31 in main"."""
+    found = _of_main(STACK, _PLACE)
     return tuple(
         f"{os.path.basename(os.path.dirname(file))}/{os.path.basename(file)}:{line} in {name}"
         for file, line, name in reversed(found)

@@ -1,40 +1,160 @@
-"""Processes of this machine: told apart for certain, and ended where they are stopped for good."""
+"""Processes of this machine, as the operating system sees them: nothing here needs their Python."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["cut", "end", "host", "identity", "sockets"]
+__all__ = ["Process", "cut", "host", "native_stack", "sockets"]
+
+_TICKS = os.sysconf("SC_CLK_TCK")
 
 
 def host() -> str:
-    """Return what processes that see each other's process numbers have in common."""
+    """Return what processes that see each other's process numbers, and reach each other, have in common."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+        return f"{boot} {os.readlink('/proc/self/ns/pid')} {os.readlink('/proc/self/ns/net')}"
     except OSError:
         return f"unknown {os.uname().nodename}"
 
 
-def _stat(pid: int) -> tuple[str, int]:
-    """Return a process's state letter and when it started, in the kernel's ticks."""
+@dataclass(frozen=True)
+class _Stat:
+    state: str  # R running, S sleeping, D waiting for a disk, T stopped, t under a debugger, Z ended, X gone
+    started: int  # in the kernel's ticks
+    used: float  # seconds of processor time
+
+
+def _stat(pid: int) -> _Stat:
+    """Return what ``/proc`` says of a process.
+
+    Raises:
+        OSError, ValueError, IndexError: there is none.
+    """
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return fields[0], int(fields[19])
+    return _Stat(fields[0], int(fields[19]), (int(fields[11]) + int(fields[12])) / _TICKS)
 
 
-def identity() -> dict[str, Any]:
-    """Return what tells this process from all others on its host, as JSON."""
-    pid = os.getpid()
-    try:
-        started = _stat(pid)[1]
-    except (OSError, ValueError, IndexError):
-        started = -1
-    return {"pid": pid, "started": started, "host": host()}
+class Process:
+    """A process of this host, told apart for certain from any other that gets its number later.
+
+    Args:
+        pid: its number, as this process sees it.
+
+    Raises:
+        OSError, ValueError, IndexError: there is no such process.
+    """
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self._fd = -1
+        with contextlib.suppress(OSError, AttributeError):  # an old kernel, or one that forbids it
+            self._fd = os.pidfd_open(pid)
+        stat = _stat(pid)
+        self._started = stat.started
+        self._stopped_since: float | None = None
+        self._last = (time.monotonic(), stat.used)
+        self._share = 0.0  # of one core, between the last two looks
+        self.state = stat.state
+
+    def fileno(self) -> int:
+        """Return a descriptor that is readable once the process has ended; -1 if there is none."""
+        return self._fd
+
+    def close(self) -> None:
+        """Let go of it."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def look(self) -> bool:
+        """Look at it; return whether it is alive: one that only waits to be reaped is not."""
+        try:
+            stat = _stat(self.pid)
+        except (OSError, ValueError, IndexError):
+            self.state = "X"
+            return False
+        self.state = stat.state if stat.started == self._started else "X"
+        now, (before, used) = time.monotonic(), self._last
+        if now - before > 0.5:
+            self._share = (stat.used - used) / (now - before)
+            self._last = (now, stat.used)
+        if self.state != "T":
+            self._stopped_since = None
+        elif self._stopped_since is None:
+            self._stopped_since = now
+        return self.state not in "ZX"
+
+    @property
+    def stopped(self) -> float:
+        """For how many seconds it has been stopped (SIGSTOP, SIGTSTP); 0 if it is not."""
+        return 0.0 if self._stopped_since is None else time.monotonic() - self._stopped_since
+
+    def forgive(self, seconds: float) -> None:
+        """Do not count time in which nobody could look."""
+        if self._stopped_since is not None:
+            self._stopped_since = min(self._stopped_since + seconds, time.monotonic())
+
+    def describe(self) -> str:
+        """Return what it is about, for messages; empty if that is nothing special."""
+        if self.state == "T":
+            return f"its process is stopped (SIGSTOP) for {self.stopped:.0f} s"
+        if self.state == "t":
+            return "its process is stopped by a debugger"
+        if self.state == "D":
+            return "its process waits for a disk or a device"
+        return f"its process runs, and used {100 * self._share:.0f} % of a core"
+
+    def end(self) -> bool:
+        """End it (SIGKILL) if it is stopped at this moment; return whether it was."""
+        if self.pid in (0, 1, os.getpid()) or not self.look() or self.state != "T":
+            return False
+        with contextlib.suppress(OSError):
+            os.kill(self.pid, signal.SIGKILL)
+            return True
+        return False
+
+
+def native_stack(pid: int, seconds: float = 5.0) -> tuple[str, ...]:
+    """Return the main thread's stack of another Python process, read from outside by py-spy.
+
+    Args:
+        pid: of the process, of the same user.
+        seconds: to wait for.
+
+    Returns:
+        Its innermost frames, outermost first; one line that says why there are none.
+    """
+    tool = shutil.which("py-spy") or str(Path(sys.executable).with_name("py-spy"))
+    if not os.access(tool, os.X_OK):
+        return ("(install py-spy to see where: its interpreter does not answer)",)
+    for more in (["--native"], []):
+        try:
+            out = subprocess.run(
+                [tool, "dump", *more, "--pid", str(pid)], capture_output=True, text=True, timeout=seconds
+            )
+        except (OSError, subprocess.SubprocessError):
+            continue
+        frames: list[str] = []
+        for line in out.stdout.splitlines():
+            if line.startswith("Thread"):
+                if frames:
+                    break
+            elif line.startswith(" "):
+                frames.append(line.strip())
+        if frames:
+            return tuple(reversed(frames[:12]))
+    return ("(py-spy could not read its stack)",)
 
 
 def sockets() -> dict[int, str]:
@@ -63,20 +183,8 @@ def cut(those: dict[int, str]) -> None:
                 same.shutdown(socket.SHUT_RDWR)
 
 
-def end(who: dict[str, Any], *, only_stopped: bool) -> bool:
-    """End a process of this host that no longer answers; return whether it was.
+def user_of(sock: socket.socket) -> Any:
+    """Return process, user and group at the other end of a Unix socket, as the kernel knows them."""
+    import struct
 
-    Args:
-        who: its :func:`identity`.
-        only_stopped: only if it is stopped (SIGSTOP); one under a debugger is never ended.
-    """
-    with contextlib.suppress(OSError, ValueError, IndexError, KeyError, TypeError):
-        pid, started = int(who["pid"]), int(who["started"])
-        if who["host"] != host() or pid in (0, 1, os.getpid()):
-            return False
-        state, since = _stat(pid)
-        if since != started or state in "tZX" or (only_stopped and state != "T"):
-            return False
-        os.kill(pid, signal.SIGKILL)
-        return True
-    return False
+    return struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))

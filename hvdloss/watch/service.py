@@ -6,16 +6,21 @@ import atexit
 import contextlib
 import fcntl
 import functools
+import hashlib
+import ipaddress
 import json
 import logging
 import os
 import secrets
+import selectors
 import socket
 import struct
+import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from hvdloss.communicator import Communicator
@@ -31,12 +36,13 @@ from hvdloss.errors import (
 from hvdloss.hearing import hear
 from hvdloss.watch import process
 from hvdloss.watch.activity import Activity
-from hvdloss.watch.hub import Hub
+from hvdloss.watch.agent import FAN_OUT, Plan
 from hvdloss.watch.member import Member
 from hvdloss.watch.verdict import Fault, Limits, error_text
 
 __all__ = [
     "begins_with",
+    "begun",
     "check",
     "current",
     "did",
@@ -50,6 +56,7 @@ __all__ = [
     "stop",
     "tell_error",
     "waiting",
+    "waiting_for",
     "waiting_in_step",
     "watched",
 ]
@@ -59,13 +66,16 @@ _activity = Activity()
 _lock = threading.RLock()
 _shutting_down = threading.RLock()  # Horovod does not bear two threads that end it
 _member: Member | None = None
-_hub: Hub | None = None
-_pid = 0  # of the process that the two belong to; a forked child has none
+_agents: list[subprocess.Popen[bytes]] = []  # begun by this process
+_AGENT_S = 60.0  # for an agent to begin, on a busy machine
+_pid = 0  # of the process that they belong to; a forked child has none
 _connections: dict[int, str] = {}  # Horovod's
 _installed = False
 _before: Any = None  # the excepthook that was there
 
 waiting = _activity.waiting
+waiting_for = _activity.waiting_for
+begun = _activity.begun
 waiting_in_step = _activity.waiting_in_step
 stepped = _activity.stepped
 follow = _activity.follow
@@ -121,7 +131,7 @@ def start(communicator: Communicator, abort: Callable[[], None]) -> bool:
 
     Collectives: three small gathers; none with one rank.
     """
-    global _member, _hub, _pid
+    global _member, _pid
     stop()
     _activity.begin()
     if communicator.size == 1:
@@ -131,7 +141,9 @@ def start(communicator: Communicator, abort: Callable[[], None]) -> bool:
     except ConfigError as error:
         limits, problem = None, str(error)
     settings = None if limits is None else [limits.warn, limits.stall, limits.silence]
-    mine = {"host": process.host(), "settings": settings, "problem": problem}
+    host = hashlib.sha256(process.host().encode()).hexdigest()[:16]
+    key = secrets.token_hex(32) if communicator.rank == 0 else ""
+    mine = {"host": host, "settings": settings, "problem": problem, "key": key}
     texts = communicator.gather(json.dumps(mine).encode(), "hvdloss.watch.settings")
     ranks = hear(texts, "settings of the watch", lambda told: told.keys() == mine.keys())
     for rank, told in enumerate(ranks):
@@ -146,49 +158,147 @@ def start(communicator: Communicator, abort: Callable[[], None]) -> bool:
     if limits is None:
         return False
 
-    hub, offer = None, {}
-    if communicator.rank == 0:
-        key = secrets.token_bytes(32)
-        here = len({told["host"] for told in ranks}) == 1
+    hosts: dict[str, list[int]] = {}
+    for rank, told in enumerate(ranks):
+        hosts.setdefault(told["host"], []).append(rank)
+    index, first = list(hosts).index(host), hosts[host][0]
+    job = bytes.fromhex(ranks[0]["key"])
+    agent: HostAgent | None = None
+    offer: dict[str, Any] = {"at": [], "name": "", "problem": ""}
+    if communicator.rank == first:
+        offer["name"] = f"hvdloss-watch-{secrets.token_hex(8)}"
         try:
-            hub = Hub(["127.0.0.1"] if here else addresses(), communicator.size, key, limits)
-            offer = {"addresses": hub.addresses, "key": key.hex()}
-        except OSError as error:
-            offer = {"problem": f"rank 0 cannot listen: {error}"}
+            listen = addresses() if len(hosts) > 1 else ()
+            agent = HostAgent(job, list(hosts.values()), index, limits, offer["name"], listen)
+            offer["at"] = agent.begin()
+        except (OSError, ValueError) as error:
+            offer["problem"] = f"the watch's agent of rank {first}'s host did not begin: {error}"
     texts = communicator.gather(json.dumps(offer).encode(), "hvdloss.watch.offer")
-    (told,) = hear(
-        texts[:1], "address of the watch", lambda told: told.keys() <= {"addresses", "key", "problem"}
-    )
-    member, problem = None, told.get("problem", "")
-    if not problem:
-        recovers = os.environ.get("HOROVOD_ELASTIC") == "1"
+    offers = hear(texts, "address of the watch", lambda told: told.keys() == offer.keys())
+    problem = next((told["problem"] for told in offers if told["problem"]), "")
+    if agent is not None and not problem:
         try:
-            member = Member(
-                communicator.rank,
-                told["addresses"],
-                bytes.fromhex(told["key"]),
-                _activity,
-                limits,
-                abort,
-                recovers,
-            )
+            agent.connect([offers[host_ranks[0]]["at"] for host_ranks in hosts.values()])
+        except (OSError, ValueError) as error:
+            problem = f"the watch's agent of rank {first}'s host does not reach the others: {error}"
+    member = None
+    if not problem:
+        try:
+            member = Member(communicator.rank, offers[first]["name"], job, _activity, abort)
         except (OSError, HvdlossError) as error:
-            problem = f"rank {communicator.rank} cannot reach rank 0 at {told['addresses']}: {error}"
+            problem = f"rank {communicator.rank} does not reach its host's agent: {error}"
     problems = [text.decode() for text in communicator.gather(problem.encode(), "hvdloss.watch.begun")]
     with _lock:
-        _member, _hub, _pid = member, hub, os.getpid()
+        _member, _pid = member, os.getpid()
     if any(problems):
         stop()
+        if agent is not None:
+            agent.end()
         if communicator.rank == 0:
             _log.warning(
                 "hvdloss: ranks do not watch each other: %s. What happens to a rank is then known only as "
-                "Horovod tells it. Set HVDLOSS_WATCH_ADDRESS to an address of rank 0 that all reach, or "
-                "HVDLOSS_WATCH=0.",
+                "Horovod tells it. Set HVDLOSS_WATCH_ADDRESS to the network that joins the hosts, such as "
+                "10.1.0.0/16, or HVDLOSS_WATCH=0.",
                 next(text for text in problems if text),
             )
         return False
     _install()
     return True
+
+
+# What an agent runs, with this package and nothing else to import.
+_AGENT = "import sys; sys.path.insert(0, sys.argv[1]); from hvdloss.watch.agent import main; main()"
+
+
+class HostAgent:
+    """This host's agent, as the rank that begins it sees it.
+
+    Args:
+        key: the job's.
+        hosts: the ranks of each host.
+        index: of this host among them.
+        limits: when waiting counts as wrong.
+        name: of the socket for this host's ranks.
+        listen: addresses for other hosts.
+        fan_out: how many hosts report to one.
+
+    Raises:
+        OSError: it cannot be started.
+    """
+
+    def __init__(
+        self,
+        key: bytes,
+        hosts: Sequence[Sequence[int]],
+        index: int,
+        limits: Limits,
+        name: str,
+        listen: Sequence[str] = (),
+        fan_out: int = FAN_OUT,
+    ) -> None:
+        ranks = tuple(tuple(one) for one in hosts)
+        self._plan = Plan(key, ranks, index, limits, tuple(listen), name, fan_out)
+        root = Path(__file__).resolve().parents[2]
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", _AGENT, str(root)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,  # what a terminal tells the ranks is not for it
+            cwd="/",
+        )
+        _agents.append(self._process)
+
+    def _line(self) -> Any:
+        assert self._process.stdout is not None
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._process.stdout, selectors.EVENT_READ)
+            if not selector.select(_AGENT_S):
+                raise OSError(f"it said nothing for {_AGENT_S:.0f} s")
+        line = self._process.stdout.readline()
+        if not line:
+            raise OSError("it ended at once")
+        return json.loads(line)
+
+    def _say(self, what: Any) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(what).encode() + b"\n")
+        self._process.stdin.flush()
+
+    def begin(self) -> Any:
+        """Return where it listens.
+
+        Raises:
+            OSError, ValueError: it did not begin.
+        """
+        self._say(self._plan.told())
+        return self._line()
+
+    def connect(self, table: Any) -> None:
+        """Have it join the tree of hosts, which listen at the addresses of `table`.
+
+        Raises:
+            OSError, ValueError: it could not.
+        """
+        self._say(table)
+        if problem := self._line():
+            raise OSError(problem)
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                pipe.close()
+
+    @property
+    def pid(self) -> int:
+        """Its process."""
+        return self._process.pid
+
+    def wait(self, seconds: float) -> int:
+        """Wait for its end, and return its exit status."""
+        return self._process.wait(seconds)
+
+    def end(self) -> None:
+        """End it."""
+        self._process.kill()
+        self._process.wait()
 
 
 def begins_with(hvd: Any, communicator_of: Callable[[Any], Communicator]) -> dict[str, Callable[..., Any]]:
@@ -240,39 +350,48 @@ def _disconnect() -> None:
 
 def stop(*, bye: bool = True) -> None:
     """End the watch of this process, if there is one; the others are told that this rank ended."""
-    global _member, _hub, _pid
+    global _member, _pid
     with _shutting_down, _lock:
         if _pid != os.getpid():
             return
         _disconnect()
-        member, hub = _member, _hub
-        _member = _hub = None
+        member, _member = _member, None
         _pid = 0
-    if hub is not None:
-        hub.close(_activity.state(0).told() if bye else None)
+    _agents[:] = [one for one in _agents if one.poll() is None]  # those of earlier watches have ended
     if member is not None:
         member.close(bye=bye)
 
 
 def addresses() -> list[str]:
-    """Return at which of this machine's addresses others reach it: of the interface that Horovod uses.
+    """Return at which of this machine's addresses other hosts reach it: of the interface that Horovod uses.
 
     Raises:
+        ConfigError: HVDLOSS_WATCH_ADDRESS is no address.
         OSError: an interface without an address.
     """
     if given := os.environ.get("HVDLOSS_WATCH_ADDRESS"):
-        return [given]
+        try:
+            network = ipaddress.ip_network(given, strict=False)
+        except ValueError as error:
+            raise ConfigError(
+                f"HVDLOSS_WATCH_ADDRESS={given!r} is no address and no network: {error}"
+            ) from None
+        if found := [one for one in _own_addresses() if ipaddress.ip_address(one) in network]:
+            return found
     for variable in ("HOROVOD_GLOO_IFACE", "OMPI_MCA_btl_tcp_if_include"):
         names = [name for name in os.environ.get(variable, "").split(",") if name and "/" not in name]
         if names:
             return [_address_of(name) for name in names]
+    return [one for one in _own_addresses() if not one.startswith("127.")] or ["127.0.0.1"]
+
+
+def _own_addresses() -> list[str]:
+    """Return the IPv4 addresses of all interfaces."""
     found = []
     for _, name in socket.if_nameindex():
         with contextlib.suppress(OSError):
-            address = _address_of(name)
-            if not address.startswith("127."):
-                found.append(address)
-    return found or ["127.0.0.1"]
+            found.append(_address_of(name))
+    return found
 
 
 def _address_of(interface: str) -> str:
@@ -297,11 +416,10 @@ def _install() -> None:
 
 def _forked() -> None:
     """In a child, close what would keep connections open after its parent was killed."""
-    for part in (_hub, _member):
-        if part is not None:
-            for sock in part.sockets():
-                with contextlib.suppress(OSError):
-                    os.close(sock.detach())
+    if _member is not None:
+        for sock in _member.sockets():
+            with contextlib.suppress(OSError):
+                os.close(sock.detach())
 
 
 # -- what is wrong ------------------------------------------------------------------------------------
@@ -382,9 +500,9 @@ def given_up() -> RankError | None:
     if member is None or not member.given_up:
         return None
     error = LostRankError(
-        f"rank {member.rank} was silent for more than {member.limits.silence:g} s (HVDLOSS_WATCH_SILENCE): "
-        f"it was stopped, or native code held Python's lock. The others took it for lost; the job goes on "
-        f"from its last commit without this process, which has nothing left to do."
+        f"rank {member.rank} was away for longer than HVDLOSS_WATCH_SILENCE allows: it was stopped, or its "
+        f"host could not be reached. The others took it for lost; the job goes on from its last commit "
+        f"without this process, which has nothing left to do."
     )
     error.ranks = (member.rank,)
     return error

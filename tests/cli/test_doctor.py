@@ -106,7 +106,7 @@ def test_how_long_ranks_would_wait_is_told(monkeypatch):
 
     report, finding = found()
     assert finding.level == "info"
-    assert report.facts["watch"]["stall"] == 600
+    assert report.facts["watch"]["stall"] == 0
     assert "600 s" in found(HVDLOSS_WATCH_STALL="600")[1].found
     report, finding = found(HVDLOSS_WATCH_STALL="soon")
     assert not report.ok
