@@ -112,7 +112,7 @@ class _Exchanges:
             number = options.get("process_set_id", 0)
             if tf.executing_eagerly():  # names are of graphs: here Horovod goes by the operation's kind
                 ranks = process_set_ranks(hvd, number)
-                with watch.waiting_for(kind, ranks, watch.begun(kind, ranks)):
+                with explaining(), watch.waiting_for(kind, ranks, watch.begun(kind, ranks)):
                     return _run(operation, args, options)
             what = kind if kind == "join" else f"{kind}.{options.get('name') or 'noname'}"
             if _uncounted or not _first(tf.compat.v1.get_default_graph()):

@@ -54,6 +54,7 @@ class Link:
         self.sock, self._key, self._listener = sock, key, listener
         self.since = time.monotonic()
         self.who: Any = None  # set by its owner, once it is known
+        self.bytes = 0  # that were sent and received
         self._nonce = secrets.token_bytes(NONCE)
         self._head = b""
         self._channel: Channel | None = None
@@ -87,6 +88,7 @@ class Link:
             return []
         if not data:
             return None
+        self.bytes += len(data)
         if self._channel is None:
             self._head += data
             if len(self._head) < NONCE:
@@ -107,6 +109,7 @@ class Link:
             self._send(self._channel.frame(message))
 
     def _send(self, data: bytes) -> None:
+        self.bytes += len(data)
         self._out += data
         self.flush()
 
