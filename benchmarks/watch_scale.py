@@ -173,9 +173,7 @@ def measure(size: int, seconds: float) -> dict[str, Any]:
                 group.say()
         serve(time.monotonic() + 3.0)
         before, began = used(pids), time.monotonic()
-        sent = {
-            id(group): (group.messages, sum(link.bytes for link in group.links.values())) for group in played
-        }
+        messages, data = _traffic(played)
         serve(began + seconds)
         took = time.monotonic() - began
         result[situation] = {what: (now - before[what]) / took for what, now in used(pids).items()}

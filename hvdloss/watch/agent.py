@@ -14,8 +14,10 @@ open: where an agent is gone, whether its ranks are gone as well shows in whethe
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import resource
 import selectors
 import signal
 import socket
@@ -41,9 +43,11 @@ FAN_OUT = 32  # hosts below one host
 TICK = 0.25  # seconds between two looks
 _PROCESSES_S = 1.0  # between two looks at the ranks' processes
 _HELLO_S = 10.0  # for a connection to say who it is
+_UNREACHABLE = (errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ETIMEDOUT)
 _BEGIN_S = 120.0  # for all ranks of the host to come
 _QUIET_S = 3.0  # from the end of a rank's connection to that of its process
 _BACK_S = 10.0  # after a pause of this host, to find what came of it
+_AWAY_S = 10.0  # from the end of an agent to that of its host's ranks, if they were killed together
 _DIAL_S = 5.0
 _RANKS_S = 1.0  # for ranks to answer
 _STACK_S = 2.0  # to read the stack of one that does not
@@ -191,7 +195,7 @@ class Agent:
         self._above: Link | None = None
         self._above_is = plan.above
         self._above_ended = False  # in good order
-        self._away: dict[int, Link] = {}  # hosts without an agent, whose port still answers
+        self._ended_hosts: set[int] = set()  # below, whose ranks have all ended in good order
         self._told: Any = None  # above, last
         self._told_at = 0.0
         self._questions: dict[int, _Question] = {}
@@ -283,7 +287,7 @@ class Agent:
             self._back = time.monotonic()
         for one in self._ranks.values():
             one.process.forgive(seconds)
-            one.since += seconds
+            one.since = min(one.since + seconds, time.monotonic())
         if self.root is not None:
             self.root.forgive()
 
@@ -335,9 +339,8 @@ class Agent:
     def _accept(self, listener: Any) -> None:
         with contextlib.suppress(OSError):
             sock, _ = listener.accept()
-            if sum(link.who is None for link in self._links) > 4 * FAN_OUT + len(
-                self.plan.hosts[self.plan.index]
-            ):
+            strangers = sum(link.who is None for link in self._links)
+            if strangers > 4 * FAN_OUT + len(self.plan.hosts[self.plan.index]):
                 sock.close()
                 return
             held = [one.fileno() for one in self.listeners]
@@ -390,20 +393,18 @@ class Agent:
             self._look_at_processes()
         elif kind == "below":
             self._below.pop(index, None)
-            said, _ = self._said.pop(index, (Summary(), 0.0))
+            self._said.pop(index, None)
             for question in self._questions.values():
                 question.hosts.discard(index)
-            ranks = self.plan.under(index)
-            if said.left + said.lost < len(ranks) and not self._fault:
+            if not self._fault and index not in self._ended_hosts:
                 self._without(index, silent)
         elif kind == "above":
             self._above = None
             if not self._fault and self._has_ranks(time.monotonic()):
                 self._without(index, silent)
-        elif kind == "away":
-            self._away.pop(index, None)
-            if not self._fault:
-                self._host_gone(index, silent)
+        # Later its ranks may have ended in good order, without anybody to say goodbye to.
+        elif kind == "away" and not self._fault and time.monotonic() < link.since + _AWAY_S:
+            self._host_gone(index, silent)
 
     def _without(self, index: int, silent: bool) -> None:
         """A host's agent is gone. Its ranks may be alive: then its port still answers."""
@@ -419,7 +420,6 @@ class Agent:
             self._host_gone(index, silent=not isinstance(error, ConnectionRefusedError))
             return
         link.who = ("away", index)
-        self._away[index] = link
         if index == self._above_is and index != 0:
             self._reach_first(index)
         elif index != self._above_is:
@@ -518,10 +518,21 @@ class Agent:
             if link is not None:
                 self._drop(link)
             self._forget_process(one)
-            if self.plan.index == 0 and not any(other.running for other in self._ranks.values()):
-                self._tell_below({"ended": 1})
+            if not any(other.running for other in self._ranks.values()):
+                self._all_left()
+
+    def _all_left(self) -> None:
+        """All ranks of this host have ended in good order: its agent may be ended with them."""
+        if self.plan.index == 0:
+            self._tell_below({"ended": 1})
+        elif self._above is not None:
+            self._above.tell({"host_ended": self.plan.index})
 
     def _hear_below(self, index: int, message: dict[str, Any]) -> None:
+        if "host_ended" in message:
+            self._ended_hosts.add(int(message["host_ended"]))
+            if self._above is not None:
+                self._above.tell(message)
         if "summary" in message:
             self._said[index] = (Summary.heard(message["summary"]), time.monotonic())
         if "gone" in message:
@@ -718,13 +729,12 @@ class Agent:
                 return
 
 
-_UNREACHABLE = {getattr(__import__("errno"), name) for name in ("EHOSTUNREACH", "ENETUNREACH", "ETIMEDOUT")}
-
-
 def main() -> None:
     """Be an agent: read a plan from stdin, say where it listens, read where the others do, and work."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it ends with its ranks
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     agent = Agent(Plan.heard(json.loads(sys.stdin.readline())))
     print(json.dumps(agent.addresses), flush=True)
     table = sys.stdin.readline()

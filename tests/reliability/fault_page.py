@@ -1,4 +1,4 @@
-"""Writes the table of docs/reliability.md from docs/reliability.json, which `inflict.py` measured."""
+"""Writes the tables of docs/reliability.md: what `inflict.py`, `healthy.py` and `watch_scale` measured."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from faults import FAULTS, LOOPS
+from healthy import LOOPS as HEALTHY_LOOPS
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 JSON_PATH, PAGE = DOCS / "reliability.json", DOCS / "reliability.md"
-BEGIN = "<!-- begin of what `make reliability` wrote -->"
-END = "<!-- end of what `make reliability` wrote -->"
 
 
 def _cell(row: dict[str, Any] | None, planned: bool) -> str:
@@ -83,13 +82,73 @@ def _plain(text: str) -> str:
     return text.rstrip(".")
 
 
-def page(text: str, result: dict[str, Any]) -> str:
-    """Return the page with a new table."""
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    return f"{before}{BEGIN}\n\n{table(result)}\n\n{END}{after}"
+def healthy_table(result: dict[str, Any]) -> str:
+    """Return the table of jobs that are healthy but slow."""
+    lines = [
+        f"| what is slow | {' | '.join(HEALTHY_LOOPS.values())} | ended |",
+        "| --- " * (len(HEALTHY_LOOPS) + 2) + "|",
+    ]
+    rows = {(row["what"], row["loop"]): row for row in result["rows"]}
+    for what in dict.fromkeys(row["what"] for row in result["rows"]):
+        ours = [rows[what, loop] for loop in HEALTHY_LOOPS if (what, loop) in rows]
+        cells = []
+        for loop in HEALTHY_LOOPS:
+            row = rows.get((what, loop))
+            lasting = f" of {row['seconds']:g} s" if row and row["seconds"] else ""
+            cells.append("—" if row is None else f"{row['rounds']} ×{lasting}")
+        ended = sum(bool(row["problems"]) for row in ours)
+        lines.append(f"| {what} | {' | '.join(cells)} | {f'**{ended}**' if ended else 'none'} |")
+    if soak := result.get("soak"):
+        lines += [
+            "",
+            f"{soak['minutes']:g} minutes of such jobs, chosen at random, one after the other: "
+            f"{soak['jobs']} jobs, {len(soak['alarms'])} alarms.",
+        ]
+    return "\n".join(lines)
+
+
+def cost_table(result: dict[str, Any]) -> str:
+    """Return the table of what the watch costs."""
+    lines = [
+        "| ranks | hosts | situation | busiest agent | a rank | messages a second and host "
+        "| bytes a second and host | a killed rank is known after |",
+        "| --- " * 8 + "|",
+    ]
+    for row in result["rows"]:
+        for situation in ("running", "all but one waiting"):
+            one = row[situation]
+            agent = max(share for what, share in one.items() if what.startswith("agent"))
+            known = f"{row['seconds until a killed one is known']:.2f} s" if situation == "running" else ""
+            lines.append(
+                f"| {row['ranks']:,} | {row['hosts']:,} | {situation} | {100 * agent:.2f} % of a core "
+                f"| {100 * one['a rank']:.2f} % | {one['messages a second and host']:.2f} "
+                f"| {one['bytes a second and host']:.0f} | {known} |"
+            )
+    return "\n".join(lines)
+
+
+PARTS = {
+    "make reliability": (JSON_PATH, table),
+    "tests/reliability/healthy.py": (DOCS / "healthy.json", healthy_table),
+    "hvdloss.benchmarks.watch_scale": (DOCS / "watch_scale.json", cost_table),
+}
+
+
+def page(text: str, results: dict[str, dict[str, Any]]) -> str:
+    """Return the page with new tables, by who measured them."""
+    for who, result in results.items():
+        begin, end = (f"<!-- {mark} of what `{who}` wrote -->" for mark in ("begin", "end"))
+        before, rest = text.split(begin)
+        _, after = rest.split(end)
+        text = f"{before}{begin}\n\n{PARTS[who][1](result)}\n\n{end}{after}"
+    return text
+
+
+def measured() -> dict[str, dict[str, Any]]:
+    """Return what was measured last."""
+    return {who: json.loads(path.read_text()) for who, (path, _) in PARTS.items()}
 
 
 def write_page() -> None:
-    """Write the table of the page from its JSON."""
-    PAGE.write_text(page(PAGE.read_text(), json.loads(JSON_PATH.read_text())))
+    """Write the tables of the page from their JSON."""
+    PAGE.write_text(page(PAGE.read_text(), measured()))

@@ -1,8 +1,8 @@
-"""Jobs that are healthy but slow: none may be ended. Measures the table "Healthy but slow" of docs/reliability.md.
+"""Jobs that are healthy but slow, none of which may be ended: the second table of docs/reliability.md.
 
     python tests/reliability/healthy.py                     # all kinds, as long as they are in life (an hour)
     python tests/reliability/healthy.py --kind pause --loop torch
-    python tests/reliability/healthy.py --soak 120          # minutes of mixed healthy load, as many ranks as 8
+    python tests/reliability/healthy.py --soak 120          # minutes of mixed healthy load
 
 To add a kind: a row here, and what it does in `healthy_job.py`.
 """

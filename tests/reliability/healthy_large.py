@@ -1,4 +1,4 @@
-"""A healthy job: a model of MILLIONS million parameters (700: 2.9 GB a rank), one rank slower: it finishes."""
+"""A healthy job: a model of MILLIONS million parameters (700: 2.9 GB a rank), one rank slower."""
 
 import os
 import time

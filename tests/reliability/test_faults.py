@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from fault_job import Item
 from fault_launch import Launch
-from fault_page import JSON_PATH, PAGE, page
+from fault_page import PAGE, measured, page
 from faults import ALL, BY_NAME, FAULTS, LOOPS
 from inflict import Verdict, items, judge, run
 
@@ -74,7 +73,7 @@ def test_the_table_has_enough_kinds():
 
 def test_the_page_shows_what_was_measured():
     text = PAGE.read_text()
-    assert page(text, json.loads(JSON_PATH.read_text())) == text, "run tests/reliability/inflict.py --page"
+    assert page(text, measured()) == text, "run tests/reliability/inflict.py --page"
 
 
 def test_every_rank_is_hit_and_rank_0_is_what_others_differ_from():
