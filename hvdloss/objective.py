@@ -6,11 +6,13 @@ An adapter's ``Objective`` adds the tensors: it computes per-element losses, han
 
 from __future__ import annotations
 
+import functools
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
 from hvdloss.controller import Controller
+from hvdloss.elements import IGNORED, ClassOptions, check_object, per_element_error, reduction_of
 from hvdloss.errors import ConfigError
 from hvdloss.ledger import check_policy
 from hvdloss.losses import NAMED, GlobalLoss, Group, SumsLoss
@@ -43,7 +45,6 @@ _ALIASES = {
     "bce_with_logits": "binary_cross_entropy_with_logits",
 }
 CLASS_LOSSES = ("cross_entropy", "nll")  # their predictions have a class axis that the losses lack
-IGNORED = -100  # a class index that marks an element as absent, as in torch
 
 
 def loss_named(name: str) -> str:
@@ -116,7 +117,10 @@ class ObjectiveBase(Generic[Row]):
     Args:
         loss: a name from :data:`LOSSES`, or a callable ``(prediction, target) -> per-element losses``;
             or a loss of all ranks' elements (:class:`hvdloss.losses.GlobalLoss`, or its name).
-        reduction: see :mod:`hvdloss.reduction`; a loss of all ranks' elements has none.
+        reduction: see :mod:`hvdloss.reduction`; None for what the loss says of itself, or "mean". A loss of
+            all ranks' elements has none.
+        ignore_index, label_smoothing, class_weight: of "cross_entropy"; see
+            :class:`hvdloss.elements.ClassOptions`.
         terms: what is measured, priced and acted on (:class:`hvdloss.term.Term`).
         process_set: the Horovod process set whose ranks share the step; None for all.
         nonfinite: what happens to a step in which a loss or gradient of some rank is NaN or infinite: one of
@@ -131,12 +135,15 @@ class ObjectiveBase(Generic[Row]):
         self,
         loss: str | Callable[..., Any] | GlobalLoss,
         *,
-        reduction: str = "mean",
+        reduction: str | None = None,
+        ignore_index: int | None = None,
+        label_smoothing: float = 0.0,
+        class_weight: Sequence[float] | None = None,
         terms: tuple[Term, ...] = (),
         process_set: Any = None,
         nonfinite: str = "raise",
     ) -> None:
-        self.reduction = check_reduction(reduction)
+        self.reduction = check_reduction("mean" if reduction is None else reduction)
         self.nonfinite = check_policy(nonfinite)
         self.name: str
         self._function: Callable[..., Any]
@@ -151,16 +158,22 @@ class ObjectiveBase(Generic[Row]):
             self.name = loss_named(loss)
             self._function = self._named_losses()[self.name]
         elif callable(loss):
-            self.name = getattr(loss, "__qualname__", type(loss).__name__)
-            own = getattr(loss, "reduction", "none")  # torch and Keras losses have one
-            if own not in ("none", None):
-                raise ConfigError(
-                    f"loss={self.name} reduces by itself (reduction={own!r}); "
-                    f'construct it with reduction="none", so that it returns per-element losses'
-                )
-            self._function = loss
+            called = loss.func if isinstance(loss, functools.partial) else loss
+            self.name = getattr(called, "__qualname__", type(called).__name__)
+            self._function, own = self._read(loss)
+            self.reduction = reduction_of(reduction, own, self.name)
         else:
             raise ConfigError(f"loss={loss!r} is neither the name of a loss nor a function")
+        self.named = isinstance(loss, str) and self.whole is None  # a function may be called the same
+        self.classes = self.named and self.name in CLASS_LOSSES
+        self.options = ClassOptions.make(
+            self.name if isinstance(loss, str) else f"loss={self.name}",
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            class_weight=class_weight,
+        )
+        if self.options != ClassOptions():
+            self._function = functools.partial(self._function, options=self.options)
         if nonfinite == "skip" and any(act.steps_alone for _, act in self.controller.acts):
             raise ConfigError(
                 'nonfinite="skip" with SyncPeriod: between exchanges each rank steps on its own, so no step '
@@ -199,6 +212,35 @@ class ObjectiveBase(Generic[Row]):
         """Return the framework's functions for :data:`LOSSES`."""
         raise NotImplementedError
 
+    def _read(self, loss: Callable[..., Any]) -> tuple[Callable[..., Any], Any]:
+        """Return the function of a loss that was given as one, and the reduction that it says it has.
+
+        Raises:
+            ConfigError: it has no per-element losses that could be known.
+        """
+        check_object(loss, self.name)
+        return loss, None
+
+    def _check_elements(self, ops: ArrayOps, losses: Any, prediction: Any, target: Any, rank: int) -> None:
+        """Raise ShapeError if what the loss returned cannot be one number per element."""
+        shapes = ops.shapes(prediction), ops.shapes(target)
+        error = per_element_error(ops.shape(losses), *shapes, self.name, rank)
+        if error is not None:
+            raise error
+
+    def _own_weights(self, ops: ArrayOps, prediction: Any, target: Any, like: Any) -> Any:
+        """Return the class weight of each target, in the dtype of `like`; None if all are 1.
+
+        Raises:
+            ShapeError: not one weight per class.
+        """
+        weights = self.options.class_weight
+        if weights is None:
+            return None
+        self.options.check_classes(ops.shape(prediction)[ops.class_axis(prediction)])
+        table = ops.vector64(list(weights), like)
+        return ops.cast_like(ops.take(table, ops.integers(target), len(weights)), like)
+
     def attach(self, listener: Listener[Row], passes: int = 1) -> None:
         """Have `listener` told of each backward pass; holds it weakly."""
         self._listeners = [ref for ref in self._listeners if ref() is not None]
@@ -224,6 +266,7 @@ class ObjectiveBase(Generic[Row]):
             "objective": self.name,
             "reduction": self.reduction,
             "nonfinite": self.nonfinite,
+            **self.options.settings(),
             **{f"loss.{key}": value for key, value in own.items()},
             **self.controller.settings(),
         }
