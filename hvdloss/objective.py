@@ -107,8 +107,20 @@ Row = TypeVar("Row", contravariant=True)
 class Listener(Protocol[Row]):
     """An optimizer that wants to know what weight each backward pass has."""
 
-    def backward_began(self, row: Row) -> None:
-        """Take note that a backward pass goes through a call of the objective with this ledger row."""
+    def backward_began(self, row: Row, gradient: Any) -> None:
+        """Take note that a backward pass goes through a call of the objective with this ledger row.
+
+        `gradient`: what arrives at the loss: 1, but where it was multiplied, as by a GradScaler.
+        """
+
+    def backward_of_another(self, name: str, graph: Any) -> None:
+        """Take note that a backward pass goes through a call of an objective that it does not listen to.
+
+        `name`: of that objective. `graph`: what its loss was made of, as the adapter has it.
+        """
+
+
+_everybody: weakref.WeakSet[Any] = weakref.WeakSet()  # who listens to any objective
 
 
 class ObjectiveBase(Generic[Row]):
@@ -246,18 +258,21 @@ class ObjectiveBase(Generic[Row]):
         self._listeners = [ref for ref in self._listeners if ref() is not None]
         if all(ref() is not listener for ref in self._listeners):
             self._listeners.append(weakref.ref(listener))
+        _everybody.add(listener)
         self.passes = passes
 
     def listeners(self) -> list[Listener[Row]]:
         """Return the optimizers that are told of each backward pass."""
         return [one for ref in self._listeners if (one := ref()) is not None]
 
-    def announce(self, row: Row) -> None:
-        """Tell all listeners that a backward pass begins whose ledger row is `row`."""
-        for ref in self._listeners:
-            listener = ref()
-            if listener is not None:
-                listener.backward_began(row)
+    def announce(self, row: Row, gradient: Any = 1.0, graph: Any = None) -> None:
+        """Tell all listeners that a backward pass begins whose ledger row is `row`; and who is none."""
+        ours = self.listeners()
+        for listener in ours:
+            listener.backward_began(row, gradient)
+        for other in list(_everybody):
+            if all(other is not listener for listener in ours):
+                other.backward_of_another(self.name, graph)
 
     def settings(self) -> dict[str, Any]:
         """Return what must be equal on all ranks, for the agreement of the first step."""

@@ -294,11 +294,13 @@ class Objective(ObjectiveBase[torch.Tensor]):
         loss = part.mean(_OPS)
         if penalty is not None:
             loss = loss + penalty
-        if loss.requires_grad and self._listeners:
+        if loss.requires_grad:
             row = part.row(_OPS)
             if told:
                 row = torch.cat([row, *told])
-            loss.register_hook(lambda _: self.announce(row))
+            # What the loss was made of; the loss itself would hold itself by its hook.
+            graph = [] if loss.grad_fn is None else [node for node, _ in loss.grad_fn.next_functions]
+            loss.register_hook(lambda gradient: self.announce(row, gradient, graph))
         return loss
 
     @staticmethod

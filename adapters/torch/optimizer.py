@@ -24,6 +24,7 @@ from hvdloss.controller import counts_of
 from hvdloss.errors import ConfigError, HvdlossError, UsageError
 from hvdloss.guard import due
 from hvdloss.ledger import COLUMN, FAULTS, WIDTH, Ledger, judge, offenders, pack, unpack
+from hvdloss.passes import another_error, division_error, uneven_division_error
 from hvdloss.plan import Bucket, ParameterInfo, plan_buckets
 from hvdloss.reduction import MEASURED
 from hvdloss.report import StepReport
@@ -45,6 +46,7 @@ from hvdloss.torch.guard import check_synchronized, checksums
 from hvdloss.torch.local import Stretch, share_memory
 from hvdloss.torch.objective import Objective
 from hvdloss.torch.ops import at_hand, communicator_of, put_on
+from hvdloss.torch.passes import divided, division, leads_to, scales, see_scalers
 from hvdloss.tuning import Tuning, choose, launched
 from hvdloss.world import following, next_number
 
@@ -119,6 +121,9 @@ class _Engine:
         self._news = False  # whether they have not been told of the last step
         self._active = False
         self._rows: list[torch.Tensor] = []
+        self._arrived: list[torch.Tensor] = []  # at the losses of those rows
+        self._others: list[tuple[str, Any]] = []  # objectives of others in a backward pass, and their graphs
+        see_scalers()
         self._hooked: dict[int, Any] = {}
         self._frozen: list[torch.nn.Parameter] = []
         self._forget_plan()
@@ -342,6 +347,9 @@ class _Engine:
         self._row_sum: torch.Tensor | None = None
         self._kept: dict[int, torch.Tensor] = {}
         self._strays = 0
+        self._refusal: HvdlossError | None = None  # of what the user's loop did in this step
+        self._divisions: list[Any] = []  # what arrived at losses, by pass, over what scalers multiplied with
+        self._others.clear()
         self._scale_sum: Any = 0.0
         self._table: torch.Tensor | None = None
         self._table_ready: Callable[[], None] | None = None
@@ -355,16 +363,34 @@ class _Engine:
 
     # -- a backward pass --------------------------------------------------------------------------
 
-    def backward_began(self, row: torch.Tensor) -> None:
+    def backward_began(self, row: torch.Tensor, gradient: torch.Tensor) -> None:
         """A backward pass goes through a call of the objective with this ledger row."""
         if not self._active:
             self._begin_backward()
         if not any(row is other for other in self._rows):
             self._rows.append(row)
+            self._arrived.append(gradient)
+
+    def backward_of_another(self, name: str, graph: Any) -> None:
+        """A backward pass goes through another objective, and may come to this optimizer's parameters."""
+        self._others.append((name, graph))
+        # Whichever callback comes first: while a pass is under way, its own end looks at them.
+        torch.autograd.Variable._execution_engine.queue_callback(
+            lambda: None if self._active else self._others.clear()
+        )
+
+    def _refuse_others(self) -> None:
+        """Refuse a backward pass that came to parameters from the loss of another objective too."""
+        others, self._others = self._others, []
+        for name, graph in others:
+            if self._refusal is None and leads_to(graph, {id(p) for p in self.parameters()}):
+                self._refusal = another_error(name, self.objective.name)
 
     def _begin_backward(self, arrived: torch.nn.Parameter | None = None) -> None:
         watch.check()
         if self.launched:
+            if self._others:
+                raise another_error(self._others[0][0], self.objective.name)
             raise UsageError(
                 f"a backward pass began although the gradients of this step's backward_passes_per_step="
                 f"{self.passes} are already under way, and optimizer.step() was not called. Pass as "
@@ -377,8 +403,9 @@ class _Engine:
             self._set_aside(arrived)
         self._active = True
         self._reached = False
-        self._rows = []
+        self._rows, self._arrived = [], []
         self._scale: Any = None
+        self._grad_scale: Any = None
         # Runs when the outermost backward pass is over; a reentrant one inside belongs to it.
         torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
 
@@ -417,13 +444,36 @@ class _Engine:
                 f"checkpointing does that): pass use_reentrant=False to checkpoint, or a larger "
                 f"backward_passes_per_step."
             )
-        bucket.absorb(self._current_scale())
+        bucket.absorb(self._gradient_scale())
         last = self.passes_done + 1 == self.passes and not self._strays and not self._local
         if last and self.tuning.overlap.value and bucket is not self.carrier and not self._dropping:
             bucket.launch(self._scale_sum + self._scale, self.wire)
 
-    def _current_scale(self) -> Any:
+    def _gradient_scale(self) -> Any:
         """Return what this pass's gradients are multiplied with: the denominator of its loss.
+
+        And with the passes of a step, where the loss was divided by them: the weights divide already.
+        """
+        if self._grad_scale is None:
+            scale = self._current_scale()
+            objective = self.objective
+            if self.passes > 1 and (objective.reduction != "sum" or objective.whole is not None):
+                arrived = self._arrived[0]
+                self._divisions.append((arrived, scales(arrived)))
+                scale = scale * division(arrived, self.passes, self._divisions[-1][1])
+            self._grad_scale = scale
+        return self._grad_scale
+
+    def _divided(self) -> Any:
+        """Return above 0 if the losses were divided by another number of passes than the one declared."""
+        count = self.passes_done
+        if count in (1, self.passes) or len(self._divisions) < count:
+            return 0.0
+        found = [divided(arrived, count, by) for arrived, by in self._divisions]
+        return torch.stack(found).all().double() if isinstance(found[0], torch.Tensor) else float(all(found))
+
+    def _current_scale(self) -> Any:
+        """Return the denominator of this pass's loss, in the unit of the step's weights.
 
         A float on a CPU; on a device a 0-dim tensor, for which nobody waits.
         """
@@ -438,17 +488,23 @@ class _Engine:
         self._active = False
         reached = self._reached or any(bucket.fired_count for bucket in self.buckets)
         if not reached:  # autograd.grad, say: no parameter's gradient was touched
+            self._others.clear()
             return
         rows = self._rows
+        self._refuse_others()
         # Where there were several calls, a device is waited for.
         stray = not rows or any(bool(row[1] != rows[0][1]) for row in rows[1:])
         scale = 0.0 if stray else self._current_scale()
+        if len(rows) > 1 and not stray:
+            self._gradient_scale()
+            if self._divisions and any(bool(divided(g, self.passes, scales(g))) for g in self._arrived):
+                self._refusal = self._refusal or uneven_division_error(self.passes)
         for slot in (*self.buckets, *self.sparse):
             if not stray:  # a backward pass of something else leaves its gradients to be looked at
-                slot.absorb(scale)
+                slot.absorb(self._gradient_scale())
             slot.begin_pass()
         if not self._planned and not stray:
-            self._gather(scale)
+            self._gather(self._gradient_scale())
         self.passes_done += 1
         if stray:
             self._strays += 1
@@ -487,6 +543,11 @@ class _Engine:
     def _waiting(self) -> AbstractContextManager[None]:
         """Say, while it lasts, that this rank waits for the others in a step."""
         return watch.waiting_in_step(self.name, ranks_of(hvd, self.process_set))
+
+    @property
+    def _failure(self) -> BaseException | None:
+        """Why this rank cannot go on, or what its loop did that has no exact step."""
+        return self.error if self.error is not None else self._refusal
 
     def communicator(self) -> Communicator:
         """Return the exchange of small arrays among this optimizer's ranks."""
@@ -579,7 +640,7 @@ class _Engine:
         own = Ledger(
             nonfinite_gradients=0.0 if isinstance(bad, torch.Tensor) else float(bad),
             strays=float(strays),
-            failed=float(self.error is not None),
+            failed=float(self._failure is not None),
             communication=self._held_up,
             computation=self._computed,
             moved=moved,
@@ -597,6 +658,10 @@ class _Engine:
                 self._told[rank] = row[MEASURED:]
         if isinstance(bad, torch.Tensor):
             table[rank * WIDTH + _GRADIENTS] = bad
+        if isinstance(wrong := self._divided(), torch.Tensor):
+            table[rank * WIDTH + _FAILED] += wrong
+        elif wrong:
+            table[rank * WIDTH + _FAILED] = 1.0
         ready = self._plain_wire.send(self._told.view(-1), f"{self.name}.terms") if width else None
         return table, ready
 
@@ -613,7 +678,10 @@ class _Engine:
         self.heard = (self.heard[0] + 1, any(ledger.more for ledger in ledgers))
         self.wished = tuple(rank for rank, ledger in enumerate(ledgers) if ledger.leaving)
         if any(ledger.failed for ledger in ledgers):
-            raise_together(self.communicator(), self.error, f"{self.name}.failed", f"step {step}")
+            mine = self._failure
+            if mine is None and ledgers[self.process_set.rank()].failed:
+                mine = division_error(self.passes_done, self.passes)
+            raise_together(self.communicator(), mine, f"{self.name}.failed", f"step {step}")
         error = judge(ledgers, step, self.objective.nonfinite, gradients=gradients)
         if error is not None:
             raise error
@@ -1028,7 +1096,7 @@ class _Engine:
 _ADDED = [0, 5, 6, 7]
 FAULTS_TOLD = slice(FAULTS.start, MEASURED)  # the faults that tensors tell
 _NONFINITE = COLUMN["nonfinite_losses"]
-_GRADIENTS = COLUMN["nonfinite_gradients"]
+_GRADIENTS, _FAILED = COLUMN["nonfinite_gradients"], COLUMN["failed"]
 _KEPT = slice(COLUMN["micro_batches"], MEASURED)
 
 

@@ -1,0 +1,70 @@
+"""What PyTorch's backward passes say of the loop: what arrives at a loss, and where its graph leads."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from hvdloss.passes import divided_by
+from hvdloss.torch.ops import at_hand, put_on
+
+__all__ = ["divided", "division", "leads_to", "scales", "see_scalers"]
+
+_scalers: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def see_scalers() -> None:
+    """Have every GradScaler known once it scales a loss: what arrives at the loss is then its scale."""
+    plain = torch.amp.GradScaler.scale
+    if hasattr(plain, "_hvdloss"):
+        return
+
+    @functools.wraps(plain)
+    def scale(self: Any, outputs: Any) -> Any:
+        _scalers.add(self)
+        return plain(self, outputs)
+
+    scale._hvdloss = True  # type: ignore[attr-defined]
+    torch.amp.GradScaler.scale = scale  # type: ignore[method-assign]
+
+
+def scales(like: torch.Tensor) -> list[torch.Tensor]:
+    """Return what the GradScalers that were used multiply losses with, on the device of `like`."""
+    found = [scaler._scale.detach() for scaler in _scalers if scaler._scale is not None]
+    return [s if s.device == like.device else put_on(s.cpu(), like.device) for s in found]
+
+
+def divided(arrived: torch.Tensor, passes: int, scales: list[torch.Tensor]) -> Any:
+    """Return :func:`hvdloss.passes.divided_by` of what arrived at a loss: a bool, or a tensor on a device."""
+    if at_hand(arrived):
+        return divided_by(float(arrived), passes, [float(s) for s in scales])
+    x = arrived.detach().double()
+    whole = torch.stack([torch.ones_like(x), *(s.double() for s in scales)])
+    near = torch.isclose(x * passes, whole, rtol=1e-5, atol=0.0).any()
+    return near & ~torch.isclose(x, whole, rtol=1e-5, atol=0.0).any()
+
+
+def division(arrived: torch.Tensor, passes: int, scales: list[torch.Tensor]) -> Any:
+    """Return what undoes a division of the loss by the passes: a number, or a tensor on a device."""
+    found = divided(arrived, passes, scales)
+    return (
+        torch.where(found, float(passes), 1.0).double() if isinstance(found, torch.Tensor) else passes**found
+    )
+
+
+def leads_to(graph: Iterable[Any], parameters: set[int]) -> bool:
+    """Return whether a graph (nodes of autograd) leads to one of the parameters, given by identity."""
+    seen: set[Any] = set()
+    waiting = [node for node in graph if node is not None]
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if id(getattr(node, "variable", None)) in parameters:
+            return True
+        waiting += [following for following, _ in node.next_functions if following is not None]
+    return False
