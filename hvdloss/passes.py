@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from hvdloss.errors import UsageError
 
-__all__ = ["another_error", "divided_by", "division_error", "uneven_division_error"]
+__all__ = ["another_error", "divided_by", "division_error", "uneven_division_error", "unheard_error"]
 
 _NEAR = 1e-5  # a division in float32 is not exact, nor is the multiplication by a scale before it
 
@@ -30,13 +30,22 @@ def divided_by(gradient: float, passes: int, scales: Iterable[float] = ()) -> bo
     return any(abs(gradient * passes - s) <= _NEAR * s for s in whole)
 
 
-def another_error(name: str, ours: str, what: str = "this optimizer") -> UsageError:
-    """Return the error of a backward pass through an objective that `what` does not have."""
+def another_error(names: str, ours: str) -> UsageError:
+    """Return the error of a backward pass through objectives that an optimizer or tape does not have."""
     return UsageError(
-        f"a backward pass went through the loss of the objective {name!r}, which {what} does not have: the "
-        f"ranks' means of it would be averaged by what {ours!r} weighs. Let one objective have all losses of "
-        f"an element (a function that returns their sum, for each element), call {what}'s own objective "
-        f"for each of them where their weights are equal, or train on them in steps of their own"
+        f"a backward pass went through the loss of the objective {names}, which is not the one of this "
+        f"optimizer or tape: the ranks' means of it would be averaged by what {ours!r} weighs. Let one "
+        f"objective have all losses of an element (a function that returns their sum, for each element), "
+        f"call this one for each of them where their weights are equal, or train on each in steps of its own"
+    )
+
+
+def unheard_error(names: str) -> UsageError:
+    """Return the error of a backward pass through an objective, with an optimizer that has none."""
+    return UsageError(
+        f"a backward pass went through the loss of the objective {names}, of which this optimizer knows "
+        f"nothing: the ranks' means of it would be averaged as if all held the same. Give it to the "
+        f"optimizer: DistributedOptimizer(optimizer, objective=...)"
     )
 
 

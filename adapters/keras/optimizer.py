@@ -16,7 +16,7 @@ from hvdloss.keras.local import Stretch, check_local
 from hvdloss.keras.losses import ExactCompileLoss, Objective
 from hvdloss.ledger import COLUMN
 from hvdloss.report import StepReport
-from hvdloss.tensorflow.books import Books
+from hvdloss.tensorflow.books import Books, failing
 from hvdloss.tensorflow.exchange import (
     Exchange,
     beyond,
@@ -53,6 +53,8 @@ class _Engine:
         # Without an objective or a compiled loss every backward pass weighs the same, as in Horovod.
         self.books = Books() if objective is None else objective.books
         self.books.process_set = exchange.process_set
+        self.books.owned = True
+        self.loss_scale: Callable[[], Any] = lambda: None  # what a LossScaleOptimizer multiplies with
         self.lenient = objective is None
         self.compile_loss: ExactCompileLoss | None = None
         self.window: tf.Variable | None = None
@@ -110,6 +112,8 @@ class _Engine:
         controller = self.books.controller
         check_acts(controller, self.exchange.compression)
         scales = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
+        if scales:
+            self.loss_scale = lambda: optimizer.dynamic_scale.value
         if scales and self.books.nonfinite == "drop":
             raise ConfigError(
                 'nonfinite="drop" with a LossScaleOptimizer: it skips every step in which a gradient of any '
@@ -140,7 +144,14 @@ class _Engine:
         self.begin()
         if self.stretch is not None:
             self.stretch.build(optimizer)
-        row = self.books.take(lenient=self.lenient) if self.idle is None else self.idle
+        row = self.idle
+        undo, unclear = tf.ones((), tf.float64), tf.zeros((), tf.float64)
+        if row is None:
+            row = self.books.take(lenient=self.lenient)
+            undo, unclear = self.books.undivided(
+                optimizer.gradient_accumulation_steps or 1, self.loss_scale()
+            )
+            row = failing(row, self.books.unheard() + unclear)
         self.row, self.factor = row, None
         self.variables = list(variables)
         if self.idle is None:
@@ -161,7 +172,7 @@ class _Engine:
             self.row = self.window.read_value()
             # Keras divides what it adds up by the number of passes.
             self.factor = float(steps)
-            gradients = [scaled(g, row[1]) for g in gradients]
+            gradients = [scaled(g, row[1] * undo) for g in gradients]
         return gradients
 
     def reduce(self, optimizer: Any, gradients: list[Any]) -> tuple[list[Any], tf.Tensor]:

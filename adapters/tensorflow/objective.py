@@ -201,6 +201,7 @@ class Objective(ObjectiveBase[tf.Tensor]):
             nonfinite=nonfinite,
         )
         self.books = Books(self.controller, self.reduction, nonfinite)
+        self.books.of_objective(self.name, self.reduction != "sum" or self.whole is not None)
         self.alone = False  # while a rank evaluates a loss of all ranks' elements on its own
 
     def _named_losses(self) -> Mapping[str, Callable[..., tf.Tensor]]:
