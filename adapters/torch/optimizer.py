@@ -43,6 +43,7 @@ from hvdloss.torch.buckets import (
 )
 from hvdloss.torch.compression import Compression
 from hvdloss.torch.guard import check_synchronized, checksums
+from hvdloss.torch.hooks import adopt, hooks_of
 from hvdloss.torch.local import Stretch, share_memory
 from hvdloss.torch.objective import Objective
 from hvdloss.torch.ops import at_hand, communicator_of, put_on
@@ -282,6 +283,7 @@ class _Engine:
         self._planned = False
         self._stale = False  # whether gradients can no longer travel as planned
         self._planned_size = 0
+        self._planned_kinds: list[Any] = []
         self._order: dict[int, None] = {}
         self._fired: set[int] = set()
         self._gathered: dict[int, torch.Tensor] = {}
@@ -294,6 +296,12 @@ class _Engine:
             self._stretch = None
             self._hook_parameters()
             self._forget_plan()
+        if self._planned and self._kinds() != self._planned_kinds:  # model.double(), say
+            self._stretch = None
+            self._forget_plan()
+        for bucket in self.buckets:
+            if isinstance(bucket, FlatBucket):
+                bucket.keep_views()
         if self._planned and self._planned_size != self.process_set.size():
             self._forget_plan()  # an elastic job has other ranks now
             self._stretch = None
@@ -317,6 +325,10 @@ class _Engine:
         """Whether the ranks' parameters differ, after local steps."""
         return self._stretch is not None and self._stretch.steps > 0
 
+    def _kinds(self) -> list[Any]:
+        """Return what a plan depends on of each parameter: the user may change it in place."""
+        return [(p.dtype, p.device, p.shape) for p in self.parameters()]
+
     def unfrozen(self) -> bool:
         """Return whether a parameter is to be trained now that was frozen before."""
         return any(p.requires_grad for p in self._frozen)
@@ -336,6 +348,7 @@ class _Engine:
             elif place[0].fire(place[1]) and engine._rows:
                 engine._bucket_full(place[0], p)
 
+        hook._hvdloss = True  # type: ignore[attr-defined]
         for p in self.parameters():
             if p.requires_grad and id(p) not in self._hooked:
                 self._hooked[id(p)] = p.register_post_accumulate_grad_hook(hook)
@@ -384,13 +397,13 @@ class _Engine:
         others, self._others = self._others, []
         for name, graph in others:
             if self._refusal is None and leads_to(graph, {id(p) for p in self.parameters()}):
-                self._refusal = another_error(name, self.objective.name)
+                self._refusal = another_error(repr(name), self.objective.name)
 
     def _begin_backward(self, arrived: torch.nn.Parameter | None = None) -> None:
         watch.check()
         if self.launched:
             if self._others:
-                raise another_error(self._others[0][0], self.objective.name)
+                raise another_error(repr(self._others[0][0]), self.objective.name)
             raise UsageError(
                 f"a backward pass began although the gradients of this step's backward_passes_per_step="
                 f"{self.passes} are already under way, and optimizer.step() was not called. Pass as "
@@ -401,6 +414,8 @@ class _Engine:
         if not self.passes_done:
             self._refresh()
             self._set_aside(arrived)
+        for p in self.parameters():
+            adopt(p)
         self._active = True
         self._reached = False
         self._rows, self._arrived = [], []
@@ -467,7 +482,7 @@ class _Engine:
     def _divided(self) -> Any:
         """Return above 0 if the losses were divided by another number of passes than the one declared."""
         count = self.passes_done
-        if count in (1, self.passes) or len(self._divisions) < count:
+        if not 2 <= count < self.passes or len(self._divisions) < count:
             return 0.0
         found = [divided(arrived, count, by) for arrived, by in self._divisions]
         return torch.stack(found).all().double() if isinstance(found[0], torch.Tensor) else float(all(found))
@@ -800,6 +815,9 @@ class _Engine:
 
     def _hand_over(self) -> None:
         """Give the parameters what was set aside before, and end the step."""
+        hooked = [p for p in self.parameters() if hooks_of(p) is not None and p.grad is not None]
+        for p in hooked:
+            hooks_of(p).on_gradient(p)
         if self._kept:
             for p in self.parameters():
                 if (kept := self._kept.get(id(p))) is not None:
@@ -807,6 +825,8 @@ class _Engine:
         for p in self._densified:
             if p.grad is not None:
                 p.grad = p.grad.to_sparse(1)
+        for p in hooked:
+            hooks_of(p).on_accumulated(p)
         self.step_count += 1
         watch.stepped(self.name)
         self._begin_step()
@@ -1002,6 +1022,7 @@ class _Engine:
                 lone.used = bool(count)
         self._planned = True
         self._planned_size = self.process_set.size()
+        self._planned_kinds = self._kinds()
 
     def _lay_out(self, layouts: list[Bucket], members: list[torch.nn.Parameter]) -> None:
         """Make the buckets. The last one that can takes the ledgers along, which saves a message."""
@@ -1134,6 +1155,14 @@ class _Exact:
 
     _base: type[torch.optim.Optimizer]
     _hvdloss: _Engine
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise UsageError(
+            "a DistributedOptimizer cannot be copied or pickled: its copy would take part in the ranks' "
+            "exchanges, for parameters that the model copied with it does not have. Copy or save "
+            "optimizer.state_dict(); for a copy of the model make an optimizer of the same kind, load that "
+            "into it, and wrap it in turn, on every rank"
+        )
 
     def synchronize(self) -> None:
         """Wait for the step's reductions; afterwards every ``.grad`` is that of all ranks' elements.

@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
+import os
+import pickle
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch_support import (
+    DEVICE,
     Batch,
     before_case,
     difference,
+    flat,
     generator,
     gradients,
     here,
     network,
     raises_everywhere,
+    regression,
+    uneven,
+    union,
 )
 
 import hvdloss.torch as hvd
-from hvdloss.errors import RankError, ShapeError
+from hvdloss.errors import RankError, ShapeError, UsageError
 
 __all__ = ["before_case"]
 
@@ -241,3 +249,114 @@ def case_a_loss_divided_by_fewer_micro_batches_is_refused():
         optimizer.step()
 
     raises_everywhere(RankError, heads, "1/4")
+
+
+def case_memory_that_the_user_changes():
+    """Targets 0 and 4, so w -> w - (w - 2) / 2, whatever becomes of gradients and parameters in between."""
+
+    def cast(model, optimizer):
+        model.double().float()
+
+    def stay_double(model, optimizer):
+        model.double()
+
+    def moved(model, optimizer):
+        model.weight.data = model.weight.data.clone()
+        if model.weight.grad is not None:
+            model.weight.grad.data = torch.full_like(model.weight.grad, 7.0)
+
+    def zeroed(model, optimizer):
+        optimizer.zero_grad(set_to_none=False)
+
+    def zeroed_and_cast(model, optimizer):
+        optimizer.zero_grad(set_to_none=False)
+        model.half().float()
+
+    right = [2 - 2 * 0.5**n for n in range(1, 5)]
+    for alone in ("4", "0.000001"):  # in a bucket, and by itself
+        os.environ["HVDLOSS_ALONE_MB"] = alone
+        for change in (cast, stay_double, moved, zeroed, zeroed_and_cast):
+            model = nn.Linear(1, 1, bias=False).to(DEVICE)
+            nn.init.zeros_(model.weight)
+            objective = hvd.Objective("mse")
+            optimizer = hvd.DistributedOptimizer(
+                torch.optim.SGD(model.parameters(), lr=0.25), model.named_parameters(), objective
+            )
+            seen = []
+            for step in range(4):
+                if change is not zeroed_and_cast:
+                    optimizer.zero_grad(set_to_none=change is not zeroed)
+                x = here(torch.ones(1, 1)).to(model.weight.dtype)
+                last = hvd.rank() == hvd.size() - 1
+                objective(model(x), x * (2.0 * hvd.size() if last else 0.0)).backward()
+                optimizer.step()
+                seen.append(model.weight.item())
+                if step in (0, 2):
+                    change(model, optimizer)
+                elif change is zeroed_and_cast:
+                    optimizer.zero_grad(set_to_none=False)
+            assert seen == right, (change.__name__, seen)
+
+
+def case_a_copied_optimizer_is_refused_by_name():
+    model = network(generator(1))
+    optimizer = hvd.DistributedOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1), model.named_parameters(), hvd.Objective("mse")
+    )
+    for attempt in (copy.deepcopy, copy.copy, pickle.dumps):
+        with pytest.raises(UsageError, match="state_dict"):
+            attempt(optimizer)
+    copied = copy.deepcopy(model)
+    again = hvd.DistributedOptimizer(
+        torch.optim.SGD(copied.parameters(), lr=0.1), copied.named_parameters(), hvd.Objective("mse")
+    )
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+
+def case_hooks_on_parameters_act_as_in_one_process():
+    """On the whole gradient, once a step, set before or after wrapping, in every step."""
+    g = generator(11)
+    error = 0.0
+    for passes, before in ((1, True), (1, False), (2, True), (2, False)):
+        model, one = network(generator(5)), network(generator(5))
+        seen, alone = [], []
+
+        def triple(p):
+            p.grad.mul_(3.0)
+
+        def hook(found, m):
+            first, second = list(m.parameters())[:2]
+            handle = first.register_hook(lambda grad: grad.clamp(-0.05, 0.05))
+            second.register_hook(lambda grad: found.append(grad.norm().item()))
+            second.register_post_accumulate_grad_hook(triple)
+            return handle
+
+        objective = hvd.Objective("mse")
+        ours = hook(seen, model) if before else None
+        optimizer = hvd.DistributedOptimizer(
+            torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
+            model.named_parameters(),
+            objective,
+            backward_passes_per_step=passes,
+        )
+        ours = hook(seen, model) if ours is None else ours
+        theirs = hook(alone, one)
+        single = torch.optim.SGD(one.parameters(), lr=0.1, momentum=0.9)
+        for number in range(4):
+            if number == 3:
+                ours.remove()
+                theirs.remove()
+            step = regression(g, uneven(micro=passes))
+            optimizer.zero_grad()
+            for b in step[hvd.rank()]:
+                objective(model(b.x), b.y, b.weight).backward()
+            optimizer.step()
+            single.zero_grad()
+            whole = union(step)
+            (whole.weight * (one(whole.x) - whole.y) ** 2).sum().div(whole.weight.sum()).backward()
+            single.step()
+            error = max(error, difference(flat(model.parameters()), flat(one.parameters())))
+        assert len(seen) == len(alone) == 4
+        assert max(abs(a - b) for a, b in zip(seen, alone, strict=True)) < 1e-12
+    assert error < 1e-12, error
+    return {"error, float64": error}
