@@ -68,6 +68,7 @@ class Ledger:
         together: squared length of the mean move of the exchange before, as this rank has it.
         more: 1 if the rank has more data after this step (:mod:`hvdloss.data.uneven`).
         leaving: 1 if the rank was told to leave (:mod:`hvdloss.training.preemption`).
+        hooks: how many hooks the user has set on the rank's parameters.
     """
 
     numerator: float = 0.0
@@ -87,6 +88,7 @@ class Ledger:
     together: float = 0.0
     more: float = 0.0
     leaving: float = 0.0
+    hooks: float = 0.0
 
     @classmethod
     def zero(cls) -> Ledger:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Hooks", "adopt", "hooks_of"]
+__all__ = ["Hooks", "adopt", "hooks_of", "same"]
 
 _NAME = "_hvdloss_hooks"  # on the parameter: they outlive an optimizer, and are those of the next
 
@@ -31,6 +31,11 @@ class Hooks:
         """Keep what ``register_post_accumulate_grad_hook`` set."""
         self._of_accumulated = [one for one in self._of_accumulated if one] + [hooks]
 
+    @property
+    def count(self) -> int:
+        """How many there are, by now."""
+        return sum(map(len, (*self._of_gradient, *self._of_accumulated)))
+
     def on_gradient(self, p: torch.nn.Parameter) -> None:
         """Let hooks look at the gradient of the step, or replace it."""
         for hooks in self._of_gradient:
@@ -44,6 +49,14 @@ class Hooks:
         for hooks in self._of_accumulated:
             for hook in list(hooks.values()):
                 hook(p)
+
+
+def same(a: torch.Tensor | None, b: torch.Tensor) -> bool:
+    """Return whether two tensors are equal, where NaN is NaN."""
+    if a is None or a.shape != b.shape:
+        return False
+    a, b = (x.to_dense() if x.layout is not torch.strided else x for x in (a, b))
+    return bool(((a == b) | ((a != a) & (b != b))).all())
 
 
 def hooks_of(p: torch.nn.Parameter) -> Hooks | None:

@@ -21,7 +21,7 @@ from hvdloss.control.compression import AdaptiveCompression
 from hvdloss.control.period import SyncPeriod
 from hvdloss.control.weights import Proximal
 from hvdloss.controller import counts_of
-from hvdloss.errors import ConfigError, HvdlossError, UsageError
+from hvdloss.errors import AgreementError, ConfigError, HvdlossError, UsageError
 from hvdloss.guard import due
 from hvdloss.ledger import COLUMN, FAULTS, WIDTH, Ledger, judge, offenders, pack, unpack
 from hvdloss.passes import another_error, division_error, uneven_division_error
@@ -43,7 +43,7 @@ from hvdloss.torch.buckets import (
 )
 from hvdloss.torch.compression import Compression
 from hvdloss.torch.guard import check_synchronized, checksums
-from hvdloss.torch.hooks import adopt, hooks_of
+from hvdloss.torch.hooks import adopt, hooks_of, same
 from hvdloss.torch.local import Stretch, share_memory
 from hvdloss.torch.objective import Objective
 from hvdloss.torch.ops import at_hand, communicator_of, put_on
@@ -354,6 +354,11 @@ class _Engine:
                 self._hooked[id(p)] = p.register_post_accumulate_grad_hook(hook)
         self._frozen = [p for p in self.parameters() if id(p) not in self._hooked]
 
+    def _adopt_hooks(self) -> None:
+        """Take the user's hooks off the parameters: they see the gradient of all ranks, not of a pass."""
+        for p in self.parameters():
+            adopt(p)
+
     def _begin_step(self) -> None:
         self._active = False  # also after a backward pass that ended in an exception
         self.passes_done = 0
@@ -414,8 +419,7 @@ class _Engine:
         if not self.passes_done:
             self._refresh()
             self._set_aside(arrived)
-        for p in self.parameters():
-            adopt(p)
+        self._adopt_hooks()
         self._active = True
         self._reached = False
         self._rows, self._arrived = [], []
@@ -662,6 +666,7 @@ class _Engine:
             together=self._together,
             more=float(self.more),
             leaving=float(self.leaving()),
+            hooks=float(sum(found.count for p in self.parameters() if (found := hooks_of(p)) is not None)),
         )
         device = self._device()
         table = put_on(torch.from_numpy(pack(own, rank, size).reshape(-1)), device)
@@ -746,6 +751,7 @@ class _Engine:
             if self._local:
                 self._step_alone()
                 return
+            self._adopt_hooks()
             with self._waiting():
                 if not self._planned:
                     self._make_plan()
@@ -767,7 +773,7 @@ class _Engine:
         except BaseException:
             self.abandon()
             raise
-        self._hand_over()
+        self._hand_over(apart=len({one.hooks for one in ledgers}) > 1)
         self._choose_reference(ledgers)
         self._exchanged(began, computed)
 
@@ -813,11 +819,18 @@ class _Engine:
         self.skipped += 1
         return False
 
-    def _hand_over(self) -> None:
-        """Give the parameters what was set aside before, and end the step."""
-        hooked = [p for p in self.parameters() if hooks_of(p) is not None and p.grad is not None]
-        for p in hooked:
-            hooks_of(p).on_gradient(p)
+    def _hand_over(self, *, apart: bool = False) -> None:
+        """Give the parameters what was set aside before, let the user's hooks see it, and end the step.
+
+        `apart`: whether ranks have different hooks, which then must not change anything.
+
+        Raises:
+            AgreementError: they did.
+        """
+        hooked = [(p, found) for p in self.parameters() if (found := hooks_of(p)) and p.grad is not None]
+        before = [(p.grad.clone(), p.detach().clone()) for p, _ in hooked] if apart else []
+        for p, hooks in hooked:
+            hooks.on_gradient(p)
         if self._kept:
             for p in self.parameters():
                 if (kept := self._kept.get(id(p))) is not None:
@@ -825,12 +838,37 @@ class _Engine:
         for p in self._densified:
             if p.grad is not None:
                 p.grad = p.grad.to_sparse(1)
-        for p in hooked:
-            hooks_of(p).on_accumulated(p)
+        for p, hooks in hooked:
+            hooks.on_accumulated(p)
+        if apart:
+            self._check_hooks([p for p, _ in hooked], before)
         self.step_count += 1
         watch.stepped(self.name)
         self._begin_step()
         self.synchronized = True
+
+    def _check_hooks(self, hooked: list[torch.nn.Parameter], before: list[Any]) -> None:
+        """Raise on all ranks if hooks that not all of them have changed something; one small all-reduce."""
+        own = [self._kept.get(id(p)) for p in hooked]
+        changed = [
+            not (same(p.grad, grad if kept is None else grad + kept) and same(p.detach(), value))
+            for p, (grad, value), kept in zip(hooked, before, own, strict=True)
+        ]
+        told = np.zeros(self.process_set.size())
+        told[self.process_set.rank()] = any(changed)
+        told = self.communicator().sum(told, f"{self.name}.hooks")
+        if not told.any():
+            return
+        with torch.no_grad():
+            for p, (_, value) in zip(hooked, before, strict=True):
+                p.copy_(value)
+        self.abandon()
+        ranks = ", ".join(str(rank) for rank, flag in enumerate(told) if flag)
+        raise AgreementError(
+            f"step {self.step_count + 1}: hooks on parameters changed gradients on rank(s) {ranks}, and not "
+            f"all ranks have the same hooks, so that they would train apart. Nothing was updated. Set hooks "
+            f"that change a gradient on every rank; those that only look at it may be one rank's"
+        )
 
     def _exchanged(self, began: float, computed: float) -> None:
         """Note what an exchange cost, for the next one's ledger."""
@@ -1370,7 +1408,7 @@ def DistributedOptimizer(
         ConfigError: an argument that cannot be used.
 
     Collectives per step: one asynchronous all-reduce per bucket, all under way together; the ranks'
-    ledgers (``size`` x 17 numbers) ride in the last float32 or float64 bucket, and need a message of
+    ledgers (``size`` x 18 numbers) ride in the last float32 or float64 bucket, and need a message of
     their own only where there is none (compression, 16-bit parameters). What terms tell is one message
     more. After local steps one all-reduce of the parameters per dtype, and one or two small ones. Buckets
     follow Li et al., "PyTorch Distributed" (VLDB 2020).

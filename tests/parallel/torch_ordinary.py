@@ -24,12 +24,13 @@ from torch_support import (
     network,
     raises_everywhere,
     regression,
+    same_on_all_ranks,
     uneven,
     union,
 )
 
 import hvdloss.torch as hvd
-from hvdloss.errors import RankError, ShapeError, UsageError
+from hvdloss.errors import AgreementError, RankError, ShapeError, UsageError
 
 __all__ = ["before_case"]
 
@@ -360,3 +361,30 @@ def case_hooks_on_parameters_act_as_in_one_process():
         assert max(abs(a - b) for a, b in zip(seen, alone, strict=True)) < 1e-12
     assert error < 1e-12, error
     return {"error, float64": error}
+
+
+def case_hooks_of_one_rank_may_look_but_not_change():
+    x, a, _, _, v = two_tasks()
+    objective = hvd.Objective("mse")
+    optimizer = hvd.DistributedOptimizer(torch.optim.SGD([v], lr=0.1), [("v", v)], objective)
+    rows, seen = split(4), []
+
+    def step():
+        optimizer.zero_grad()
+        objective(x[rows] @ v, a[rows]).backward()
+        optimizer.step()
+
+    if hvd.rank() == 0:
+        v.register_hook(lambda grad: seen.append(grad.clone()))
+    step()
+    torch.testing.assert_close(v.detach(), 0.1 * 2 * x.T @ a / 4)
+    assert len(seen) == (hvd.rank() == 0)
+    before = v.detach().clone()
+    handle = v.register_hook(lambda grad: grad * 2) if hvd.rank() == 0 else None
+    raises_everywhere(AgreementError, step, "hooks on parameters", "rank(s) 0")
+    assert torch.equal(before, v.detach())
+    if handle is not None:
+        handle.remove()
+    step()
+    assert not torch.equal(before, v.detach())
+    same_on_all_ranks(v.tolist())
