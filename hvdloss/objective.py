@@ -7,6 +7,7 @@ An adapter's ``Objective`` adds the tensors: it computes per-element losses, han
 from __future__ import annotations
 
 import functools
+import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, Protocol, TypeVar
@@ -16,6 +17,7 @@ from hvdloss.elements import IGNORED, ClassOptions, check_object, per_element_er
 from hvdloss.errors import ConfigError
 from hvdloss.ledger import check_policy
 from hvdloss.losses import NAMED, GlobalLoss, Group, SumsLoss
+from hvdloss.passes import unheard_warning
 from hvdloss.reduction import ArrayOps, Contribution, check_reduction, weighed, weights_for
 from hvdloss.term import Term
 
@@ -107,10 +109,11 @@ Row = TypeVar("Row", contravariant=True)
 class Listener(Protocol[Row]):
     """An optimizer that wants to know what weight each backward pass has."""
 
-    def backward_began(self, row: Row, gradient: Any) -> None:
+    def backward_began(self, row: Row, gradient: Any, graph: Any) -> None:
         """Take note that a backward pass goes through a call of the objective with this ledger row.
 
-        `gradient`: what arrives at the loss: 1, but where it was multiplied, as by a GradScaler.
+        `gradient`: what arrives at the loss: 1, but where it was multiplied, as by a GradScaler. `graph`:
+        what the loss was made of, as the adapter has it.
         """
 
     def backward_of_another(self, name: str, graph: Any) -> None:
@@ -194,6 +197,7 @@ class ObjectiveBase(Generic[Row]):
         self.terms = self.controller.terms
         self.process_set = process_set
         self._listeners: list[weakref.ref[Any]] = []
+        self._warned = False  # that there are none
         self.passes = 1  # backward passes per step, as the optimizers that listen declare
 
     def _check_whole(self) -> None:
@@ -261,6 +265,11 @@ class ObjectiveBase(Generic[Row]):
         _everybody.add(listener)
         self.passes = passes
 
+    def detach(self, listener: Listener[Row]) -> None:
+        """Tell `listener` no more."""
+        self._listeners = [ref for ref in self._listeners if ref() is not listener]
+        _everybody.discard(listener)
+
     def listeners(self) -> list[Listener[Row]]:
         """Return the optimizers that are told of each backward pass."""
         return [one for ref in self._listeners if (one := ref()) is not None]
@@ -269,10 +278,16 @@ class ObjectiveBase(Generic[Row]):
         """Tell all listeners that a backward pass begins whose ledger row is `row`; and who is none."""
         ours = self.listeners()
         for listener in ours:
-            listener.backward_began(row, gradient)
+            listener.backward_began(row, gradient, graph)
         for other in list(_everybody):
             if all(other is not listener for listener in ours):
                 other.backward_of_another(self.name, graph)
+
+    def warn_unheard(self, size: int) -> None:
+        """Warn, once, that nobody reduces the gradients of this objective, where there are several ranks."""
+        if size > 1 and not self._warned:
+            self._warned = True
+            warnings.warn(unheard_warning(self.name), stacklevel=2)
 
     def settings(self) -> dict[str, Any]:
         """Return what must be equal on all ranks, for the agreement of the first step."""

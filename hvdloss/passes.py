@@ -6,7 +6,14 @@ from collections.abc import Iterable
 
 from hvdloss.errors import UsageError
 
-__all__ = ["another_error", "divided_by", "division_error", "uneven_division_error", "unheard_error"]
+__all__ = [
+    "another_error",
+    "bypassed_error",
+    "divided_by",
+    "division_error",
+    "uneven_division_error",
+    "unheard_error",
+]
 
 _NEAR = 1e-5  # a division in float32 is not exact, nor is the multiplication by a scale before it
 
@@ -65,4 +72,32 @@ def uneven_division_error(passes: int) -> UsageError:
         f"which is also one over backward_passes_per_step: it cannot be known whether that divides by the "
         f"micro-batches, which an objective does itself, or is the part of each. Leave a division by the "
         f"micro-batches out; give parts of another size, or put them into one function of the elements"
+    )
+
+
+def bypassed_error(step: int) -> UsageError:
+    """Return the error of a step whose backward passes came to no parameter."""
+    return UsageError(
+        f"step {step}: a backward pass went through the objective, but came to no parameter of this "
+        f"optimizer: torch.autograd.grad returns this rank's own gradients, which are not reduced, and "
+        f"frozen or detached outputs have none. Call loss.backward()"
+    )
+
+
+def unheard_warning(name: str) -> str:
+    """Return what to say of an objective whose gradients nobody reduces, in a job of several ranks."""
+    return (
+        f"the objective {name!r} belongs to no optimizer: the gradient of its loss is that of this rank's "
+        f"own mean, and where it is averaged over ranks, each counts the same. Give it to the optimizer: "
+        f"hvd.DistributedOptimizer(optimizer, model.named_parameters(), objective)"
+    )
+
+
+def alone_warning(shapes: list[tuple[int, ...]]) -> str:
+    """Return what to say of parameters that a loss depends on, and no distributed optimizer has."""
+    return (
+        f"{len(shapes)} parameter(s) that the loss depends on (the first of shape {shapes[0]}) are in no "
+        f"DistributedOptimizer: their gradients stay this rank's own, and ranks train them apart. Wrap their "
+        f"optimizer too, hvd.DistributedOptimizer(optimizer, model.named_parameters(), hvd.Objective(...)), "
+        f"or give them to this one in a parameter group"
     )

@@ -49,6 +49,7 @@ class _Engine:
         self.op = op
         self.scale_local = scale_local
         self.local: set[int] = set()
+        self.local_later: list[Any] = []  # variables that are, once the optimizer is built
         self.stretch: Stretch | None = None  # of local steps, where terms decide on their number
         # Without an objective or a compiled loss every backward pass weighs the same, as in Horovod.
         self.books = Books() if objective is None else objective.books
@@ -56,6 +57,7 @@ class _Engine:
         self.books.owned = True
         self.loss_scale: Callable[[], Any] = lambda: None  # what a LossScaleOptimizer multiplies with
         self.lenient = objective is None
+        self.warned = False  # that nothing is known of the loss
         self.compile_loss: ExactCompileLoss | None = None
         self.window: tf.Variable | None = None
         self.idle: Any = None  # the empty row, while a step is traced to which this rank adds nothing
@@ -278,6 +280,13 @@ class _Exact:
         else:
             tf.cond(tf.equal((self._iterations + 1) % steps, 0), step, gather)  # type: ignore[attr-defined]
 
+    def build(self, variables: Any) -> None:
+        """Make the optimizer's variables, and know those that stay local. See Keras."""
+        self._base.build(self, variables)
+        later, self._hvd.local_later = self._hvd.local_later, []
+        for variable in later:
+            self.register_local_var(variable)
+
     def _clip_gradients(self, grads: list[Any]) -> list[Any]:
         engine = self._hvd
         if not engine.included:
@@ -377,11 +386,10 @@ class _Exact:
         return self._hvd.objective
 
     def register_local_var(self, variable: Any) -> None:
-        """Have `variable` keep this rank's own gradient; call after the optimizer is built."""
+        """Have `variable` keep this rank's own gradient; before the optimizer is built or after."""
         if not self.built:  # type: ignore[attr-defined]
-            raise ConfigError(
-                "register_local_var needs a built optimizer: call optimizer.build(variables) first"
-            )
+            self._hvd.local_later.append(variable)
+            return
         place = self._get_variable_index(variable)  # type: ignore[attr-defined]
         if self._hvd.stretch is not None:
             check_local(self, {place})
@@ -418,7 +426,7 @@ class _ExactScale:
     objective = _Exact.objective
 
     def register_local_var(self, variable: Any) -> None:
-        """Have `variable` keep this rank's own gradient; call after the optimizer is built."""
+        """Have `variable` keep this rank's own gradient; before the optimizer is built or after."""
         self.inner_optimizer.register_local_var(variable)  # type: ignore[attr-defined]
 
 
@@ -581,8 +589,7 @@ def PartialDistributedOptimizer(
     """Like :func:`DistributedOptimizer`, but layers in `local_layers` keep this rank's gradients.
 
     Args:
-        optimizer: built on the model's trainable variables: ``optimizer.build(model.trainable_variables)``.
-        objective, options: see :func:`DistributedOptimizer`.
+        optimizer, objective, options: see :func:`DistributedOptimizer`.
         local_layers: a Keras layer or a list of them.
 
     Raises:

@@ -300,7 +300,13 @@ class Objective(ObjectiveBase[torch.Tensor]):
                 row = torch.cat([row, *told])
             # What the loss was made of; the loss itself would hold itself by its hook.
             graph = [] if loss.grad_fn is None else [node for node, _ in loss.grad_fn.next_functions]
-            loss.register_hook(lambda gradient: self.announce(row, gradient, graph))
+
+            def through(gradient: torch.Tensor) -> None:
+                if not self._listeners:
+                    self.warn_unheard(rank_and_size(hvd, self.process_set)[1])
+                self.announce(row, gradient, graph)
+
+            loss.register_hook(through)
         return loss
 
     @staticmethod

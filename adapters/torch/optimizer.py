@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import math
 import time
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -21,10 +22,10 @@ from hvdloss.control.compression import AdaptiveCompression
 from hvdloss.control.period import SyncPeriod
 from hvdloss.control.weights import Proximal
 from hvdloss.controller import counts_of
-from hvdloss.errors import AgreementError, ConfigError, HvdlossError, UsageError
+from hvdloss.errors import AgreementError, ConfigError, HvdlossError, NoWeightError, UsageError
 from hvdloss.guard import due
 from hvdloss.ledger import COLUMN, FAULTS, WIDTH, Ledger, judge, offenders, pack, unpack
-from hvdloss.passes import another_error, division_error, uneven_division_error
+from hvdloss.passes import alone_warning, another_error, bypassed_error, division_error, uneven_division_error
 from hvdloss.plan import Bucket, ParameterInfo, plan_buckets
 from hvdloss.reduction import MEASURED
 from hvdloss.report import StepReport
@@ -47,7 +48,15 @@ from hvdloss.torch.hooks import adopt, hooks_of, same
 from hvdloss.torch.local import Stretch, share_memory
 from hvdloss.torch.objective import Objective
 from hvdloss.torch.ops import at_hand, communicator_of, put_on
-from hvdloss.torch.passes import divided, division, leads_to, scales, see_scalers
+from hvdloss.torch.passes import (
+    divided,
+    division,
+    leads_to,
+    mark_reduced,
+    not_reduced,
+    scales,
+    see_scalers,
+)
 from hvdloss.tuning import Tuning, choose, launched
 from hvdloss.world import following, next_number
 
@@ -124,12 +133,18 @@ class _Engine:
         self._rows: list[torch.Tensor] = []
         self._arrived: list[torch.Tensor] = []  # at the losses of those rows
         self._others: list[tuple[str, Any]] = []  # objectives of others in a backward pass, and their graphs
+        self._looked = False  # for parameters that no optimizer has
+        self._retired = False  # as another optimizer has its parameters now
         see_scalers()
         self._hooked: dict[int, Any] = {}
         self._frozen: list[torch.nn.Parameter] = []
         self._forget_plan()
         self._begin_step()
         if included(hvd, process_set):  # others keep their own gradients, as with Horovod
+            mine = {id(p) for p in self.parameters()}
+            for other in objective.listeners():  # a new optimizer for an objective takes the old one's place
+                if isinstance(other, _Engine) and other._retire(mine):
+                    objective.detach(other)
             self._hook_parameters()
             objective.attach(self, passes)
             self.controller.begin(process_set.rank(), process_set.size(), anew=True)
@@ -252,6 +267,16 @@ class _Engine:
         assert optimizer is not None
         return [p for group in optimizer.param_groups for p in group["params"]]
 
+    def _retire(self, parameters: set[int]) -> bool:
+        """Take no further part if another optimizer now has parameters of this one; return whether so."""
+        if self.optimizer() is not None and not parameters & {id(p) for p in self.parameters()}:
+            return False
+        self.abandon()
+        for handle in self._hooked.values():
+            handle.remove()
+        self._retired, self.synchronized = True, False
+        return True
+
     def set_passes(self, passes: int) -> None:
         """Change how many backward passes a step has at most."""
         _check_passes(passes)
@@ -340,7 +365,7 @@ class _Engine:
         def hook(p: torch.nn.Parameter) -> None:
             # Runs once per parameter and pass: what is rare happens in the methods it calls.
             engine = me()
-            if engine is None:
+            if engine is None or engine._retired:
                 return
             place = engine._place.get(id(p)) if engine._active else None
             if place is None:
@@ -353,6 +378,7 @@ class _Engine:
             if p.requires_grad and id(p) not in self._hooked:
                 self._hooked[id(p)] = p.register_post_accumulate_grad_hook(hook)
         self._frozen = [p for p in self.parameters() if id(p) not in self._hooked]
+        mark_reduced(self.parameters())
 
     def _adopt_hooks(self) -> None:
         """Take the user's hooks off the parameters: they see the gradient of all ranks, not of a pass."""
@@ -365,6 +391,7 @@ class _Engine:
         self._row_sum: torch.Tensor | None = None
         self._kept: dict[int, torch.Tensor] = {}
         self._strays = 0
+        self._bypassed = False  # whether a pass went through the objective, but came to no parameter
         self._refusal: HvdlossError | None = None  # of what the user's loop did in this step
         self._divisions: list[Any] = []  # what arrived at losses, by pass, over what scalers multiplied with
         self._others.clear()
@@ -381,10 +408,14 @@ class _Engine:
 
     # -- a backward pass --------------------------------------------------------------------------
 
-    def backward_began(self, row: torch.Tensor, gradient: torch.Tensor) -> None:
+    def backward_began(self, row: torch.Tensor, gradient: torch.Tensor, graph: Any) -> None:
         """A backward pass goes through a call of the objective with this ledger row."""
         if not self._active:
             self._begin_backward()
+            if not self._planned and self.process_set.size() > 1 and not self._looked:
+                self._looked = True
+                if alone := not_reduced(graph):
+                    warnings.warn(alone_warning(alone), stacklevel=2)
         if not any(row is other for other in self._rows):
             self._rows.append(row)
             self._arrived.append(gradient)
@@ -413,9 +444,15 @@ class _Engine:
                 f"a backward pass began although the gradients of this step's backward_passes_per_step="
                 f"{self.passes} are already under way, and optimizer.step() was not called. Pass as "
                 f"backward_passes_per_step the largest number of micro-batches that any rank has in a "
-                f"step; others may have fewer."
+                f"step; others may have fewer. (Or passes were left over, from the end of an epoch without a "
+                f"step(): call optimizer.zero_grad() before the next; or two optimizers share one objective, "
+                f"as in a GAN: give each its own.)"
             )
         self.synchronized = False
+        if self._strays and self._row_sum is None and arrived is None and self._discarded():
+            others = list(self._others)  # of this pass
+            self._begin_step()
+            self._others += others
         if not self.passes_done:
             self._refresh()
             self._set_aside(arrived)
@@ -427,6 +464,13 @@ class _Engine:
         self._grad_scale: Any = None
         # Runs when the outermost backward pass is over; a reentrant one inside belongs to it.
         torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
+
+    def _discarded(self) -> bool:
+        """Return whether the gradients of passes that were none of the objective's have been cleared.
+
+        As by ``zero_grad`` of a module that another network's loss came through: a GAN's discriminator.
+        """
+        return all(p.grad is None or not bool(p.grad.any()) for p in self.parameters())
 
     def _set_aside(self, arrived: torch.nn.Parameter | None = None) -> None:
         """Keep gradients that were not cleared since the last step: they add to this step's, once.
@@ -507,6 +551,7 @@ class _Engine:
         self._active = False
         reached = self._reached or any(bucket.fired_count for bucket in self.buckets)
         if not reached:  # autograd.grad, say: no parameter's gradient was touched
+            self._bypassed = bool(self._rows)
             self._others.clear()
             return
         rows = self._rows
@@ -703,6 +748,8 @@ class _Engine:
                 mine = division_error(self.passes_done, self.passes)
             raise_together(self.communicator(), mine, f"{self.name}.failed", f"step {step}")
         error = judge(ledgers, step, self.objective.nonfinite, gradients=gradients)
+        if isinstance(error, NoWeightError) and self._bypassed:
+            raise bypassed_error(step)
         if error is not None:
             raise error
         if self._dropping:
@@ -734,6 +781,11 @@ class _Engine:
 
     def synchronize(self) -> None:
         """Reduce what is not reduced, wait, judge the step, and set every ``.grad``."""
+        if self._retired:
+            raise UsageError(
+                "this DistributedOptimizer is out of use: a newer one was made for the same objective and "
+                "parameters; call step() of that one"
+            )
         if not included(hvd, self.process_set) or self.synchronized:
             self.synchronized = True
             return
@@ -1013,6 +1065,7 @@ class _Engine:
                 **self.tuning.shared(),
             },
             name=f"{self.name}.agree",
+            broadcast="Call hvd.broadcast_parameters(model.state_dict(), root_rank=0) before the first step.",
         )
         self.controller.prepare(self.communicator())
         self._drop_if_nonfinite()
@@ -1302,7 +1355,8 @@ class _Exact:
             raise UsageError(
                 "optimizer.zero_grad() after loss.backward() and before optimizer.step(): the gradients "
                 "are under way between ranks. To drop a step on all ranks call optimizer.synchronize() "
-                "first; to skip one sample give it the weight 0."
+                "first; to skip one sample give it the weight 0. (If it was the backward pass of another "
+                "network's loss, as in a GAN: give each optimizer an objective of its own.)"
             )
         engine.synchronized = False
         # Before the next forward pass: an update was skipped (a GradScaler does that), which must not keep
@@ -1418,6 +1472,7 @@ def DistributedOptimizer(
     if hasattr(objective, "decompress"):  # Horovod's third positional argument
         objective, compression = None, objective
     if objective is None:
+        mark_reduced(p for group in optimizer.param_groups for p in group["params"])
         return hvd.DistributedOptimizer(
             optimizer,
             named_parameters=named_parameters,

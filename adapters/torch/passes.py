@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from hvdloss.passes import divided_by
 from hvdloss.torch.ops import at_hand, put_on
 
-__all__ = ["divided", "division", "leads_to", "scales", "see_scalers"]
+__all__ = ["divided", "division", "leads_to", "mark_reduced", "not_reduced", "scales", "see_scalers"]
 
 _scalers: weakref.WeakSet[Any] = weakref.WeakSet()
 
@@ -55,8 +55,8 @@ def division(arrived: torch.Tensor, passes: int, scales: list[torch.Tensor]) -> 
     )
 
 
-def leads_to(graph: Iterable[Any], parameters: set[int]) -> bool:
-    """Return whether a graph (nodes of autograd) leads to one of the parameters, given by identity."""
+def parameters_of(graph: Iterable[Any]) -> Iterator[torch.Tensor]:
+    """Give the leaves that a graph (nodes of autograd) leads to."""
     seen: set[Any] = set()
     waiting = [node for node in graph if node is not None]
     while waiting:
@@ -64,7 +64,27 @@ def leads_to(graph: Iterable[Any], parameters: set[int]) -> bool:
         if node in seen:
             continue
         seen.add(node)
-        if id(getattr(node, "variable", None)) in parameters:
-            return True
+        leaf = getattr(node, "variable", None)
+        if leaf is not None:
+            yield leaf
         waiting += [following for following, _ in node.next_functions if following is not None]
-    return False
+
+
+def leads_to(graph: Iterable[Any], parameters: set[int]) -> bool:
+    """Return whether a graph leads to one of the parameters, given by identity."""
+    return any(id(leaf) in parameters for leaf in parameters_of(graph))
+
+
+def mark_reduced(parameters: Iterable[torch.Tensor]) -> None:
+    """Note that a distributed optimizer has these parameters."""
+    for p in parameters:
+        p._hvdloss_reduced = True  # type: ignore[attr-defined]
+
+
+def not_reduced(graph: Iterable[Any]) -> list[tuple[int, ...]]:
+    """Return the shapes of parameters that a graph leads to, and no distributed optimizer has."""
+    return [
+        tuple(leaf.shape)
+        for leaf in parameters_of(graph)
+        if isinstance(leaf, torch.nn.Parameter) and not hasattr(leaf, "_hvdloss_reduced")
+    ]

@@ -34,7 +34,7 @@ class Optimizer:
     def __init__(self):
         self.told = []
 
-    def backward_began(self, row, gradient):
+    def backward_began(self, row, gradient, graph):
         self.told.append(row)
 
     def backward_of_another(self, name, graph):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import keras
 import numpy as np
 import tensorflow as tf
@@ -156,3 +158,57 @@ def case_what_a_loss_masks_is_absent():
         model.fit(x[a:b], t[a:b], batch_size=24, epochs=2, verbose=0, shuffle=False)
         one.fit(x, t, batch_size=24, epochs=2, verbose=0, shuffle=False)
         assert difference(model.get_weights(), one.get_weights()) < 1e-10, alone
+
+
+class OwnLoss(keras.Model):
+    """A model that knows its loss itself, as in Keras's guide."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = keras.layers.Dense(1)
+
+    def call(self, x):
+        return self.layer(x)
+
+    def train_step(self, batch):
+        x, y = batch
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean((self(x) - y) ** 2)
+        variables = self.trainable_variables
+        self.optimizer.apply(tape.gradient(loss, variables), variables)
+        return {"loss": loss}
+
+
+def case_a_train_step_with_its_own_loss_is_warned_of_once():
+    x, y = np.ones((4, 3)), np.ones((4, 1))
+    keras.utils.set_random_seed(1)
+    model = OwnLoss()
+    model.compile(khvd.DistributedOptimizer(sgd()))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            model.fit(x, y, verbose=0)
+    ours = [str(one.message) for one in told if "OwnLoss was compiled without a loss" in str(one.message)]
+    assert len(ours) == (hvd.size() > 1), told
+    assert all("hvd.Objective" in text for text in ours)
+
+
+def case_local_variables_may_be_named_before_the_optimizer_is_built():
+    keras.utils.set_random_seed(1)
+    found = []
+    for early in (False, True):
+        keras.utils.set_random_seed(1)
+        i = keras.Input((3,))
+        model = keras.Model(i, keras.layers.Dense(1)(i))
+        optimizer = khvd.DistributedOptimizer(keras.optimizers.SGD(0.1))
+        if not early:
+            optimizer.build(model.trainable_variables)
+        optimizer.register_local_var(model.trainable_variables[0])
+        model.compile(optimizer, loss="mse")
+        data = np.full((4, 3), 1.0 + hvd.rank())
+        callbacks = [khvd.SynchronizationCallback(at_epoch_end=False)]
+        model.fit(data, np.ones((4, 1)), verbose=0, callbacks=callbacks)
+        found.append(model.get_weights())
+    assert difference(*found) == 0
+    kernels = communicator_of(hvd.global_process_set).gather(found[0][0].tobytes(), "kernels")
+    assert len(set(kernels)) == hvd.size()

@@ -7,6 +7,7 @@ import functools
 import itertools
 import os
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -388,3 +389,96 @@ def case_hooks_of_one_rank_may_look_but_not_change():
     step()
     assert not torch.equal(before, v.detach())
     same_on_all_ranks(v.tolist())
+
+
+def case_a_gan_whose_modules_are_cleared():
+    """The generator's loss comes through the discriminator, whose gradients the module clears."""
+    g = generator(13)
+    pairs = []
+    for _ in range(2):
+        seeded = generator(13)
+        pairs.append((network(seeded, outputs=5), network(seeded)))
+    (make, tell), (make_one, tell_one) = pairs
+    losses = hvd.Objective("mse"), hvd.Objective("mse")
+    ours = [
+        hvd.DistributedOptimizer(torch.optim.SGD(m.parameters(), lr=0.1), m.named_parameters(), objective)
+        for m, objective in zip((make, tell), losses, strict=True)
+    ]
+    alone = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (make_one, tell_one)]
+    for _ in range(3):
+        x = here(torch.randn(9, 5, generator=g, dtype=D))
+        y = here(torch.randn(9, 1, generator=g, dtype=D))
+        for maker, teller, optimizers, objectives, rows in (
+            (make, tell, ours, losses, split(9)),
+            (make_one, tell_one, alone, (F.mse_loss, F.mse_loss), slice(None)),
+        ):
+            teller.zero_grad()
+            objectives[1](teller(maker(x[rows]).detach()), y[rows]).backward()
+            optimizers[1].step()
+            maker.zero_grad()
+            objectives[0](teller(maker(x[rows])), y[rows]).backward()
+            optimizers[0].step()
+    mine, theirs = ([*a.parameters(), *b.parameters()] for a, b in pairs)
+    assert difference(flat(mine), flat(theirs)) < 1e-12
+
+
+def case_a_new_optimizer_takes_the_old_ones_place():
+    x, a, _, _, v = two_tasks()
+    objective, rows = hvd.Objective("mse"), split(4)
+    old = hvd.DistributedOptimizer(torch.optim.SGD([v], lr=1.0), [("v", v)], objective)
+    objective(x[rows] @ v, a[rows]).backward()
+    old.synchronize()
+    new = hvd.DistributedOptimizer(torch.optim.SGD([v], lr=0.1), [("v", v)], objective)
+    for _ in range(2):
+        new.zero_grad()
+        objective(x[rows] @ v, a[rows]).backward()
+        new.synchronize()
+        torch.testing.assert_close(v.grad, -2 * x.T @ a / 4)
+    raises_everywhere(UsageError, old.step, "newer one")
+
+
+def case_gradients_that_the_optimizer_does_not_see():
+    x, a, _, _, v = two_tasks()
+    objective, rows = hvd.Objective("mse"), split(4)
+    optimizer = hvd.DistributedOptimizer(torch.optim.SGD([v], lr=1.0), [("v", v)], objective)
+
+    def step():
+        (v.grad,) = torch.autograd.grad(objective(x[rows] @ v, a[rows]), [v])
+        optimizer.step()
+
+    raises_everywhere(UsageError, step, "torch.autograd.grad")
+
+    def left_over():
+        for _ in range(2):  # an epoch's last micro-batch, and the next epoch's first
+            objective(x[rows] @ v, a[rows]).backward()
+
+    for _ in range(2):
+        optimizer.zero_grad()
+        objective(x[rows] @ v, a[rows]).backward()
+        optimizer.step()
+    optimizer.zero_grad()
+    raises_everywhere(UsageError, left_over, "left over", "zero_grad()")
+    optimizer.synchronize()
+
+
+def case_loops_that_go_around_the_objective_are_warned_of_once():
+    x, a, _, _, v = two_tasks()
+    own, horovods = nn.Parameter(torch.zeros_like(v)), nn.Parameter(torch.zeros_like(v))
+    rows, nobodys, objective = split(4), hvd.Objective("huber"), hvd.Objective("mse")
+    plain = hvd.DistributedOptimizer(torch.optim.SGD([horovods], lr=0.0), [("horovods", horovods)])
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            nobodys(x[rows] @ horovods, a[rows]).backward()
+            plain.step()
+    assert [str(one.message) for one in told if "'huber' belongs to no optimizer" in str(one.message)]
+    assert len(told) == (hvd.size() > 1)
+    optimizer = hvd.DistributedOptimizer(torch.optim.SGD([v], lr=0.0), [("v", v)], objective)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            optimizer.zero_grad()
+            objective(x[rows] @ (v + own), a[rows]).backward()
+            optimizer.step()
+    assert len(told) == (hvd.size() > 1)
+    assert all("shape (2,)" in str(one.message) and "Wrap their" in str(one.message) for one in told)
