@@ -74,6 +74,7 @@ def agree(
     settings: dict[str, Any],
     *,
     name: str,
+    broadcast: str = "Give all ranks rank 0's before the first step.",
 ) -> Agreed:
     """Check that all ranks agree, and return what they agree on.
 
@@ -85,6 +86,7 @@ def agree(
         order: indices in the order in which gradients became ready on this rank; may be empty.
         settings: what must be equal on all ranks, JSON values by argument name.
         name: of the exchange.
+        broadcast: how the framework gives all ranks rank 0's parameters, for the message.
 
     Raises:
         AgreementError: on every rank alike, naming the first difference and the ranks.
@@ -127,8 +129,7 @@ def agree(
             raise AgreementError(
                 f"parameter {i} ({mine_p['name']}) has other values on rank(s) "
                 f"{', '.join(map(str, apart))} than "
-                f"on rank 0, so the ranks would train different models. Call "
-                f"hvd.broadcast_parameters(model.state_dict(), root_rank=0) before the first step."
+                f"on rank 0, so the ranks would train different models. {broadcast}"
             )
         sparse = any(r["parameters"][i]["sparse"] for r in ranks)
         agreed.append(

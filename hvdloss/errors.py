@@ -32,7 +32,13 @@ WAY_OUT = "The others cannot go on without it. Mend it there, and start from the
 
 
 class HvdlossError(RuntimeError):
-    """Base class of every error that hvdloss raises."""
+    """Base class of every error that hvdloss raises.
+
+    Attributes:
+        ranks: on which something was wrong, where that is known.
+    """
+
+    ranks: tuple[int, ...] = ()
 
     if not TYPE_CHECKING:
         # TensorFlow's AutoGraph raises an exception again, with the user's own lines in its text, if that is
@@ -69,13 +75,7 @@ class NonFiniteGradientError(HvdlossError, ArithmeticError):
 
 
 class RankError(HvdlossError):
-    """Something failed on some rank, so that the others cannot go on; the text is that rank's.
-
-    Attributes:
-        ranks: on which something failed, if that is known.
-    """
-
-    ranks: tuple[int, ...] = ()
+    """Something failed on some rank, so that the others cannot go on; the text is that rank's."""
 
 
 class DataError(RankError):

@@ -68,6 +68,7 @@ class Ledger:
         together: squared length of the mean move of the exchange before, as this rank has it.
         more: 1 if the rank has more data after this step (:mod:`hvdloss.data.uneven`).
         leaving: 1 if the rank was told to leave (:mod:`hvdloss.training.preemption`).
+        hooks: how many hooks the user has set on the rank's parameters.
     """
 
     numerator: float = 0.0
@@ -87,6 +88,7 @@ class Ledger:
     together: float = 0.0
     more: float = 0.0
     leaving: float = 0.0
+    hooks: float = 0.0
 
     @classmethod
     def zero(cls) -> Ledger:
@@ -195,39 +197,54 @@ def judge(
     def total(field: str) -> float:
         return float(sum(getattr(ledger, field) for ledger in ledgers))
 
+    def blamed(field: str, kind: type[HvdlossError], text: str) -> HvdlossError:
+        error = kind(text)
+        error.ranks = tuple(rank for rank, ledger in enumerate(ledgers) if getattr(ledger, field) > 0)
+        return error
+
     if total("failed"):
-        return RankError(
+        return blamed(
+            "failed",
+            RankError,
             f"step {step}: {_where(ledgers, 'failed')} cannot go on; its own error says why. Nothing was "
-            f"updated."
+            f"updated.",
         )
     for field, what in (
         ("negative_weights", "below zero"),
         ("nonfinite_weights", "NaN or infinite"),
     ):
         if count := total(field):
-            return WeightError(
+            return blamed(
+                field,
+                WeightError,
                 f"step {step}: {count:.0f} weight(s) {what} on {_where(ledgers, field)}; weights must "
-                f"be finite and at least 0. Nothing was updated."
+                f"be finite and at least 0. Nothing was updated.",
             )
     if nonfinite == "raise" and total("nonfinite_losses"):
-        return NonFiniteLossError(
+        return blamed(
+            "nonfinite_losses",
+            NonFiniteLossError,
             f"step {step}: the loss is NaN or infinite on {_where(ledgers, 'nonfinite_losses')}. Nothing "
             f"was updated. Give elements that must not count the weight 0, lower the learning rate, or "
-            f'choose Objective(..., nonfinite="skip") or "drop".'
+            f'choose Objective(..., nonfinite="skip") or "drop".',
         )
     if total("strays"):
-        return UsageError(
+        return blamed(
+            "strays",
+            UsageError,
             f"step {step}: on {_where(ledgers, 'strays')} a backward pass reached this optimizer's "
             f"parameters without passing through one call of its objective (or through several calls "
             f"with different weight sums), so its share of the step is unknown. Call the objective once "
-            f"per backward pass; penalties may be added to its result."
+            f"per backward pass; penalties may be added to its result.",
         )
     if nonfinite == "raise" and gradients and total("nonfinite_gradients"):
-        return NonFiniteGradientError(
+        return blamed(
+            "nonfinite_gradients",
+            NonFiniteGradientError,
             f"step {step}: the loss is finite, but a gradient is NaN or infinite (or too large to be summed "
             f"over ranks) on {_where(ledgers, 'nonfinite_gradients')}. Nothing was updated. Look for a "
             f"square root or logarithm at 0, or a division by 0, in the backward pass; lower the learning "
-            f'rate, or choose Objective(..., nonfinite="skip") or "drop".'
+            f'rate, or choose Objective(..., nonfinite="skip") or "drop".',
         )
     if not total("denominator"):
         dropped = offenders(ledgers) if nonfinite == "drop" else []

@@ -18,6 +18,10 @@ class NumpyOps:
         """Return the shape."""
         return tuple(np.shape(x))
 
+    def shapes(self, x: Any) -> list[tuple[int | None, ...]]:
+        """Return that of an array; there are no structures here."""
+        return [tuple(np.shape(x))] if isinstance(x, np.ndarray) else []
+
     def losses(self, x: Any) -> Any:
         """Return at least float32."""
         x = np.asarray(x)

@@ -6,14 +6,18 @@ An adapter's ``Objective`` adds the tensors: it computes per-element losses, han
 
 from __future__ import annotations
 
+import functools
+import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
 from hvdloss.controller import Controller
+from hvdloss.elements import IGNORED, ClassOptions, check_object, per_element_error, reduction_of
 from hvdloss.errors import ConfigError
 from hvdloss.ledger import check_policy
 from hvdloss.losses import NAMED, GlobalLoss, Group, SumsLoss
+from hvdloss.passes import unheard_warning
 from hvdloss.reduction import ArrayOps, Contribution, check_reduction, weighed, weights_for
 from hvdloss.term import Term
 
@@ -43,7 +47,6 @@ _ALIASES = {
     "bce_with_logits": "binary_cross_entropy_with_logits",
 }
 CLASS_LOSSES = ("cross_entropy", "nll")  # their predictions have a class axis that the losses lack
-IGNORED = -100  # a class index that marks an element as absent, as in torch
 
 
 def loss_named(name: str) -> str:
@@ -106,8 +109,21 @@ Row = TypeVar("Row", contravariant=True)
 class Listener(Protocol[Row]):
     """An optimizer that wants to know what weight each backward pass has."""
 
-    def backward_began(self, row: Row) -> None:
-        """Take note that a backward pass goes through a call of the objective with this ledger row."""
+    def backward_began(self, row: Row, gradient: Any, graph: Any) -> None:
+        """Take note that a backward pass goes through a call of the objective with this ledger row.
+
+        `gradient`: what arrives at the loss: 1, but where it was multiplied, as by a GradScaler. `graph`:
+        what the loss was made of, as the adapter has it.
+        """
+
+    def backward_of_another(self, name: str, graph: Any) -> None:
+        """Take note that a backward pass goes through a call of an objective that it does not listen to.
+
+        `name`: of that objective. `graph`: what its loss was made of, as the adapter has it.
+        """
+
+
+_everybody: weakref.WeakSet[Any] = weakref.WeakSet()  # who listens to any objective
 
 
 class ObjectiveBase(Generic[Row]):
@@ -116,7 +132,10 @@ class ObjectiveBase(Generic[Row]):
     Args:
         loss: a name from :data:`LOSSES`, or a callable ``(prediction, target) -> per-element losses``;
             or a loss of all ranks' elements (:class:`hvdloss.losses.GlobalLoss`, or its name).
-        reduction: see :mod:`hvdloss.reduction`; a loss of all ranks' elements has none.
+        reduction: see :mod:`hvdloss.reduction`; None for what the loss says of itself, or "mean". A loss of
+            all ranks' elements has none.
+        ignore_index, label_smoothing, class_weight: of "cross_entropy"; see
+            :class:`hvdloss.elements.ClassOptions`.
         terms: what is measured, priced and acted on (:class:`hvdloss.term.Term`).
         process_set: the Horovod process set whose ranks share the step; None for all.
         nonfinite: what happens to a step in which a loss or gradient of some rank is NaN or infinite: one of
@@ -131,12 +150,15 @@ class ObjectiveBase(Generic[Row]):
         self,
         loss: str | Callable[..., Any] | GlobalLoss,
         *,
-        reduction: str = "mean",
+        reduction: str | None = None,
+        ignore_index: int | None = None,
+        label_smoothing: float = 0.0,
+        class_weight: Sequence[float] | None = None,
         terms: tuple[Term, ...] = (),
         process_set: Any = None,
         nonfinite: str = "raise",
     ) -> None:
-        self.reduction = check_reduction(reduction)
+        self.reduction = check_reduction("mean" if reduction is None else reduction)
         self.nonfinite = check_policy(nonfinite)
         self.name: str
         self._function: Callable[..., Any]
@@ -151,16 +173,22 @@ class ObjectiveBase(Generic[Row]):
             self.name = loss_named(loss)
             self._function = self._named_losses()[self.name]
         elif callable(loss):
-            self.name = getattr(loss, "__qualname__", type(loss).__name__)
-            own = getattr(loss, "reduction", "none")  # torch and Keras losses have one
-            if own not in ("none", None):
-                raise ConfigError(
-                    f"loss={self.name} reduces by itself (reduction={own!r}); "
-                    f'construct it with reduction="none", so that it returns per-element losses'
-                )
-            self._function = loss
+            called = loss.func if isinstance(loss, functools.partial) else loss
+            self.name = getattr(called, "__qualname__", type(called).__name__)
+            self._function, own = self._read(loss)
+            self.reduction = reduction_of(reduction, own, self.name)
         else:
             raise ConfigError(f"loss={loss!r} is neither the name of a loss nor a function")
+        self.named = isinstance(loss, str) and self.whole is None  # a function may be called the same
+        self.classes = self.named and self.name in CLASS_LOSSES
+        self.options = ClassOptions.make(
+            self.name if isinstance(loss, str) else f"loss={self.name}",
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            class_weight=class_weight,
+        )
+        if self.options != ClassOptions():
+            self._function = functools.partial(self._function, options=self.options)
         if nonfinite == "skip" and any(act.steps_alone for _, act in self.controller.acts):
             raise ConfigError(
                 'nonfinite="skip" with SyncPeriod: between exchanges each rank steps on its own, so no step '
@@ -169,6 +197,7 @@ class ObjectiveBase(Generic[Row]):
         self.terms = self.controller.terms
         self.process_set = process_set
         self._listeners: list[weakref.ref[Any]] = []
+        self._warned = False  # that there are none
         self.passes = 1  # backward passes per step, as the optimizers that listen declare
 
     def _check_whole(self) -> None:
@@ -199,23 +228,66 @@ class ObjectiveBase(Generic[Row]):
         """Return the framework's functions for :data:`LOSSES`."""
         raise NotImplementedError
 
+    def _read(self, loss: Callable[..., Any]) -> tuple[Callable[..., Any], Any]:
+        """Return the function of a loss that was given as one, and the reduction that it says it has.
+
+        Raises:
+            ConfigError: it has no per-element losses that could be known.
+        """
+        check_object(loss, self.name)
+        return loss, None
+
+    def _check_elements(self, ops: ArrayOps, losses: Any, prediction: Any, target: Any, rank: int) -> None:
+        """Raise ShapeError if what the loss returned cannot be one number per element."""
+        shapes = ops.shapes(prediction), ops.shapes(target)
+        error = per_element_error(ops.shape(losses), *shapes, self.name, rank)
+        if error is not None:
+            raise error
+
+    def _own_weights(self, ops: ArrayOps, prediction: Any, target: Any, like: Any) -> Any:
+        """Return the class weight of each target, in the dtype of `like`; None if all are 1.
+
+        Raises:
+            ShapeError: not one weight per class.
+        """
+        weights = self.options.class_weight
+        if weights is None:
+            return None
+        self.options.check_classes(ops.shape(prediction)[ops.class_axis(prediction)])
+        table = ops.vector64(list(weights), like)
+        return ops.cast_like(ops.take(table, ops.integers(target), len(weights)), like)
+
     def attach(self, listener: Listener[Row], passes: int = 1) -> None:
         """Have `listener` told of each backward pass; holds it weakly."""
         self._listeners = [ref for ref in self._listeners if ref() is not None]
         if all(ref() is not listener for ref in self._listeners):
             self._listeners.append(weakref.ref(listener))
+        _everybody.add(listener)
         self.passes = passes
+
+    def detach(self, listener: Listener[Row]) -> None:
+        """Tell `listener` no more."""
+        self._listeners = [ref for ref in self._listeners if ref() is not listener]
+        _everybody.discard(listener)
 
     def listeners(self) -> list[Listener[Row]]:
         """Return the optimizers that are told of each backward pass."""
         return [one for ref in self._listeners if (one := ref()) is not None]
 
-    def announce(self, row: Row) -> None:
-        """Tell all listeners that a backward pass begins whose ledger row is `row`."""
-        for ref in self._listeners:
-            listener = ref()
-            if listener is not None:
-                listener.backward_began(row)
+    def announce(self, row: Row, gradient: Any = 1.0, graph: Any = None) -> None:
+        """Tell all listeners that a backward pass begins whose ledger row is `row`; and who is none."""
+        ours = self.listeners()
+        for listener in ours:
+            listener.backward_began(row, gradient, graph)
+        for other in list(_everybody):
+            if all(other is not listener for listener in ours):
+                other.backward_of_another(self.name, graph)
+
+    def warn_unheard(self, size: int) -> None:
+        """Warn, once, that nobody reduces the gradients of this objective, where there are several ranks."""
+        if size > 1 and not self._warned:
+            self._warned = True
+            warnings.warn(unheard_warning(self.name), stacklevel=2)
 
     def settings(self) -> dict[str, Any]:
         """Return what must be equal on all ranks, for the agreement of the first step."""
@@ -224,6 +296,7 @@ class ObjectiveBase(Generic[Row]):
             "objective": self.name,
             "reduction": self.reduction,
             "nonfinite": self.nonfinite,
+            **self.options.settings(),
             **{f"loss.{key}": value for key, value in own.items()},
             **self.controller.settings(),
         }

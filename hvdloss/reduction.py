@@ -48,6 +48,9 @@ class ArrayOps(Protocol):
     def shape(self, x: Any) -> tuple[int | None, ...]:
         """Return the static shape of `x` (a number's is empty); None for an axis known at run time."""
 
+    def shapes(self, x: Any) -> list[tuple[int | None, ...]]:
+        """Return the shapes of all arrays in `x`, a nested structure; none for what is no array."""
+
     def losses(self, x: Any) -> Any:
         """Return `x` in a dtype fit for sums: float64 stays, everything else becomes float32."""
 

@@ -9,21 +9,22 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import tensorflow as tf
 
 import keras
+from hvdloss.elements import check_object, prediction_first, reduction_of
 from hvdloss.errors import ConfigError
 from hvdloss.keras._backend import CompileLoss, get_keras_mask, squeeze_or_expand_to_same_rank
 from hvdloss.losses import GlobalLoss
-from hvdloss.objective import CLASS_LOSSES
 from hvdloss.report import StepReport
 from hvdloss.tensorflow.books import Books
 from hvdloss.tensorflow.exchange import Exchange
 from hvdloss.tensorflow.objective import Objective as TensorFlowObjective
-from hvdloss.tensorflow.objective import Told
+from hvdloss.tensorflow.objective import Told, check_elementwise, reduction_of_keras, swapped
 from hvdloss.tensorflow.ops import TensorFlowOps
 from hvdloss.term import Term
 
@@ -48,6 +49,12 @@ class _SampleWise(TensorFlowObjective):
 
     #: entries of the per-element losses of the last call
     entries: Any = None
+    #: what the loss itself masked in the last call
+    mask: Any = None
+
+    def _mask_of(self, losses: Any) -> Any:
+        self.mask = super()._mask_of(losses)
+        return self.mask
 
     def _fit(self, weight: Any, losses: tf.Tensor) -> Any:
         self.entries = tf.cast(tf.size(losses), tf.float64)
@@ -97,11 +104,12 @@ class Objective(keras.losses.Loss):
     Args:
         loss: a name from ``hvdloss.objective.LOSSES``, or a callable
             ``(y_true, y_pred) -> per-element losses``, in Keras's order; a loss of Keras must have been
-            constructed with ``reduction=None``. Or a loss of all ranks' elements, of
-            :mod:`hvdloss.losses`, or its name: all ranks must then train the same number of steps, be it
-            with empty batches. ``evaluate`` gives that of this rank's own batches, and exchanges nothing.
-        reduction: ``"mean"``, ``"sum"``, ``"batch_mean"`` or ``"sequence_mean"``, see
-            :class:`hvdloss.tensorflow.Objective`.
+            constructed with ``reduction=None`` or ``"mean_with_sample_weight"``, and what it masks
+            (``ignore_class``) is absent. What returns one number for several elements is refused. Or a loss
+            of all ranks' elements, of :mod:`hvdloss.losses`, or its name: all ranks must then train the same
+            number of steps, be it with empty batches. ``evaluate`` gives that of this rank's own batches,
+            and exchanges nothing.
+        reduction, ignore_index, label_smoothing, class_weight: see :class:`hvdloss.tensorflow.Objective`.
         terms: what is measured per rank, priced and acted on: :class:`hvdloss.CommunicationCost`,
             :class:`hvdloss.DataSkew`, your own subclasses of :class:`hvdloss.Term`. At most one of a
             model's losses may have terms.
@@ -120,7 +128,10 @@ class Objective(keras.losses.Loss):
         self,
         loss: str | Callable[..., Any] | GlobalLoss,
         *,
-        reduction: str = "mean",
+        reduction: str | None = None,
+        ignore_index: int | None = None,
+        label_smoothing: float = 0.0,
+        class_weight: Sequence[float] | None = None,
         terms: tuple[Term, ...] = (),
         process_set: Any = None,
         nonfinite: str = "raise",
@@ -128,18 +139,26 @@ class Objective(keras.losses.Loss):
     ) -> None:
         super().__init__(name=name or "objective", reduction=None)
         self._given = loss
-        function = _swapped(loss) if callable(loss) else loss
+        function: Any = loss
         if isinstance(loss, keras.losses.Loss):
-            if loss.reduction not in (None, "none"):
-                raise ConfigError(
-                    f"loss={loss.name} reduces by itself (reduction={loss.reduction!r}); "
-                    f"construct it with reduction=None, so that it returns per-element losses"
-                )
-            function = _swapped(loss.call)
+            reduction = reduction_of(reduction, reduction_of_keras(loss), loss.name)
+            function = swapped(loss.call)
+        elif callable(loss):
+            check_object(loss, getattr(loss, "__qualname__", type(loss).__name__))
+            check_elementwise(loss)
+            # Keras's order, but for functions whose parameters say that theirs is another.
+            function = loss if prediction_first(loss) else swapped(loss)
         if hasattr(loss, "absent"):  # a loss of class numbers that knows which elements to leave out
             function.absent = loss.absent
         self._exact = _SampleWise(
-            function, reduction=reduction, terms=terms, process_set=process_set, nonfinite=nonfinite
+            function,
+            reduction=reduction,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            class_weight=class_weight,
+            terms=terms,
+            process_set=process_set,
+            nonfinite=nonfinite,
         )
         self.nonfinite = nonfinite
         self.reduction = self._exact.reduction
@@ -207,7 +226,7 @@ class Objective(keras.losses.Loss):
         y_pred = _OPS.losses(y_pred)
         if hasattr(self._given, "absent"):
             y_true = class_numbers(y_true, y_pred)
-        elif self._exact.name in CLASS_LOSSES if whole is None else whole.classes:
+        elif self._exact.classes if whole is None else whole.classes:
             if len(y_true.shape) == len(y_pred.shape) and y_true.shape[-1] == 1 != y_pred.shape[-1]:
                 y_true = tf.squeeze(y_true, -1)
             if len(y_true.shape) < len(y_pred.shape) and y_true.dtype.is_floating:
@@ -248,16 +267,6 @@ def class_numbers(y_true: Any, y_pred: Any) -> tf.Tensor:
     return tf.cast(y_true, tf.int64) if y_true.dtype.is_floating else y_true
 
 
-def _swapped(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function of (prediction, target) from Keras's (y_true, y_pred)."""
-
-    def per_element(prediction: Any, target: Any) -> Any:
-        return function(target, prediction)
-
-    per_element.__qualname__ = getattr(function, "__qualname__", type(function).__name__)
-    return per_element
-
-
 class _Leaf:
     """One loss of a model inside :class:`ExactCompileLoss`: keeps what each call contributed."""
 
@@ -265,13 +274,10 @@ class _Leaf:
         self.loss, self.number, self.owner = loss, number, owner
         self.name = loss.name
         if not isinstance(loss, Objective):
-            self._exact = _SampleWise(self._per_element)
-
-    def _per_element(self, prediction: Any, target: Any) -> tf.Tensor:
-        losses = self.loss.call(target, prediction)
-        if len(losses.shape) == 0:  # already one number for the batch: it stands for its samples
-            losses = tf.fill(tf.shape(prediction)[:1], losses)
-        return losses
+            check_elementwise(loss)
+            check_elementwise(getattr(loss, "fn", None))
+            self._exact = _SampleWise(swapped(loss.call))
+            self._exact.name = loss.name
 
     def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> tf.Tensor:
         if isinstance(self.loss, Objective):
@@ -293,10 +299,15 @@ class _Leaf:
         if loss.reduction in (None, "none", "sum"):
             return Told(dataclasses.replace(part, denominator=_OPS.scalar64(1.0 / self.owner.size, y_pred)))
         entries = self._exact.entries
-        if mask is not None:
-            counted = tf.cast(mask, tf.float64)
-            entries *= tf.reduce_sum(counted) / tf.cast(tf.size(mask), tf.float64)
+        masks = [one for one in (mask, self._exact.mask) if one is not None]
+        if masks:
+            counted = tf.cast(functools.reduce(_both, masks), tf.float64)
+            entries *= tf.reduce_sum(counted) / tf.cast(tf.size(counted), tf.float64)
         return Told(dataclasses.replace(part, denominator=entries))
+
+
+def _both(a: Any, b: Any) -> tf.Tensor:
+    return tf.cast(a, tf.bool) & tf.cast(b, tf.bool)
 
 
 class ExactCompileLoss(CompileLoss):

@@ -16,7 +16,7 @@ from hvdloss.keras.local import Stretch, check_local
 from hvdloss.keras.losses import ExactCompileLoss, Objective
 from hvdloss.ledger import COLUMN
 from hvdloss.report import StepReport
-from hvdloss.tensorflow.books import Books
+from hvdloss.tensorflow.books import Books, failing
 from hvdloss.tensorflow.exchange import (
     Exchange,
     beyond,
@@ -49,11 +49,15 @@ class _Engine:
         self.op = op
         self.scale_local = scale_local
         self.local: set[int] = set()
+        self.local_later: list[Any] = []  # variables that are, once the optimizer is built
         self.stretch: Stretch | None = None  # of local steps, where terms decide on their number
         # Without an objective or a compiled loss every backward pass weighs the same, as in Horovod.
         self.books = Books() if objective is None else objective.books
         self.books.process_set = exchange.process_set
+        self.books.owned = True
+        self.loss_scale: Callable[[], Any] = lambda: None  # what a LossScaleOptimizer multiplies with
         self.lenient = objective is None
+        self.warned = False  # that nothing is known of the loss
         self.compile_loss: ExactCompileLoss | None = None
         self.window: tf.Variable | None = None
         self.idle: Any = None  # the empty row, while a step is traced to which this rank adds nothing
@@ -110,6 +114,8 @@ class _Engine:
         controller = self.books.controller
         check_acts(controller, self.exchange.compression)
         scales = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
+        if scales:
+            self.loss_scale = lambda: optimizer.dynamic_scale.value
         if scales and self.books.nonfinite == "drop":
             raise ConfigError(
                 'nonfinite="drop" with a LossScaleOptimizer: it skips every step in which a gradient of any '
@@ -140,7 +146,14 @@ class _Engine:
         self.begin()
         if self.stretch is not None:
             self.stretch.build(optimizer)
-        row = self.books.take(lenient=self.lenient) if self.idle is None else self.idle
+        row = self.idle
+        undo, unclear = tf.ones((), tf.float64), tf.zeros((), tf.float64)
+        if row is None:
+            row = self.books.take(lenient=self.lenient)
+            undo, unclear = self.books.undivided(
+                optimizer.gradient_accumulation_steps or 1, self.loss_scale()
+            )
+            row = failing(row, self.books.unheard() + unclear)
         self.row, self.factor = row, None
         self.variables = list(variables)
         if self.idle is None:
@@ -161,7 +174,7 @@ class _Engine:
             self.row = self.window.read_value()
             # Keras divides what it adds up by the number of passes.
             self.factor = float(steps)
-            gradients = [scaled(g, row[1]) for g in gradients]
+            gradients = [scaled(g, row[1] * undo) for g in gradients]
         return gradients
 
     def reduce(self, optimizer: Any, gradients: list[Any]) -> tuple[list[Any], tf.Tensor]:
@@ -267,6 +280,13 @@ class _Exact:
         else:
             tf.cond(tf.equal((self._iterations + 1) % steps, 0), step, gather)  # type: ignore[attr-defined]
 
+    def build(self, variables: Any) -> None:
+        """Make the optimizer's variables, and know those that stay local. See Keras."""
+        self._base.build(self, variables)
+        later, self._hvd.local_later = self._hvd.local_later, []
+        for variable in later:
+            self.register_local_var(variable)
+
     def _clip_gradients(self, grads: list[Any]) -> list[Any]:
         engine = self._hvd
         if not engine.included:
@@ -366,11 +386,10 @@ class _Exact:
         return self._hvd.objective
 
     def register_local_var(self, variable: Any) -> None:
-        """Have `variable` keep this rank's own gradient; call after the optimizer is built."""
+        """Have `variable` keep this rank's own gradient; before the optimizer is built or after."""
         if not self.built:  # type: ignore[attr-defined]
-            raise ConfigError(
-                "register_local_var needs a built optimizer: call optimizer.build(variables) first"
-            )
+            self._hvd.local_later.append(variable)
+            return
         place = self._get_variable_index(variable)  # type: ignore[attr-defined]
         if self._hvd.stretch is not None:
             check_local(self, {place})
@@ -407,7 +426,7 @@ class _ExactScale:
     objective = _Exact.objective
 
     def register_local_var(self, variable: Any) -> None:
-        """Have `variable` keep this rank's own gradient; call after the optimizer is built."""
+        """Have `variable` keep this rank's own gradient; before the optimizer is built or after."""
         self.inner_optimizer.register_local_var(variable)  # type: ignore[attr-defined]
 
 
@@ -494,7 +513,7 @@ def DistributedOptimizer(
             local variables, and ``AdaptiveCompression`` with `compression`.
 
     Collectives per step: one all-reduce per bucket of dense gradients, two all-gathers per sparse
-    one, one all-reduce of the ranks' ledgers (``size`` x 17 float64 and what terms tell), all under way
+    one, one all-reduce of the ranks' ledgers (``size`` x 18 float64 and what terms tell), all under way
     together; one small one more for a model of several losses, and for a ``LossScaleOptimizer``. After
     local steps (``SyncPeriod``) instead, once per stretch: one all-reduce of the ledgers, then one of the
     parameters per dtype.
@@ -570,8 +589,7 @@ def PartialDistributedOptimizer(
     """Like :func:`DistributedOptimizer`, but layers in `local_layers` keep this rank's gradients.
 
     Args:
-        optimizer: built on the model's trainable variables: ``optimizer.build(model.trainable_variables)``.
-        objective, options: see :func:`DistributedOptimizer`.
+        optimizer, objective, options: see :func:`DistributedOptimizer`.
         local_layers: a Keras layer or a list of them.
 
     Raises:

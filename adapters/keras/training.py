@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import warnings
 from typing import Any
 
 import tensorflow as tf
@@ -318,7 +319,17 @@ def _agree_on_model(communicator: Any, model: Any, settings: dict[str, Any]) -> 
     """Check before the first step that all ranks train the same model."""
     variables = list(model.trainable_variables)
     infos = [ParameterInfo(parameter_name(v), tuple(v.shape), str(v.dtype), 0) for v in variables]
-    agree(communicator, infos, lambda: checksums(variables), [], settings, name="hvdloss.fit")
+    agree(
+        communicator,
+        infos,
+        lambda: checksums(variables),
+        [],
+        settings,
+        name="hvdloss.fit",
+        broadcast="Pass hvd.callbacks.BroadcastGlobalVariablesCallback(0) to fit, or load the same weights "
+        "before it. (hvd.elastic.KerasState makes an optimizer's state itself, and its sync() gives all "
+        "ranks the same: no fit before it is needed.)",
+    )
 
 
 class SynchronizationCallback(keras.callbacks.Callback):
@@ -471,6 +482,23 @@ def _tell(model: Any, begin: _Begin, error: Exception, read: DataError | None) -
         engine.books.tell(False)
 
 
+def _warn_of_own_loss(model: Any) -> None:
+    """Warn, once for each optimizer, of a model whose loss nobody knows: ranks then all count the same."""
+    engine = engine_of(model.optimizer)
+    assert engine is not None
+    if not engine.lenient or engine.warned or engine.exchange.size == 1:
+        return
+    engine.warned = True
+    warnings.warn(
+        f"{type(model).__name__} was compiled without a loss, and DistributedOptimizer has no objective: "
+        f"each rank's gradient counts the same, whatever it holds, as with Horovod. For the gradient of all "
+        f"samples let train_step take its loss from an objective, loss = self.objective(y, y_pred) with "
+        f'objective = hvd.Objective("mse"), say, and give it to the optimizer: '
+        f"hvd.DistributedOptimizer(optimizer, objective)",
+        stacklevel=3,
+    )
+
+
 # -- the layer around Keras's methods -----------------------------------------------------------------
 
 
@@ -506,6 +534,7 @@ def install() -> None:
             if len(args) > 5:
                 raise ConfigError("pass the arguments of fit after `verbose` by name")
         kwargs["callbacks"] = _with_ours(self, kwargs.get("callbacks"))
+        _warn_of_own_loss(self)
         data = args[0] if args else kwargs.get("x")
         ours = kwargs["callbacks"]
         begin = (ours.callbacks if isinstance(ours, keras.callbacks.CallbackList) else ours)[0]

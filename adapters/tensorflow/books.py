@@ -6,7 +6,8 @@ one function calls another; Python state would see only the tracing.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from hvdloss.control.weights import Proximal
 from hvdloss.controller import Controller, counts_of
 from hvdloss.errors import UsageError
 from hvdloss.ledger import COLUMN, FAULTS, NONFINITE, WIDTH, judge, offenders, unpack
+from hvdloss.passes import another_error, uneven_division_error, unheard_error
 from hvdloss.reduction import MEASURED
 from hvdloss.report import StepReport
 from hvdloss.tensorflow._backend import hvd
@@ -28,10 +30,15 @@ from hvdloss.tensorflow.ops import communicator_of
 from hvdloss.term import Travel
 from hvdloss.world import following
 
-__all__ = ["Books", "fault", "raise_fault", "translated"]
+__all__ = ["Books", "failing", "fault", "raise_fault", "translated"]
 
 # What crossed a graph as a TensorFlow error, so that those who own the call can raise the real one.
 _faults: list[Exception] = []
+
+
+def failing(row: tf.Tensor, failed: tf.Tensor) -> tf.Tensor:
+    """Return a row that tells, too, that this rank cannot go on, where `failed` is above 0."""
+    return tf.tensor_scatter_nd_add(row, [[_FAILED]], [failed])
 
 
 def fault() -> Exception | None:
@@ -61,8 +68,12 @@ def translated(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 _FAILED, _MORE, _LEAVING = COLUMN["failed"], COLUMN["more"], COLUMN["leaving"]
-_ELEMENTS = COLUMN["elements"]
-_EXTRA = 2  # sums of passes that are not told: of squared denominators, and of scaled losses
+_ELEMENTS, _PASSES = COLUMN["elements"], COLUMN["micro_batches"]
+# Sums of passes that are not told: of squared denominators, of scaled losses, and of what arrived at losses.
+_EXTRA = 3
+_DIVISION = 1000.0  # in the place of `failed`: which of this rank's errors it is
+
+_of_objectives: weakref.WeakSet[Any] = weakref.WeakSet()  # the books of all objectives
 
 
 class Books:
@@ -98,8 +109,19 @@ class Books:
         self.choices: dict[str, Any] = {}  # of how gradients travel, for the report
         self.listeners: list[Callable[[StepReport], None]] = []
         self.silent = False  # whether a step was traced in which nobody listened
-
+        self.name = ""  # of the objective
+        self.owned = False  # whether a tape or optimizer takes what is entered
+        self.divides = True  # whether a division of the loss by the passes is one too many
+        self._several: Any = 1.0  # calls of the objective in them
+        self.arrived: Any = 1.0  # at the losses of the passes last taken, on average
+        self._passes = 1
+        self._others: Sequence[str] = ()  # objectives whose losses a backward pass came from as well
         following(self)
+
+    def of_objective(self, name: str, divides: bool) -> None:
+        """Have other tapes and optimizers see passes that go through this objective."""
+        self.name, self.divides = name, divides
+        _of_objectives.add(self)
 
     # -- other ranks, and going on ----------------------------------------------------------------
 
@@ -262,9 +284,9 @@ class Books:
 
         `upstream`: the gradient that came to its loss; above 1 where the loss was multiplied.
         """
-        extra = row[1:2] ** 2
-        more = tf.zeros(1, tf.float64) if upstream is None else tf.cast([upstream > 1], tf.float64)
-        parts = [row[:MEASURED], extra, more, row[MEASURED:]]
+        arrived = tf.ones((), tf.float64) if upstream is None else tf.cast(upstream, tf.float64)
+        extra = [row[1] ** 2, tf.cast(arrived > 1, tf.float64), arrived]
+        parts = [row[:MEASURED], tf.stack(extra), row[MEASURED:]]
         return self._of(0).assign_add(tf.concat(parts, 0))
 
     # -- what ranks tell each other ---------------------------------------------------------------
@@ -306,7 +328,77 @@ class Books:
         """Return the row that is exchanged with what this rank tells by now."""
         self._of(2)
         assert self._signal is not None
-        return tf.tensor_scatter_nd_update(row, [[_FAILED], [_MORE], [_LEAVING]], self._signal)
+        return tf.tensor_scatter_nd_add(row, [[_FAILED], [_MORE], [_LEAVING]], self._signal)
+
+    # -- what a loop may do that has no exact step ------------------------------------------------
+
+    @property
+    def calls(self) -> tf.Tensor:
+        """How many passes were entered since they were last taken."""
+        return self._of(0).read_value()[_PASSES]
+
+    def watching(self, backward: Callable[[], Any]) -> tuple[Any, tf.Tensor]:
+        """Do a backward pass; return what it gives, and above 0 if it went through other objectives too."""
+        others = [one for one in _of_objectives if one is not self and one._variables is not None]
+        before = [one.calls for one in others]
+        out = backward()
+        found = [one.calls > count for one, count in zip(others, before, strict=True)]
+        return out, self._any(others, found)
+
+    def unheard(self) -> tf.Tensor:
+        """Return above 0 if a pass went through an objective that nobody takes, and forget it."""
+        others = [
+            one for one in _of_objectives if one is not self and not one.owned and one._variables is not None
+        ]
+        found = [one.calls > 0 for one in others]
+        with tf.control_dependencies([] if tf.executing_eagerly() else found):
+            for one in others:
+                one.forget()
+        return self._any(others, found)
+
+    def _any(self, others: list[Books], found: list[tf.Tensor]) -> tf.Tensor:
+        """Return whether any was found, float64, and keep the names for the message."""
+        if not others:
+            return tf.zeros((), tf.float64)
+        if tf.executing_eagerly():
+            self._others = [one.name for one, there in zip(others, found, strict=True) if bool(there)]
+        else:
+            self._others = sorted({one.name for one in others})
+        return tf.cast(tf.reduce_any(tf.stack(found)), tf.float64)
+
+    def undivided(self, passes: int, scale: Any = None) -> tuple[tf.Tensor, tf.Tensor]:
+        """Return what undoes a division of the loss by the passes, of the pass last taken, and if it cannot.
+
+        Args:
+            passes: of a step.
+            scale: what a LossScaleOptimizer multiplies losses with.
+
+        Returns:
+            `passes` where the loss was divided, else 1; and above 0 where several losses were.
+        """
+        self._passes = passes
+        if not self.divides or passes < 2:
+            return tf.ones((), tf.float64), tf.zeros((), tf.float64)
+        whole = tf.ones((), tf.float64) if scale is None else tf.cast(scale, tf.float64)
+
+        def near(x: tf.Tensor) -> tf.Tensor:
+            return tf.abs(x - whole) <= 1e-5 * whole
+
+        divided = near(self.arrived * passes) & ~near(self.arrived)
+        several = divided & (self._several > 1)
+        return (
+            tf.where(divided, tf.constant(float(passes), tf.float64), tf.ones((), tf.float64)),
+            tf.where(several, tf.constant(_DIVISION, tf.float64), tf.zeros((), tf.float64)),
+        )
+
+    def _failure(self, failed: float) -> BaseException | None:
+        """Return why this rank cannot go on, by what its row tells."""
+        if self._error is not None or not failed:
+            return self._error
+        if failed >= _DIVISION:
+            return uneven_division_error(self._passes)
+        names = " or ".join(map(repr, self._others))
+        return another_error(names, self.name) if self.name else unheard_error(names)
 
     def _judge(self, table: np.ndarray, step: int) -> None:
         """Raise what is wrong with a step, on all ranks alike.
@@ -315,7 +407,8 @@ class Books:
         """
         ledgers = unpack(table[:, :WIDTH])
         if any(ledger.failed for ledger in ledgers) and self.process_set is not None:
-            raise_together(communicator_of(self.process_set), self._error, "hvdloss.failed", f"step {step}")
+            mine = self._failure(ledgers[self.process_set.rank()].failed)
+            raise_together(communicator_of(self.process_set), mine, "hvdloss.failed", f"step {step}")
         error = judge(ledgers, step, self.nonfinite)
         if error is not None:
             raise error
@@ -350,8 +443,9 @@ class Books:
         book = self._of(0).read_value()
         self.forget()
         self.scaled = book[MEASURED + 1] > 0
-        calls = book[4]
+        calls = self._several = book[_PASSES]
         n = tf.maximum(calls, 1.0)
+        self.arrived = book[MEASURED + 2] / n
         apart = calls * book[MEASURED] - book[1] ** 2 > 1e-9 * book[1] ** 2
         silent = tf.equal(calls, 0.0)
         one, zero = tf.ones((), tf.float64), tf.zeros((), tf.float64)

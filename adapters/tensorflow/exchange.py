@@ -278,6 +278,7 @@ class Exchange:
                 [],
                 {**self.settings(), **settings},
                 name=f"{self.name}.agree",
+                broadcast="Call hvd.broadcast_variables(variables, root_rank=0) before the first step.",
             )
         self._agreed[tuple(map(id, known))] = [weakref.ref(v) for v in known]
 

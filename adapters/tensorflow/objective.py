@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import keras
+
 import tensorflow as tf
 from hvdloss.communicator import included, rank_and_size
+from hvdloss.elements import prediction_first
 from hvdloss.errors import ConfigError
 from hvdloss.losses.base import Group, OneRank
-from hvdloss.objective import CLASS_LOSSES, IGNORED, ObjectiveBase, expand_mask_axes
-from hvdloss.reduction import Contribution, contribution, weights_for
+from hvdloss.objective import ObjectiveBase, expand_mask_axes
+from hvdloss.reduction import Contribution, broadcast_error, contribution, weights_for
 from hvdloss.report import StepReport
 from hvdloss.tensorflow._backend import hvd
 from hvdloss.tensorflow._traces import noted
@@ -56,6 +59,43 @@ def _part(value: tf.Tensor, factor: float) -> tf.Tensor:
     return part(value)
 
 
+def swapped(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function of (prediction, target) from one of (target, prediction)."""
+
+    def per_element(prediction: Any, target: Any) -> Any:
+        return function(target, prediction)
+
+    per_element.__qualname__ = getattr(function, "__qualname__", type(function).__name__)
+    return per_element
+
+
+def reduction_of_keras(loss: keras.losses.Loss) -> str:
+    """Return the reduction that a loss of Keras leaves to the objective, as it calls it.
+
+    Raises:
+        ConfigError: one that an objective does not have, or a loss that compares elements with one another.
+    """
+    check_elementwise(loss)
+    own = {None: "none", "none": "none", "mean_with_sample_weight": "mean", "sum": "sum"}.get(loss.reduction)
+    if own is None:
+        raise ConfigError(
+            f"loss={loss.name} reduces by itself (reduction={loss.reduction!r}): it divides by the number of "
+            f"samples, whatever their weights. Construct it with reduction=None, so that it returns "
+            f'per-element losses, or "mean_with_sample_weight"; without an objective, compile and fit of '
+            f"hvdloss.keras take it as it is"
+        )
+    return own
+
+
+def check_elementwise(loss: Any) -> None:
+    """Raise ConfigError for a loss of Keras that compares elements with one another."""
+    if isinstance(loss, keras.losses.Circle) or loss is keras.losses.circle:
+        raise ConfigError(
+            "loss=Circle compares each element with the others of its rank, so it is no mean over all ranks' "
+            'elements; hvdloss.losses has some that contrast all of them: Objective("supervised_contrastive")'
+        )
+
+
 @dataclass(frozen=True)
 class Told:
     """What one call of an objective adds to a step.
@@ -98,13 +138,20 @@ class Objective(ObjectiveBase[tf.Tensor]):
 
     Args:
         loss: a name from ``hvdloss.objective.LOSSES``, or a callable
-            ``(prediction, target) -> per-element losses``; or a loss that is no mean, of
+            ``(prediction, target) -> per-element losses``, in the order of its parameters' names if they are
+            those of ``tf.nn`` (labels, logits) or Keras (y_true, y_pred); or a loss of Keras constructed
+            with ``reduction=None`` or ``"mean_with_sample_weight"``. What they mask (``ignore_class``) is
+            absent. What returns one number for several elements is refused. Or a loss that is no mean, of
             :mod:`hvdloss.losses`, or its name (``"soft_dice"``, ``"correlation"``, ...): calling the
             objective then gives that of all ranks' elements.
         reduction: ``"mean"`` (sum wl / sum w), ``"sum"``, ``"batch_mean"`` (sum wl / number of elements
             with w != 0), or ``"sequence_mean"`` (losses of shape (N, T): the mean over sequences of each
-            one's weighted token mean). With ``"sum"`` a call gives size x passes x its local sum, its
-            estimate of the global sum, so that a penalty added to it keeps its proportion.
+            one's weighted token mean); None for the loss's own, or ``"mean"``. With ``"sum"`` a call gives
+            size x passes x its local sum, its estimate of the global sum, so that a penalty added to it
+            keeps its proportion.
+        ignore_index, label_smoothing, class_weight: of ``"cross_entropy"`` (the first and last of ``"nll"``
+            too): targets that are absent, -100 by default; the part of each target that is spread over all
+            classes; one weight per class.
         terms: what is measured per rank, priced and acted on: :class:`hvdloss.CommunicationCost`,
             :class:`hvdloss.DataSkew`, your own subclasses of :class:`hvdloss.Term`.
         process_set: the Horovod process set whose ranks share the step; None for all.
@@ -135,13 +182,26 @@ class Objective(ObjectiveBase[tf.Tensor]):
         self,
         loss: str | Callable[..., Any],
         *,
-        reduction: str = "mean",
+        reduction: str | None = None,
+        ignore_index: int | None = None,
+        label_smoothing: float = 0.0,
+        class_weight: Sequence[float] | None = None,
         terms: tuple[Term, ...] = (),
         process_set: Any = None,
         nonfinite: str = "raise",
     ) -> None:
-        super().__init__(loss, reduction=reduction, terms=terms, process_set=process_set, nonfinite=nonfinite)
+        super().__init__(
+            loss,
+            reduction=reduction,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            class_weight=class_weight,
+            terms=terms,
+            process_set=process_set,
+            nonfinite=nonfinite,
+        )
         self.books = Books(self.controller, self.reduction, nonfinite)
+        self.books.of_objective(self.name, self.reduction != "sum" or self.whole is not None)
         self.alone = False  # while a rank evaluates a loss of all ranks' elements on its own
 
     def _named_losses(self) -> Mapping[str, Callable[..., tf.Tensor]]:
@@ -227,21 +287,60 @@ class Objective(ObjectiveBase[tf.Tensor]):
         Collectives: none.
         """
         self.check_per_element()
-        losses = _OPS.losses(tf.stop_gradient(self._function(prediction, target)))
         rank, _ = rank_and_size(hvd, self.process_set)
-        weight = self._fit(weight, losses)
-        w = _OPS.ones_like(losses) if weight is None else weights_for(_OPS, weight, losses, rank)
-        absent = self._absent(target)
-        return losses, w if absent is None else tf.where(absent, tf.zeros_like(w), w)
+        losses, w = self._elements(prediction, target, weight, rank)
+        losses = _OPS.losses(tf.stop_gradient(losses))
+        return losses, _OPS.ones_like(losses) if w is None else weights_for(_OPS, w, losses, rank)
 
-    def _absent(self, target: Any) -> tf.Tensor | None:
-        """Return where targets mark absent elements, for losses of classes."""
-        if hasattr(self._function, "absent"):  # a loss that knows by itself
-            return self._function.absent(target)
-        if self.name in CLASS_LOSSES:
+    def _read(self, loss: Callable[..., Any]) -> tuple[Callable[..., Any], Any]:
+        own = None
+        function: Callable[..., Any] = loss
+        if isinstance(loss, keras.losses.Loss):
+            own = reduction_of_keras(loss)
+            function = loss.call
+        else:
+            super()._read(loss)
+        return (swapped(function) if prediction_first(function) is False else function), own
+
+    def _elements(self, prediction: Any, target: Any, weight: Any, rank: int) -> tuple[tf.Tensor, Any]:
+        """Return the losses of elements, and all their weights: the call's, and the loss's own."""
+        own: Any = None
+        if self.classes:
             target = tf.convert_to_tensor(target)
-            return None if target.dtype.is_floating else target == IGNORED
-        return None
+        if self.classes and not target.dtype.is_floating:
+            target = self._with_absent(target, weight)
+            losses = self._function(prediction, target)
+            like = _OPS.losses(losses)
+            own = tf.cast(target != self.options.ignore_index, like.dtype)
+            if (by_class := self._own_weights(_OPS, prediction, target, like)) is not None:
+                own *= by_class
+        else:
+            losses = self._function(prediction, target)
+            if hasattr(self._function, "absent"):  # a loss that knows by itself
+                own = ~self._function.absent(target)
+            else:
+                own = self._mask_of(losses)
+        losses = tf.convert_to_tensor(losses)
+        self._check_elements(_OPS, losses, prediction, target, rank)
+        weight = self._fit(weight, losses)
+        if own is not None:
+            own = tf.cast(own, _OPS.losses(losses).dtype)
+            weight = own if weight is None else own * weights_for(_OPS, weight, own, rank)
+        return losses, weight
+
+    def _mask_of(self, losses: Any) -> Any:
+        """Return which elements a loss of Keras left in (``ignore_class``), where it says so."""
+        return getattr(losses, "_keras_mask", None)
+
+    def _with_absent(self, target: tf.Tensor, weight: Any) -> tf.Tensor:
+        """Return class indices with those of weight 0 ignored: they may be no class at all."""
+        weight = self._fit(weight, target)
+        if weight is None or broadcast_error(_OPS.shape(weight), _OPS.shape(target), 0) is not None:
+            return target  # a weight that does not fit is refused when it meets the losses
+        w = tf.convert_to_tensor(weight)
+        return tf.where(
+            tf.equal(w, tf.zeros((), w.dtype)), tf.cast(self.options.ignore_index, target.dtype), target
+        )
 
     def contribute(
         self, prediction: Any, target: Any, weight: Any = None, *, keys: Any = None, total: Any = None
@@ -258,18 +357,11 @@ class Objective(ObjectiveBase[tf.Tensor]):
         noted()
         rank, size = rank_and_size(hvd, self.process_set)
         given = prediction
-        if self.name in CLASS_LOSSES:
-            target = tf.convert_to_tensor(target)
-        absent = self._absent(target)
         holder: list[tf.Tensor] = []
-        may_mask = weight is not None or absent is not None or self.controller.weighs
+        may_mask = self.classes or not self.named or weight is not None or self.controller.weighs
         if may_mask and tf.is_tensor(prediction):
             prediction = _gate(prediction, holder)
-        losses = self._function(prediction, target)
-        weight = self._fit(weight, losses)
-        if absent is not None:
-            present = tf.cast(~absent, _OPS.losses(losses).dtype)
-            weight = present if weight is None else present * weights_for(_OPS, weight, present, rank)
+        losses, weight = self._elements(prediction, target, weight, rank)
         penalty, sums = None, []
         if self.controller.terms:
             self.books.begin(rank, size)
@@ -281,7 +373,7 @@ class Objective(ObjectiveBase[tf.Tensor]):
                 weight=weight,
                 keys=keys,
                 state=self.books.state,
-                class_axis=-1 if self.name in CLASS_LOSSES else None,
+                class_axis=-1 if self.classes else None,
                 rank=rank,
                 size=size,
             )
@@ -326,7 +418,7 @@ class Objective(ObjectiveBase[tf.Tensor]):
         self, holder: list[tf.Tensor], losses: tf.Tensor, prediction: tf.Tensor, weight: Any
     ) -> None:
         """Let the gate hold back the gradient of absent elements, where the shapes tell which they are."""
-        classes = self.name in CLASS_LOSSES if self.whole is None else self.whole.classes
+        classes = self.classes if self.whole is None else self.whole.classes
         class_axis = -1 if classes else None
         axes = expand_mask_axes(tuple(losses.shape), tuple(prediction.shape), class_axis)
         if axes is None:

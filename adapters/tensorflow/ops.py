@@ -10,12 +10,16 @@ import numpy as np
 
 import tensorflow as tf
 from hvdloss.communicator import Communicator, OneProcess
+from hvdloss.elements import ClassOptions
 from hvdloss.errors import ShapeError, second_derivative_error
-from hvdloss.objective import IGNORED, loss_named
+from hvdloss.objective import loss_named
 from hvdloss.tensorflow._backend import hvd
 from hvdloss.tensorflow.waiting import explaining
 
 __all__ = ["NAMED_LOSSES", "HorovodCommunicator", "TensorFlowOps", "communicator_of", "once"]
+
+
+_NO_OPTIONS = ClassOptions()
 
 
 class TensorFlowOps:
@@ -24,6 +28,11 @@ class TensorFlowOps:
     def shape(self, x: Any) -> tuple[int | None, ...]:
         """Return the static shape; a number's is empty, an axis known only at run time is None."""
         return tuple(x.shape) if tf.is_tensor(x) else tuple(np.shape(x))
+
+    def shapes(self, x: Any) -> list[tuple[int | None, ...]]:
+        """Collect from any structure; arrays of NumPy count, whose rank is not known does not."""
+        arrays = [one for one in tf.nest.flatten(x) if tf.is_tensor(one) or isinstance(one, np.ndarray)]
+        return [tuple(one.shape) for one in arrays if getattr(one.shape, "rank", 0) is not None]
 
     def losses(self, x: tf.Tensor) -> tf.Tensor:
         """Return at least float32, as mixed precision does for losses."""
@@ -306,23 +315,37 @@ def _wide(logits: Any) -> tf.Tensor:
     return TensorFlowOps().losses(tf.convert_to_tensor(logits))
 
 
-def _cross_entropy(prediction: Any, target: Any) -> tf.Tensor:
+def _cross_entropy(prediction: Any, target: Any, options: ClassOptions = _NO_OPTIONS) -> tf.Tensor:
     """Class axis last; `target` holds class indices, or probabilities in the prediction's shape."""
     y, t = _wide(prediction), tf.convert_to_tensor(target)
+    smoothing, weights = options.label_smoothing, None
+    if options.class_weight is not None:
+        weights = tf.constant(options.class_weight, y.dtype)
     if t.dtype.is_floating:
-        return tf.nn.softmax_cross_entropy_with_logits(labels=tf.cast(t, y.dtype), logits=y)
-    return tf.nn.sparse_softmax_cross_entropy_with_logits(labels=_indices(t), logits=y)
+        t = tf.cast(t, y.dtype)
+        t = t * (1 - smoothing) + smoothing / tf.cast(tf.shape(y)[-1], y.dtype) if smoothing else t
+        if weights is None:
+            return tf.nn.softmax_cross_entropy_with_logits(labels=t, logits=y)
+        return -tf.reduce_sum(weights * t * tf.nn.log_softmax(y), -1)
+    index = _indices(t, options.ignore_index)
+    losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels=index, logits=y)
+    if not smoothing:
+        return losses
+    spread = tf.nn.log_softmax(y)
+    if weights is not None:  # the element's own weight comes later, so it is divided out here
+        spread = spread * weights / tf.gather(weights, index)[..., tf.newaxis]
+    return (1 - smoothing) * losses - smoothing * tf.reduce_mean(spread, -1)
 
 
-def _nll(prediction: Any, target: Any) -> tf.Tensor:
+def _nll(prediction: Any, target: Any, options: ClassOptions = _NO_OPTIONS) -> tf.Tensor:
     y, t = _wide(prediction), tf.convert_to_tensor(target)
-    return -tf.gather(y, _indices(t), batch_dims=len(t.shape))
+    return -tf.gather(y, _indices(t, options.ignore_index), batch_dims=len(t.shape))
 
 
-def _indices(t: tf.Tensor) -> tf.Tensor:
+def _indices(t: tf.Tensor, ignored: int) -> tf.Tensor:
     """Return class indices with the absent ones replaced by class 0; their weight is zero."""
     t = t if t.dtype in (tf.int32, tf.int64) else tf.cast(t, tf.int64)
-    return tf.where(t == IGNORED, tf.zeros((), t.dtype), t)
+    return tf.where(t == ignored, tf.zeros((), t.dtype), t)
 
 
 NAMED_LOSSES: dict[str, Callable[..., tf.Tensor]] = {

@@ -156,6 +156,7 @@ def DistributedOptimizer(
     if process_set is not None and ours is not None and process_set is not ours:
         raise ConfigError("objective and optimizer were given different process sets")
     objective.process_set = process_set or ours
+    objective.books.owned = True
     objective.books.process_set = objective.process_set or hvd.global_process_set
     exchange = Exchange(
         f"hvdloss.v1.{name or type(optimizer).__name__}",

@@ -13,6 +13,7 @@ from hvdloss.communicator import included
 from hvdloss.errors import ConfigError
 from hvdloss.report import StepReport
 from hvdloss.tensorflow._backend import hvd
+from hvdloss.tensorflow.books import failing
 from hvdloss.tensorflow.exchange import Exchange, check_acts, check_options, check_skips, scaled
 from hvdloss.tensorflow.objective import Objective
 from hvdloss.tuning import choose
@@ -84,13 +85,14 @@ class _Exact:
         books = self._hvd_objective.books
         process_set = self._hvd_options["process_set"]
         books.forget()
-        gradients = super(type(self), self).gradient(  # type: ignore[misc]
-            target, sources, output_gradients, unconnected_gradients
+        backward = super(type(self), self).gradient  # type: ignore[misc]
+        gradients, others = books.watching(
+            lambda: backward(target, sources, output_gradients, unconnected_gradients)
         )
         row = books.take()
         if not included(hvd, process_set):
             return gradients
-        row = books.signed(row)
+        row = failing(books.signed(row), others)
         flat_sources = tf.nest.flatten(sources)
         flat = tf.nest.flatten(gradients)
         local = [id(source) in self._hvd_local for source in flat_sources]
@@ -266,6 +268,7 @@ def DistributedGradientTape(
         "device_sparse": device_sparse,
         "bucket_cap_mb": bucket_cap_mb,
     }
+    objective.books.owned = True
     objective.books.process_set = tape._hvd_options["process_set"]
     tape._hvd_local = set()
     tape._hvd_scale_local = scale_local_gradients

@@ -163,13 +163,21 @@ class FlatBucket(_Reduction):
         self.body = self.flat[: layout.numel]
         self.flags = self.flat[layout.numel : layout.length]
         self.tail = self.flat[layout.length :]
-        self.views = [
-            self.body[m.start : m.stop].view(p.shape)
-            for m, p in zip(layout.members, self.parameters, strict=True)
-        ]
+        self.views = [self._view(i) for i in range(len(self.parameters))]
+        self._places = [view.data_ptr() for view in self.views]
         # One pass for copy and scale pays off for large gradients, one call for all of them for small.
         self._fused = layout.numel >= 2**14 * len(self.parameters)
         self.begin_step()
+
+    def _view(self, i: int) -> torch.Tensor:
+        member = self.layout.members[i]
+        return self.body[member.start : member.stop].view(self.parameters[i].shape)
+
+    def keep_views(self) -> None:
+        """Take new views of the buffer for gradients whose memory was changed (``model.double()``)."""
+        for i, (view, place) in enumerate(zip(self.views, self._places, strict=True)):
+            if view.data_ptr() != place or view.dtype is not self.flat.dtype:
+                self.views[i] = self._view(i)
 
     def begin_step(self) -> None:
         """Forget what the last step wrote; the buffer itself is overwritten later, not cleared."""

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from hvdloss.communicator import rank_and_size
 from hvdloss.errors import ConfigError
-from hvdloss.objective import CLASS_LOSSES, IGNORED, ObjectiveBase, expand_mask_axes
+from hvdloss.objective import ObjectiveBase, expand_mask_axes
 from hvdloss.reduction import Contribution, contribution, weights_for
 from hvdloss.torch._backend import hvd
 from hvdloss.torch.collectives import group_of
 from hvdloss.torch.ops import NAMED_LOSSES, TorchOps, at_hand, put_on
+from hvdloss.torch.reading import Elements, own_reduction, read, with_absent_targets
 
 __all__ = ["Objective"]
 
@@ -75,13 +76,20 @@ class Objective(ObjectiveBase[torch.Tensor]):
 
     Args:
         loss: a name from ``hvdloss.objective.LOSSES``, or a callable
-            ``(prediction, target) -> per-element losses``; or a loss that is no mean, of
+            ``(prediction, target) -> per-element losses``. A loss of PyTorch, as a module or function, may
+            reduce by itself, and also inside a function of your own: its elements, their class weights and
+            those it ignores are read from it. What returns one number otherwise is refused. Or a loss that
+            is no mean, of
             :mod:`hvdloss.losses`, or its name (``"soft_dice"``, ``"correlation"``, ...): calling the
             objective then gives that of all ranks' elements.
         reduction: ``"mean"`` (sum wl / sum w), ``"sum"``, ``"batch_mean"`` (sum wl / number of elements
             with w != 0), or ``"sequence_mean"`` (losses of shape (N, T): the mean over sequences of each
-            one's weighted token mean). With ``"sum"`` a call gives size x passes x its local sum, its
-            estimate of the global sum, so that a penalty added to it keeps its proportion.
+            one's weighted token mean); None for the loss's own, or ``"mean"``. With ``"sum"`` a call gives
+            size x passes x its local sum, its estimate of the global sum, so that a penalty added to it
+            keeps its proportion.
+        ignore_index, label_smoothing, class_weight: of ``"cross_entropy"`` (the first and last of ``"nll"``
+            too), as in ``torch.nn.CrossEntropyLoss``: targets that are absent, -100 by default; the part
+            of each target that is spread over all classes; one weight per class.
         terms: what is measured per rank, priced and acted on: :class:`hvdloss.CommunicationCost`,
             :class:`hvdloss.DataSkew`, your own subclasses of :class:`hvdloss.Term`.
         process_set: the Horovod process set whose ranks share the step; None for the optimizer's.
@@ -181,20 +189,40 @@ class Objective(ObjectiveBase[torch.Tensor]):
         """
         self.check_per_element()
         with torch.no_grad():
-            losses = _OPS.losses(self._function(prediction, target))
             rank = rank_and_size(hvd, self.process_set)[0]
-            w = _OPS.ones_like(losses) if weight is None else weights_for(_OPS, weight, losses, rank)
-            absent = self._absent(target)
-            return losses, w if absent is None else w.masked_fill(absent, 0)
+            found = self._elements(prediction, target, weight, rank)
+            losses = _OPS.losses(found.losses)
+            w = found.weight
+            return losses, _OPS.ones_like(losses) if w is None else weights_for(_OPS, w, losses, rank)
 
-    def _absent(self, target: Any) -> torch.Tensor | None:
-        """Return where targets mark absent elements, for losses of classes."""
-        if hasattr(self._function, "absent"):  # a loss that knows by itself
-            return self._function.absent(target)
-        classes = self.name in CLASS_LOSSES
-        if classes and isinstance(target, torch.Tensor) and not target.is_floating_point():
-            return target == IGNORED
-        return None
+    def _read(self, loss: Callable[..., Any]) -> tuple[Callable[..., Any], Any]:
+        return loss, own_reduction(loss, self.name)
+
+    def _elements(self, prediction: Any, target: Any, weight: Any, rank: int) -> Elements:
+        """Return the losses of elements, with all their weights: the call's, and the loss's own."""
+        if self.classes and isinstance(target, torch.Tensor) and not target.is_floating_point():
+            target = with_absent_targets(target, weight, self.options.ignore_index)
+            absent = target == self.options.ignore_index
+            losses = self._function(prediction, target)
+            own = self._own_weights(_OPS, prediction, target, _OPS.losses(losses))
+            if not at_hand(absent) or absent.any():
+                present = (~absent).to(_OPS.losses(losses).dtype)
+                own = present if own is None else own * present
+            found = Elements(losses, own, True)
+        elif hasattr(self._function, "absent"):  # a loss that knows by itself
+            losses = self._function(prediction, target)
+            absent = self._function.absent(target)
+            found = Elements(losses, None if absent is None else (~absent).to(_OPS.losses(losses).dtype))
+        elif self.named:
+            found = Elements(self._function(prediction, target), classes=self.classes)
+        else:
+            found = read(self._function, prediction, target, weight, self.reduction, self.name)
+        self._check_elements(_OPS, found.losses, prediction, target, rank)
+        own = found.weight
+        if own is not None:
+            own = own.detach().to(_OPS.losses(found.losses).dtype)
+            weight = own if weight is None else own * weights_for(_OPS, weight, own, rank)
+        return Elements(found.losses, weight, found.classes)
 
     def _measure(self, prediction: Any, target: Any, weight: Any, keys: Any, total: Any) -> torch.Tensor:
         if self.whole is not None:
@@ -204,18 +232,13 @@ class Objective(ObjectiveBase[torch.Tensor]):
         rank, size = rank_and_size(hvd, self.process_set)
         holder: list[torch.Tensor] = []
         given = prediction
-        classes = self.name in CLASS_LOSSES
-        absent = self._absent(target)
-        if absent is not None and at_hand(absent) and not absent.any():
-            absent = None
         acting = self.controller
-        may_mask = weight is not None or absent is not None or acting.weighs
+        may_mask = self.classes or not self.named or weight is not None or acting.weighs
         if may_mask and isinstance(prediction, torch.Tensor) and prediction.requires_grad:
             prediction = _Gate.apply(prediction, holder)
-        losses = self._function(prediction, target)
-        if absent is not None:
-            present = (~absent).to(_OPS.losses(losses).dtype)
-            weight = present if weight is None else present * weights_for(_OPS, weight, present, rank)
+        found = self._elements(prediction, target, weight, rank)
+        losses, weight = found.losses, found.weight
+        class_axis = min(1, given.dim() - 1) if found.classes and isinstance(given, torch.Tensor) else None
         penalty, told = None, []
         if acting.terms:
             weight, penalty, told = self.consult(
@@ -226,7 +249,7 @@ class Objective(ObjectiveBase[torch.Tensor]):
                 weight=weight,
                 keys=keys,
                 state=put_on(torch.from_numpy(acting.state), losses.device),
-                class_axis=min(1, given.dim() - 1) if classes else None,
+                class_axis=class_axis,
                 rank=rank,
                 size=size,
             )
@@ -239,7 +262,6 @@ class Objective(ObjectiveBase[torch.Tensor]):
             rank=rank,
         )
         if weight is not None and isinstance(given, torch.Tensor):
-            class_axis = min(1, given.dim() - 1) if classes else None
             self._set_gate(holder, losses, given, weight, class_axis)
         return self._announced(part, penalty, told)
 
@@ -272,11 +294,19 @@ class Objective(ObjectiveBase[torch.Tensor]):
         loss = part.mean(_OPS)
         if penalty is not None:
             loss = loss + penalty
-        if loss.requires_grad and self._listeners:
+        if loss.requires_grad:
             row = part.row(_OPS)
             if told:
                 row = torch.cat([row, *told])
-            loss.register_hook(lambda _: self.announce(row))
+            # What the loss was made of; the loss itself would hold itself by its hook.
+            graph = [] if loss.grad_fn is None else [node for node, _ in loss.grad_fn.next_functions]
+
+            def through(gradient: torch.Tensor) -> None:
+                if not self._listeners:
+                    self.warn_unheard(rank_and_size(hvd, self.process_set)[1])
+                self.announce(row, gradient, graph)
+
+            loss.register_hook(through)
         return loss
 
     @staticmethod

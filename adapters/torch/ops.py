@@ -10,10 +10,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from hvdloss.communicator import Communicator, OneProcess
+from hvdloss.elements import ClassOptions
 from hvdloss.errors import second_derivative_error
-from hvdloss.objective import IGNORED, loss_named
+from hvdloss.objective import loss_named
 from hvdloss.torch._backend import hvd
 from hvdloss.torch.waiting import explaining, wait
+from torch.utils._pytree import tree_leaves
 
 __all__ = [
     "AT_HAND",
@@ -25,6 +27,8 @@ __all__ = [
     "communicator_of",
     "put_on",
 ]
+
+_NO_OPTIONS = ClassOptions()
 
 #: Kinds of devices whose values can be read at once. Without "cpu", what is for GPUs is done on the CPU's
 #: tensors, which is how it is tested where there is no GPU.
@@ -53,6 +57,10 @@ class TorchOps:
     def shape(self, x: Any) -> tuple[int | None, ...]:
         """Return the shape; a number's is empty."""
         return tuple(x.shape) if isinstance(x, torch.Tensor) else tuple(np.shape(x))
+
+    def shapes(self, x: Any) -> list[tuple[int | None, ...]]:
+        """Collect from lists, dicts and the like, as PyTorch's own tools do."""
+        return [tuple(one.shape) for one in tree_leaves(x) if isinstance(one, torch.Tensor)]
 
     def losses(self, x: torch.Tensor) -> torch.Tensor:
         """Return at least float32, as autocast does for losses."""
@@ -295,14 +303,25 @@ def _log_cosh(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return d + F.softplus(-2.0 * d) - float(np.log(2.0))
 
 
-def _class_loss(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    def elements(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        return function(prediction, target, reduction="none", **ignored(target))
+def _cross_entropy(
+    prediction: torch.Tensor, target: torch.Tensor, options: ClassOptions = _NO_OPTIONS
+) -> torch.Tensor:
+    by_index = not target.is_floating_point()
+    more: dict[str, Any] = {"ignore_index": options.ignore_index} if by_index else {}
+    weights = None
+    if options.class_weight is not None and (options.label_smoothing or not by_index):
+        # Of each class's part of the loss; the weight of the element itself is divided out again.
+        weights = put_on(torch.tensor(options.class_weight, dtype=prediction.dtype), prediction.device)
+    losses = F.cross_entropy(
+        prediction, target, weights, reduction="none", label_smoothing=options.label_smoothing, **more
+    )
+    if weights is None or not by_index:
+        return losses
+    return losses / weights[target.masked_fill(target == options.ignore_index, 0)]
 
-    def ignored(target: torch.Tensor) -> dict[str, int]:
-        return {} if target.is_floating_point() else {"ignore_index": IGNORED}
 
-    return elements
+def _nll(prediction: torch.Tensor, target: torch.Tensor, options: ClassOptions = _NO_OPTIONS) -> torch.Tensor:
+    return F.nll_loss(prediction, target, reduction="none", ignore_index=options.ignore_index)
 
 
 def _plain(function: Callable[..., torch.Tensor], **options: Any) -> Callable[..., torch.Tensor]:
@@ -317,8 +336,8 @@ NAMED_LOSSES: dict[str, Callable[..., torch.Tensor]] = {
     "mae": _plain(F.l1_loss),
     "huber": _plain(F.huber_loss),
     "log_cosh": _log_cosh,
-    "cross_entropy": _class_loss(F.cross_entropy),
-    "nll": _class_loss(F.nll_loss),
+    "cross_entropy": _cross_entropy,
+    "nll": _nll,
     "binary_cross_entropy": _plain(F.binary_cross_entropy),
     "binary_cross_entropy_with_logits": _plain(F.binary_cross_entropy_with_logits),
     "poisson_nll": _plain(F.poisson_nll_loss),

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import math
 import time
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -21,9 +22,10 @@ from hvdloss.control.compression import AdaptiveCompression
 from hvdloss.control.period import SyncPeriod
 from hvdloss.control.weights import Proximal
 from hvdloss.controller import counts_of
-from hvdloss.errors import ConfigError, HvdlossError, UsageError
+from hvdloss.errors import AgreementError, ConfigError, HvdlossError, NoWeightError, UsageError
 from hvdloss.guard import due
 from hvdloss.ledger import COLUMN, FAULTS, WIDTH, Ledger, judge, offenders, pack, unpack
+from hvdloss.passes import alone_warning, another_error, bypassed_error, division_error, uneven_division_error
 from hvdloss.plan import Bucket, ParameterInfo, plan_buckets
 from hvdloss.reduction import MEASURED
 from hvdloss.report import StepReport
@@ -42,9 +44,19 @@ from hvdloss.torch.buckets import (
 )
 from hvdloss.torch.compression import Compression
 from hvdloss.torch.guard import check_synchronized, checksums
+from hvdloss.torch.hooks import adopt, hooks_of, same
 from hvdloss.torch.local import Stretch, share_memory
 from hvdloss.torch.objective import Objective
 from hvdloss.torch.ops import at_hand, communicator_of, put_on
+from hvdloss.torch.passes import (
+    divided,
+    division,
+    leads_to,
+    mark_reduced,
+    not_reduced,
+    scales,
+    see_scalers,
+)
 from hvdloss.tuning import Tuning, choose, launched
 from hvdloss.world import following, next_number
 
@@ -119,11 +131,20 @@ class _Engine:
         self._news = False  # whether they have not been told of the last step
         self._active = False
         self._rows: list[torch.Tensor] = []
+        self._arrived: list[torch.Tensor] = []  # at the losses of those rows
+        self._others: list[tuple[str, Any]] = []  # objectives of others in a backward pass, and their graphs
+        self._looked = False  # for parameters that no optimizer has
+        self._retired = False  # as another optimizer has its parameters now
+        see_scalers()
         self._hooked: dict[int, Any] = {}
         self._frozen: list[torch.nn.Parameter] = []
         self._forget_plan()
         self._begin_step()
         if included(hvd, process_set):  # others keep their own gradients, as with Horovod
+            mine = {id(p) for p in self.parameters()}
+            for other in objective.listeners():  # a new optimizer for an objective takes the old one's place
+                if isinstance(other, _Engine) and other._retire(mine):
+                    objective.detach(other)
             self._hook_parameters()
             objective.attach(self, passes)
             self.controller.begin(process_set.rank(), process_set.size(), anew=True)
@@ -246,6 +267,16 @@ class _Engine:
         assert optimizer is not None
         return [p for group in optimizer.param_groups for p in group["params"]]
 
+    def _retire(self, parameters: set[int]) -> bool:
+        """Take no further part if another optimizer now has parameters of this one; return whether so."""
+        if self.optimizer() is not None and not parameters & {id(p) for p in self.parameters()}:
+            return False
+        self.abandon()
+        for handle in self._hooked.values():
+            handle.remove()
+        self._retired, self.synchronized = True, False
+        return True
+
     def set_passes(self, passes: int) -> None:
         """Change how many backward passes a step has at most."""
         _check_passes(passes)
@@ -277,6 +308,7 @@ class _Engine:
         self._planned = False
         self._stale = False  # whether gradients can no longer travel as planned
         self._planned_size = 0
+        self._planned_kinds: list[Any] = []
         self._order: dict[int, None] = {}
         self._fired: set[int] = set()
         self._gathered: dict[int, torch.Tensor] = {}
@@ -289,6 +321,12 @@ class _Engine:
             self._stretch = None
             self._hook_parameters()
             self._forget_plan()
+        if self._planned and self._kinds() != self._planned_kinds:  # model.double(), say
+            self._stretch = None
+            self._forget_plan()
+        for bucket in self.buckets:
+            if isinstance(bucket, FlatBucket):
+                bucket.keep_views()
         if self._planned and self._planned_size != self.process_set.size():
             self._forget_plan()  # an elastic job has other ranks now
             self._stretch = None
@@ -312,6 +350,10 @@ class _Engine:
         """Whether the ranks' parameters differ, after local steps."""
         return self._stretch is not None and self._stretch.steps > 0
 
+    def _kinds(self) -> list[Any]:
+        """Return what a plan depends on of each parameter: the user may change it in place."""
+        return [(p.dtype, p.device, p.shape) for p in self.parameters()]
+
     def unfrozen(self) -> bool:
         """Return whether a parameter is to be trained now that was frozen before."""
         return any(p.requires_grad for p in self._frozen)
@@ -323,7 +365,7 @@ class _Engine:
         def hook(p: torch.nn.Parameter) -> None:
             # Runs once per parameter and pass: what is rare happens in the methods it calls.
             engine = me()
-            if engine is None:
+            if engine is None or engine._retired:
                 return
             place = engine._place.get(id(p)) if engine._active else None
             if place is None:
@@ -331,10 +373,17 @@ class _Engine:
             elif place[0].fire(place[1]) and engine._rows:
                 engine._bucket_full(place[0], p)
 
+        hook._hvdloss = True  # type: ignore[attr-defined]
         for p in self.parameters():
             if p.requires_grad and id(p) not in self._hooked:
                 self._hooked[id(p)] = p.register_post_accumulate_grad_hook(hook)
         self._frozen = [p for p in self.parameters() if id(p) not in self._hooked]
+        mark_reduced(self.parameters())
+
+    def _adopt_hooks(self) -> None:
+        """Take the user's hooks off the parameters: they see the gradient of all ranks, not of a pass."""
+        for p in self.parameters():
+            adopt(p)
 
     def _begin_step(self) -> None:
         self._active = False  # also after a backward pass that ended in an exception
@@ -342,6 +391,10 @@ class _Engine:
         self._row_sum: torch.Tensor | None = None
         self._kept: dict[int, torch.Tensor] = {}
         self._strays = 0
+        self._bypassed = False  # whether a pass went through the objective, but came to no parameter
+        self._refusal: HvdlossError | None = None  # of what the user's loop did in this step
+        self._divisions: list[Any] = []  # what arrived at losses, by pass, over what scalers multiplied with
+        self._others.clear()
         self._scale_sum: Any = 0.0
         self._table: torch.Tensor | None = None
         self._table_ready: Callable[[], None] | None = None
@@ -355,32 +408,69 @@ class _Engine:
 
     # -- a backward pass --------------------------------------------------------------------------
 
-    def backward_began(self, row: torch.Tensor) -> None:
+    def backward_began(self, row: torch.Tensor, gradient: torch.Tensor, graph: Any) -> None:
         """A backward pass goes through a call of the objective with this ledger row."""
         if not self._active:
             self._begin_backward()
+            if not self._planned and self.process_set.size() > 1 and not self._looked:
+                self._looked = True
+                if alone := not_reduced(graph):
+                    warnings.warn(alone_warning(alone), stacklevel=2)
         if not any(row is other for other in self._rows):
             self._rows.append(row)
+            self._arrived.append(gradient)
+
+    def backward_of_another(self, name: str, graph: Any) -> None:
+        """A backward pass goes through another objective, and may come to this optimizer's parameters."""
+        self._others.append((name, graph))
+        # Whichever callback comes first: while a pass is under way, its own end looks at them.
+        torch.autograd.Variable._execution_engine.queue_callback(
+            lambda: None if self._active else self._others.clear()
+        )
+
+    def _refuse_others(self) -> None:
+        """Refuse a backward pass that came to parameters from the loss of another objective too."""
+        others, self._others = self._others, []
+        for name, graph in others:
+            if self._refusal is None and leads_to(graph, {id(p) for p in self.parameters()}):
+                self._refusal = another_error(repr(name), self.objective.name)
 
     def _begin_backward(self, arrived: torch.nn.Parameter | None = None) -> None:
         watch.check()
         if self.launched:
+            if self._others:
+                raise another_error(repr(self._others[0][0]), self.objective.name)
             raise UsageError(
                 f"a backward pass began although the gradients of this step's backward_passes_per_step="
                 f"{self.passes} are already under way, and optimizer.step() was not called. Pass as "
                 f"backward_passes_per_step the largest number of micro-batches that any rank has in a "
-                f"step; others may have fewer."
+                f"step; others may have fewer. (Or passes were left over, from the end of an epoch without a "
+                f"step(): call optimizer.zero_grad() before the next; or two optimizers share one objective, "
+                f"as in a GAN: give each its own.)"
             )
         self.synchronized = False
+        if self._strays and self._row_sum is None and arrived is None and self._discarded():
+            others = list(self._others)  # of this pass
+            self._begin_step()
+            self._others += others
         if not self.passes_done:
             self._refresh()
             self._set_aside(arrived)
+        self._adopt_hooks()
         self._active = True
         self._reached = False
-        self._rows = []
+        self._rows, self._arrived = [], []
         self._scale: Any = None
+        self._grad_scale: Any = None
         # Runs when the outermost backward pass is over; a reentrant one inside belongs to it.
         torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
+
+    def _discarded(self) -> bool:
+        """Return whether the gradients of passes that were none of the objective's have been cleared.
+
+        As by ``zero_grad`` of a module that another network's loss came through: a GAN's discriminator.
+        """
+        return all(p.grad is None or not bool(p.grad.any()) for p in self.parameters())
 
     def _set_aside(self, arrived: torch.nn.Parameter | None = None) -> None:
         """Keep gradients that were not cleared since the last step: they add to this step's, once.
@@ -417,13 +507,36 @@ class _Engine:
                 f"checkpointing does that): pass use_reentrant=False to checkpoint, or a larger "
                 f"backward_passes_per_step."
             )
-        bucket.absorb(self._current_scale())
+        bucket.absorb(self._gradient_scale())
         last = self.passes_done + 1 == self.passes and not self._strays and not self._local
         if last and self.tuning.overlap.value and bucket is not self.carrier and not self._dropping:
             bucket.launch(self._scale_sum + self._scale, self.wire)
 
-    def _current_scale(self) -> Any:
+    def _gradient_scale(self) -> Any:
         """Return what this pass's gradients are multiplied with: the denominator of its loss.
+
+        And with the passes of a step, where the loss was divided by them: the weights divide already.
+        """
+        if self._grad_scale is None:
+            scale = self._current_scale()
+            objective = self.objective
+            if self.passes > 1 and (objective.reduction != "sum" or objective.whole is not None):
+                arrived = self._arrived[0]
+                self._divisions.append((arrived, scales(arrived)))
+                scale = scale * division(arrived, self.passes, self._divisions[-1][1])
+            self._grad_scale = scale
+        return self._grad_scale
+
+    def _divided(self) -> Any:
+        """Return above 0 if the losses were divided by another number of passes than the one declared."""
+        count = self.passes_done
+        if not 2 <= count < self.passes or len(self._divisions) < count:
+            return 0.0
+        found = [divided(arrived, count, by) for arrived, by in self._divisions]
+        return torch.stack(found).all().double() if isinstance(found[0], torch.Tensor) else float(all(found))
+
+    def _current_scale(self) -> Any:
+        """Return the denominator of this pass's loss, in the unit of the step's weights.
 
         A float on a CPU; on a device a 0-dim tensor, for which nobody waits.
         """
@@ -438,17 +551,24 @@ class _Engine:
         self._active = False
         reached = self._reached or any(bucket.fired_count for bucket in self.buckets)
         if not reached:  # autograd.grad, say: no parameter's gradient was touched
+            self._bypassed = bool(self._rows)
+            self._others.clear()
             return
         rows = self._rows
+        self._refuse_others()
         # Where there were several calls, a device is waited for.
         stray = not rows or any(bool(row[1] != rows[0][1]) for row in rows[1:])
         scale = 0.0 if stray else self._current_scale()
+        if len(rows) > 1 and not stray:
+            self._gradient_scale()
+            if self._divisions and any(bool(divided(g, self.passes, scales(g))) for g in self._arrived):
+                self._refusal = self._refusal or uneven_division_error(self.passes)
         for slot in (*self.buckets, *self.sparse):
             if not stray:  # a backward pass of something else leaves its gradients to be looked at
-                slot.absorb(scale)
+                slot.absorb(self._gradient_scale())
             slot.begin_pass()
         if not self._planned and not stray:
-            self._gather(scale)
+            self._gather(self._gradient_scale())
         self.passes_done += 1
         if stray:
             self._strays += 1
@@ -487,6 +607,11 @@ class _Engine:
     def _waiting(self) -> AbstractContextManager[None]:
         """Say, while it lasts, that this rank waits for the others in a step."""
         return watch.waiting_in_step(self.name, ranks_of(hvd, self.process_set))
+
+    @property
+    def _failure(self) -> BaseException | None:
+        """Why this rank cannot go on, or what its loop did that has no exact step."""
+        return self.error if self.error is not None else self._refusal
 
     def communicator(self) -> Communicator:
         """Return the exchange of small arrays among this optimizer's ranks."""
@@ -579,13 +704,14 @@ class _Engine:
         own = Ledger(
             nonfinite_gradients=0.0 if isinstance(bad, torch.Tensor) else float(bad),
             strays=float(strays),
-            failed=float(self.error is not None),
+            failed=float(self._failure is not None),
             communication=self._held_up,
             computation=self._computed,
             moved=moved,
             together=self._together,
             more=float(self.more),
             leaving=float(self.leaving()),
+            hooks=float(sum(found.count for p in self.parameters() if (found := hooks_of(p)) is not None)),
         )
         device = self._device()
         table = put_on(torch.from_numpy(pack(own, rank, size).reshape(-1)), device)
@@ -597,6 +723,10 @@ class _Engine:
                 self._told[rank] = row[MEASURED:]
         if isinstance(bad, torch.Tensor):
             table[rank * WIDTH + _GRADIENTS] = bad
+        if isinstance(wrong := self._divided(), torch.Tensor):
+            table[rank * WIDTH + _FAILED] += wrong
+        elif wrong:
+            table[rank * WIDTH + _FAILED] = 1.0
         ready = self._plain_wire.send(self._told.view(-1), f"{self.name}.terms") if width else None
         return table, ready
 
@@ -613,8 +743,13 @@ class _Engine:
         self.heard = (self.heard[0] + 1, any(ledger.more for ledger in ledgers))
         self.wished = tuple(rank for rank, ledger in enumerate(ledgers) if ledger.leaving)
         if any(ledger.failed for ledger in ledgers):
-            raise_together(self.communicator(), self.error, f"{self.name}.failed", f"step {step}")
+            mine = self._failure
+            if mine is None and ledgers[self.process_set.rank()].failed:
+                mine = division_error(self.passes_done, self.passes)
+            raise_together(self.communicator(), mine, f"{self.name}.failed", f"step {step}")
         error = judge(ledgers, step, self.objective.nonfinite, gradients=gradients)
+        if isinstance(error, NoWeightError) and self._bypassed:
+            raise bypassed_error(step)
         if error is not None:
             raise error
         if self._dropping:
@@ -646,6 +781,11 @@ class _Engine:
 
     def synchronize(self) -> None:
         """Reduce what is not reduced, wait, judge the step, and set every ``.grad``."""
+        if self._retired:
+            raise UsageError(
+                "this DistributedOptimizer is out of use: a newer one was made for the same objective and "
+                "parameters; call step() of that one"
+            )
         if not included(hvd, self.process_set) or self.synchronized:
             self.synchronized = True
             return
@@ -663,6 +803,7 @@ class _Engine:
             if self._local:
                 self._step_alone()
                 return
+            self._adopt_hooks()
             with self._waiting():
                 if not self._planned:
                     self._make_plan()
@@ -684,7 +825,7 @@ class _Engine:
         except BaseException:
             self.abandon()
             raise
-        self._hand_over()
+        self._hand_over(apart=len({one.hooks for one in ledgers}) > 1)
         self._choose_reference(ledgers)
         self._exchanged(began, computed)
 
@@ -730,8 +871,18 @@ class _Engine:
         self.skipped += 1
         return False
 
-    def _hand_over(self) -> None:
-        """Give the parameters what was set aside before, and end the step."""
+    def _hand_over(self, *, apart: bool = False) -> None:
+        """Give the parameters what was set aside before, let the user's hooks see it, and end the step.
+
+        `apart`: whether ranks have different hooks, which then must not change anything.
+
+        Raises:
+            AgreementError: they did.
+        """
+        hooked = [(p, found) for p in self.parameters() if (found := hooks_of(p)) and p.grad is not None]
+        before = [(p.grad.clone(), p.detach().clone()) for p, _ in hooked] if apart else []
+        for p, hooks in hooked:
+            hooks.on_gradient(p)
         if self._kept:
             for p in self.parameters():
                 if (kept := self._kept.get(id(p))) is not None:
@@ -739,10 +890,37 @@ class _Engine:
         for p in self._densified:
             if p.grad is not None:
                 p.grad = p.grad.to_sparse(1)
+        for p, hooks in hooked:
+            hooks.on_accumulated(p)
+        if apart:
+            self._check_hooks([p for p, _ in hooked], before)
         self.step_count += 1
         watch.stepped(self.name)
         self._begin_step()
         self.synchronized = True
+
+    def _check_hooks(self, hooked: list[torch.nn.Parameter], before: list[Any]) -> None:
+        """Raise on all ranks if hooks that not all of them have changed something; one small all-reduce."""
+        own = [self._kept.get(id(p)) for p in hooked]
+        changed = [
+            not (same(p.grad, grad if kept is None else grad + kept) and same(p.detach(), value))
+            for p, (grad, value), kept in zip(hooked, before, own, strict=True)
+        ]
+        told = np.zeros(self.process_set.size())
+        told[self.process_set.rank()] = any(changed)
+        told = self.communicator().sum(told, f"{self.name}.hooks")
+        if not told.any():
+            return
+        with torch.no_grad():
+            for p, (_, value) in zip(hooked, before, strict=True):
+                p.copy_(value)
+        self.abandon()
+        ranks = ", ".join(str(rank) for rank, flag in enumerate(told) if flag)
+        raise AgreementError(
+            f"step {self.step_count + 1}: hooks on parameters changed gradients on rank(s) {ranks}, and not "
+            f"all ranks have the same hooks, so that they would train apart. Nothing was updated. Set hooks "
+            f"that change a gradient on every rank; those that only look at it may be one rank's"
+        )
 
     def _exchanged(self, began: float, computed: float) -> None:
         """Note what an exchange cost, for the next one's ledger."""
@@ -887,6 +1065,7 @@ class _Engine:
                 **self.tuning.shared(),
             },
             name=f"{self.name}.agree",
+            broadcast="Call hvd.broadcast_parameters(model.state_dict(), root_rank=0) before the first step.",
         )
         self.controller.prepare(self.communicator())
         self._drop_if_nonfinite()
@@ -934,6 +1113,7 @@ class _Engine:
                 lone.used = bool(count)
         self._planned = True
         self._planned_size = self.process_set.size()
+        self._planned_kinds = self._kinds()
 
     def _lay_out(self, layouts: list[Bucket], members: list[torch.nn.Parameter]) -> None:
         """Make the buckets. The last one that can takes the ledgers along, which saves a message."""
@@ -1028,7 +1208,7 @@ class _Engine:
 _ADDED = [0, 5, 6, 7]
 FAULTS_TOLD = slice(FAULTS.start, MEASURED)  # the faults that tensors tell
 _NONFINITE = COLUMN["nonfinite_losses"]
-_GRADIENTS = COLUMN["nonfinite_gradients"]
+_GRADIENTS, _FAILED = COLUMN["nonfinite_gradients"], COLUMN["failed"]
 _KEPT = slice(COLUMN["micro_batches"], MEASURED)
 
 
@@ -1066,6 +1246,14 @@ class _Exact:
 
     _base: type[torch.optim.Optimizer]
     _hvdloss: _Engine
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise UsageError(
+            "a DistributedOptimizer cannot be copied or pickled: its copy would take part in the ranks' "
+            "exchanges, for parameters that the model copied with it does not have. Copy or save "
+            "optimizer.state_dict(); for a copy of the model make an optimizer of the same kind, load that "
+            "into it, and wrap it in turn, on every rank"
+        )
 
     def synchronize(self) -> None:
         """Wait for the step's reductions; afterwards every ``.grad`` is that of all ranks' elements.
@@ -1167,7 +1355,8 @@ class _Exact:
             raise UsageError(
                 "optimizer.zero_grad() after loss.backward() and before optimizer.step(): the gradients "
                 "are under way between ranks. To drop a step on all ranks call optimizer.synchronize() "
-                "first; to skip one sample give it the weight 0."
+                "first; to skip one sample give it the weight 0. (If it was the backward pass of another "
+                "network's loss, as in a GAN: give each optimizer an objective of its own.)"
             )
         engine.synchronized = False
         # Before the next forward pass: an update was skipped (a GradScaler does that), which must not keep
@@ -1273,7 +1462,7 @@ def DistributedOptimizer(
         ConfigError: an argument that cannot be used.
 
     Collectives per step: one asynchronous all-reduce per bucket, all under way together; the ranks'
-    ledgers (``size`` x 17 numbers) ride in the last float32 or float64 bucket, and need a message of
+    ledgers (``size`` x 18 numbers) ride in the last float32 or float64 bucket, and need a message of
     their own only where there is none (compression, 16-bit parameters). What terms tell is one message
     more. After local steps one all-reduce of the parameters per dtype, and one or two small ones. Buckets
     follow Li et al., "PyTorch Distributed" (VLDB 2020).
@@ -1283,6 +1472,7 @@ def DistributedOptimizer(
     if hasattr(objective, "decompress"):  # Horovod's third positional argument
         objective, compression = None, objective
     if objective is None:
+        mark_reduced(p for group in optimizer.param_groups for p in group["params"])
         return hvd.DistributedOptimizer(
             optimizer,
             named_parameters=named_parameters,

@@ -97,9 +97,10 @@ class HorovodTrainer(_transformers.Trainer):  # type: ignore[misc]
 
     Each rank takes its shard of the training data; ranks that are through take part with batches whose labels
     are all absent. The loss is divided by the tokens (labels other than -100) of all ranks and micro-batches
-    of the step. Clipping, schedules and ``gradient_accumulation_steps`` work as ever. Rank 0 alone logs and
-    saves; with a step's loss it logs :func:`hvdloss.trackers.scalars` of that step, under ``hvdloss/``
-    (Trainer's own ``loss`` is rank 0's). ``evaluate`` does the same on every rank.
+    of the step. Clipping, schedules, ``gradient_accumulation_steps`` and ``label_smoothing_factor`` work as
+    ever. Rank 0 alone logs and saves; ``loss`` is the mean of the steps' losses, each that of all ranks and
+    micro-batches, and with it come :func:`hvdloss.trackers.scalars` of the last step, under ``hvdloss/``.
+    ``evaluate`` does the same on every rank.
 
     Checkpoints at the ends of epochs (``save_strategy="epoch"``) can be gone on from.
 
@@ -127,15 +128,17 @@ class HorovodTrainer(_transformers.Trainer):  # type: ignore[misc]
     ) -> None:
         hvd.init()
         settings = options.get("args", args[1] if len(args) > 1 else None)
-        if getattr(settings, "label_smoothing_factor", 0):
+        smoothing = getattr(settings, "label_smoothing_factor", 0.0)
+        if smoothing and objective is not None:
             raise ConfigError(
-                "label_smoothing_factor= is not for an objective; give one with a loss that smooths: "
-                "Objective(lambda y, t: cross_entropy(y, t, reduction='none', label_smoothing=0.1))"
+                f"label_smoothing_factor={smoothing!r} with objective=: say it there, "
+                f'Objective("cross_entropy", label_smoothing={smoothing!r}), and leave the argument out'
             )
         super().__init__(*args, **options)
         one_of_many()
         self.state.is_world_process_zero = self.state.is_local_process_zero = hvd.rank() == 0
-        self.objective, self.sharding = objective or Objective("cross_entropy"), sharding
+        self.objective = objective or Objective("cross_entropy", label_smoothing=smoothing)
+        self.sharding = sharding
         self._options = dict(optimizer or {})
         if self.compute_loss_func is None:
             if shift is None:
@@ -184,9 +187,10 @@ class HorovodTrainer(_transformers.Trainer):  # type: ignore[misc]
     def training_step(self, *args: Any, **options: Any) -> torch.Tensor:
         """Go forward and backward; have gradients reduced before they are clipped."""
         loss = super().training_step(*args, **options)
-        if self.accelerator.sync_gradients:
-            self._exact().synchronize()
-        return loss
+        if not self.accelerator.sync_gradients:  # Trainer adds up what it logs: the whole step's comes last
+            return torch.zeros_like(loss)
+        self._exact().synchronize()
+        return torch.full_like(loss, self.last_step.loss)
 
     def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
         """Add the last step's numbers where the loss is logged."""

@@ -97,7 +97,7 @@ def test_a_ledger_cannot_be_changed():
 @given(st.lists(finite, min_size=MEASURED, max_size=MEASURED), st.floats(0, 5), st.floats(0, 5))
 def test_a_row_becomes_the_first_fields(row, strays, communication):
     ledger = Ledger.of_row(np.array(row), strays=strays, communication=communication)
-    assert astuple(ledger) == (*row, 0.0, strays, 0.0, communication, 0.0, 0.0, 0.0, 0.0, 0.0)
+    assert astuple(ledger) == (*row, 0.0, strays, 0.0, communication, *[0.0] * 6)
     assert all(type(value) is float for value in astuple(ledger))
 
 
@@ -241,6 +241,7 @@ def test_each_fault_is_named_with_its_step_and_ranks(field, kind, words, ranks):
     assert "step 17" in str(error)
     assert words in str(error)
     assert ranks_named(str(error)) == ranks
+    assert error.ranks == tuple(ranks)  # for a record
 
 
 @given(

@@ -34,8 +34,11 @@ class Optimizer:
     def __init__(self):
         self.told = []
 
-    def backward_began(self, row):
+    def backward_began(self, row, gradient, graph):
         self.told.append(row)
+
+    def backward_of_another(self, name, graph):
+        self.others = [*getattr(self, "others", []), name]
 
 
 # Names

@@ -82,15 +82,6 @@ def case_other_losses_of_keras():
         lambda y, p: keras.ops.mean(keras.ops.square(y - p) ** 2, axis=-1),
     ):
         trial(steps, loss=loss)
-    # A function that gives one number for a batch stands for the batch's samples.
-    unweighted = [[(x, y) for x, y, _ in step] for step in steps]
-    model, other = network(), network()
-    for one, optimizer in ((model, hvd.DistributedOptimizer(sgd())), (other, sgd())):
-        one.compile(optimizer, loss=lambda y, p: keras.ops.mean(keras.ops.square(y - p)))
-    model.fit(dataset(mine(unweighted)), verbose=0)
-    for step in unweighted:
-        other.train_on_batch(*union(step))
-    assert difference(model.get_weights(), other.get_weights()) < 1e-10
 
 
 def case_class_weights_and_cross_entropy():

@@ -93,10 +93,13 @@ def case_clipping_by_norm_through_synchronize():
     return trial.finish()
 
 
-def _scaled_step(trial, scaler, step, unscale):
+def _scaled_step(trial, scaler, step, unscale, spoiled=False):
     trial.optimizer.zero_grad()
     for b in step[hvd.rank()]:
-        scaler.scale(trial.objective(trial.model(b.x), b.y, weight=b.weight)).backward()
+        prediction = trial.model(b.x)
+        if spoiled:
+            prediction.register_hook(lambda grad: grad * math.inf)
+        scaler.scale(trial.objective(prediction, b.y, weight=b.weight)).backward()
     if unscale:
         trial.optimizer.synchronize()
         scaler.unscale_(trial.optimizer)
@@ -137,12 +140,7 @@ def case_grad_scaler_skips_on_all_ranks_together():
         _scaled_step(trial, scaler, regression(g, uneven()), unscale)
         before = flat(trial.model.parameters())
         step = regression(g, uneven())
-        hook = None
-        if hvd.rank() == hvd.size() - 1:
-            hook = next(trial.model.parameters()).register_hook(lambda grad: grad * math.inf)
-        _scaled_step(trial, scaler, step, unscale)
-        if hook is not None:
-            hook.remove()
+        _scaled_step(trial, scaler, step, unscale, spoiled=hvd.rank() == hvd.size() - 1)
         assert torch.equal(before, flat(trial.model.parameters())), "the step was not skipped"
         assert scaler.get_scale() == 2.0**9
         trial.one.load_state_dict(trial.model.state_dict())

@@ -51,12 +51,12 @@ def collate(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return {name: torch.stack([one[name] for one in samples]) for name in samples[0]}
 
 
-def trainer(folder: Path, **settings: Any) -> HorovodTrainer:
+def trainer(folder: Path, model: Any = None, **settings: Any) -> HorovodTrainer:
     data = points()
     shares = [float(2 + hvd.size() - rank) for rank in range(hvd.size())]
     shares[-1] = 0.0  # a rank without a sample
     return HorovodTrainer(
-        Classifier(),
+        model or Classifier(),
         transformers.TrainingArguments(
             str(folder),
             **{
@@ -117,6 +117,37 @@ def case_a_rank_without_samples_takes_part() -> dict[str, float]:
     return found
 
 
+def case_label_smoothing_and_the_logged_loss_are_of_all_ranks() -> dict[str, float]:
+    """Two micro-batches a step, the last one of a rank by itself: as one process with a step's rows."""
+    model = Classifier()
+    model.config = None  # Trainer looks there for another kind of task
+    one = trainer(
+        shared_folder(), model, label_smoothing_factor=0.1, gradient_accumulation_steps=2, num_train_epochs=1
+    )
+    shares = [float(1 + rank) for rank in range(hvd.size())]
+    one.sharding = Shuffled(30, seed=1, shares=shares)
+    one.train()
+    torch.manual_seed(0)
+    layer, data = nn.Linear(4, 3, dtype=torch.float64), points()
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.3)
+    shards = [one.sharding.shards(hvd.size(), 0)[rank] for rank in range(hvd.size())]
+    losses = []
+    for first in range(0, max(map(len, shards)), 16):
+        batch = collate([data[i] for shard in shards for i in shard[first : first + 16]])
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(layer(batch["x"]), batch["labels"], label_smoothing=0.1)
+        loss.backward()
+        nn.utils.clip_grad_norm_(layer.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    right = torch.cat([p.detach().flatten() for p in layer.parameters()])
+    found = {"parameters": float((flat(one.model) - right).norm() / right.norm())}
+    assert found["parameters"] <= 1e-12, found
+    told = [entry["loss"] for entry in one.state.log_history if "loss" in entry]
+    assert told == pytest.approx(losses, abs=1e-4) if hvd.rank() == 0 else not told, (told, losses)
+    return found
+
+
 def case_training_goes_on_from_the_end_of_an_epoch() -> dict[str, float]:
     whole = trainer(shared_folder())
     whole.train()
@@ -158,7 +189,11 @@ def case_rank_0_alone_logs_and_saves() -> None:
 
 def case_what_cannot_be_is_refused() -> None:
     with pytest.raises(ConfigError, match="label_smoothing_factor="):
-        trainer(shared_folder(), label_smoothing_factor=0.1)
+        HorovodTrainer(
+            Classifier(),
+            transformers.TrainingArguments(str(shared_folder()), label_smoothing_factor=0.1, use_cpu=True),
+            objective=hvd.Objective("cross_entropy"),
+        )
     with pytest.raises(ConfigError, match='integer "labels"'):
         absent({"x": torch.ones(1)})
     state = accelerate.PartialState()

@@ -84,6 +84,11 @@ def test_terms_everywhere(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)
 
 
+@parallel_cases("tf_ordinary", [("gloo", 2), *more(("gloo", 3))], group="tensorflow")
+def test_ordinary_code(case: Case, request: pytest.FixtureRequest) -> None:
+    case.check(request)
+
+
 @parallel_cases("tf_stream", [("gloo", 2), *more(("gloo", 3), ("mpi", 2))], group="tensorflow")
 def test_streams(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)

@@ -254,7 +254,7 @@ def test_repr_names_loss_and_reduction():
         (lambda: Objective("mes"), ["'mes'", "mse"]),
         (lambda: Objective("mse", reduction="average"), ["'average'", "'mean'"]),
         (lambda: Objective(3), ["3"]),
-        (lambda: Objective(torch.nn.MSELoss()), ["MSELoss", 'reduction="none"']),
+        (lambda: Objective(torch.nn.MSELoss(), reduction="sum"), ["MSELoss", "leave one"]),
         (lambda: Objective("mse", terms=(1,)), ["terms"]),
     ],
 )

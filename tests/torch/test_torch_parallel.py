@@ -92,6 +92,11 @@ def test_faults_everywhere(case: Case, request):
     case.check(request)
 
 
+@parallel_cases("torch_ordinary", [("gloo", 2), *more(("gloo", 3))], group="torch")
+def test_ordinary_code(case: Case, request):
+    case.check(request)
+
+
 @parallel_cases("torch_terms", [("gloo", 2), *more(("gloo", 3))], group="torch")
 def test_terms(case: Case, request):
     case.check(request)

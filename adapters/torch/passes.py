@@ -1,0 +1,90 @@
+"""What PyTorch's backward passes say of the loop: what arrives at a loss, and where its graph leads."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from hvdloss.passes import divided_by
+from hvdloss.torch.ops import at_hand, put_on
+
+__all__ = ["divided", "division", "leads_to", "mark_reduced", "not_reduced", "scales", "see_scalers"]
+
+_scalers: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def see_scalers() -> None:
+    """Have every GradScaler known once it scales a loss: what arrives at the loss is then its scale."""
+    plain = torch.amp.GradScaler.scale
+    if hasattr(plain, "_hvdloss"):
+        return
+
+    @functools.wraps(plain)
+    def scale(self: Any, outputs: Any) -> Any:
+        _scalers.add(self)
+        return plain(self, outputs)
+
+    scale._hvdloss = True  # type: ignore[attr-defined]
+    torch.amp.GradScaler.scale = scale  # type: ignore[method-assign]
+
+
+def scales(like: torch.Tensor) -> list[torch.Tensor]:
+    """Return what the GradScalers that were used multiply losses with, on the device of `like`."""
+    found = [scaler._scale.detach() for scaler in _scalers if scaler._scale is not None]
+    return [s if s.device == like.device else put_on(s.cpu(), like.device) for s in found]
+
+
+def divided(arrived: torch.Tensor, passes: int, scales: list[torch.Tensor]) -> Any:
+    """Return :func:`hvdloss.passes.divided_by` of what arrived at a loss: a bool, or a tensor on a device."""
+    if at_hand(arrived):
+        return divided_by(float(arrived), passes, [float(s) for s in scales])
+    x = arrived.detach().double()
+    whole = torch.stack([torch.ones_like(x), *(s.double() for s in scales)])
+    near = torch.isclose(x * passes, whole, rtol=1e-5, atol=0.0).any()
+    return near & ~torch.isclose(x, whole, rtol=1e-5, atol=0.0).any()
+
+
+def division(arrived: torch.Tensor, passes: int, scales: list[torch.Tensor]) -> Any:
+    """Return what undoes a division of the loss by the passes: a number, or a tensor on a device."""
+    found = divided(arrived, passes, scales)
+    return (
+        torch.where(found, float(passes), 1.0).double() if isinstance(found, torch.Tensor) else passes**found
+    )
+
+
+def parameters_of(graph: Iterable[Any]) -> Iterator[torch.Tensor]:
+    """Give the leaves that a graph (nodes of autograd) leads to."""
+    seen: set[Any] = set()
+    waiting = [node for node in graph if node is not None]
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None:
+            yield leaf
+        waiting += [following for following, _ in node.next_functions if following is not None]
+
+
+def leads_to(graph: Iterable[Any], parameters: set[int]) -> bool:
+    """Return whether a graph leads to one of the parameters, given by identity."""
+    return any(id(leaf) in parameters for leaf in parameters_of(graph))
+
+
+def mark_reduced(parameters: Iterable[torch.Tensor]) -> None:
+    """Note that a distributed optimizer has these parameters."""
+    for p in parameters:
+        p._hvdloss_reduced = True  # type: ignore[attr-defined]
+
+
+def not_reduced(graph: Iterable[Any]) -> list[tuple[int, ...]]:
+    """Return the shapes of parameters that a graph leads to, and no distributed optimizer has."""
+    return [
+        tuple(leaf.shape)
+        for leaf in parameters_of(graph)
+        if isinstance(leaf, torch.nn.Parameter) and not hasattr(leaf, "_hvdloss_reduced")
+    ]

@@ -1,0 +1,103 @@
+"""What the gradient that arrives at a loss says of the loop it comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from hvdloss.errors import UsageError
+
+__all__ = [
+    "another_error",
+    "bypassed_error",
+    "divided_by",
+    "division_error",
+    "uneven_division_error",
+    "unheard_error",
+]
+
+_NEAR = 1e-5  # a division in float32 is not exact, nor is the multiplication by a scale before it
+
+
+def divided_by(gradient: float, passes: int, scales: Iterable[float] = ()) -> bool:
+    """Return whether a loss was divided by so many passes before its backward pass.
+
+    Args:
+        gradient: what arrived at the loss: 1 without anything else.
+        passes: backward passes of a step.
+        scales: what a GradScaler may have multiplied with.
+
+    >>> divided_by(0.25, 4), divided_by(16384.0, 4, [65536.0]), divided_by(65536.0, 4, [65536.0])
+    (True, True, False)
+    """
+    if passes < 2:
+        return False
+    whole = [1.0, *scales]
+    if any(abs(gradient - s) <= _NEAR * s for s in whole):
+        return False
+    return any(abs(gradient * passes - s) <= _NEAR * s for s in whole)
+
+
+def another_error(names: str, ours: str) -> UsageError:
+    """Return the error of a backward pass through objectives that an optimizer or tape does not have."""
+    return UsageError(
+        f"a backward pass went through the loss of the objective {names}, which is not the one of this "
+        f"optimizer or tape: the ranks' means of it would be averaged by what {ours!r} weighs. Let one "
+        f"objective have all losses of an element (a function that returns their sum, for each element), "
+        f"call this one for each of them where their weights are equal, or train on each in steps of its own"
+    )
+
+
+def unheard_error(names: str) -> UsageError:
+    """Return the error of a backward pass through an objective, with an optimizer that has none."""
+    return UsageError(
+        f"a backward pass went through the loss of the objective {names}, of which this optimizer knows "
+        f"nothing: the ranks' means of it would be averaged as if all held the same. Give it to the "
+        f"optimizer: DistributedOptimizer(optimizer, objective=...)"
+    )
+
+
+def division_error(divisor: int, passes: int) -> UsageError:
+    """Return the error of losses divided by another number than that of the passes declared."""
+    return UsageError(
+        f"the loss was divided by {divisor}, the number of this step's backward passes, but "
+        f"backward_passes_per_step={passes}. An objective divides by what all micro-batches of all ranks "
+        f"hold: leave the division out, loss.backward()"
+    )
+
+
+def uneven_division_error(passes: int) -> UsageError:
+    """Return the error of several calls of an objective in a pass, multiplied with what may be a division."""
+    return UsageError(
+        f"losses of several calls of the objective were multiplied with 1/{passes} before one backward pass, "
+        f"which is also one over backward_passes_per_step: it cannot be known whether that divides by the "
+        f"micro-batches, which an objective does itself, or is the part of each. Leave a division by the "
+        f"micro-batches out; give parts of another size, or put them into one function of the elements"
+    )
+
+
+def bypassed_error(step: int) -> UsageError:
+    """Return the error of a step whose backward passes came to no parameter."""
+    return UsageError(
+        f"step {step}: a backward pass went through the objective, but came to no parameter of this "
+        f"optimizer: torch.autograd.grad returns this rank's own gradients, which are not reduced, and "
+        f"frozen or detached outputs have none. Call loss.backward()"
+    )
+
+
+def unheard_warning(name: str) -> str:
+    """Return what to say of an objective whose gradients nobody reduces, in a job of several ranks."""
+    return (
+        f"the objective {name!r} belongs to no optimizer: the gradient of its loss is that of this rank's "
+        f"own mean, and where it is averaged over ranks, each counts the same. Give it to the optimizer: "
+        f"hvd.DistributedOptimizer(optimizer, model.named_parameters(), objective)"
+    )
+
+
+def alone_warning(shapes: list[tuple[int, ...]]) -> str:
+    """Return what to say of parameters that a loss depends on, and no distributed optimizer has."""
+    return (
+        f"{len(shapes)} parameter(s) that the loss depends on (the first of shape {shapes[0]}) are in no "
+        f"DistributedOptimizer: their gradients stay this rank's own, and ranks train them apart. Wrap their "
+        f"optimizer too, hvd.DistributedOptimizer(optimizer, model.named_parameters(), hvd.Objective(...)), "
+        f"or give them to this one in a parameter group"
+    )

@@ -1,0 +1,484 @@
+"""Code as users of PyTorch write it: the number of one process, or an error on every rank."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+import os
+import pickle
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch_support import (
+    DEVICE,
+    Batch,
+    before_case,
+    difference,
+    flat,
+    generator,
+    gradients,
+    here,
+    network,
+    raises_everywhere,
+    regression,
+    same_on_all_ranks,
+    uneven,
+    union,
+)
+
+import hvdloss.torch as hvd
+from hvdloss.errors import AgreementError, RankError, ShapeError, UsageError
+
+__all__ = ["before_case"]
+
+D = torch.float64
+
+
+def split(n: int, *, first: int | None = None) -> slice:
+    """Return this rank's part of `n` rows: rank 0 has `first`, the others share what is left."""
+    first = n - hvd.size() + 1 if first is None else first
+    cuts = [0, *(first + i * (n - first) // max(1, hvd.size() - 1) for i in range(hvd.size()))]
+    cuts[-1] = n
+    a, b = list(itertools.pairwise(cuts))[hvd.rank()]
+    return slice(a, b)
+
+
+def classes(seed: int, n: int = 12) -> Batch:
+    """Return features and labels, of which some are ignored, unevenly."""
+    g = generator(seed)
+    y = torch.randint(0, 4, (n,), generator=g)
+    y[: n // 2 : 2] = -100
+    return Batch(torch.randn(n, 5, generator=g, dtype=D), y)
+
+
+def one_step(loss, batch: Batch, whole_loss, outputs: int = 4) -> float:
+    """Return how far a step's gradient is from one process's, relative to it."""
+    model, one = network(generator(5), outputs=outputs), network(generator(5), outputs=outputs)
+    objective = loss if isinstance(loss, hvd.Objective) else hvd.Objective(loss)
+    optimizer = hvd.DistributedOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1), model.named_parameters(), objective
+    )
+    rows = split(len(batch.x))
+    objective(model(batch.x[rows]), batch.y[rows]).backward()
+    optimizer.synchronize()
+    whole_loss(one(batch.x), batch.y).backward()
+    return difference(gradients(model), gradients(one))
+
+
+def case_losses_of_torch_with_weights_and_ignored_labels():
+    w = here(torch.tensor([0.5, 3.0, 1.0, 0.2], dtype=D))
+    error = 0.0
+    for options in (
+        {},
+        {"weight": w},
+        {"ignore_index": 2},
+        {"weight": w, "label_smoothing": 0.1},
+    ):
+        whole = functools.partial(F.cross_entropy, **options)
+        batch = classes(3)
+        if "ignore_index" in options:
+            batch.y.clamp_(min=0)
+        named = {("class_weight" if k == "weight" else k): v for k, v in options.items()}
+        for loss in (
+            nn.CrossEntropyLoss(**options),
+            nn.CrossEntropyLoss(**options, reduction="none"),
+            whole,
+            lambda y, t, whole=whole: whole(y, t),
+            hvd.Objective("cross_entropy", **named),
+        ):
+            error = max(error, one_step(loss, batch, whole))
+    assert error < 1e-12
+    return {"error, float64": error}
+
+
+def case_the_first_row_of_a_linear_model_at_zero():
+    """Two of four labels are ignored, ranks hold 3 and 1: by hand [-0.25, 0]."""
+    x = here(torch.tensor([[1.0, 0], [0, 1], [1, 1], [2, 1]], dtype=D))
+    y = here(torch.tensor([-100, -100, 1, 0]))
+    rows = split(4)
+    model = nn.Linear(2, 2, bias=False).to(x)
+    nn.init.zeros_(model.weight)
+    objective = hvd.Objective(nn.CrossEntropyLoss(reduction="none"))
+    optimizer = hvd.DistributedOptimizer(
+        torch.optim.SGD(model.parameters(), lr=1.0), model.named_parameters(), objective
+    )
+    objective(model(x[rows]), y[rows]).backward()
+    optimizer.step()
+    torch.testing.assert_close(model.weight[0].cpu(), torch.tensor([0.25, 0.0], dtype=D))
+
+
+def case_a_mean_of_ones_own_is_refused_on_every_rank():
+    """The last rank has one element, of which a mean would be right by itself."""
+    x = here(torch.arange(1.0, 5.0, dtype=D))
+    v = nn.Parameter(here(torch.zeros((), dtype=D)))
+    for loss in (
+        lambda y, t: ((y - t) ** 2).mean(),
+        lambda y, t: ((y - t) ** 2).sum() / len(y),
+    ):
+        objective = hvd.Objective(loss)
+        with pytest.raises(ShapeError, match="one number"):
+            objective(v * x[split(4)], x[split(4)])
+    # A mean that torch takes is known by its elements: d/dv of (v x - t)^2 at 0, over t = 0, 0, 0, 8.
+    t = here(torch.tensor([0.0, 0, 0, 8], dtype=D))
+    objective = hvd.Objective(lambda y, t: F.mse_loss(y, t))
+    optimizer = hvd.DistributedOptimizer(torch.optim.SGD([v], lr=1.0), [("v", v)], objective)
+    objective(v * x[split(4)], t[split(4)]).backward()
+    optimizer.synchronize()
+    assert abs(float(v.grad) + 16) < 1e-12, v.grad
+
+
+def two_tasks():
+    """Return features, two tasks' targets, and which rows have the second; and a parameter."""
+    x = here(torch.tensor([[1.0, 0], [0, 1], [1, 1], [2, 1]], dtype=D))
+    a, b = (here(torch.tensor(t, dtype=D)) for t in ([1.0, 2, 3, 4], [5.0, 1, 0, 2]))
+    has = here(torch.tensor([1.0, 1, 1, 0], dtype=D))
+    return x, a, b, has, nn.Parameter(here(torch.zeros(2, dtype=D)))
+
+
+def case_two_objectives_in_one_backward_pass_are_refused_by_name():
+    x, a, b, has, v = two_tasks()
+    task_a, task_b = hvd.Objective("mse"), hvd.Objective("huber")
+    optimizer = hvd.DistributedOptimizer(torch.optim.SGD([v], lr=1.0), [("v", v)], task_a)
+    rows = split(4)
+
+    def step():
+        optimizer.zero_grad()
+        prediction = x[rows] @ v
+        (task_a(prediction, a[rows]) + task_b(prediction, b[rows], has[rows])).backward()
+        optimizer.step()
+
+    raises_everywhere(RankError, step, "'huber'", "'mse'", "rank 0")
+
+    def alone():  # an objective nobody listens to
+        optimizer.zero_grad()
+        task_b(x[rows] @ v, b[rows], has[rows]).backward()
+        optimizer.step()
+
+    raises_everywhere(RankError, alone, "'huber'", "'mse'")
+    assert not v.any()
+
+    # One objective, of both: the second task's weights as parts of the loss.
+    optimizer.zero_grad()
+    task_a(x[rows] @ v, a[rows]).backward()
+    optimizer.step()
+    torch.testing.assert_close(v.detach(), -2 * x.T @ (-a) / 4)
+
+
+def case_objectives_of_other_parameters_may_share_a_backward_pass():
+    x, a, b, _, v = two_tasks()
+    w, own = nn.Parameter(torch.zeros_like(v)), nn.Parameter(torch.zeros_like(v))
+    task_a, task_b, nobodys = hvd.Objective("mse"), hvd.Objective("mse"), hvd.Objective("mse")
+    first = hvd.DistributedOptimizer(torch.optim.SGD([v], lr=1.0), [("v", v)], task_a)
+    second = hvd.DistributedOptimizer(torch.optim.SGD([w], lr=1.0), [("w", w)], task_b)
+    rows = split(4)
+    for _ in range(2):
+        first.zero_grad()
+        second.zero_grad()
+        losses = task_a(x[rows] @ v, a[rows]), task_b(x[rows] @ w, b[rows]), nobodys(x[rows] @ own, a[rows])
+        sum(losses).backward()
+        first.synchronize()
+        second.synchronize()
+        torch.testing.assert_close(v.grad, -2 * x.T @ a / 4)
+        torch.testing.assert_close(w.grad, -2 * x.T @ b / 4)
+
+
+def case_a_loss_divided_by_the_number_of_micro_batches():
+    error = 0.0
+    scaling = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    # Undivided, a scaler's scale is no division, whatever power of two it is.
+    for count, scaler, divisor in ((4, None, 4), (3, None, 3), (4, scaling, 4), (4, scaling, 1)):
+        g = generator(7)
+        batch = classes(9, 48)
+        model = network(g, outputs=4)
+        one = network(generator(7), outputs=4)
+        objective = hvd.Objective("cross_entropy")
+        optimizer = hvd.DistributedOptimizer(
+            torch.optim.SGD(model.parameters(), lr=0.1),
+            model.named_parameters(),
+            objective,
+            backward_passes_per_step=count,
+        )
+        penalty = lambda m: 0.1 * sum((p**2).sum() for p in m.parameters())  # noqa: E731
+        rows = split(48)
+        for _ in range(2):  # with the plan that the first makes
+            optimizer.zero_grad()
+            for x, y in zip(batch.x[rows].chunk(count), batch.y[rows].chunk(count), strict=True):
+                loss = (objective(model(x), y) + penalty(model)) / divisor
+                (loss if scaler is None else scaler.scale(loss)).backward()
+            optimizer.synchronize()
+            if scaler is not None:
+                scaler.unscale_(optimizer)
+            one.zero_grad()
+            (F.cross_entropy(one(batch.x), batch.y) + penalty(one)).backward()
+            error = max(error, difference(gradients(model), gradients(one)))
+            if scaler is not None:  # which wants a step after it has unscaled
+                with optimizer.skip_synchronize():
+                    scaler.step(optimizer)
+                scaler.update()
+                one.load_state_dict(model.state_dict())
+    assert error < 1e-12, error
+
+    return {"error, float64": error}
+
+
+def case_a_loss_divided_by_fewer_micro_batches_is_refused():
+    x, a, _, _, v = two_tasks()
+    objective = hvd.Objective("mse")
+    optimizer = hvd.DistributedOptimizer(
+        torch.optim.SGD([v], lr=1.0), [("v", v)], objective, backward_passes_per_step=4
+    )
+    rows = split(4)
+
+    def step():
+        for _ in range(2):
+            (objective(x[rows] @ v, a[rows]) / 2).backward()
+        optimizer.step()
+
+    raises_everywhere(RankError, step, "divided by 2", "backward_passes_per_step=4")
+    optimizer.zero_grad()
+    for _ in range(2):  # another factor is the user's own
+        (objective(x[rows] @ v, a[rows]) * 0.3).backward()
+    optimizer.step()
+    torch.testing.assert_close(v.detach(), 0.3 * 2 * x.T @ a / 4)
+    optimizer.zero_grad()
+
+    def heads():
+        (objective(x[rows] @ v, a[rows]) / 4 + objective(x[rows] @ v, a[rows]) / 4).backward()
+        optimizer.step()
+
+    raises_everywhere(RankError, heads, "1/4")
+
+
+def case_memory_that_the_user_changes():
+    """Targets 0 and 4, so w -> w - (w - 2) / 2, whatever becomes of gradients and parameters in between."""
+
+    def cast(model, optimizer):
+        model.double().float()
+
+    def stay_double(model, optimizer):
+        model.double()
+
+    def moved(model, optimizer):
+        model.weight.data = model.weight.data.clone()
+        if model.weight.grad is not None:
+            model.weight.grad.data = torch.full_like(model.weight.grad, 7.0)
+
+    def zeroed(model, optimizer):
+        optimizer.zero_grad(set_to_none=False)
+
+    def zeroed_and_cast(model, optimizer):
+        optimizer.zero_grad(set_to_none=False)
+        model.half().float()
+
+    right = [2 - 2 * 0.5**n for n in range(1, 5)]
+    for alone in ("4", "0.000001"):  # in a bucket, and by itself
+        os.environ["HVDLOSS_ALONE_MB"] = alone
+        for change in (cast, stay_double, moved, zeroed, zeroed_and_cast):
+            model = nn.Linear(1, 1, bias=False).to(DEVICE)
+            nn.init.zeros_(model.weight)
+            objective = hvd.Objective("mse")
+            optimizer = hvd.DistributedOptimizer(
+                torch.optim.SGD(model.parameters(), lr=0.25), model.named_parameters(), objective
+            )
+            seen = []
+            for step in range(4):
+                if change is not zeroed_and_cast:
+                    optimizer.zero_grad(set_to_none=change is not zeroed)
+                x = here(torch.ones(1, 1)).to(model.weight.dtype)
+                last = hvd.rank() == hvd.size() - 1
+                objective(model(x), x * (2.0 * hvd.size() if last else 0.0)).backward()
+                optimizer.step()
+                seen.append(model.weight.item())
+                if step in (0, 2):
+                    change(model, optimizer)
+                elif change is zeroed_and_cast:
+                    optimizer.zero_grad(set_to_none=False)
+            assert seen == right, (change.__name__, seen)
+
+
+def case_a_copied_optimizer_is_refused_by_name():
+    model = network(generator(1))
+    optimizer = hvd.DistributedOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1), model.named_parameters(), hvd.Objective("mse")
+    )
+    for attempt in (copy.deepcopy, copy.copy, pickle.dumps):
+        with pytest.raises(UsageError, match="state_dict"):
+            attempt(optimizer)
+    copied = copy.deepcopy(model)
+    again = hvd.DistributedOptimizer(
+        torch.optim.SGD(copied.parameters(), lr=0.1), copied.named_parameters(), hvd.Objective("mse")
+    )
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+
+def case_hooks_on_parameters_act_as_in_one_process():
+    """On the whole gradient, once a step, set before or after wrapping, in every step."""
+    g = generator(11)
+    error = 0.0
+    for passes, before in ((1, True), (1, False), (2, True), (2, False)):
+        model, one = network(generator(5)), network(generator(5))
+        seen, alone = [], []
+
+        def triple(p):
+            p.grad.mul_(3.0)
+
+        def hook(found, m):
+            first, second = list(m.parameters())[:2]
+            handle = first.register_hook(lambda grad: grad.clamp(-0.05, 0.05))
+            second.register_hook(lambda grad: found.append(grad.norm().item()))
+            second.register_post_accumulate_grad_hook(triple)
+            return handle
+
+        objective = hvd.Objective("mse")
+        ours = hook(seen, model) if before else None
+        optimizer = hvd.DistributedOptimizer(
+            torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
+            model.named_parameters(),
+            objective,
+            backward_passes_per_step=passes,
+        )
+        ours = hook(seen, model) if ours is None else ours
+        theirs = hook(alone, one)
+        single = torch.optim.SGD(one.parameters(), lr=0.1, momentum=0.9)
+        for number in range(4):
+            if number == 3:
+                ours.remove()
+                theirs.remove()
+            step = regression(g, uneven(micro=passes))
+            optimizer.zero_grad()
+            for b in step[hvd.rank()]:
+                objective(model(b.x), b.y, b.weight).backward()
+            optimizer.step()
+            single.zero_grad()
+            whole = union(step)
+            (whole.weight * (one(whole.x) - whole.y) ** 2).sum().div(whole.weight.sum()).backward()
+            single.step()
+            error = max(error, difference(flat(model.parameters()), flat(one.parameters())))
+        assert len(seen) == len(alone) == 4
+        assert max(abs(a - b) for a, b in zip(seen, alone, strict=True)) < 1e-12
+    assert error < 1e-12, error
+    return {"error, float64": error}
+
+
+def case_hooks_of_one_rank_may_look_but_not_change():
+    x, a, _, _, v = two_tasks()
+    objective = hvd.Objective("mse")
+    optimizer = hvd.DistributedOptimizer(torch.optim.SGD([v], lr=0.1), [("v", v)], objective)
+    rows, seen = split(4), []
+
+    def step():
+        optimizer.zero_grad()
+        objective(x[rows] @ v, a[rows]).backward()
+        optimizer.step()
+
+    if hvd.rank() == 0:
+        v.register_hook(lambda grad: seen.append(grad.clone()))
+    step()
+    torch.testing.assert_close(v.detach(), 0.1 * 2 * x.T @ a / 4)
+    assert len(seen) == (hvd.rank() == 0)
+    before = v.detach().clone()
+    handle = v.register_hook(lambda grad: grad * 2) if hvd.rank() == 0 else None
+    raises_everywhere(AgreementError, step, "hooks on parameters", "rank(s) 0")
+    assert torch.equal(before, v.detach())
+    if handle is not None:
+        handle.remove()
+    step()
+    assert not torch.equal(before, v.detach())
+    same_on_all_ranks(v.tolist())
+
+
+def case_a_gan_whose_modules_are_cleared():
+    """The generator's loss comes through the discriminator, whose gradients the module clears."""
+    g = generator(13)
+    pairs = []
+    for _ in range(2):
+        seeded = generator(13)
+        pairs.append((network(seeded, outputs=5), network(seeded)))
+    (make, tell), (make_one, tell_one) = pairs
+    losses = hvd.Objective("mse"), hvd.Objective("mse")
+    ours = [
+        hvd.DistributedOptimizer(torch.optim.SGD(m.parameters(), lr=0.1), m.named_parameters(), objective)
+        for m, objective in zip((make, tell), losses, strict=True)
+    ]
+    alone = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (make_one, tell_one)]
+    for _ in range(3):
+        x = here(torch.randn(9, 5, generator=g, dtype=D))
+        y = here(torch.randn(9, 1, generator=g, dtype=D))
+        for maker, teller, optimizers, objectives, rows in (
+            (make, tell, ours, losses, split(9)),
+            (make_one, tell_one, alone, (F.mse_loss, F.mse_loss), slice(None)),
+        ):
+            teller.zero_grad()
+            objectives[1](teller(maker(x[rows]).detach()), y[rows]).backward()
+            optimizers[1].step()
+            maker.zero_grad()
+            objectives[0](teller(maker(x[rows])), y[rows]).backward()
+            optimizers[0].step()
+    mine, theirs = ([*a.parameters(), *b.parameters()] for a, b in pairs)
+    assert difference(flat(mine), flat(theirs)) < 1e-12
+
+
+def case_a_new_optimizer_takes_the_old_ones_place():
+    x, a, _, _, v = two_tasks()
+    objective, rows = hvd.Objective("mse"), split(4)
+    old = hvd.DistributedOptimizer(torch.optim.SGD([v], lr=1.0), [("v", v)], objective)
+    objective(x[rows] @ v, a[rows]).backward()
+    old.synchronize()
+    new = hvd.DistributedOptimizer(torch.optim.SGD([v], lr=0.1), [("v", v)], objective)
+    for _ in range(2):
+        new.zero_grad()
+        objective(x[rows] @ v, a[rows]).backward()
+        new.synchronize()
+        torch.testing.assert_close(v.grad, -2 * x.T @ a / 4)
+    raises_everywhere(UsageError, old.step, "newer one")
+
+
+def case_gradients_that_the_optimizer_does_not_see():
+    x, a, _, _, v = two_tasks()
+    objective, rows = hvd.Objective("mse"), split(4)
+    optimizer = hvd.DistributedOptimizer(torch.optim.SGD([v], lr=1.0), [("v", v)], objective)
+
+    def step():
+        (v.grad,) = torch.autograd.grad(objective(x[rows] @ v, a[rows]), [v])
+        optimizer.step()
+
+    raises_everywhere(UsageError, step, "torch.autograd.grad")
+
+    def left_over():
+        for _ in range(2):  # an epoch's last micro-batch, and the next epoch's first
+            objective(x[rows] @ v, a[rows]).backward()
+
+    for _ in range(2):
+        optimizer.zero_grad()
+        objective(x[rows] @ v, a[rows]).backward()
+        optimizer.step()
+    optimizer.zero_grad()
+    raises_everywhere(UsageError, left_over, "left over", "zero_grad()")
+    optimizer.synchronize()
+
+
+def case_loops_that_go_around_the_objective_are_warned_of_once():
+    x, a, _, _, v = two_tasks()
+    own, horovods = nn.Parameter(torch.zeros_like(v)), nn.Parameter(torch.zeros_like(v))
+    rows, nobodys, objective = split(4), hvd.Objective("huber"), hvd.Objective("mse")
+    plain = hvd.DistributedOptimizer(torch.optim.SGD([horovods], lr=0.0), [("horovods", horovods)])
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            nobodys(x[rows] @ horovods, a[rows]).backward()
+            plain.step()
+    assert [str(one.message) for one in told if "'huber' belongs to no optimizer" in str(one.message)]
+    assert len(told) == (hvd.size() > 1)
+    optimizer = hvd.DistributedOptimizer(torch.optim.SGD([v], lr=0.0), [("v", v)], objective)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            optimizer.zero_grad()
+            objective(x[rows] @ (v + own), a[rows]).backward()
+            optimizer.step()
+    assert len(told) == (hvd.size() > 1)
+    assert all("shape (2,)" in str(one.message) and "Wrap their" in str(one.message) for one in told)
