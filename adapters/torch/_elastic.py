@@ -14,6 +14,7 @@ import torch
 from hvdloss import watch
 from hvdloss.elastic import runner
 from hvdloss.hearing import hear
+from hvdloss.launch import init_checked
 from hvdloss.torch._backend import hvd
 from hvdloss.torch.checkpoint import from_array, to_array
 from hvdloss.torch.data import ShardedLoader
@@ -27,6 +28,7 @@ __all__ = ["elastic", "watched"]
 
 #: ``init`` and ``shutdown``, with which the watch begins and ends.
 watched = watch.begins_with(hvd, communicator_of)
+watched["init"] = init_checked(hvd, **watched)
 
 
 def _from_first(told: bytes, name: str) -> bytes:
