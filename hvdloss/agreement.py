@@ -79,6 +79,14 @@ def _first_apart(names: Sequence[Sequence[str]]) -> str:
     return ""
 
 
+def _is_told(told: Any) -> bool:
+    return isinstance(told, list) and len(told) == 2 and all(isinstance(one, str) for one in told)
+
+
+def _is_items(told: Any) -> bool:
+    return isinstance(told, list) and all(isinstance(one, list) and len(one) == 2 for one in told)
+
+
 def _is_state(told: Any) -> bool:
     return isinstance(told, list) and len(told) == 3 and all(isinstance(part, str) for part in told[:2])
 
@@ -245,14 +253,14 @@ def agree_on_items(
         error = found
     text = json.dumps(items).encode()
     told = ["", hashlib.sha256(text).hexdigest()] if error is None else [type(error).__name__, str(error)]
-    ranks = hear(communicator.gather(json.dumps(told).encode(), name), what, lambda one: len(one) == 2)
+    ranks = hear(communicator.gather(json.dumps(told).encode(), name), what, _is_told)
     if error is not None and not ranks_apart(ranks):
         raise error
     if any(kind for kind, _ in ranks):
         raise_together(communicator, error, f"{name}.failed", what)
     if not ranks_apart(ranks):
         return
-    lists = hear(communicator.gather(text, f"{name}.items"), what, lambda one: all(len(i) == 2 for i in one))
+    lists = hear(communicator.gather(text, f"{name}.items"), what, _is_items)
     for place in range(max(map(len, lists))):
         values = [one[place] if place < len(one) else None for one in lists]
         if not (apart := ranks_apart(values)):

@@ -13,7 +13,7 @@ from hvdloss import watch
 from hvdloss.agreement import agree_on_items, together
 from hvdloss.collectives import members, named_by_ordinal, rank_of_root, together_by_size
 from hvdloss.errors import ConfigError
-from hvdloss.hearing import hear
+from hvdloss.hearing import hearing, parsed
 from hvdloss.torch._backend import hvd
 from hvdloss.torch.checkpoint import from_array, to_array
 from hvdloss.torch.ops import communicator_of
@@ -206,9 +206,12 @@ def state_from(tree: Any, source: Source, name: str) -> Any:
     together(source.communicator, apart, f"{name}.state", name)
     structure, arrays = held
     kinds = [[key, array.dtype.str, list(array.shape)] for key, array in arrays.items()]
-    (told,) = hear([source.tell(json.dumps([structure, kinds]).encode(), name)], "state")
-    structure, kinds = told
-    received = {key: arrays[key] if source.here else np.empty(shape, dtype) for key, dtype, shape in kinds}
+    told = source.tell(json.dumps([structure, kinds]).encode(), name)
+    with hearing("state", source.root):
+        structure, kinds = parsed(told)
+        received = {
+            key: arrays[key] if source.here else np.empty(shape, dtype) for key, dtype, shape in kinds
+        }
     source.send((torch.from_numpy(a.reshape(-1).view(np.uint8)) for a in received.values() if a.size), name)
     return tree if source.here else put_together(structure, received, from_array)
 

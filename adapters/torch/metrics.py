@@ -108,7 +108,10 @@ class _Ranks(NamedTuple):
         told = []
         for rank, text in enumerate(texts):
             with hearing("state of a metric", rank):
-                told.append(state_of_bytes(text, from_array))
+                which, updates, state, late = state_of_bytes(text, from_array)
+                if not (isinstance(updates, int) and isinstance(state, dict) and isinstance(late, dict)):
+                    raise ValueError("of another form")
+                told.append((which, updates, state, late))
         which = [one[0] for one in told]
         if apart := ranks_apart(which):
             raise AgreementError(
