@@ -6,7 +6,10 @@ per rank, so that what would otherwise hang or train apart is an error that name
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,7 +21,7 @@ from hvdloss.guard import ranks_apart
 from hvdloss.hearing import hear
 from hvdloss.plan import ParameterInfo
 
-__all__ = ["Agreed", "agree", "raise_together", "together"]
+__all__ = ["Agreed", "agree", "agree_on_items", "raise_together", "together"]
 
 
 @dataclass(frozen=True)
@@ -48,10 +51,40 @@ def _complete(told: Any) -> bool:
             and isinstance(one["kind"], str)
             and isinstance(one["itemsize"], int)
             and isinstance(one["sparse"], bool)
+            and isinstance(one["trained"], bool)
+            and isinstance(one["gradient"], str)
             for one in parameters
         )
         and all(isinstance(i, int) and 0 <= i < len(parameters) for i in order)
     )
+
+
+#: What all ranks must have alike of a parameter, and how a message calls it.
+_COMPARED = {
+    "name": "its name",
+    "shape": "its shape",
+    "kind": "its kind",
+    "trained": "whether it gets a gradient (requires_grad, trainable)",
+    "gradient": "what its gradient is",
+}
+
+
+def _first_apart(names: Sequence[Sequence[str]]) -> str:
+    """Return which parameter is the first that some ranks lack: "; rank(s) 1 lack '0.weight'"."""
+    counts = [Counter(one) for one in names]  # names may come twice
+    for name in dict.fromkeys(itertools.chain(*names)):
+        most = max(count[name] for count in counts)
+        if lacking := [str(rank) for rank, count in enumerate(counts) if count[name] < most]:
+            return f"; rank(s) {', '.join(lacking)} lack {name!r}"
+    return ""
+
+
+def _is_told(told: Any) -> bool:
+    return isinstance(told, list) and len(told) == 2 and all(isinstance(one, str) for one in told)
+
+
+def _is_items(told: Any) -> bool:
+    return isinstance(told, list) and all(isinstance(one, list) and len(one) == 2 for one in told)
 
 
 def _is_state(told: Any) -> bool:
@@ -112,17 +145,19 @@ def agree(
     counts = [len(r["parameters"]) for r in ranks]
     if len(set(counts)) > 1:
         raise AgreementError(
-            f"the number of parameters differs between ranks: {_differing(counts)}. Build the same "
-            f"model on every rank."
+            f"the number of parameters differs between ranks: {_differing(counts)}"
+            f"{_first_apart([[p['name'] for p in r['parameters']] for r in ranks])}. Build the same model on "
+            f"every rank, with the same parameters frozen."
         )
     agreed = []
     for i, mine_p in enumerate(ranks[0]["parameters"]):
-        for field in ("name", "shape", "kind"):
+        for field, words in _COMPARED.items():
             values = [r["parameters"][i][field] for r in ranks]
             if any(value != values[0] for value in values):
                 raise AgreementError(
-                    f"parameter {i} ({mine_p['name']}): its {field} differs between ranks: "
-                    f"{_differing(values)}. Build the same model, in the same order, on every rank."
+                    f"parameter {i} ({mine_p['name']}): {words} differs between ranks: {_differing(values)}. "
+                    f"Build the same model, in the same order and with the same parameters frozen, on every "
+                    f"rank."
                 )
         values = [r["checksums"][i] for r in ranks]
         if apart := ranks_apart(values):
@@ -186,6 +221,59 @@ def raise_together(
     Collectives: one gather.
     """
     _exchanged(communicator, error, None, name, when)
+
+
+def agree_on_items(
+    communicator: Communicator,
+    work: Callable[[], Sequence[tuple[str, Any]]],
+    *,
+    name: str,
+    what: str,
+    way_out: str,
+) -> None:
+    """Check that all ranks are about to exchange the same things; what fails on all is raised as it is.
+
+    Args:
+        communicator: the ranks.
+        work: returns this rank's things: a name and a JSON value each, equal on all ranks; may raise.
+        name: of the exchange.
+        what: one thing is, for the message: "parameter".
+        way_out: the end of the message.
+
+    Raises:
+        AgreementError: on every rank alike, naming the first thing that differs.
+        RankError: `work` failed on some ranks only, or otherwise.
+
+    Collectives: one gather of a few bytes per rank; where ranks differ, one of everything.
+    """
+    items: list[Any] = []
+    error: Exception | None = None
+    try:
+        items = [list(item) for item in work()]
+    except Exception as found:
+        error = found
+    text = json.dumps(items).encode()
+    told = ["", hashlib.sha256(text).hexdigest()] if error is None else [type(error).__name__, str(error)]
+    ranks = hear(communicator.gather(json.dumps(told).encode(), name), what, _is_told)
+    if error is not None and not ranks_apart(ranks):
+        raise error
+    if any(kind for kind, _ in ranks):
+        raise_together(communicator, error, f"{name}.failed", what)
+    if not ranks_apart(ranks):
+        return
+    lists = hear(communicator.gather(text, f"{name}.items"), what, _is_items)
+    for place in range(max(map(len, lists))):
+        values = [one[place] if place < len(one) else None for one in lists]
+        if not (apart := ranks_apart(values)):
+            continue
+        own = [
+            value if value is not None else ["(none)", "nothing"] for value in (values[0], values[apart[0]])
+        ]
+        more = f" ({len(apart) - 1} more rank(s) differ as well)" if len(apart) > 1 else ""
+        raise AgreementError(
+            f"{what} {place} ({own[0][0]}) differs between ranks: rank {apart[0]} has {own[1][0]}: "
+            f"{own[1][1]}, rank 0 has {own[0][0]}: {own[0][1]}{more}. {way_out}"
+        )
 
 
 def _exchanged(

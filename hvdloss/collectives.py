@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import itertools
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from hvdloss import world
-from hvdloss.communicator import included
+from hvdloss.communicator import included, ranks_of
 from hvdloss.errors import ConfigError, ShapeError, UsageError
 
 __all__ = [
@@ -20,7 +22,10 @@ __all__ = [
     "check_sizes",
     "even_sizes",
     "members",
+    "named_by_ordinal",
     "numbered",
+    "rank_of_root",
+    "together_by_size",
 ]
 
 NUMBERS = 256  # of one kind of call; Horovod remembers the answers to 1024 names
@@ -72,6 +77,58 @@ def numbered(what: str, process_set: Any) -> str:
     # In an elastic job ranks that have just come have made no calls.
     kind = what, getattr(process_set, "process_set_id", 0), world.number()
     return f"hvdloss.{what}.{next(_counters[kind]) % NUMBERS}"
+
+
+def named_by_ordinal(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return Horovod's ``broadcast_object`` or ``allgather_object``, named by ordinal and root.
+
+    Horovod names the exchange by the type of the object, of which ranks may have different ones: None, say,
+    on all but the root. They would then wait for each other for ever.
+    """
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs)
+        if bound.arguments.get("name") is None:
+            name = numbered(function.__name__, bound.arguments.get("process_set"))
+            bound.arguments["name"] = f"{name}.{bound.arguments.get('root_rank', 0)}"
+        return function(*bound.args, **bound.kwargs)
+
+    return call
+
+
+def rank_of_root(hvd: Any, group: Any, size: int, root_rank: int, what: str) -> int:
+    """Return the number within a process set of a rank that Horovod counts among all.
+
+    Raises:
+        ConfigError: it is not in the set.
+    """
+    ranks = ranks_of(hvd, group) or tuple(range(size))
+    if root_rank not in ranks:
+        raise ConfigError(
+            f"{what}: root_rank={root_rank!r} is none of the ranks {list(ranks)}; it counts among all ranks"
+        )
+    return ranks.index(root_rank)
+
+
+def together_by_size(sizes: Iterable[int], most: int = 1 << 26) -> Iterator[list[int]]:
+    """Give the places of what travels in one message: of at most so many bytes, or of one thing.
+
+    >>> list(together_by_size([5, 3, 0, 4, 20, 1], most=8))
+    [[0, 1], [3], [4], [5]]
+    """
+    part: list[int] = []
+    held = 0
+    for place, size in enumerate(sizes):
+        if part and held + size > most:
+            yield part
+            part, held = [], 0
+        if size:
+            part.append(place)
+            held += size
+    if part:
+        yield part
 
 
 def even_sizes(rows: int, size: int) -> list[int]:

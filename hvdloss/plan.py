@@ -33,6 +33,8 @@ class ParameterInfo:
         kind: dtype and device type as text ("float32 cpu"); only equal kinds share a bucket.
         itemsize: bytes of one entry.
         sparse: whether its gradients are sparse, so that no bucket can hold them.
+        trained: whether it gets gradients.
+        gradient: dtype and layout of its gradients as text, where these are not the parameter's own.
     """
 
     name: str
@@ -40,6 +42,8 @@ class ParameterInfo:
     kind: str
     itemsize: int
     sparse: bool = False
+    trained: bool = True
+    gradient: str = ""
 
     @property
     def numel(self) -> int:

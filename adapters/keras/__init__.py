@@ -37,7 +37,9 @@ from hvdloss.keras.stream import StreamDataset
 from hvdloss.keras.training import SynchronizationCallback
 from hvdloss.report import RankReport, StepReport
 from hvdloss.tensorflow import _elastic
+from hvdloss.tensorflow._compat import SyncBatchNormalization
 from hvdloss.tensorflow.checkpoint import Checkpoint
+from hvdloss.tensorflow.functions import allgather_object, broadcast_object, broadcast_variables
 from hvdloss.tensorflow.guard import check_synchronized
 from hvdloss.tensorflow.metrics import Metrics
 from hvdloss.tensorflow.preemption import Preemption
@@ -68,12 +70,16 @@ __all__ = [
     "ShardedDense",
     "StepReport",
     "StreamDataset",
+    "SyncBatchNormalization",
     "SynchronizationCallback",
     "WarmupSchedule",
     "allgather",
+    "allgather_object",
     "allreduce",
     "broadcast",
     "broadcast_global_variables",
+    "broadcast_object",
+    "broadcast_variables",
     "callbacks",
     "check_synchronized",
     "follow",
@@ -101,7 +107,9 @@ _THEIRS = [
     for name in vars(_backend.hvd)
     if not name.startswith("_") and name not in __all__ and name not in ("DistributedGradientTape",)
 ]
-globals().update({name: getattr(_backend.hvd, name) for name in _THEIRS})
+# Scripts use some with an underscore too, which are not public here either.
+_USED = [name for name in vars(_backend.hvd) if name[0] == "_" != name[1] and name not in globals()]
+globals().update({name: getattr(_backend.hvd, name) for name in (*_THEIRS, *_USED)})
 globals().update(_elastic.watched)
 
 globals()["elastic"] = _backend.elastic()

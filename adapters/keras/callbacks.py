@@ -7,9 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import tensorflow as tf
-
 import keras
 from hvdloss.errors import ConfigError
 from hvdloss.keras._backend import hvd
@@ -18,6 +15,7 @@ from hvdloss.keras.recorder import FollowCallback, RecorderCallback
 from hvdloss.keras.seeds import seed_everything
 from hvdloss.keras.training import SynchronizationCallback
 from hvdloss.private import open_private
+from hvdloss.tensorflow.functions import broadcast_variables
 from hvdloss.training.files import replace_durably, unfinished
 from hvdloss.training.seeds import seed_for
 
@@ -36,21 +34,6 @@ __all__ = [
 ]
 
 
-def broadcast_variables(variables: Any, root_rank: int = 0, process_set: Any = None) -> None:
-    """Give every rank the root's values of variables of Keras or TensorFlow, whatever their dtype.
-
-    Collectives: one broadcast per variable.
-    """
-    group = process_set or hvd.global_process_set
-    for number, variable in enumerate(variables):
-        value = variable.numpy()
-        wire = np.ascontiguousarray(value).reshape(-1).view(np.uint8)  # Horovod knows few dtypes
-        got = hvd.broadcast(
-            tf.constant(wire), root_rank, name=f"hvdloss.broadcast.{number}", process_set=group
-        )
-        variable.assign(got.numpy().view(value.dtype).reshape(value.shape))
-
-
 class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
     """Gives every rank the root's weights and optimizer state before the first step.
 
@@ -61,7 +44,7 @@ class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
         device: accepted for Horovod's sake.
         local_variables: variables that stay each rank's own.
 
-    Collectives: one broadcast per variable, once.
+    Collectives: a small gather, and one broadcast per 64 MiB, once.
     """
 
     def __init__(self, root_rank: int = 0, device: str = "", local_variables: Any = None) -> None:

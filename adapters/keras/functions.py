@@ -9,8 +9,8 @@ import tensorflow as tf
 import keras
 from hvdloss.keras import training
 from hvdloss.keras._backend import hvd
-from hvdloss.keras.callbacks import broadcast_variables
 from hvdloss.keras.optimizer import DistributedOptimizer
+from hvdloss.tensorflow.functions import broadcast_variables
 
 __all__ = ["allgather", "allreduce", "broadcast", "broadcast_global_variables", "load_model", "reducescatter"]
 

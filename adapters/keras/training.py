@@ -270,7 +270,8 @@ class _Begin(keras.callbacks.Callback):
             )
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        self.done = batch + 1
+        # Where a call runs several steps, `batch` is the last one of a whole call, also for a shorter one.
+        self.done = min(batch + 1, self.params.get("steps") or batch + 1)
         if self.data is not None:
             self.data.made = self.done
 

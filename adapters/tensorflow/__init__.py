@@ -10,7 +10,11 @@ from __future__ import annotations
 
 from hvdloss.report import RankReport, StepReport
 from hvdloss.tensorflow import _backend, _elastic
-from hvdloss.tensorflow._compat import let_variables_be_called
+from hvdloss.tensorflow._compat import (
+    SyncBatchNormalization,
+    let_variables_be_called,
+    refuse_synchronized,
+)
 from hvdloss.tensorflow.checkpoint import Checkpoint
 from hvdloss.tensorflow.explain import (
     LossAttribution,
@@ -19,6 +23,7 @@ from hvdloss.tensorflow.explain import (
     predict_function,
     shap_values,
 )
+from hvdloss.tensorflow.functions import allgather_object, broadcast_object, broadcast_variables
 from hvdloss.tensorflow.guard import check_synchronized
 from hvdloss.tensorflow.metrics import Metrics
 from hvdloss.tensorflow.objective import Objective
@@ -59,6 +64,10 @@ __all__ = [
     "Recorder",
     "ShardedCrossEntropy",
     "StepReport",
+    "SyncBatchNormalization",
+    "allgather_object",
+    "broadcast_object",
+    "broadcast_variables",
     "check_synchronized",
     "follow",
     "grid",
@@ -76,10 +85,13 @@ __all__ = [
 
 # Horovod has no list of its names; what its module shows is public.
 _THEIRS = [name for name in vars(_backend.hvd) if not name.startswith("_") and name not in __all__]
-globals().update({name: getattr(_backend.hvd, name) for name in _THEIRS})
+# Scripts use some with an underscore too (`hvd._executing_eagerly`), which is not public here either.
+_USED = [name for name in vars(_backend.hvd) if name[0] == "_" != name[1] and name not in globals()]
+globals().update({name: getattr(_backend.hvd, name) for name in (*_THEIRS, *_USED)})
 
 globals().update(_elastic.watched)
 globals()["elastic"] = _elastic.elastic()
 __all__ += _THEIRS
 
 let_variables_be_called()
+refuse_synchronized(_backend.hvd)

@@ -13,6 +13,7 @@ import tensorflow as tf
 from hvdloss import watch
 from hvdloss.elastic import runner
 from hvdloss.errors import ConfigError
+from hvdloss.launch import init_checked
 from hvdloss.tensorflow._backend import hvd
 from hvdloss.tensorflow.checkpoint import from_array, memory_of, remember, settle, to_array
 from hvdloss.tensorflow.ops import communicator_of
@@ -22,6 +23,7 @@ __all__ = ["elastic", "watched"]
 
 #: ``init`` and ``shutdown``, with which the watch begins and ends.
 watched = watch.begins_with(hvd, communicator_of)
+watched["init"] = init_checked(hvd, **watched)
 
 _PIECE = 1 << 27  # bytes
 # What errors of Horovod's operations say, and of Gloo beneath them.

@@ -252,35 +252,46 @@ class Exchange:
         }
 
     @tf.autograph.experimental.do_not_convert
-    def agree(self, variables: Sequence[Any], settings: dict[str, Any]) -> None:
+    def agree(
+        self, variables: Sequence[Any], settings: dict[str, Any], gradients: Sequence[Any] | None = None
+    ) -> None:
         """Check, in the first step with these variables, that all ranks hold the same and ask for the same.
 
         Args:
             variables: of this rank; what is no variable is left out.
             settings: what must be equal on all ranks, besides this exchange's own.
+            gradients: of the variables, None for those that get none; None where all get one.
 
         Raises:
             AgreementError: on every rank alike.
 
         Collectives: one gather in a step (or its tracing) whose variables were not seen before.
         """
-        known = [v for v in variables if hasattr(v, "assign") and hasattr(v, "numpy")]
+        there = [hasattr(v, "assign") and hasattr(v, "numpy") for v in variables]
+        known = [v for v, here in zip(variables, there, strict=True) if here]
+        kinds = [_kind(g) for g, here in zip(gradients or variables, there, strict=True) if here]
         if self.size == 1 or not tf.compat.v1.executing_eagerly_outside_functions():
             return
-        before = self._agreed.get(tuple(map(id, known)))
+        key = (*map(id, known), *kinds)
+        before = self._agreed.get(key)
         if before is not None and all(one() is v for one, v in zip(before, known, strict=True)):
             return
         with tf.init_scope():
             agree(
                 communicator_of(self.process_set),
-                [ParameterInfo(parameter_name(v), tuple(v.shape), str(v.dtype), 0) for v in known],
+                [
+                    ParameterInfo(
+                        parameter_name(v), tuple(v.shape), str(v.dtype), 0, trained=bool(kind), gradient=kind
+                    )
+                    for v, kind in zip(known, kinds, strict=True)
+                ],
                 lambda: checksums(known),
                 [],
                 {**self.settings(), **settings},
                 name=f"{self.name}.agree",
                 broadcast="Call hvd.broadcast_variables(variables, root_rank=0) before the first step.",
             )
-        self._agreed[tuple(map(id, known))] = [weakref.ref(v) for v in known]
+        self._agreed[key] = [weakref.ref(v) for v in known]
 
     def sum_table(self, rows: tf.Tensor, name: str = "ledger") -> tf.Tensor:
         """Return the rows of all ranks, ``(size, n)``, from this rank's vector of float64.
@@ -703,6 +714,13 @@ def marked(row: tf.Tensor, bad: tf.Tensor, drop: bool) -> tf.Tensor:
     nothing = tf.zeros_like(row)
     emptied = tf.concat([nothing[:_FIRST_KEPT], row[_FIRST_KEPT:WIDTH], nothing[WIDTH:]], 0)
     return tf.where((row[_GRADIENTS] > 0) | (row[_LOSSES] > 0), emptied, row)
+
+
+def _kind(g: Gradient | None) -> str:
+    """Return how a gradient travels: dtype and layout; nothing for none."""
+    if g is None:
+        return ""
+    return f"{'sparse' if isinstance(g, tf.IndexedSlices) else 'dense'} {tf.as_dtype(g.dtype).name}"
 
 
 def _of_shape(g: Gradient, variable: Any) -> Gradient:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,9 @@ from hvdloss.errors import ShapeError, second_derivative_error
 from hvdloss.objective import loss_named
 from hvdloss.tensorflow._backend import hvd
 from hvdloss.tensorflow.waiting import explaining
+from tensorflow.python.eager import context
 
-__all__ = ["NAMED_LOSSES", "HorovodCommunicator", "TensorFlowOps", "communicator_of", "once"]
+__all__ = ["NAMED_LOSSES", "HorovodCommunicator", "TensorFlowOps", "at_once", "communicator_of", "once"]
 
 
 _NO_OPTIONS = ClassOptions()
@@ -365,8 +367,15 @@ NAMED_LOSSES: dict[str, Callable[..., tf.Tensor]] = {
 }
 
 
+@contextlib.contextmanager
+def at_once() -> Iterator[None]:
+    """Compute eagerly, whatever is being traced, and where scripts of TensorFlow 1 build a graph."""
+    with tf.init_scope(), context.eager_mode():
+        yield
+
+
 class HorovodCommunicator:
-    """:class:`hvdloss.communicator.Communicator` over Horovod, for a process set. Eager only."""
+    """:class:`hvdloss.communicator.Communicator` over Horovod, for a process set; at once, in a graph too."""
 
     def __init__(self, process_set: Any = None) -> None:
         self._process_set = process_set or hvd.global_process_set
@@ -383,16 +392,16 @@ class HorovodCommunicator:
 
     def sum(self, array: np.ndarray, name: str) -> np.ndarray:
         """Sum over ranks; one all-reduce."""
-        tensor = tf.constant(np.asarray(array, dtype=np.float64))
-        with tf.init_scope(), explaining(name, self._process_set):
+        with at_once(), explaining(name, self._process_set):
+            tensor = tf.constant(np.asarray(array, dtype=np.float64))
             out = hvd.allreduce(tensor, name=name, op=hvd.Sum, process_set=self._process_set)
         return out.numpy()
 
     def gather(self, data: bytes, name: str) -> list[bytes]:
         """Gather bytes, never pickles; two all-gathers."""
-        mine = tf.constant(np.frombuffer(data, dtype=np.uint8))
-        length = tf.constant([len(data)], tf.int64)
-        with explaining(name, self._process_set):
+        with at_once(), explaining(name, self._process_set):
+            mine = tf.constant(np.frombuffer(data, dtype=np.uint8))
+            length = tf.constant([len(data)], tf.int64)
             lengths = hvd.allgather(length, name=f"{name}.lengths", process_set=self._process_set).numpy()
             flat = hvd.allgather(mine, name=f"{name}.bytes", process_set=self._process_set).numpy().tobytes()
         ends = np.cumsum(lengths)

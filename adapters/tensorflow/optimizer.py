@@ -36,7 +36,7 @@ class _ExactV1(tf.compat.v1.train.Optimizer):
         if not included(hvd, self._exchange.process_set):
             return pairs
         row = books.signed(row)
-        self._exchange.agree([v for _, v in pairs], self._objective.settings())
+        self._exchange.agree([v for _, v in pairs], self._objective.settings(), [g for g, _ in pairs])
         there = [(g, v) for g, v in pairs if g is not None]
         reduced, _ = self._exchange.reduce(
             [g for g, _ in there],

@@ -98,8 +98,10 @@ class _Exact:
         local = [id(source) in self._hvd_local for source in flat_sources]
         there = [i for i, g in enumerate(flat) if g is not None and not local[i]]
         exchange = self._hvd_exchange()
-        shared = [source for source, own in zip(flat_sources, local, strict=True) if not own]
-        exchange.agree(shared, self._hvd_objective.settings())
+        shared = [i for i, own in enumerate(local) if not own]
+        exchange.agree(
+            [flat_sources[i] for i in shared], self._hvd_objective.settings(), [flat[i] for i in shared]
+        )
         reduced, table = exchange.reduce(
             [flat[i] for i in there],
             [flat_sources[i] for i in there],

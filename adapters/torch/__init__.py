@@ -20,6 +20,12 @@ from hvdloss.torch.explain import (
     predict_function,
     shap_values,
 )
+from hvdloss.torch.functions import (
+    allgather_object,
+    broadcast_object,
+    broadcast_optimizer_state,
+    broadcast_parameters,
+)
 from hvdloss.torch.guard import check_synchronized
 from hvdloss.torch.metrics import Metrics, synchronized
 from hvdloss.torch.objective import Objective
@@ -33,7 +39,6 @@ from hvdloss.torch.sharded import (
     Grid,
     ShardedCrossEntropy,
     ShardedLinear,
-    broadcast_parameters,
     full_state_dict,
     grid,
     sharded_cross_entropy,
@@ -72,6 +77,9 @@ __all__ = [
     "StepReport",
     "StreamLoader",
     "TransformedLoader",
+    "allgather_object",
+    "broadcast_object",
+    "broadcast_optimizer_state",
     "broadcast_parameters",
     "check_synchronized",
     "follow",
@@ -93,8 +101,12 @@ __all__ = [
 # Horovod has no list of its names; what its module shows is public. Modules of our own stay ours, so that
 # `import hvdloss.torch.optimizer as m` means what it says.
 _names = getattr(_backend.hvd, "__all__", None) or [n for n in vars(_backend.hvd) if not n.startswith("_")]
-_theirs = [name for name in _names if name not in __all__ and name not in ("compression", "optimizer")]
-globals().update({name: getattr(_backend.hvd, name) for name in _theirs})
+_theirs = [
+    name for name in _names if name not in __all__ and name not in ("compression", "functions", "optimizer")
+]
+# Scripts use some with an underscore too, which are not public here either.
+_used = [name for name in vars(_backend.hvd) if name[0] == "_" != name[1] and name not in globals()]
+globals().update({name: getattr(_backend.hvd, name) for name in (*_theirs, *_used)})
 globals().update(_elastic.watched)
 globals()["elastic"] = _elastic.elastic()
 __all__ += _theirs

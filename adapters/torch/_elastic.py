@@ -8,25 +8,25 @@ import json
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
-
 import torch
 from hvdloss import watch
 from hvdloss.elastic import runner
 from hvdloss.hearing import hear
+from hvdloss.launch import init_checked
 from hvdloss.torch._backend import hvd
 from hvdloss.torch.checkpoint import from_array, to_array
 from hvdloss.torch.data import ShardedLoader
+from hvdloss.torch.functions import Source, state_from
 from hvdloss.torch.ops import communicator_of
 from hvdloss.torch.stream import StreamLoader
 from hvdloss.torch.uneven import Uneven
 from hvdloss.training.checkpoint import state_of_bytes, state_to_bytes
-from hvdloss.training.tree import put_together, take_apart
 
 __all__ = ["elastic", "watched"]
 
 #: ``init`` and ``shutdown``, with which the watch begins and ends.
 watched = watch.begins_with(hvd, communicator_of)
+watched["init"] = init_checked(hvd, **watched)
 
 
 def _from_first(told: bytes, name: str) -> bytes:
@@ -107,22 +107,15 @@ def elastic() -> Any:
                 self.value._hvdloss.remember(copy.deepcopy(self.memory), same_ranks=True)
 
         def sync(self) -> None:
-            """Collectives: one gather of numbers, one broadcast per tensor."""
-            tree, arrays = take_apart(self._saved_optimizer_state, to_array, name="optimizer")
+            """Collectives: five gathers, and one broadcast per 64 MiB."""
             memory = b"" if self.memory is None else state_to_bytes(self.memory, to_array)
-            kinds = [[key, array.dtype.str, array.shape] for key, array in arrays.items()]
-            told = json.dumps([tree, kinds, memory.hex()]).encode()
-            (heard,) = hear([_from_first(told, "hvdloss.elastic.optimizer")], "optimizer state")
-            tree, kinds, memory_told = heard
-            received = {}
-            for number, (key, dtype, shape) in enumerate(kinds):
-                received[key] = array = arrays[key] if hvd.rank() == 0 else np.empty(shape, dtype)
-                if array.size:
-                    flat = torch.from_numpy(array.reshape(-1).view(np.uint8))
-                    hvd.broadcast_(flat, 0, name=f"hvdloss.elastic.{number}")
-            self.value.load_state_dict(put_together(tree, received, from_array))
-            if memory_told and hasattr(self.value, "_hvdloss"):
-                memory = state_of_bytes(bytes.fromhex(memory_told), from_array)
+            source = Source(0, None, "elastic optimizer state")
+            told = source.tell(memory, "hvdloss.elastic.memory")
+            self.value.load_state_dict(
+                state_from(self._saved_optimizer_state, source, "hvdloss.elastic.optimizer")
+            )
+            if told and hasattr(self.value, "_hvdloss"):
+                memory = state_of_bytes(told, from_array)
                 # Ranks have come or gone, or this is the beginning.
                 self.value._hvdloss.remember(memory, same_ranks=False)
             self.save()

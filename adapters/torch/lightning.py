@@ -32,10 +32,10 @@ import torch
 from hvdloss.errors import ConfigError, RankError
 from hvdloss.extras import library
 from hvdloss.torch._backend import hvd
+from hvdloss.torch.functions import broadcast_parameters
 from hvdloss.torch.objective import Objective
 from hvdloss.torch.ops import communicator_of
 from hvdloss.torch.optimizer import DistributedOptimizer
-from hvdloss.torch.sharded import broadcast_parameters
 from hvdloss.trackers import scalars
 from hvdloss.trackers.base import Tracker
 

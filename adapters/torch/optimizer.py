@@ -1050,6 +1050,8 @@ class _Engine:
                     f"{p.dtype} {p.device.type}".removeprefix("torch."),
                     p.element_size(),
                     is_sparse(p),
+                    trained=id(p) in self._hooked,
+                    gradient=_gradient_kind(p),
                 )
                 for p in parameters
             ],
@@ -1219,6 +1221,12 @@ def _floats(*values: Any) -> list[float]:
     parts = [torch.as_tensor(value, dtype=torch.float64).reshape(-1) for value in values]
     device = next((part.device for part in parts if part.device.type != "cpu"), parts[0].device)
     return torch.cat([part if part.device == device else put_on(part, device) for part in parts]).tolist()
+
+
+def _gradient_kind(p: torch.nn.Parameter) -> str:
+    """Return the dtype of a parameter's gradient, where it is another than the parameter's."""
+    dtype = getattr(p, "grad_dtype", None) or p.dtype
+    return "" if dtype is p.dtype else str(dtype).removeprefix("torch.")
 
 
 def _elements(ledgers: list[Ledger]) -> int:

@@ -9,14 +9,13 @@ which ranks share a model and, on the other axis, the data. :func:`full_state_di
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 import torch
 import torch.nn.functional as F
-from hvdloss import watch
 from hvdloss.collectives import At, members
 from hvdloss.errors import ConfigError, ShapeError
 from hvdloss.losses.shards import (
@@ -36,7 +35,6 @@ from hvdloss.losses.shards import (
 from hvdloss.torch._backend import hvd
 from hvdloss.torch.collectives import all_gather, copy_to_ranks
 from hvdloss.torch.ops import TorchOps, at_hand
-from hvdloss.torch.waiting import wait
 
 __all__ = [
     "ArcFace",
@@ -45,7 +43,6 @@ __all__ = [
     "Grid",
     "ShardedCrossEntropy",
     "ShardedLinear",
-    "broadcast_parameters",
     "full_state_dict",
     "grid",
     "sharded_cross_entropy",
@@ -547,43 +544,3 @@ def grid(model: int) -> Grid:
     Collectives: those of ``hvd.add_process_set``, once per set.
     """
     return make_grid(hvd, model)
-
-
-def broadcast_parameters(params: Any, root_rank: int = 0, process_set: Any = None) -> None:
-    """Broadcast parameters from one rank to the others: Horovod's function, for process sets too.
-
-    A split model must not be broadcast to all ranks: it would give every rank the root's part of the head.
-    Broadcast it among the ranks that share the data: ``broadcast_parameters(model.state_dict(),
-    grid.data.ranks[0], process_set=grid.data)``. (Where all ranks seed alike nothing need be broadcast.)
-
-    Args:
-        params: a state dict, or pairs of a name and a tensor.
-        root_rank: as Horovod counts, among all ranks.
-        process_set: the ranks; None for all, and then this is Horovod's own.
-
-    Raises:
-        ConfigError: `root_rank` is not in the process set.
-        UsageError: this rank is not.
-
-    Collectives: one broadcast per tensor, all under way together.
-    """
-    if process_set is None or process_set is hvd.global_process_set:
-        hvd.broadcast_parameters(params, root_rank)
-        return
-    group, _, size = members(hvd, process_set, "broadcast_parameters")
-    if root_rank not in group.ranks:
-        raise ConfigError(
-            f"broadcast_parameters: root_rank={root_rank} is not in the process set of ranks "
-            f"{list(group.ranks)}; it counts among all ranks"
-        )
-    pairs: Iterable[tuple[str, Any]] = sorted(params.items()) if isinstance(params, dict) else params
-    if size == 1:
-        return
-    handles = [
-        hvd.broadcast_async_(tensor, root_rank, f"hvdloss.broadcast.{name}", process_set=group)
-        for name, tensor in pairs
-        if isinstance(tensor, torch.Tensor)
-    ]
-    with watch.waiting("broadcast_parameters"):
-        for handle in handles:
-            wait(handle)

@@ -20,9 +20,9 @@ from hvdloss.errors import ConfigError, UsageError
 from hvdloss.extras import library
 from hvdloss.torch._backend import hvd
 from hvdloss.torch.data import ShardedLoader
+from hvdloss.torch.functions import broadcast_parameters
 from hvdloss.torch.objective import Objective
 from hvdloss.torch.optimizer import DistributedOptimizer
-from hvdloss.torch.sharded import broadcast_parameters
 from hvdloss.trackers import scalars
 
 __all__ = ["HorovodTrainer", "absent", "one_of_many", "token_loss"]

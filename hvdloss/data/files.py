@@ -14,14 +14,15 @@ import hashlib
 import io
 import json
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from pathlib import PurePosixPath
 from tokenize import TokenError
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -68,40 +69,76 @@ class Part:
         return f"{self.file}, {self.label}"
 
 
-def _listed(paths: Paths, endings: tuple[str, ...]) -> list[str]:
+class _Found(NamedTuple):
+    """A file, and the folder below which the names of folders (``year=2026``) tell of its rows."""
+
+    file: str
+    base: str
+
+
+def _listed(paths: Paths, endings: tuple[str, ...], filesystem: Any = None) -> list[_Found]:
     """Return the files that `paths` name: files, folders, patterns.
+
+    Args:
+        paths: on this machine; or, all of them, of a file system of pyarrow's.
+        endings: of a folder's files that are data; an empty one for names without any.
+        filesystem: of pyarrow; None for this machine's.
 
     Raises:
         DataError: there is none.
     """
     given = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
-    out: list[str] = []
+    out: list[_Found] = []
     for one in (os.fspath(each) for each in given):
-        if os.path.isdir(one):
-            out += _inside(one, endings)
-        elif glob.has_magic(one) and not os.path.exists(one):
+        if _is_folder(one, filesystem):
+            out += _inside(one, one, endings, filesystem)
+        elif filesystem is None and glob.has_magic(one) and not os.path.exists(one):
             found = sorted(glob.glob(one, recursive=True))
             if not found:
                 raise DataError(f"{one}: no file has such a name")
+            base = os.path.dirname(one[: one.index(next(c for c in one if c in "*?["))])
+            # What begins so is no data, unless the pattern says so itself.
+            hidden = {"_", "."} - {part[:1] for part in os.path.relpath(one, base or ".").split(os.sep)}
             for match in found:
-                out += _inside(match, endings) if os.path.isdir(match) else [match]
+                if {part[:1] for part in os.path.relpath(match, base or ".").split(os.sep)} & hidden:
+                    continue
+                out += _inside(match, base, endings, None) if os.path.isdir(match) else [_Found(match, base)]
         else:
-            out.append(one)
+            out.append(_Found(one, os.path.dirname(one)))
     if not out:
         raise ConfigError(f"paths={paths!r} name no file")
     return out
 
 
-def _inside(folder: str, endings: tuple[str, ...]) -> list[str]:
-    """Return a folder's files, in the order of their names.
+def _is_folder(path: str, filesystem: Any) -> bool:
+    if filesystem is None:
+        return os.path.isdir(path)
+    return bool(filesystem.get_file_info(path).type.name == "Directory")
+
+
+def _inside(folder: str, base: str, endings: tuple[str, ...], filesystem: Any) -> list[_Found]:
+    """Return a folder's files as pyarrow.dataset finds them, in the order of their names.
+
+    What begins with a dot or an underscore is none: hidden copies, ``_temporary``, ``_SUCCESS``.
 
     Raises:
         DataError: there is none.
     """
-    found = [str(p) for p in sorted(Path(folder).rglob("*")) if p.name.endswith(endings) and p.is_file()]
+    import pyarrow as pa
+    from pyarrow import dataset, fs
+
+    factory = dataset.FileSystemDatasetFactory(
+        filesystem or fs.LocalFileSystem(),
+        fs.FileSelector(folder, recursive=True),
+        dataset.ParquetFileFormat(),  # of which nothing is read
+        dataset.FileSystemFactoryOptions(),
+    )
+    files = sorted(factory.finish(pa.schema([])).files, key=lambda file: PurePosixPath(file).parts)
+    found = [file for file in files if os.path.splitext(file)[1].lower() in endings]
     if not found:
-        raise DataError(f"{folder}: the folder has no {' or '.join(endings)} file")
-    return found
+        shown = " or ".join(ending for ending in endings if ending)
+        raise DataError(f"{folder}: the folder has no {shown} file")
+    return [_Found(file, base) for file in found]
 
 
 def _stamp(file: str) -> tuple[int, int, int]:
@@ -120,7 +157,7 @@ class Source(ABC):
         DataError: a file is missing, damaged, or was changed since it was opened.
     """
 
-    _stamps: dict[str, tuple[int, int, int]]
+    _stamps: dict[str, tuple[int, ...]]
 
     @abstractmethod
     def _find(self) -> list[Part]:
@@ -203,10 +240,13 @@ class Source(ABC):
     def _note(self, file: str) -> None:
         """Note a file as it is now."""
         with self._of(file):
-            self._stamps[file] = _stamp(file)
+            self._stamps[file] = self._stamp(file)
+
+    def _stamp(self, file: str) -> tuple[int, ...]:
+        return _stamp(file)
 
     def _unchanged(self, file: str) -> None:
-        if _stamp(file) != self._stamps[file]:
+        if self._stamp(file) != self._stamps[file]:
             raise DataError(
                 f"{file}: was changed since it was opened, so its rows are no longer those that were shared "
                 f"out; write new data to a new file, and start the epoch again"
@@ -239,11 +279,32 @@ def _column(column: Any) -> npt.NDArray[Any]:
     if isinstance(column, pa.ChunkedArray):
         column = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
         if isinstance(column, pa.ChunkedArray):  # of no chunk
-            column = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], kind)
+            column = pa.concat_arrays(column.chunks) if column.num_chunks else _none_of(kind)
+    if isinstance(kind, pa.BaseExtensionType):
+        return _extension(column)
     if pa.types.is_fixed_size_list(kind) and not column.null_count:
         inside = _column(column.flatten())
         return inside.reshape(len(column), kind.list_size, *inside.shape[1:])
     return np.asarray(column.to_numpy(zero_copy_only=False))
+
+
+def _extension(column: Any) -> npt.NDArray[Any]:
+    """Return an array of an extension type: tensors in their shape, others as what they are stored as."""
+    import pyarrow as pa
+
+    if isinstance(column.type, pa.FixedShapeTensorType) and not column.null_count:
+        return np.asarray(column.to_numpy_ndarray())
+    boolean = isinstance(column.type, pa.Bool8Type)
+    return _column(column.storage.cast(pa.bool_()) if boolean else column.storage)
+
+
+def _none_of(kind: Any) -> Any:
+    """Return an array of Arrow's without entries."""
+    import pyarrow as pa
+
+    if isinstance(kind, pa.BaseExtensionType):
+        return pa.ExtensionArray.from_storage(kind, pa.array([], kind.storage_type))
+    return pa.array([], kind)
 
 
 def _whole(kind: Any) -> bool:
@@ -251,6 +312,7 @@ def _whole(kind: Any) -> bool:
     import pyarrow as pa
 
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    kind = kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind
     return bool(pa.types.is_integer(kind) or pa.types.is_boolean(kind))
 
 
@@ -263,12 +325,18 @@ class Parquet(Source):
 
     Numbers and booleans become arrays of their dtype (integers and booleans of a column with nulls: float64,
     NaN), lists of fixed
-    size rows of a matrix, strings, bytes and other lists arrays of objects.
+    size rows of a matrix, strings, bytes and other lists arrays of objects; an extension type's values what
+    they are stored as, and tensors of a fixed shape that shape.
+
+    In a folder, files are found as by pyarrow.dataset: at any depth, but for names that begin with a dot or
+    an underscore (hidden copies, ``_temporary``). Folders' names such as ``year=2026`` (Hive's) are columns.
 
     Args:
-        paths: a file, a folder (its ``*.parquet``, in the order of their names), a pattern, or several.
+        paths: a file, a folder (in the order of their names its files that end in ``.parquet``, ``.pq`` or
+            have no ending), a pattern, or several; or URIs (``s3://bucket/folder``).
         columns: to read; None for all.
         use_threads: decode columns in parallel.
+        filesystem: that `paths` are of: pyarrow's or fsspec's; None for this machine's, or that of the URIs.
 
     Raises:
         ConfigError: pyarrow is not installed, or a column is not in the files.
@@ -276,26 +344,103 @@ class Parquet(Source):
     """
 
     def __init__(
-        self, paths: Paths, columns: Sequence[str] | None = None, *, use_threads: bool = True
+        self,
+        paths: Paths,
+        columns: Sequence[str] | None = None,
+        *,
+        use_threads: bool = True,
+        filesystem: Any = None,
     ) -> None:
         library("pyarrow", "data", "reading Parquet files")
         self._metadata: dict[str, Any] = {}
         self._nulls: set[str] = set()  # columns of integers and booleans that have any
         self.paths, self.use_threads = paths, use_threads
         self.columns = None if columns is None else list(columns)
+        self.filesystem = filesystem
+
+    def _located(self) -> tuple[Any, Paths]:
+        """Return the file system, None for this machine's, and the paths in it."""
+        from pyarrow import fs
+
+        if self.filesystem is not None:
+            own = isinstance(self.filesystem, fs.FileSystem)
+            return self.filesystem if own else fs.PyFileSystem(fs.FSSpecHandler(self.filesystem)), self.paths
+        paths = [self.paths] if isinstance(self.paths, str | os.PathLike) else list(self.paths)
+        remote = [isinstance(path, str) and bool(re.match(r"[a-z][a-z0-9+.-]*://", path)) for path in paths]
+        if not any(remote):
+            return None, self.paths
+        found = [fs.FileSystem.from_uri(path) for path in paths if all(remote)]
+        if not found or any(one[0] != found[0][0] for one in found):
+            raise ConfigError(f"paths={self.paths!r} are of different file systems; give those of one")
+        return found[0][0], [one[1] for one in found]
+
+    def _stamp(self, file: str) -> tuple[int, ...]:
+        if self._remote is None:
+            return _stamp(file)
+        info = self._remote.get_file_info(file)
+        if not info.is_file:
+            raise FileNotFoundError(file)
+        return info.size, info.mtime_ns or 0
+
+    def _opened(self, file: str, **options: Any) -> Any:
+        import pyarrow.parquet as pq
+
+        return pq.ParquetFile(file, filesystem=self._remote, **options)
+
+    def _folders(self, found: list[_Found]) -> dict[str, dict[str, Any]]:
+        """Return, by file, the columns that names of folders make: arrays of one entry."""
+        import pyarrow as pa
+        from pyarrow import dataset, fs
+
+        out: dict[str, dict[str, Any]] = {one.file: {} for one in found}
+        for base in {one.base for one in found}:
+            files = [one.file for one in found if one.base == base]
+            inside = [file.removeprefix(base).rpartition("/")[0] for file in files]
+            told = {folder.partition("=")[0] for one in inside for folder in one.split("/") if "=" in folder}
+            if not told:
+                continue
+            with self._of(files[0]):
+                with self._opened(files[0]) as opened:
+                    twice = sorted(told & set(opened.schema_arrow.names))
+                if twice:
+                    raise DataError(
+                        f"{files[0]}: has the columns {twice}, which the names of its folders tell as well; "
+                        f"name the folders otherwise, or write the files without these columns"
+                    )
+                whole = dataset.dataset(
+                    [os.path.abspath(file) if self._remote is None else file for file in files],
+                    filesystem=self._remote or fs.LocalFileSystem(),
+                    format="parquet",
+                    partitioning="hive",
+                    partition_base_dir=os.path.abspath(base) if self._remote is None else base,
+                )
+            for file, fragment in zip(files, whole.get_fragments(), strict=True):
+                for name, value in dataset.get_partition_keys(fragment.partition_expression).items():
+                    out[file][name] = pa.array([value], whole.schema.field(name).type)
+        return out
 
     def _find(self) -> list[Part]:
-        import pyarrow.parquet as pq
+        import pyarrow as pa
 
         out: list[Part] = []
         first: Any = None
         self._metadata, self._nulls = {}, set()
-        for file in _listed(self.paths, (".parquet", ".pq")):
+        with self._of(str(self.paths)):
+            self._remote, paths = self._located()
+            listed = _listed(paths, (".parquet", ".pq", ""), self._remote)
+        for file in dict.fromkeys(one.file for one in listed):
             self._note(file)
+        self._of_folders = self._folders(listed)
+        for file, _ in listed:
+            folders = self._of_folders[file]
             # Buffered, so that the look for nulls takes in what it decodes, and not whole columns.
-            with self._of(file), pq.ParquetFile(file, buffer_size=1 << 14) as opened:
+            with self._of(file), self._opened(file, buffer_size=1 << 14) as opened:
                 schema, found = opened.schema_arrow, opened.metadata
                 self._metadata[file] = found
+                own = schema
+                for name, one in folders.items():
+                    schema = schema.append(pa.field(name, one.type))
+                    self._nulls |= {name} if one.null_count and _whole(one.type) else set()
                 missing = [name for name in self.columns or () if name not in schema.names]
                 if missing:
                     raise ConfigError(f"columns: {file} has no {missing}, but {schema.names}")
@@ -303,7 +448,7 @@ class Parquet(Source):
                 first = first or schema
                 if not schema.equals(first):
                     raise DataError(f"{file}: has other columns or types than {out[0].file}: {schema}")
-                self._nulls |= self._with_nulls(opened, schema)
+                self._nulls |= self._with_nulls(opened, own)
                 out += [
                     Part(file, f"row group {n}", found.row_group(n).num_rows, (n,))
                     for n in range(found.num_row_groups)
@@ -331,11 +476,16 @@ class Parquet(Source):
         return nulls
 
     def _read(self, part: Part) -> Columns:
-        import pyarrow.parquet as pq
+        import pyarrow as pa
 
+        folders = self._of_folders[part.file]
+        columns = None if self.columns is None else [name for name in self.columns if name not in folders]
         # Opened anew, since several threads may read, but without looking for the row groups again.
-        with pq.ParquetFile(part.file, metadata=self._metadata[part.file]) as opened:
-            table = opened.read_row_group(part.place[0], columns=self.columns, use_threads=self.use_threads)
+        with self._opened(part.file, metadata=self._metadata[part.file]) as opened:
+            table = opened.read_row_group(part.place[0], columns=columns, use_threads=self.use_threads)
+        for name, one in folders.items():
+            if self.columns is None or name in self.columns:
+                table = table.append_column(name, one.take(pa.array(np.zeros(part.rows, np.int64))))
         return self._as_arrays(table)
 
     def _as_arrays(self, table: Any) -> Columns:
@@ -346,7 +496,9 @@ class Parquet(Source):
         return columns
 
     def _nothing(self) -> Columns:
-        table = self._schema.empty_table()
+        import pyarrow as pa
+
+        table = pa.table([_none_of(field.type) for field in self._schema], schema=self._schema)
         return self._as_arrays(table if self.columns is None else table.select(self.columns))
 
 
@@ -356,7 +508,8 @@ class Csv(Source):
     A value must not have a line break in it. Types are found in the first part, and hold for all.
 
     Args:
-        paths: a file, a folder (its ``*.csv``), a pattern, or several.
+        paths: a file, a folder (its ``*.csv``, but for names that begin with a dot or an underscore), a
+            pattern, or several.
         columns: to read; None for all.
         types: by column, as Arrow names them (``"float64"``, ``"string"``); others are found.
         delimiter: between values.
@@ -390,7 +543,7 @@ class Csv(Source):
     def _find(self) -> list[Part]:
         out: list[Part] = []
         self._names = self.names or []
-        for file in _listed(self.paths, (".csv",)):
+        for file, _ in _listed(self.paths, (".csv",)):
             self._note(file)
             with self._of(file), open(file, "rb") as opened:
                 if self.names is None:

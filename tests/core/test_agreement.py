@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hvdloss.agreement import Agreed, agree
+from hvdloss.agreement import Agreed, agree, agree_on_items
 from hvdloss.communicator import OneProcess, simulate
-from hvdloss.errors import AgreementError
+from hvdloss.errors import AgreementError, ConfigError, HvdlossError
 from hvdloss.plan import ParameterInfo
 
 MODEL = [
@@ -209,3 +209,59 @@ def test_settings_are_compared_before_parameters_and_parameters_before_values():
     )
     assert "reduction differs" in the_message(everything)
     assert "its name differs" in the_message(outcomes(2, parameters=parameters, checksums=checksums))
+
+
+def test_a_parameter_frozen_on_one_rank_or_with_other_gradients_is_named():
+    for change, words in (
+        ({"trained": False}, ("linear.weight", "requires_grad", "rank 1 has False")),
+        ({"gradient": "float32"}, ("linear.weight", "gradient", "rank 1 has 'float32'")),
+    ):
+        other = [MODEL[0], replace(MODEL[1], **change), *MODEL[2:]]
+        message = the_message(outcomes(3, parameters=on([1], other, MODEL)))
+        assert all(word in message for word in words), message
+
+
+def test_the_first_parameter_that_a_rank_does_not_have_is_named():
+    message = the_message(outcomes(3, parameters=on([1, 2], MODEL[:1] + MODEL[2:], MODEL)))
+    assert "rank 1 has 3, rank 0 has 4" in message
+    assert "rank(s) 1, 2 lack 'linear.weight'" in message
+
+
+def items_of(size, work):
+    """Return what each rank of :func:`agree_on_items` gets: None, or its error as text."""
+
+    def outcome(c):
+        try:
+            return agree_on_items(c, lambda: work(c.rank), name="n", what="tensor", way_out="Mend it.")
+        except (HvdlossError, KeyError) as error:
+            return f"{type(error).__name__}: {error}"
+
+    return simulate(size, outcome)
+
+
+def test_items_that_are_equal_pass_and_others_are_named_on_every_rank():
+    assert items_of(3, lambda rank: [("a", [1, 2]), ("b", "x")]) == [None] * 3
+    one = items_of(3, lambda rank: [("a", [1, 2]), ("b", "y" if rank == 2 else "x")])
+    assert (
+        one
+        == ["AgreementError: tensor 1 (b) differs between ranks: rank 2 has b: y, rank 0 has b: x. Mend it."]
+        * 3
+    )
+    fewer = items_of(2, lambda rank: [("a", 1), ("b", 1)][: 2 - rank])
+    assert len(set(fewer)) == 1
+    assert "tensor 1 (b)" in fewer[0]
+    assert "rank 1 has (none): nothing" in fewer[0]
+
+
+def test_what_fails_on_all_ranks_is_raised_as_it_is_and_on_one_as_that_ranks():
+    def failing(ranks):
+        def work(rank):
+            if rank in ranks:
+                raise ConfigError("params['a'] is no tensor")
+            return []
+
+        return work
+
+    assert set(items_of(3, failing([0, 1, 2]))) == {"ConfigError: params['a'] is no tensor"}
+    (text,) = set(items_of(3, failing([1])))
+    assert text.startswith("RankError: tensor: rank 1: ConfigError: params['a'] is no tensor")

@@ -7,6 +7,8 @@ import pickle
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.dataset
+import pyarrow.fs
 import pyarrow.parquet as pq
 import pytest
 
@@ -231,3 +233,128 @@ def test_a_file_that_changes_under_its_reader(tmp_path):
     path.unlink()
     with pytest.raises(DataError, match=r"a\.parquet, row group 1: there is no such file"):
         source.read(1)
+
+
+# -- which files are data, and what names of folders tell ----------------------------------------------
+
+
+def wrote(path, **columns):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns), path)
+
+
+def rows(source, *names):
+    """Return a source's rows, in order."""
+    parts = [source.read(n) for n in range(len(source.parts))]
+    return [row for part in parts for row in zip(*(part[name].tolist() for name in names), strict=True)]
+
+
+def test_hidden_and_temporary_files_are_no_data(tmp_path):
+    folder = tmp_path / "_mine" / ".data"  # the folder itself may be called so
+    wrote(folder / "a.parquet", x=[1])
+    wrote(folder / "sub" / "b.PARQUET", x=[2])
+    wrote(folder / "sub" / "part-00000", x=[3])  # Hive's names have no ending
+    for other in (
+        "_temporary/0/c.parquet",
+        ".ipynb_checkpoints/a-checkpoint.parquet",
+        ".a.parquet",
+        "sub/_b.parquet",
+    ):
+        wrote(folder / other, x=[9])
+    (folder / "_SUCCESS").touch()
+    (folder / "notes.txt").write_text("no data")
+    (folder / "sub" / "a.parquet.crc").write_bytes(b"no data")
+    assert rows(Parquet(folder), "x") == [(1,), (2,), (3,)]
+    assert rows(Parquet(f"{folder}/**/*.parquet"), "x") == [(1,)]
+    assert rows(Parquet(f"{folder}/sub/_*.parquet"), "x") == [(9,)]  # asked for by name
+    assert rows(Parquet(folder / ".a.parquet"), "x") == [(9,)]
+    (folder / "a.csv").write_text("x\n1\n")
+    (folder / ".ipynb_checkpoints" / "a-checkpoint.csv").write_text("x\n9\n")
+    assert rows(Csv(folder), "x") == [(1,)]
+
+
+@pytest.mark.parametrize("way", ["folder", "relative", "pattern", "uri", "fsspec", "pyarrow"])
+def test_names_of_folders_are_columns_as_for_pyarrow(tmp_path, monkeypatch, way):
+    folder = tmp_path / "run=7"  # is not below the folder that is given
+    wrote(folder / "year=2020" / "who=a%20b" / "1.parquet", x=[1.5, 2.5])
+    wrote(folder / "year=2021" / "who=c" / "2.parquet", x=[3.5])
+    monkeypatch.chdir(tmp_path)
+    options = {}
+    given = {"folder": folder, "relative": "run=7", "pattern": f"{folder}/year=*/who=*/*.parquet"}.get(way)
+    if way == "uri":
+        given = folder.as_uri()
+    elif way == "pyarrow":
+        given, options = (
+            "run=7",
+            {"filesystem": pa.fs.SubTreeFileSystem(str(tmp_path), pa.fs.LocalFileSystem())},
+        )
+    elif way == "fsspec":
+        memory = pytest.importorskip("fsspec").filesystem("memory")
+        for file in folder.rglob("*.parquet"):
+            memory.pipe(f"/{way}/{file.relative_to(tmp_path)}", file.read_bytes())
+        given, options = f"/{way}/run=7", {"filesystem": memory}
+    source = pickle.loads(pickle.dumps(Parquet(given, **options).open()))
+    right = pa.dataset.dataset(str(folder), partitioning="hive").to_table(columns=["x", "year", "who"])
+    assert rows(source, "x", "year", "who") == list(zip(*right.to_pydict().values(), strict=True))
+    assert {name: str(column.dtype) for name, column in source.empty().items()} == {
+        "x": "float64",
+        "year": "int32",
+        "who": "object",
+    }
+    chosen = Parquet(given, ["year"], **options)
+    assert rows(chosen, "year") == [(2020,), (2020,), (2021,)]
+    assert list(chosen.empty()) == ["year"]
+    with pytest.raises(ConfigError, match="month"):
+        Parquet(given, ["month"], **options).open()
+
+
+def test_folders_without_a_value_or_for_one_of_the_files_own_columns(tmp_path):
+    wrote(tmp_path / "a" / "year=2020" / "1.parquet", x=[1])
+    wrote(tmp_path / "a" / "year=__HIVE_DEFAULT_PARTITION__" / "1.parquet", x=[2])
+    (one,), (two,) = (Parquet(tmp_path / "a").read(n)["year"] for n in range(2))
+    assert one == 2020.0
+    assert np.isnan(two)
+    wrote(tmp_path / "b" / "x=7" / "1.parquet", x=[1])
+    with pytest.raises(DataError, match=r"1\.parquet: has the columns \['x'\]"):
+        Parquet(tmp_path / "b").open()
+
+
+def test_a_remote_file_that_is_gone_or_changed_is_named():
+    memory = pytest.importorskip("fsspec").filesystem("memory")
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({"x": [1]}), sink)
+    memory.pipe("/gone/a.parquet", sink.getvalue().to_pybytes())
+    source = Parquet("/gone", filesystem=memory).open()
+    memory.pipe("/gone/a.parquet", sink.getvalue().to_pybytes() + b" ")
+    with pytest.raises(DataError, match=r"gone/a\.parquet: was changed"):
+        source.read(0)
+    memory.rm("/gone/a.parquet")
+    with pytest.raises(DataError, match=r"gone/a\.parquet.*no such file"):
+        source.read(0)
+    with pytest.raises(DataError, match="other"):
+        Parquet("/other", filesystem=memory).open()
+    with pytest.raises(ConfigError, match="different file systems"):
+        Parquet(["file:///a.parquet", "b.parquet"]).open()
+
+
+def test_extension_types_are_what_they_are_stored_as(tmp_path):
+    tensors = np.arange(24.0).reshape(4, 2, 3)
+
+    def stored(kind, values, storage):
+        return pa.ExtensionArray.from_storage(kind, pa.array(values, storage))
+
+    table = pa.table(
+        {
+            "tensor": pa.FixedShapeTensorArray.from_numpy_ndarray(tensors),
+            "uuid": stored(pa.uuid(), [bytes([i] * 16) for i in range(4)], pa.binary(16)),
+            "bool": stored(pa.bool8(), [0, 1, 1, None], pa.int8()),
+            "json": stored(pa.json_(), ["{}", "1", "[]", "2"], pa.string()),
+        }
+    )
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=3)
+    source = Parquet(tmp_path)
+    assert np.array_equal(np.concatenate([source.read(n)["tensor"] for n in range(2)]), tensors)
+    assert source.empty()["tensor"].shape == (0, 2, 3)
+    assert [one[0] for one in rows(source, "uuid")] == [bytes([i] * 16) for i in range(4)]
+    assert [one[0] for one in rows(source, "json")] == ["{}", "1", "[]", "2"]
+    assert np.array_equal([one[0] for one in rows(source, "bool")], [0, 1, 1, np.nan], equal_nan=True)

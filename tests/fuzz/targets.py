@@ -9,6 +9,7 @@ longer, guided by coverage.
 from __future__ import annotations
 
 import functools
+import hashlib
 import hmac
 import io
 import json
@@ -23,7 +24,7 @@ from typing import Any
 import numpy as np
 
 import hvdloss
-from hvdloss.agreement import agree, raise_together, together
+from hvdloss.agreement import agree, agree_on_items, raise_together, together
 from hvdloss.control import AdaptiveCompression, BatchShares
 from hvdloss.control.log import decide_again, follow, read, record
 from hvdloss.controller import Controller
@@ -145,6 +146,14 @@ AGREED = {
     "checksums": [1, 2],
     "order": [1, 0],
 }
+
+
+ITEMS = hashlib.sha256(b'[["w", [1]]]').hexdigest()
+
+
+def items_of_ranks(data: bytes) -> None:
+    way_out = "Mend it."
+    agree_on_items(Peer(data), lambda: [("w", [1])], name="n", what="tensor", way_out=way_out)
 
 
 def agreement(data: bytes) -> None:
@@ -424,6 +433,7 @@ TARGETS = (
     Target("shapes", shapes, (b"\x02\x02\x03\x02\x03\x01",)),
     Target("metric-batch", metric_batch, (np.array([1, 2, 3, 4, 1, 1], np.float32).tobytes(),)),
     Target("agreement", agreement, (text(AGREED),)),
+    Target("items-of-ranks", items_of_ranks, (text(["", ITEMS]),)),
     Target(
         "checksums", lambda data: compare(Peer(data), ["w"], [1], name="n", when="now"), (b'[["w"],[1]]',)
     ),

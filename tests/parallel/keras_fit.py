@@ -296,6 +296,28 @@ def case_generators_and_steps_per_execution():
         assert difference(model.get_weights(), other.get_weights()) < 1e-10, how
 
 
+def case_fewer_batches_with_several_steps_a_call():
+    rng = np.random.default_rng(27)
+    steps = [list(step) for step in step_batches(rng, 5)]
+    for step in steps[3:]:
+        step[-1] = None  # the last rank has three batches
+    return {
+        f"{several} steps a call{'' if counted else ', uncounted'}": trial(
+            steps, counted=counted, steps_per_execution=several
+        )["relative error"]
+        for several, counted in ((2, True), (2, False))
+    }
+
+
+def case_a_layer_frozen_on_one_rank():
+    model = network()
+    model.layers[1].trainable = hvd.rank() != hvd.size() - 1
+    model.compile(hvd.DistributedOptimizer(sgd()), loss="mse")
+    error = raised(lambda: model.fit(np.ones((4, 5)), np.ones((4, 1)), verbose=0))
+    assert hvd.size() == 1 or isinstance(error, AgreementError), error
+    assert hvd.size() == 1 or f"rank(s) {hvd.size() - 1} lack 'dense/kernel'" in str(error), error
+
+
 def case_options_of_optimizers():
     rng = np.random.default_rng(17)
     steps = step_batches(rng, 4)

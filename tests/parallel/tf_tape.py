@@ -428,6 +428,25 @@ def case_errors_are_the_same_on_every_rank():
     assert type(raised(two_losses)) is UsageError
 
 
+def case_a_source_without_a_gradient_on_one_rank():
+    rng = np.random.default_rng(17)
+    model = Network(rng)
+    x, y, _ = part(data(rng, 12), cuts(rng, 12, hvd.size(), empty=False))
+    objective = hvd.Objective("mse")
+    odd = hvd.rank() == hvd.size() - 1
+    with tf.GradientTape() as tape:
+        out = tf.tanh(x @ model.w1 + (0.0 if odd else model.b1)) @ model.w2
+        loss = objective(out, y)
+    exact = hvd.DistributedGradientTape(tape, objective)
+    error = raised(lambda: exact.gradient(loss, model.parameters))
+    if hvd.size() == 1:
+        assert error is None
+        return
+    assert isinstance(error, AgreementError), error
+    assert "b1" in str(error), error
+    assert f"rank {hvd.size() - 1} has False" in str(error), error
+
+
 def case_two_calls_with_one_weight_sum():
     rng = np.random.default_rng(20)
     net, objective = Network(rng), hvd.Objective("mse")

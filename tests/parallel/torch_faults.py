@@ -268,6 +268,25 @@ def case_parameters_that_differ():
     same_on_all_ranks(flat(model.parameters()).tolist())
 
 
+def case_a_parameter_frozen_or_with_another_gradient_on_one_rank():
+    for change, words in (
+        (lambda p: p.requires_grad_(False), "requires_grad"),
+        (lambda p: setattr(p, "grad_dtype", torch.float32), "gradient"),
+    ):
+        model = network(generator(3))
+        if hvd.rank() == last():
+            change(model[0].weight)
+        objective = hvd.Objective("mse")
+        optimizer = hvd.DistributedOptimizer(
+            torch.optim.SGD(model.parameters(), lr=0.1), model.named_parameters(), objective
+        )
+        (b,) = regression(generator(4), uneven())[hvd.rank()]
+        before = flat(model.parameters())
+        objective(model(b.x), b.y, weight=b.weight).backward()
+        raises_everywhere(AgreementError, optimizer.step, "0.weight", words, f"rank {last()}")
+        assert torch.equal(flat(model.parameters()), before)
+
+
 def case_models_that_differ():
     g = generator(15)
     odd = hvd.rank() == last()

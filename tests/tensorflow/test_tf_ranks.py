@@ -58,6 +58,13 @@ def test_parity_of_one_rank(case: Case, request: pytest.FixtureRequest) -> None:
 
 
 @parallel_cases(
+    "tf_functions", [("gloo", 2), *more(("gloo", 3), ("mpi", 2), ("gloo", 1))], group="tf_functions"
+)
+def test_functions(case: Case, request: pytest.FixtureRequest) -> None:
+    case.check(request)
+
+
+@parallel_cases(
     "tf_sums",
     [("gloo", 2), *more(("gloo", 3))],
     slow=["value_and_gradient_over_random_splits"],

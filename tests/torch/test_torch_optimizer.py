@@ -14,9 +14,9 @@ import torch
 import hvdloss.torch as hvd
 from hvdloss.errors import ConfigError, HvdlossError, NoWeightError, UsageError, WeightError
 
-# "compression" and "optimizer" are modules here as there: ours.
-# broadcast_parameters also takes a process set
-OVERRIDDEN = {"DistributedOptimizer", "Compression", "broadcast_parameters", "compression", "optimizer"}
+# "compression", "functions" and "optimizer" are modules here as there: ours.
+OVERRIDDEN = {"DistributedOptimizer", "Compression", "compression", "functions", "optimizer"}
+OVERRIDDEN |= {"allgather_object", "broadcast_object", "broadcast_optimizer_state", "broadcast_parameters"}
 OVERRIDDEN |= {"elastic", "init", "shutdown"}
 
 

@@ -82,6 +82,11 @@ def test_training_everywhere(case: Case, request):
     case.check(request)
 
 
+@parallel_cases("torch_functions", [("gloo", 2), *more(("gloo", 3), ("mpi", 2))], group="torch")
+def test_functions(case: Case, request):
+    case.check(request)
+
+
 @parallel_cases("torch_faults", [("gloo", 2), *more(("gloo", 3))], group="torch")
 def test_faults(case: Case, request):
     case.check(request)
@@ -116,6 +121,11 @@ def test_sums_everywhere(case: Case, request):
 
 @parallel_cases("torch_metrics", [("gloo", 2), *more(("gloo", 3))], group="torch")
 def test_metrics(case: Case, request):
+    case.check(request)
+
+
+@parallel_cases("torch_every_metric", [("gloo", 2), *more(("gloo", 3))], group="torch")
+def test_every_metric(case: Case, request):
     case.check(request)
 
 

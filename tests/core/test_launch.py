@@ -1,0 +1,60 @@
+"""Processes that something else than Horovod launched do not train alone without a word."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from hvdloss.errors import ConfigError
+from hvdloss.launch import check_launch, foreign_launch, init_checked
+
+SEVERAL = {
+    "torchrun": {"WORLD_SIZE": "4", "RANK": "1", "LOCAL_RANK": "1", "TORCHELASTIC_RUN_ID": "none"},
+    "Open MPI": {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "1"},
+    "mpiexec": {"PMI_SIZE": "4", "PMI_RANK": "1"},
+    "srun": {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "1", "SLURM_NTASKS": "4"},
+}
+ONE = [
+    {},
+    {"WORLD_SIZE": "4"},  # left over in a shell
+    {"WORLD_SIZE": "1", "RANK": "0"},
+    {"WORLD_SIZE": "four", "RANK": "0"},
+    {"SLURM_NTASKS": "4", "SLURM_PROCID": "0"},  # a batch script's own process
+]
+
+
+@pytest.mark.parametrize("launcher", SEVERAL)
+@pytest.mark.parametrize("mpi_built", [False, True])
+def test_several_processes_that_horovod_does_not_know_of_are_refused(launcher, mpi_built):
+    environ = SEVERAL[launcher]
+    with pytest.raises(ConfigError, match=f"{launcher}.*=4.*horovodrun -np 4.*unset") as caught:
+        check_launch(1, mpi_built, environ)
+    if launcher != "torchrun":
+        assert ("without MPI" in str(caught.value)) is not mpi_built
+    check_launch(4, mpi_built, environ)  # through MPI
+    check_launch(1, mpi_built, {**environ, "HOROVOD_RANK": "0", "HOROVOD_SIZE": "1"})  # horovodrun within
+
+
+@pytest.mark.parametrize("environ", ONE)
+def test_one_process_may_train_alone(environ):
+    assert foreign_launch(environ) is None
+    check_launch(1, False, environ)
+
+
+def test_init_ends_what_it_began_before_it_refuses(monkeypatch):
+    for name, value in SEVERAL["torchrun"].items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("HOROVOD_RANK", raising=False)
+    calls = []
+    hvd = SimpleNamespace(
+        is_initialized=lambda: bool(calls) and calls[-1][0] == "init", size=lambda: 1, mpi_built=lambda: True
+    )
+    init = init_checked(
+        hvd, lambda *a, **k: calls.append(("init", a, k)), lambda: calls.append(("shutdown",))
+    )
+    with pytest.raises(ConfigError, match="torchrun"):
+        init()
+    assert calls == [("init", (), {}), ("shutdown",)]
+    init([0], process_sets=[])  # chosen by the caller
+    assert calls[-1] == ("init", ([0],), {"process_sets": []})
