@@ -25,6 +25,7 @@ from __future__ import annotations
 import functools
 import json
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -91,6 +92,7 @@ class HorovodStrategy(_lightning.strategies.SingleDeviceStrategy):  # type: igno
             device = f"cuda:{hvd.local_rank()}" if torch.cuda.is_available() else "cpu"
         super().__init__(device=device, **options)
         self.objective, self._options = objective, dict(optimizer or {})
+        self._warned = False  # of data that is not shared out
         self.set_world_ranks()
 
     # -- who is who -------------------------------------------------------------------------------
@@ -117,6 +119,20 @@ class HorovodStrategy(_lightning.strategies.SingleDeviceStrategy):  # type: igno
         trainer._accelerator_connector.use_distributed_sampler = False
         super().setup(trainer)
         broadcast_parameters(self.lightning_module.state_dict(), root_rank=0)
+
+    def process_dataloader(self, dataloader: Any) -> Any:
+        """Warn, once, of training data that every rank would take whole."""
+        sampler = getattr(dataloader, "sampler", None)
+        whole = isinstance(sampler, torch.utils.data.SequentialSampler | torch.utils.data.RandomSampler)
+        if whole and self.is_distributed and self.lightning_module.trainer.training and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"the training data is a plain DataLoader of {len(sampler)} samples, which no sampler shares "
+                f"out: unless they are this rank's own part, each of {self.world_size} ranks trains on all. "
+                f"Write hvd.ShardedLoader(dataset, Shuffled(len(dataset)), batch_size=...)",
+                stacklevel=2,
+            )
+        return dataloader
 
     def setup_optimizers(self, trainer: Any) -> None:
         """Make the module's optimizers exact."""

@@ -259,3 +259,26 @@ def case_a_module_without_an_objective_is_told() -> None:
 
     with pytest.raises(ConfigError, match="give the module an attribute `objective`"):
         fit(Without())
+
+
+def case_data_that_every_rank_takes_whole_is_warned_of_once() -> None:
+    x = torch.ones(4, 3, dtype=torch.float64)
+    data = torch.utils.data.TensorDataset(x, x[:, :1])
+    ours = Known(points(hvd.rank()))
+    for loader, count in (
+        (torch.utils.data.DataLoader(data, 2), int(hvd.size() > 1)),
+        (ours, 0),
+    ):
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            L.Trainer(
+                strategy=HorovodStrategy(),
+                accelerator="cpu",
+                max_epochs=2,
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+            ).fit(Line(), loader)
+        found = [one for one in told if "plain DataLoader of 4 samples" in str(one.message)]
+        assert len(found) == count, [str(one.message) for one in told]

@@ -51,15 +51,6 @@ def case_two_objectives_in_one_tape_are_refused_by_name():
         expected = reference(lambda: weighted_mse(net(x), y, w), net.parameters)
         assert difference(call(False), expected) < 1e-12
 
-    def apart():  # whose losses do not lead to the sources
-        with tf.GradientTape() as tape:
-            loss = ours(net(xs), ys, ws) + other(elsewhere(xs), ys)
-        return hvd.DistributedGradientTape(tape, ours).gradient(loss, net.parameters)
-
-    elsewhere = Network(rng)
-    for call in (apart, tf.function(apart)):
-        assert difference(call(), expected) < 1e-12
-
 
 def case_an_objective_that_no_optimizer_has_is_refused_by_name():
     rng = np.random.default_rng(2)
