@@ -2,7 +2,7 @@
 
 PYTHON_BIN := .venv/bin/python
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test integrations test-more test-elastic test-hosts test-docker test-gpu reliability soak lint format bench fuzz audit sbom docs notebook package clean distclean
+.PHONY: help setup demo test integrations test-more test-elastic test-hosts test-docker test-gpu test-horovod reliability soak lint format bench fuzz audit sbom docs notebook package clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -22,6 +22,9 @@ integrations: setup ## install what the ways in from other tools need (Lightning
 
 test-more: integrations ## run what `test` leaves out: more of everything on 3 and 4 ranks and over MPI, other tools
 	$(PYTHON_BIN) -m pytest -m more --ignore tests/elastic --ignore tests/reliability
+
+test-horovod: setup ## run Horovod's own tests with Horovod and with hvdloss, and compare (HOROVOD=folder of its repository at v0.28.1)
+	$(PYTHON_BIN) scripts/horovod_tests.py $(HOROVOD)
 
 reliability: setup ## inflict every kind of fault on real jobs, and write docs/reliability.md's table (40 minutes)
 	$(PYTHON_BIN) tests/reliability/inflict.py --docs
