@@ -19,8 +19,7 @@ from hvdloss.cli.install.plan import make_plan
 from hvdloss.cli.install.probe import Framework, Mpi, Probe, Tool
 from hvdloss.cli.install.progress import Reporter
 from hvdloss.cli.process import Log, interruptible, uninterrupted
-
-from .conftest import ROOT, command, run_cli
+from tests.cli.conftest import ROOT, command, run_cli
 
 GCC = """\
 [ 42%] Building CXX object horovod/torch/CMakeFiles/pytorch.dir/mpi_ops_v2.cc.o

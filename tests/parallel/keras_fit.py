@@ -23,6 +23,9 @@ from tf_support import cuts, raised
 
 import hvdloss.keras as hvd
 from hvdloss.errors import AgreementError, ConfigError, NonFiniteLossError, WeightError
+from tests.ranks import needs
+
+NEEDS = needs("gloo-2")
 
 __all__ = ["before_case"]
 
@@ -33,6 +36,7 @@ def exact_alone():
     return WEIGHTED(reduction="mean_with_sample_weight")
 
 
+@needs("gloo-2", more="gloo-3 gloo-4 mpi-2")
 def case_a_string_loss_and_a_regularizer():
     # Every step is a random split of its own.
     return trial(step_batches(np.random.default_rng(1), 12), epochs=2)
@@ -43,6 +47,7 @@ def case_an_objective():
     return trial(step_batches(rng, 12), loss=hvd.Objective("mse"), alone=exact_alone(), epochs=2)
 
 
+@needs("gloo-2", more="gloo-3 gloo-4 mpi-2")
 def case_float32():
     keras.config.set_floatx("float32")
     steps = step_batches(np.random.default_rng(3), 8, dtype=np.float32)
@@ -72,6 +77,7 @@ def case_plain_averaging_would_be_wrong():
     return {"plain averaging": error}
 
 
+@needs(more="gloo-2")
 def case_other_losses_of_keras():
     rng = np.random.default_rng(5)
     steps = step_batches(rng, 3)
@@ -175,6 +181,7 @@ def _two_weights(steps, rng):
     return [[(x, (y, y**2), (w, rng.uniform(size=w.shape) * (x[:, 0] > 0))) for x, y, w in s] for s in steps]
 
 
+@needs(more="gloo-2 gloo-3 gloo-4 mpi-2")
 def case_several_outputs_with_their_own_losses_and_weights():
     rng = np.random.default_rng(9)
     steps = _two_weights(step_batches(rng, 5), rng)
@@ -232,6 +239,7 @@ def case_a_rank_that_has_fewer_batches():
     return trial(_fewer(rng, step_batches(rng, 6)), epochs=3)
 
 
+@needs("gloo-2", more="gloo-3 gloo-4 mpi-2")
 def case_a_rank_that_has_fewer_batches_of_unknown_number():
     rng = np.random.default_rng(13)
     return trial(_fewer(rng, step_batches(rng, 6)), epochs=3, counted=False)
@@ -250,6 +258,7 @@ def case_a_rank_without_any_batch():
     same_on_all_ranks(model.get_weights())
 
 
+@needs(more="gloo-2")
 def case_fewer_batches_with_several_losses():
     rng = np.random.default_rng(14)
     steps = step_batches(rng, 5)
@@ -283,6 +292,7 @@ def case_fewer_batches_with_accumulation():
         same_on_all_ranks(model.get_weights())
 
 
+@needs(more="gloo-2")
 def case_generators_and_steps_per_execution():
     rng = np.random.default_rng(16)
     steps = step_batches(rng, 4)
@@ -305,6 +315,7 @@ def case_generators_and_steps_per_execution():
         assert difference(model.get_weights(), other.get_weights()) < 1e-10, how
 
 
+@needs(more="gloo-2")
 def case_options_of_optimizers():
     rng = np.random.default_rng(17)
     steps = step_batches(rng, 4)
@@ -364,6 +375,7 @@ def case_mixed_precision():
     return {"mixed_float16": error}
 
 
+@needs(more="gloo-2")
 def case_embeddings_and_fewer_batches():
     rng = np.random.default_rng(20)
 
@@ -476,6 +488,7 @@ def case_jit_compile_is_refused_at_compile_time():
     assert model.jit_compile is False
 
 
+@needs("gloo-2", more="gloo-3 gloo-4 mpi-2")
 def case_without_our_reduction_the_guard_raises():
     from hvdloss.tensorflow.exchange import Exchange
 

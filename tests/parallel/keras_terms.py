@@ -24,6 +24,9 @@ from hvdloss.control import (
 )
 from hvdloss.errors import ConfigError, NonFiniteLossError, UsageError
 from hvdloss.terms.distributions import divergences
+from tests.ranks import needs
+
+NEEDS = needs("gloo-2")
 
 __all__ = ["before_case"]
 
@@ -56,6 +59,7 @@ def plain_loss() -> keras.losses.Loss:
     return keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="mean_with_sample_weight")
 
 
+@needs("gloo-2", more="gloo-1 gloo-3")
 def case_skew_in_fit_is_that_of_all_labels():
     term, cost = hvdloss.DataSkew(0.5, classes=CLASSES, window=3), hvdloss.CommunicationCost(2.0)
     model = compiled(hvd.Objective("cross_entropy", terms=(term, cost)))
@@ -79,6 +83,7 @@ def case_skew_in_fit_is_that_of_all_labels():
     same_on_all_ranks(model.get_weights())
 
 
+@needs(more="gloo-2")
 def case_fit_with_weights_from_terms():
     """Importance and rank weights: each step is that of one process with those weights."""
     numbers = {}
@@ -150,6 +155,7 @@ def case_a_term_of_the_users_own_in_fit():
     return {"error": error}
 
 
+@needs("gloo-2", more="gloo-1 gloo-3")
 def case_terms_without_a_price_or_act_change_nothing():
     steps = steps_of(4)
     found = []
@@ -376,6 +382,7 @@ def _fewer(steps):
     return steps
 
 
+@needs(more="gloo-2 gloo-1 gloo-3")
 def case_fit_with_local_steps():
     numbers = {}
     batch = union(steps_of(1)[0])
@@ -403,6 +410,7 @@ def case_fit_with_local_steps():
     return numbers
 
 
+@needs(more="gloo-2")
 def case_fit_with_local_steps_and_more():
     """Outer momentum, accumulation, batches per call, eager, and another fit."""
     numbers = {}
@@ -473,6 +481,7 @@ def case_fit_with_local_steps_and_more():
     return numbers
 
 
+@needs(more="gloo-2")
 def case_fit_with_a_proximal_pull_and_switching_compression():
     if hvd.size() == 1:
         return None
@@ -517,6 +526,7 @@ def case_a_fault_in_a_stretch_of_fit():
     assert difference(model.get_weights(), before) > 0
 
 
+@needs(more="gloo-2")
 def case_several_losses_with_local_steps():
     cost = hvdloss.CommunicationCost(acts=(SyncPeriod(3),))
     losses = [hvd.Objective("cross_entropy", terms=(cost,)), hvd.Objective("cross_entropy")]
@@ -531,6 +541,7 @@ def case_several_losses_with_local_steps():
         assert difference(model.get_weights(), before) > 1e-6
 
 
+@needs(more="gloo-2")
 def case_a_period_that_goes_back_to_one():
     """Exact steps after local ones: optimizers had moments of their own, and must agree again."""
     act = SyncPeriod("adacomm", first=4, interval=1e-3)
@@ -545,6 +556,7 @@ def case_a_period_that_goes_back_to_one():
     same_on_all_ranks([v.numpy() for v in model.optimizer.variables])
 
 
+@needs(more="gloo-2")
 def case_batch_shares_batch_by_batch():
     """What ``train_on_batch`` is given follows the shares; the loss is that of equal ones."""
     if hvd.size() == 1:

@@ -16,6 +16,9 @@ from hvdloss.errors import (
     ShapeError,
     WeightError,
 )
+from tests.ranks import needs
+
+NEEDS = needs("gloo-2", more="gloo-1 gloo-3 mpi-2")
 
 nan, inf = np.nan, np.inf
 FAULTS = {

@@ -25,6 +25,9 @@ from tf_support import (
 import hvdloss.tensorflow as hvd
 from hvdloss.communicator import process_sets_kept
 from hvdloss.errors import AgreementError, NonFiniteLossError, NoWeightError, UsageError, WeightError
+from tests.ranks import needs
+
+NEEDS = needs("gloo-2")
 
 
 def exact(net, objective, x, y, w, *, penalty=0.0, **options):
@@ -64,18 +67,22 @@ def _random_splits(seed, count, dtype, function):
     return {"relative error": worst} | ({} if function else {"plain averaging": wrong})
 
 
+@needs("gloo-2", more="gloo-3 gloo-4 mpi-2")
 def case_random_splits_eager():
     return _random_splits(1, 40, np.float64, function=False)
 
 
+@needs("gloo-2", more="gloo-3 gloo-4 mpi-2")
 def case_random_splits_in_a_function():
     return _random_splits(2, 40, np.float64, function=True)
 
 
+@needs("gloo-2", more="gloo-3 gloo-4 mpi-2")
 def case_random_splits_float32():
     return {"float32 " + k: v for k, v in _random_splits(3, 20, np.float32, function=True).items()}
 
 
+@needs("gloo-2", more="gloo-3 gloo-4 mpi-2")
 def case_a_rank_whose_weights_are_all_zero():
     rng = np.random.default_rng(4)
     net, objective = Network(rng), hvd.Objective("mse")
@@ -88,6 +95,7 @@ def case_a_rank_whose_weights_are_all_zero():
     assert np.isnan(objective.last_step.ranks[0].loss)
 
 
+@needs("gloo-2", more="gloo-3 gloo-4 mpi-2")
 def case_a_penalty_counts_once():
     rng = np.random.default_rng(5)
     net, objective = Network(rng), hvd.Objective("mse")
@@ -232,6 +240,7 @@ def case_nested_sources_none_and_persistent_tapes():
         assert difference([again], expected[2:]) < 1e-12
 
 
+@needs("gloo-2", more="gloo-3 gloo-4 mpi-2")
 def case_embeddings_sparse_and_dense():
     rng = np.random.default_rng(13)
     table = tf.Variable(rng.normal(size=(10, 3)))
@@ -345,6 +354,7 @@ def case_16_bit_variables():
     return numbers
 
 
+@needs("gloo-2", more="gloo-3 gloo-4 mpi-2")
 def case_process_sets():
     if hvd.size() < 3:
         return None
@@ -387,6 +397,7 @@ def case_local_sources():
     assert difference([g for _, g in shared], [whole[0], whole[2]]) < 1e-12
 
 
+@needs("gloo-2", more="gloo-3 gloo-4 mpi-2")
 def case_errors_are_the_same_on_every_rank():
     rng = np.random.default_rng(19)
     net, objective = Network(rng), hvd.Objective("mse")
@@ -529,6 +540,7 @@ def case_the_guard_for_torch():
     assert "parameter 1 (bias)" in str(error)
 
 
+@needs("gloo-2", more="gloo-3 gloo-4 mpi-2")
 def case_without_our_reduction_the_guard_raises():
     from hvdloss.tensorflow.exchange import Exchange
 
@@ -553,6 +565,7 @@ def case_without_our_reduction_the_guard_raises():
     assert type(error) is AgreementError, error
 
 
+@needs("gloo-2", more="gloo-1 gloo-3 gloo-4 mpi-2")
 def case_parity_with_torch():
     import torch
 

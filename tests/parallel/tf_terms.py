@@ -26,6 +26,9 @@ from hvdloss.errors import ConfigError, NonFiniteGradientError, NonFiniteLossErr
 from hvdloss.term import Decision
 from hvdloss.terms.distributions import divergences
 from hvdloss.world import numbers_from
+from tests.ranks import needs
+
+NEEDS = needs("gloo-2")
 
 CLASSES = 4
 
@@ -88,6 +91,7 @@ def raises_everywhere(kind, call, *words):
     assert len(set(texts)) == 1, texts
 
 
+@needs("gloo-2", more="gloo-1 gloo-3")
 def case_skew_is_that_of_all_labels():
     worst = 0.0
     for function in (False, True):
@@ -247,6 +251,7 @@ def weighted(net, step, factor):
     return reference(loss, net.parameters)
 
 
+@needs("gloo-2", more="gloo-1 gloo-3")
 def case_importance_and_balance_weights():
     worst = 0.0
     for function in (False, True):
@@ -289,6 +294,7 @@ def case_robust_rank_weights():
     return {"error": worst}
 
 
+@needs("gloo-2", more="gloo-1 gloo-3")
 def case_terms_without_a_price_or_act_change_nothing():
     from hvdloss.tensorflow import tape
 
@@ -578,6 +584,7 @@ def batches_of(steps, empty=None):
     return out
 
 
+@needs("gloo-2", more="gloo-1 gloo-3")
 def case_local_steps_are_averaged_by_weight():
     if hvd.size() == 1:  # every step is exact
         batches = batches_of(4)
@@ -607,6 +614,7 @@ def case_local_steps_are_averaged_by_weight():
     return numbers
 
 
+@needs(more="gloo-2")
 def case_an_outer_nesterov_step():
     outer = OuterStep(lr=0.7, momentum=0.8)
     batches = batches_of(9)
@@ -634,6 +642,7 @@ def case_a_proximal_pull_follows_the_skew():
     return {"error": error}
 
 
+@needs(more="gloo-2")
 def case_local_steps_with_other_optimizers_and_wires():
     if hvd.size() == 1:
         return None
@@ -680,6 +689,7 @@ def case_exchange_at_any_time_and_post_local():
     assert [d.what for d in optimizer.objective.controller.decisions] == ["period"]
 
 
+@needs(more="gloo-2")
 def case_local_steps_with_accumulation_and_sum():
     """Two backward passes per step weigh by what they hold; "sum" weighs ranks alike."""
     if hvd.size() == 1:

@@ -39,6 +39,9 @@ from hvdloss.errors import (
     UsageError,
     WeightError,
 )
+from tests.ranks import needs
+
+NEEDS = needs("gloo-2", more="gloo-1 gloo-3 mpi-2")
 
 __all__ = ["before_case"]
 

@@ -42,6 +42,9 @@ from hvdloss.control import (
 from hvdloss.control.log import decide_again, follow, record
 from hvdloss.terms.distributions import divergences
 from hvdloss.terms.link import LinkModel
+from tests.ranks import needs
+
+NEEDS = needs("gloo-2", more="gloo-3")
 
 __all__ = ["before_case"]
 

@@ -199,11 +199,8 @@ def disturbed(folder, acts, *options, seconds=150.0, **variables):
 
 @pytest.fixture(scope="module")
 def right():
-    sys.path.insert(0, str(HERE))
-    try:
-        import stranger_job
-    finally:
-        sys.path.pop(0)
+    from tests.security import stranger_job
+
     return stranger_job.train(0, 1, False)
 
 
