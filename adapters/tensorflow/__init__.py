@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from hvdloss.report import RankReport, StepReport
 from hvdloss.tensorflow import _backend, _elastic
-from hvdloss.tensorflow._compat import let_variables_be_called
+from hvdloss.tensorflow._compat import leave_library_unconverted, let_variables_be_called
 from hvdloss.tensorflow.checkpoint import Checkpoint
 from hvdloss.tensorflow.explain import (
     LossAttribution,
@@ -82,4 +82,5 @@ globals().update(_elastic.watched)
 globals()["elastic"] = _elastic.elastic()
 __all__ += _THEIRS
 
+leave_library_unconverted()
 let_variables_be_called()

@@ -14,6 +14,7 @@ from hvdloss.objective import CLASS_LOSSES, IGNORED, ObjectiveBase, expand_mask_
 from hvdloss.reduction import Contribution, contribution, weights_for
 from hvdloss.report import StepReport
 from hvdloss.tensorflow._backend import hvd
+from hvdloss.tensorflow._compat import as_the_caller_would
 from hvdloss.tensorflow._traces import noted
 from hvdloss.tensorflow.books import Books
 from hvdloss.tensorflow.collectives import group_of
@@ -227,7 +228,7 @@ class Objective(ObjectiveBase[tf.Tensor]):
         Collectives: none.
         """
         self.check_per_element()
-        losses = _OPS.losses(tf.stop_gradient(self._function(prediction, target)))
+        losses = _OPS.losses(tf.stop_gradient(as_the_caller_would(self._function)(prediction, target)))
         rank, _ = rank_and_size(hvd, self.process_set)
         weight = self._fit(weight, losses)
         w = _OPS.ones_like(losses) if weight is None else weights_for(_OPS, weight, losses, rank)
@@ -265,7 +266,7 @@ class Objective(ObjectiveBase[tf.Tensor]):
         may_mask = weight is not None or absent is not None or self.controller.weighs
         if may_mask and tf.is_tensor(prediction):
             prediction = _gate(prediction, holder)
-        losses = self._function(prediction, target)
+        losses = as_the_caller_would(self._function)(prediction, target)
         weight = self._fit(weight, losses)
         if absent is not None:
             present = tf.cast(~absent, _OPS.losses(losses).dtype)
