@@ -20,6 +20,7 @@ from hvdloss.keras._backend import CompileLoss, get_keras_mask, squeeze_or_expan
 from hvdloss.losses import GlobalLoss
 from hvdloss.objective import CLASS_LOSSES
 from hvdloss.report import StepReport
+from hvdloss.tensorflow._compat import as_the_caller_would
 from hvdloss.tensorflow.books import Books
 from hvdloss.tensorflow.exchange import Exchange
 from hvdloss.tensorflow.objective import Objective as TensorFlowObjective
@@ -252,7 +253,7 @@ def _swapped(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return a function of (prediction, target) from Keras's (y_true, y_pred)."""
 
     def per_element(prediction: Any, target: Any) -> Any:
-        return function(target, prediction)
+        return as_the_caller_would(function)(target, prediction)
 
     per_element.__qualname__ = getattr(function, "__qualname__", type(function).__name__)
     return per_element
