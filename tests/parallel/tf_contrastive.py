@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import contrastive_reference as reference
@@ -110,7 +111,9 @@ def eager():
     return {name: ours(name, group_of()) for name in reference.LOSSES}
 
 
+@functools.cache
 def graphs():
+    """Return every loss's graph; traced once for all cases, since tracing is most of what they take."""
     return {name: graph(ours(name, group_of()), extra) for name, (_, _, extra) in reference.LOSSES.items()}
 
 
