@@ -505,7 +505,7 @@ def case_a_grid_trains_like_one_process():
     return {"error after training": worst}
 
 
-@needs("gloo-2", more="gloo-3 gloo-4")
+@needs("gloo-2", more="gloo-4")
 def case_ranks_of_a_grid_that_start_apart():
     if hvd.size() % 2:
         return
