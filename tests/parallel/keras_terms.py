@@ -274,13 +274,13 @@ def case_the_slow_rank_waits_for_nobody_in_fit():
     slow, steps = hvd.size() - 1, [steps_of(1)[0]] * 8
 
     class Slow(keras.callbacks.Callback):
-        def __init__(self):
+        def __init__(self, pause):
             super().__init__()
-            self.held, self.computed = [], []
+            self.pause, self.held, self.computed = pause, [], []
 
         def on_train_batch_begin(self, batch, logs=None):
             if hvd.rank() == slow:
-                time.sleep(0.05)
+                time.sleep(self.pause)
 
         def on_train_batch_end(self, batch, logs=None):
             if batch > 2:
@@ -288,14 +288,23 @@ def case_the_slow_rank_waits_for_nobody_in_fit():
                 self.held.append([one.communication for one in ranks])
                 self.computed.append([one.computation for one in ranks])
 
-    for loss in ("sparse_categorical_crossentropy", hvd.Objective("cross_entropy")):  # without any term
-        seen = Slow()
-        compiled(loss).fit(dataset(mine(steps)), verbose=0, callbacks=[seen])
+    def told_apart(model, pause, found):
+        """Fit with a pause on the slow rank; return whether the times of all ranks show it."""
+        seen = Slow(pause)
+        model.fit(dataset(mine(steps)), verbose=0, callbacks=[seen])
         held, computed = np.median(seen.held, 0), np.median(seen.computed, 0)
+        found.append((pause, held, computed))
         assert (held > 0).all()
-        assert held[slow] == held.min(), held
-        assert (np.delete(held, slow) > held[slow] + 0.02).all(), held
-        assert (np.delete(computed, slow) < computed[slow] - 0.02).all(), computed
+        return (
+            held[slow] == held.min()
+            and (np.delete(held, slow) > held[slow] + 0.4 * pause).all()
+            and (np.delete(computed, slow) < computed[slow] - 0.4 * pause).all()
+        )
+
+    for loss in ("sparse_categorical_crossentropy", hvd.Objective("cross_entropy")):  # without any term
+        model, found = compiled(loss), []
+        # A machine with other work adds to any time; some pause is longer than what it adds.
+        assert any(told_apart(model, 0.05 * 2**i, found) for i in range(7)), found
 
 
 # -- local steps --------------------------------------------------------------------------------------
@@ -565,19 +574,22 @@ def case_batch_shares_batch_by_batch():
     x, y = rng.normal(size=(20 * 12 * hvd.size(), 5)), rng.integers(0, CLASSES, size=20 * 12 * hvd.size())
     weights = []
     for gain in (0.1, 0.999):
-        shares = BatchShares(12 * hvd.size(), every=4, gain=gain)
-        objective = hvd.Objective("cross_entropy", terms=(hvdloss.CommunicationCost(acts=(shares,)),))
-        model = compiled(objective)
-        objective.prepare()
-        for indices in SharedBatches(len(x), shares, seed=2):
-            time.sleep(0.003 * len(indices) * (4 if hvd.rank() == 0 else 1))
-            model.train_on_batch(x[indices], y[indices])
+        # A machine with other work adds to any time; some pause is longer than what it adds.
+        for pause in (0.002 * 2**i for i in range(7)):
+            shares = BatchShares(12 * hvd.size(), every=4, gain=gain)
+            objective = hvd.Objective("cross_entropy", terms=(hvdloss.CommunicationCost(acts=(shares,)),))
+            model = compiled(objective)
+            objective.prepare()
+            for indices in SharedBatches(len(x), shares, seed=2):
+                time.sleep(pause * len(indices) * (4 if hvd.rank() == 0 else 1))
+                model.train_on_batch(x[indices], y[indices])
+            if gain > 0.5 or shares.sizes[0] < 0.7 * shares.sizes[1]:
+                break
+        else:
+            raise AssertionError(shares.sizes)
         weights.append(np.concatenate([w.ravel() for w in model.get_weights()]))
         same_on_all_ranks(shares.sizes.tolist())
-        if gain < 0.5:
-            assert shares.sizes[0] < 0.7 * shares.sizes[1], shares.sizes
-        else:
-            assert shares.sizes[0] == 12
+        assert gain < 0.5 or shares.sizes[0] == 12
     error = difference(*weights)
     assert error < 1e-11, error
     return {"error": error}
