@@ -71,7 +71,7 @@ SUITES = (
     Suite(
         "more-torch",
         "PyTorch on 3 and 4 ranks and over MPI",
-        (*HARNESS, "hvdloss/*", "adapters/torch/*", "tests/torch/*", "tests/parallel/*"),
+        (*HARNESS, "hvdloss/*", "adapters/torch/*", "tests/torch/*", "tests/laws/*", "tests/parallel/*"),
         but=(*NOT_COMPUTED_WITH, "tests/parallel/tf_*", "tests/parallel/keras_*"),
     ),
     Suite(
@@ -81,7 +81,7 @@ SUITES = (
             *HARNESS,
             "hvdloss/*",
             *("adapters/tensorflow/*", "adapters/keras/*"),
-            *("tests/tensorflow/*", "tests/keras/*", "tests/parallel/*"),
+            *("tests/tensorflow/*", "tests/keras/*", "tests/laws/*", "tests/parallel/*"),
         ),
         but=(*NOT_COMPUTED_WITH, "tests/parallel/torch_*"),
     ),

@@ -42,23 +42,6 @@ def case_a_string_loss_and_a_regularizer():
     return trial(step_batches(np.random.default_rng(1), 12), epochs=2)
 
 
-def case_an_objective():
-    rng = np.random.default_rng(2)
-    return trial(step_batches(rng, 12), loss=hvd.Objective("mse"), alone=exact_alone(), epochs=2)
-
-
-@needs("gloo-2", more="gloo-3 gloo-4 mpi-2")
-def case_float32():
-    keras.config.set_floatx("float32")
-    steps = step_batches(np.random.default_rng(3), 8, dtype=np.float32)
-    found = trial(steps, loss=hvd.Objective("mse"), alone=exact_alone(), tolerance=1e-5)
-    return {"float32 relative error": found["relative error"]}
-
-
-def case_a_rank_with_empty_batches():
-    return trial(step_batches(np.random.default_rng(4), 8, empty=True))
-
-
 def case_plain_averaging_would_be_wrong():
     steps = step_batches(np.random.default_rng(1), 12)
     model, other = network(), network()
@@ -421,9 +404,8 @@ def case_a_custom_loop_with_an_objective():
     assert difference(model.get_weights(), other.get_weights()) < 1e-10
 
 
+@needs(more="gloo-3")
 def case_process_sets():
-    if hvd.size() < 3:
-        return
     group = hvd.add_process_set([0, hvd.size() - 1])
     try:
         if not group.included():

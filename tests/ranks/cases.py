@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from . import launch
-from .launch import FRESH_STARTS, MODULES, START_SECONDS, Outcome
+from .launch import FRESH_STARTS, LAWS, MODULES, START_SECONDS, Outcome
 from .summary import numbers_of, summary
 
 T = TypeVar("T")
@@ -68,17 +68,40 @@ def _written(call: ast.expr) -> list[Launch] | None:
 def case_needs(module: str) -> dict[str, list[Launch]]:
     """Return a module's cases and their launches, without importing its framework.
 
-    A case has none if neither it nor the module says any: then its test file does.
+    Those are its own, and the laws of the modules of tests/laws that it names in ``LAWS``, but for those in
+    ``EXCEPT``. A case has no launches if neither it nor its module says any: then its test file does.
     """
+    tree = ast.parse((MODULES / f"{module}.py").read_text())
+    out = _functions(tree, "case_")
+    left_out = _constant(tree, "EXCEPT", {})
+    for name in _constant(tree, "LAWS", ()):
+        laws = _functions(ast.parse((LAWS / f"{name}.py").read_text()), "law_")
+        out |= {law: where for law, where in laws.items() if law not in left_out}
+        left_out = {law: why for law, why in left_out.items() if law not in laws}
+    if left_out:
+        raise ValueError(f"tests/parallel/{module}.py: EXCEPT names no law: {', '.join(left_out)}")
+    return out
+
+
+def _functions(tree: ast.Module, begins: str) -> dict[str, list[Launch]]:
+    """Return the functions whose names begin so, and their launches."""
     default: list[Launch] = []
     out: dict[str, list[Launch]] = {}
-    for node in ast.parse((MODULES / f"{module}.py").read_text()).body:
+    for node in tree.body:
         if isinstance(node, ast.Assign) and [ast.unparse(t) for t in node.targets] == ["NEEDS"]:
             default = _written(node.value) or []
-        elif isinstance(node, ast.FunctionDef) and node.name.startswith("case_"):
+        elif isinstance(node, ast.FunctionDef) and node.name.startswith(begins):
             own = [found for one in node.decorator_list if (found := _written(one))]
-            out[node.name.removeprefix("case_")] = own[0] if own else default
+            out[node.name.removeprefix(begins)] = own[0] if own else default
     return out
+
+
+def _constant(tree: ast.Module, name: str, default: Any) -> Any:
+    """Return a module's constant, as it is written out."""
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and [ast.unparse(t) for t in node.targets] == [name]:
+            return ast.literal_eval(node.value)
+    return default
 
 
 def case_names(module: str) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import faulthandler
 import gc
+import importlib
 import importlib.util
 import json
 import os
@@ -32,8 +33,8 @@ FAILED, HUNG = 1, 3  # exit statuses
 class Rank:
     """Runs the cases of this rank, and knows how the others fare."""
 
-    def __init__(self, folder: Path, rank: int, size: int) -> None:
-        self.folder, self.rank, self.size = folder, rank, size
+    def __init__(self, folder: Path, rank: int, size: int, *, aloud: bool = False) -> None:
+        self.folder, self.rank, self.size, self.aloud = folder, rank, size, aloud
         self.log = (folder / f"rank-{rank}.jsonl").open("a")
         self.current: tuple[int, str] | None = None
         self.began = 0.0
@@ -46,8 +47,10 @@ class Rank:
         """Keep a record where the outer side finds it."""
         self.log.write(json.dumps({"rank": self.rank, **record}) + "\n")
         self.log.flush()
+        if self.aloud:
+            print(*(f"{key}: {value}" for key, value in record.items()), sep="\n", flush=True)
 
-    def run(self, number: int, name: str, case: Callable[[], Any]) -> dict[str, Any]:
+    def run(self, number: int, name: str, case: Callable[[], Any]) -> None:
         """Run one case, record what came of it, and wait for the other ranks.
 
         Where it passed on all of them, they are in step and the next case may run. Where not, this process
@@ -82,7 +85,6 @@ class Rank:
             self._mark(number, "failed")
         if any(path.suffix[1:] not in GOOD for path in self._states(number)):
             self._leave(FAILED)
-        return record
 
     def _mark(self, number: int, status: str) -> None:
         (self.folder / f"{number}.{self.rank}.{status}").touch()
@@ -155,6 +157,15 @@ def _module(path: Path) -> Any:
     return sys.modules[path.stem]
 
 
+def function_of(module: Any, name: str) -> Callable[[], Any]:
+    """Return a case: one of the module itself, or a law of tests/laws with the module's driver."""
+    if hasattr(module, f"case_{name}"):
+        return getattr(module, f"case_{name}")
+    laws = (importlib.import_module(f"tests.laws.{one}") for one in getattr(module, "LAWS", ()))
+    law = next(getattr(one, f"law_{name}") for one in laws if hasattr(one, f"law_{name}"))
+    return lambda: law(module.driver())
+
+
 def main() -> None:
     """Be one rank: import the modules, run the cases in order."""
     parser = argparse.ArgumentParser(
@@ -177,7 +188,7 @@ def main() -> None:
     gc.enable()
     hvd = next(iter(modules.values())).hvd
     folder = args.out or Path(hvd.broadcast_object(tempfile.mkdtemp(prefix="hvdloss-ranks-"), root_rank=0))
-    me = Rank(folder, hvd.rank(), hvd.size())
+    me = Rank(folder, hvd.rank(), hvd.size(), aloud=not args.out)
     me.write(case=START, began=began, seconds=time.monotonic() - ticking)
     for number, (stem, name) in enumerate(cases):
         module = modules[stem]
@@ -185,9 +196,7 @@ def main() -> None:
         def run(number: int = number, module: Any = module, name: str = name) -> Any:
             if hasattr(module, "before_case"):
                 module.before_case(number)
-            return getattr(module, f"case_{name}")()
+            return function_of(module, name)()
 
-        record = me.run(number, f"{stem}:{name}", run)
-        if not args.out:
-            print(f"rank {me.rank}: {name} {record}", flush=True)
+        me.run(number, f"{stem}:{name}", run)
     hvd.shutdown()

@@ -19,6 +19,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parents[1]
 MODULES = HERE / "parallel"
+LAWS = HERE / "laws"
 START_SECONDS = 120.0  # a busy machine takes long to import a framework
 FRESH_STARTS = int(
     os.environ.get("HVDLOSS_FRESH_STARTS", "12")

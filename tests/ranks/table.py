@@ -25,8 +25,17 @@ import pytest
 
 from .cases import Case
 
-# What a module's name begins with is its adapter.
-ADAPTERS = {"torch": "PyTorch", "tf": "TensorFlow", "keras": "Keras", "lightning": "Lightning"}
+# What a module's name begins with is its adapter; of the laws' drivers what it ends with.
+ADAPTERS = {
+    "torch": "PyTorch",
+    "tf": "TensorFlow",
+    "tape": "TensorFlow",
+    "function": "TensorFlow",
+    "keras": "Keras",
+    "fit": "Keras",
+    "lightning": "Lightning",
+    "transformers": "Transformers",
+}
 ON_A_GPU = ("gpu", "deferred")  # groups: the same cases with tensors elsewhere
 
 Row = tuple[str, str, str]  # module, case, launch
@@ -64,7 +73,7 @@ def table(rows: Iterable[Row], quick: set[Row], *, cases: bool) -> list[str]:
     counts: dict[tuple[str, ...], dict[str, list[int]]] = collections.defaultdict(dict)
     for row in rows:
         module, name, launch = row
-        adapter = ADAPTERS.get(module.partition("_")[0], module.partition("_")[0])
+        adapter = ADAPTERS[module.removeprefix("laws_").partition("_")[0]]
         key = (adapter, module, name) if cases else (adapter, module)
         cell = counts[key].setdefault(launch, [0, 0])
         cell[0] += 1
