@@ -2,10 +2,10 @@
 
 PYTHON_BIN := .venv/bin/python
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test integrations test-more test-elastic test-hosts test-docker test-gpu test-horovod reliability soak lint format bench fuzz audit sbom docs notebook package clean distclean
+.PHONY: help setup demo test integrations test-all test-more test-more-torch test-more-tensorflow test-pages test-tools test-integrations test-reliability test-elastic test-hosts test-docker test-gpu test-horovod reliability soak lint format bench fuzz audit sbom docs notebook package clean distclean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-20s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## make .venv with the frameworks, hvdloss and Horovod (quick when up to date)
 	@./scripts/setup.sh
@@ -20,8 +20,27 @@ integrations: setup ## install what the ways in from other tools need (Lightning
 	@$(PYTHON_BIN) -m pip --disable-pip-version-check install -qq --constraint constraints.txt --editable '.[integrations]' || \
 		echo "*** not all of them could be installed: their tests will be SKIPPED" >&2
 
-test-more: integrations ## run what `test` leaves out: more of everything on 3 and 4 ranks and over MPI, other tools
-	$(PYTHON_BIN) -m pytest -m more --ignore tests/elastic --ignore tests/reliability
+test-all: test test-more-torch test-more-tensorflow test-elastic test-hosts test-reliability test-pages test-tools test-integrations test-docker ## run everything there is (hours)
+
+test-more: test-more-torch test-more-tensorflow test-pages test-tools test-integrations ## run what `test` leaves out, but for jobs that are killed and the image
+
+test-more-torch: setup ## PyTorch on 3 and 4 ranks and over MPI
+	$(PYTHON_BIN) -m pytest -m more tests/torch
+
+test-more-tensorflow: setup ## TensorFlow and Keras on 3 and 4 ranks and over MPI
+	$(PYTHON_BIN) -m pytest -m more tests/tensorflow tests/keras
+
+test-pages: setup ## slow pages of the documentation
+	$(PYTHON_BIN) -m pytest -m more tests/docs
+
+test-tools: setup ## slow examples, commands, explanations and packages
+	$(PYTHON_BIN) -m pytest -m more tests/cli tests/core tests/examples tests/package tests/security
+
+test-integrations: integrations ## Lightning, Transformers, MLflow, W&B, Ray, launchers
+	$(PYTHON_BIN) -m pytest -m "more or not more" tests/integrations
+
+test-reliability: setup ## inflict every kind of fault on real jobs, once
+	$(PYTHON_BIN) -m pytest -m more tests/reliability
 
 test-horovod: setup ## run Horovod's own tests with Horovod and with hvdloss, and compare (HOROVOD=folder of its repository at v0.28.1)
 	$(PYTHON_BIN) scripts/horovod_tests.py $(HOROVOD)

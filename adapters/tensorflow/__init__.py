@@ -12,6 +12,7 @@ from hvdloss.report import RankReport, StepReport
 from hvdloss.tensorflow import _backend, _elastic
 from hvdloss.tensorflow._compat import (
     SyncBatchNormalization,
+    leave_library_unconverted,
     let_variables_be_called,
     refuse_synchronized,
 )
@@ -93,5 +94,6 @@ globals().update(_elastic.watched)
 globals()["elastic"] = _elastic.elastic()
 __all__ += _THEIRS
 
+leave_library_unconverted()
 let_variables_be_called()
 refuse_synchronized(_backend.hvd)

@@ -1,15 +1,50 @@
-"""What programs written for Horovod with Keras 2 need of Keras 3."""
+"""What programs written for Horovod with Keras 2 need of Keras 3, and what AutoGraph is told."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import keras
 
+import tensorflow as tf
 from hvdloss.errors import ConfigError
 
-__all__ = ["SyncBatchNormalization", "let_variables_be_called", "refuse_synchronized"]
+__all__ = [
+    "SyncBatchNormalization",
+    "as_the_caller_would",
+    "leave_library_unconverted",
+    "let_variables_be_called",
+    "refuse_synchronized",
+]
+
+
+def leave_library_unconverted() -> None:
+    """Have AutoGraph pass over this library, as it does over TensorFlow and Keras.
+
+    Nothing here branches in Python on a tensor's value, so converting it gains nothing, and takes 20 seconds
+    of processor time in the first ``tf.function`` and as long as tracing itself in all others. TensorFlow has
+    no public list of such libraries; where this one is gone, tracing is slow, and all else as it was.
+    """
+    try:
+        from tensorflow.python.autograph.core import config
+
+        if not any(str(rule) == str(config.DoNotConvert("hvdloss")) for rule in config.CONVERSION_RULES):
+            config.CONVERSION_RULES = (config.DoNotConvert("hvdloss"), *config.CONVERSION_RULES)
+    except (ImportError, AttributeError):
+        pass
+
+
+def as_the_caller_would(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a user's function, to be called from here as the code that is being traced would call it.
+
+    That is: converted by AutoGraph, if that code is.
+    """
+    if tf.executing_eagerly():
+        return function
+    autograph = tf.__internal__.autograph
+    return autograph.tf_convert(function, autograph.control_status_ctx(), convert_by_default=False)
 
 
 class _CallableList(list[Any]):

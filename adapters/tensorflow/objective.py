@@ -17,6 +17,7 @@ from hvdloss.objective import ObjectiveBase, expand_mask_axes
 from hvdloss.reduction import Contribution, broadcast_error, contribution, weights_for
 from hvdloss.report import StepReport
 from hvdloss.tensorflow._backend import hvd
+from hvdloss.tensorflow._compat import as_the_caller_would
 from hvdloss.tensorflow._traces import noted
 from hvdloss.tensorflow.books import Books
 from hvdloss.tensorflow.collectives import group_of
@@ -63,7 +64,7 @@ def swapped(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return a function of (prediction, target) from one of (target, prediction)."""
 
     def per_element(prediction: Any, target: Any) -> Any:
-        return function(target, prediction)
+        return as_the_caller_would(function)(target, prediction)
 
     per_element.__qualname__ = getattr(function, "__qualname__", type(function).__name__)
     return per_element
@@ -309,13 +310,13 @@ class Objective(ObjectiveBase[tf.Tensor]):
             target = tf.convert_to_tensor(target)
         if self.classes and not target.dtype.is_floating:
             target = self._with_absent(target, weight)
-            losses = self._function(prediction, target)
+            losses = as_the_caller_would(self._function)(prediction, target)
             like = _OPS.losses(losses)
             own = tf.cast(target != self.options.ignore_index, like.dtype)
             if (by_class := self._own_weights(_OPS, prediction, target, like)) is not None:
                 own *= by_class
         else:
-            losses = self._function(prediction, target)
+            losses = as_the_caller_would(self._function)(prediction, target)
             if hasattr(self._function, "absent"):  # a loss that knows by itself
                 own = ~self._function.absent(target)
             else:

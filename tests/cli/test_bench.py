@@ -13,8 +13,7 @@ from hvdloss.cli import bench as bench_module
 from hvdloss.cli.bench import _goals, ratio_interval
 from hvdloss.cli.errors import Exit
 from hvdloss.ledger import WIDTH
-
-from .conftest import run_cli
+from tests.cli.conftest import run_cli
 
 pytest.importorskip("torch")
 ranks = pytest.mark.skipif(importlib.util.find_spec("horovod") is None, reason="Horovod: hvdloss install")

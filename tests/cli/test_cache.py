@@ -16,8 +16,7 @@ from hvdloss.cli.install import cache as cache_module
 from hvdloss.cli.install.cache import Cache, cache_folder, check_source, require_space, sha256_of
 from hvdloss.cli.install.plan import make_plan
 from hvdloss.cli.install.probe import Cuda, Framework, Mpi, Nccl, Probe
-
-from .conftest import run_cli
+from tests.cli.conftest import run_cli
 
 
 @pytest.fixture

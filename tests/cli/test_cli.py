@@ -19,8 +19,7 @@ from click.testing import CliRunner
 from hvdloss import __version__
 from hvdloss.cli import cli
 from hvdloss.cli.errors import Exit
-
-from .conftest import ROOT, run_cli
+from tests.cli.conftest import ROOT, run_cli
 
 
 def test_help_lists_the_commands_with_one_line_each():

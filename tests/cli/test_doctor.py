@@ -14,8 +14,7 @@ from hvdloss.cli import doctor as doctor_module
 from hvdloss.cli import machine
 from hvdloss.cli.doctor import Report, examine, show
 from hvdloss.cli.errors import Exit
-
-from .conftest import run_cli
+from tests.cli.conftest import run_cli
 
 pytest.importorskip("torch")
 pytest.importorskip("horovod")

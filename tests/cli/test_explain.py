@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from hvdloss.cli.errors import Exit
-
-from .conftest import run_cli
+from tests.cli.conftest import run_cli
 
 pytest.importorskip("torch")
 ranks = pytest.mark.skipif(importlib.util.find_spec("horovod") is None, reason="Horovod: hvdloss install")

@@ -21,8 +21,7 @@ from hvdloss.cli.install.plan import make_plan
 from hvdloss.cli.install.probe import Cuda, Framework, Mpi, Nccl, Probe, Tool, require_python, require_tools
 from hvdloss.cli.install.prove import check, jobs
 from hvdloss.cli.process import Log
-
-from .conftest import ROOT, run_cli
+from tests.cli.conftest import ROOT, run_cli
 
 pytest.importorskip("torch")
 

@@ -25,8 +25,7 @@ from hvdloss.control.simulation import (
 )
 from hvdloss.ledger import WIDTH
 from hvdloss.terms.link import LinkModel
-
-from .conftest import run_cli
+from tests.cli.conftest import run_cli
 
 QUIET = ["--noise", "0", "--steps", "60"]
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from engine import AS_DOCKER
+
+from tests.docker.engine import AS_DOCKER
 
 #: Keys that say how the services of a file hang together, and where an image comes from.
 _ELSEWHERE = {"build", "command", "depends_on", "image", "networks", "volumes"}

@@ -15,10 +15,7 @@ import pytest
 from dockerfile_parse import DockerfileParser
 
 from hvdloss.cli.install import install
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-import compose
+from tests.docker import compose
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "scripts/docker"

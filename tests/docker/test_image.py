@@ -8,19 +8,15 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-import compose
-import engine as engine_module
-from engine import IMAGE, Engine
+from tests.docker import compose
+from tests.docker import engine as engine_module
+from tests.docker.engine import IMAGE, Engine
 
 #: What the image may have, uncompressed: a dependency that doubles it should be noticed.
 LIMIT_BYTES = 2.9e9

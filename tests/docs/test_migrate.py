@@ -5,8 +5,9 @@ from __future__ import annotations
 import difflib
 
 import pytest
-from pages import DOCS, ROOT
-from ranks import Case, more, parallel_cases
+
+from tests.docs.pages import DOCS, ROOT
+from tests.ranks import Case, parallel_cases
 
 MIGRATE = ROOT / "examples" / "migrate"
 PAGES = {"horovod": "from-horovod", "ddp": "from-ddp", "keras": "from-keras"}
@@ -50,11 +51,11 @@ def test_pages_show_the_scripts(name):
     assert [s for s in shown if s.startswith(("+", "-"))] == [m for m in moves if not m.startswith("@@")]
 
 
-@parallel_cases("torch_migrate", [("gloo", 2)], group="torch")
+@parallel_cases("torch_migrate", group="torch")
 def test_before_is_wrong_and_after_exact(case: Case, request):
     case.check(request)
 
 
-@parallel_cases("keras_migrate", more(("gloo", 2)), group="tensorflow")
+@parallel_cases("keras_migrate", group="tensorflow")
 def test_before_is_wrong_and_after_exact_in_keras(case: Case, request):
     case.check(request)

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pages import COMMANDS, DOCS, OTHER, ROOT, RUN, blocks, every_page, ranks_of, run
 from sybil.example import SybilFailure
+
+from tests.docs.pages import COMMANDS, DOCS, OTHER, ROOT, RUN, blocks, every_page, ranks_of, run
 
 # Blocks that do not run, with their reasons, by page. Let there be few.
 SKIPPED = {

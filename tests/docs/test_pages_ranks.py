@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from ranks import Case, more, parallel_cases
+from tests.ranks import Case, parallel_cases
 
 
-@parallel_cases("torch_pages", [("gloo", 2)], group="torch")
+@parallel_cases("torch_pages", group="torch")
 def test_pages_under_ranks(case: Case, request):
     case.check(request)
 
 
-@parallel_cases("keras_pages", more(("gloo", 2)), group="tensorflow")
+@parallel_cases("keras_pages", group="tensorflow")
 def test_pages_under_ranks_in_keras(case: Case, request):
     case.check(request)

@@ -14,7 +14,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from pages import DOCS, ROOT
+
+from tests.docs.pages import DOCS, ROOT
 
 _found = importlib.util.spec_from_file_location("hooks", DOCS / "_site" / "hooks.py")
 hooks = importlib.util.module_from_spec(_found)

@@ -6,7 +6,8 @@ import importlib.util
 from typing import Any
 
 import pytest
-from pages import DOCS
+
+from tests.docs.pages import DOCS
 
 nbformat = pytest.importorskip("nbformat", reason="pip install -e '.[docs]'")
 

@@ -12,11 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.elastic.job import EPOCHS, MOMENTUM, RATE, ROWS, table
+from tests.ranks import environment, missing_controller
+
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
-sys.path.insert(0, str(HERE.parent))
-from job import EPOCHS, MOMENTUM, RATE, ROWS, table  # noqa: E402
-from ranks import environment, missing_controller  # noqa: E402
 
 TWO_HOSTS = ["localhost:2", "127.0.0.1:1"]  # names of this machine: Horovod gives up on a host as a whole
 

@@ -13,11 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.elastic.test_elastic import check
+from tests.ranks import environment, missing_controller
+
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
-sys.path.insert(0, str(HERE.parent))
-from ranks import environment, missing_controller  # noqa: E402
-from test_elastic import check  # noqa: E402
 
 RANKS = 2
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -12,12 +11,10 @@ import pytest
 
 from hvdloss.report import Record, read
 from hvdloss.report.summary import summarize
+from tests.elastic.test_elastic import horovodrun, those_that_count
+from tests.ranks import environment, missing_controller
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
-sys.path.insert(0, str(HERE.parent))
-from ranks import environment, missing_controller  # noqa: E402
-from test_elastic import horovodrun, those_that_count  # noqa: E402
 
 ROWS, EPOCHS = 331, 2  # of record_job.py
 THREE_HOSTS = ["LOCALHOST:1", "localhost:1", "127.0.0.1:1"]  # names of this machine

@@ -6,18 +6,13 @@ A few examples each, quickly, and always the same. `make fuzz` looks for longer.
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-sys.path.insert(0, str(Path(__file__).parent))
-from targets import TARGETS, Target, run
-
-sys.path.pop(0)
+from tests.fuzz.targets import TARGETS, Target, run
 
 SCALARS: st.SearchStrategy[Any] = st.one_of(
     st.none(),

@@ -13,7 +13,8 @@ import sys
 from collections.abc import Iterator
 
 import pytest
-from ranks import Case, parallel_cases
+
+from tests.ranks import Case, parallel_cases
 
 pytestmark = pytest.mark.gpu
 

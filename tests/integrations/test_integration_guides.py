@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_ways_in import needs, run  # type: ignore[import-not-found]
+
+from tests.integrations.test_ways_in import needs, run
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 

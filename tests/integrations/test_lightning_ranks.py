@@ -5,14 +5,15 @@ from __future__ import annotations
 import importlib.util
 
 import pytest
-from ranks import Case, more, parallel_cases
+
+from tests.ranks import Case, parallel_cases
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("lightning") is None,
-    reason="SKIPPED, lightning not installed: pip install 'hvdloss[lightning]', or make test-more",
+    reason="SKIPPED, lightning not installed: pip install 'hvdloss[lightning]', or make test-integrations",
 )
 
 
-@parallel_cases("lightning_fit", more(("gloo", 2)))
+@parallel_cases("lightning_fit")
 def test_lightning(case: Case, request):
     case.check(request)

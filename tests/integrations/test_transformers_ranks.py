@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.util
 
 import pytest
-from ranks import Case, more, parallel_cases
+
+from tests.ranks import Case, parallel_cases
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("transformers") is None or importlib.util.find_spec("accelerate") is None,
@@ -13,6 +14,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@parallel_cases("transformers_fit", more(("gloo", 2)))
+@parallel_cases("transformers_fit")
 def test_transformers(case: Case, request):
     case.check(request)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ranks import Case, more, parallel_cases
+from tests.ranks import Case, parallel_cases
 
 
-@parallel_cases("keras_checkpoint", [("gloo", 2), *more(("gloo", 3))], group="keras")
+@parallel_cases("keras_checkpoint", group="tensorflow")
 def test_checkpoints(case: Case, request):
     case.check(request)

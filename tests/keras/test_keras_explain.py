@@ -6,9 +6,9 @@ import pytest
 
 pytest.importorskip("tensorflow")
 
-from ranks import Case, more, parallel_cases
+from tests.ranks import Case, parallel_cases
 
 
-@parallel_cases("keras_explain", [("gloo", 2), *more(("gloo", 3))], group="tensorflow")
+@parallel_cases("keras_explain", group="tensorflow")
 def test_explain(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)

@@ -1,4 +1,4 @@
-"""What is shipped: metadata, and (with `make test-more`) the built package in clean places."""
+"""What is shipped: metadata, and (with `make test-tools`) the built package in clean places."""
 
 from __future__ import annotations
 

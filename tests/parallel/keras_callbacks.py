@@ -24,6 +24,9 @@ from keras_support import (
 from tf_support import cuts
 
 import hvdloss.keras as hvd
+from tests.ranks import needs
+
+NEEDS = needs("gloo-2")
 
 __all__ = ["before_case"]
 
@@ -60,6 +63,7 @@ def _classifier(loss):
     return model, {"loss": loss, "metrics": metrics, "weighted_metrics": ["mae"]}
 
 
+@needs("gloo-2", more="gloo-3")
 def case_metrics_are_those_of_one_process():
     rng = np.random.default_rng(2)
     x, y, w = data(rng, 60)
@@ -167,6 +171,7 @@ assert not any(name.startswith(("hvdloss", "horovod")) for name in sys.modules)
 """
 
 
+@needs(more="gloo-2")
 def case_saved_models_load_without_the_library_and_train_on():
     steps = step_batches(np.random.default_rng(6), 3)
     folder = shared_folder()

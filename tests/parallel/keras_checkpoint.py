@@ -14,6 +14,9 @@ import hvdloss
 import hvdloss.keras as hvd
 from hvdloss.control import RankWeights
 from hvdloss.data import Shuffled
+from tests.ranks import needs
+
+NEEDS = needs("gloo-2", more="gloo-3")
 
 __all__ = ["before_case"]
 

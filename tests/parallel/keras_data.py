@@ -14,6 +14,9 @@ import hvdloss
 import hvdloss.keras as hvd
 from hvdloss.data import Contiguous, Dirichlet, Grouped, Shuffled
 from hvdloss.tensorflow.ops import communicator_of
+from tests.ranks import needs
+
+NEEDS = needs("gloo-2", more="gloo-3")
 
 __all__ = ["before_case"]
 

@@ -13,6 +13,9 @@ import hvdloss
 import hvdloss.explain as one_process
 import hvdloss.keras as hvd
 from hvdloss.tensorflow.explain import _elements
+from tests.ranks import needs
+
+NEEDS = needs("gloo-2", more="gloo-3")
 
 __all__ = ["before_case"]
 

@@ -23,6 +23,9 @@ from tf_support import cuts, raised
 
 import hvdloss.keras as hvd
 from hvdloss.errors import AgreementError, ConfigError, NonFiniteLossError, WeightError
+from tests.ranks import needs
+
+NEEDS = needs("gloo-2")
 
 __all__ = ["before_case"]
 
@@ -33,25 +36,10 @@ def exact_alone():
     return WEIGHTED(reduction="mean_with_sample_weight")
 
 
+@needs("gloo-2", more="gloo-3 gloo-4 mpi-2")
 def case_a_string_loss_and_a_regularizer():
     # Every step is a random split of its own.
     return trial(step_batches(np.random.default_rng(1), 12), epochs=2)
-
-
-def case_an_objective():
-    rng = np.random.default_rng(2)
-    return trial(step_batches(rng, 12), loss=hvd.Objective("mse"), alone=exact_alone(), epochs=2)
-
-
-def case_float32():
-    keras.config.set_floatx("float32")
-    steps = step_batches(np.random.default_rng(3), 8, dtype=np.float32)
-    found = trial(steps, loss=hvd.Objective("mse"), alone=exact_alone(), tolerance=1e-5)
-    return {"float32 relative error": found["relative error"]}
-
-
-def case_a_rank_with_empty_batches():
-    return trial(step_batches(np.random.default_rng(4), 8, empty=True))
 
 
 def case_plain_averaging_would_be_wrong():
@@ -72,6 +60,7 @@ def case_plain_averaging_would_be_wrong():
     return {"plain averaging": error}
 
 
+@needs(more="gloo-2")
 def case_other_losses_of_keras():
     rng = np.random.default_rng(5)
     steps = step_batches(rng, 3)
@@ -166,6 +155,7 @@ def _two_weights(steps, rng):
     return [[(x, (y, y**2), (w, rng.uniform(size=w.shape) * (x[:, 0] > 0))) for x, y, w in s] for s in steps]
 
 
+@needs(more="gloo-2 gloo-3 gloo-4 mpi-2")
 def case_several_outputs_with_their_own_losses_and_weights():
     rng = np.random.default_rng(9)
     steps = _two_weights(step_batches(rng, 5), rng)
@@ -223,6 +213,7 @@ def case_a_rank_that_has_fewer_batches():
     return trial(_fewer(rng, step_batches(rng, 6)), epochs=3)
 
 
+@needs("gloo-2", more="gloo-3 gloo-4 mpi-2")
 def case_a_rank_that_has_fewer_batches_of_unknown_number():
     rng = np.random.default_rng(13)
     return trial(_fewer(rng, step_batches(rng, 6)), epochs=3, counted=False)
@@ -241,6 +232,7 @@ def case_a_rank_without_any_batch():
     same_on_all_ranks(model.get_weights())
 
 
+@needs(more="gloo-2")
 def case_fewer_batches_with_several_losses():
     rng = np.random.default_rng(14)
     steps = step_batches(rng, 5)
@@ -274,6 +266,7 @@ def case_fewer_batches_with_accumulation():
         same_on_all_ranks(model.get_weights())
 
 
+@needs(more="gloo-2")
 def case_generators_and_steps_per_execution():
     rng = np.random.default_rng(16)
     steps = step_batches(rng, 4)
@@ -318,6 +311,7 @@ def case_a_layer_frozen_on_one_rank():
     assert hvd.size() == 1 or f"rank(s) {hvd.size() - 1} lack 'dense/kernel'" in str(error), error
 
 
+@needs(more="gloo-2")
 def case_options_of_optimizers():
     rng = np.random.default_rng(17)
     steps = step_batches(rng, 4)
@@ -377,6 +371,7 @@ def case_mixed_precision():
     return {"mixed_float16": error}
 
 
+@needs(more="gloo-2")
 def case_embeddings_and_fewer_batches():
     rng = np.random.default_rng(20)
 
@@ -422,9 +417,8 @@ def case_a_custom_loop_with_an_objective():
     assert difference(model.get_weights(), other.get_weights()) < 1e-10
 
 
+@needs(more="gloo-3")
 def case_process_sets():
-    if hvd.size() < 3:
-        return
     group = hvd.add_process_set([0, hvd.size() - 1])
     try:
         if not group.included():
@@ -489,6 +483,7 @@ def case_jit_compile_is_refused_at_compile_time():
     assert model.jit_compile is False
 
 
+@needs("gloo-2", more="gloo-3 gloo-4 mpi-2")
 def case_without_our_reduction_the_guard_raises():
     from hvdloss.tensorflow.exchange import Exchange
 

@@ -12,6 +12,9 @@ import pytest
 from sklearn.datasets import load_digits
 
 import hvdloss.keras as hvd
+from tests.ranks import needs
+
+NEEDS = needs(more="gloo-2")
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "migrate"))
 BATCH = 32

@@ -19,6 +19,9 @@ from hvdloss.errors import (
     NoWeightError,
     ShapeError,
 )
+from tests.ranks import needs
+
+NEEDS = needs("gloo-2", more="gloo-3 mpi-2")
 
 __all__ = ["before_case"]
 
@@ -178,6 +181,7 @@ def case_a_loss_scale_optimizer_skips_as_ever():
         model.compile(hvd.DistributedOptimizer(optimizer), loss=hvd.Objective("mse", nonfinite="drop"))
 
 
+@needs(more="gloo-2 gloo-3 mpi-2")
 def case_local_steps():
     def terms():
         return (hvdloss.CommunicationCost(acts=(SyncPeriod(2),)),)

@@ -23,6 +23,9 @@ import hvdloss
 import hvdloss.keras as hvd
 from hvdloss.data import Parquet, RowGroups
 from hvdloss.tensorflow.ops import communicator_of
+from tests.ranks import needs
+
+NEEDS = needs("gloo-2", more="gloo-3 mpi-2")
 
 __all__ = ["before_case"]
 

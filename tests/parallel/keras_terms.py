@@ -24,6 +24,9 @@ from hvdloss.control import (
 )
 from hvdloss.errors import ConfigError, NonFiniteLossError, UsageError
 from hvdloss.terms.distributions import divergences
+from tests.ranks import needs
+
+NEEDS = needs("gloo-2")
 
 __all__ = ["before_case"]
 
@@ -56,6 +59,7 @@ def plain_loss() -> keras.losses.Loss:
     return keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="mean_with_sample_weight")
 
 
+@needs("gloo-2", more="gloo-1 gloo-3")
 def case_skew_in_fit_is_that_of_all_labels():
     term, cost = hvdloss.DataSkew(0.5, classes=CLASSES, window=3), hvdloss.CommunicationCost(2.0)
     model = compiled(hvd.Objective("cross_entropy", terms=(term, cost)))
@@ -79,6 +83,7 @@ def case_skew_in_fit_is_that_of_all_labels():
     same_on_all_ranks(model.get_weights())
 
 
+@needs(more="gloo-2")
 def case_fit_with_weights_from_terms():
     """Importance and rank weights: each step is that of one process with those weights."""
     numbers = {}
@@ -150,6 +155,7 @@ def case_a_term_of_the_users_own_in_fit():
     return {"error": error}
 
 
+@needs("gloo-2", more="gloo-1 gloo-3")
 def case_terms_without_a_price_or_act_change_nothing():
     steps = steps_of(4)
     found = []
@@ -268,13 +274,13 @@ def case_the_slow_rank_waits_for_nobody_in_fit():
     slow, steps = hvd.size() - 1, [steps_of(1)[0]] * 8
 
     class Slow(keras.callbacks.Callback):
-        def __init__(self):
+        def __init__(self, pause):
             super().__init__()
-            self.held, self.computed = [], []
+            self.pause, self.held, self.computed = pause, [], []
 
         def on_train_batch_begin(self, batch, logs=None):
             if hvd.rank() == slow:
-                time.sleep(0.05)
+                time.sleep(self.pause)
 
         def on_train_batch_end(self, batch, logs=None):
             if batch > 2:
@@ -282,14 +288,23 @@ def case_the_slow_rank_waits_for_nobody_in_fit():
                 self.held.append([one.communication for one in ranks])
                 self.computed.append([one.computation for one in ranks])
 
-    for loss in ("sparse_categorical_crossentropy", hvd.Objective("cross_entropy")):  # without any term
-        seen = Slow()
-        compiled(loss).fit(dataset(mine(steps)), verbose=0, callbacks=[seen])
+    def told_apart(model, pause, found):
+        """Fit with a pause on the slow rank; return whether the times of all ranks show it."""
+        seen = Slow(pause)
+        model.fit(dataset(mine(steps)), verbose=0, callbacks=[seen])
         held, computed = np.median(seen.held, 0), np.median(seen.computed, 0)
+        found.append((pause, held, computed))
         assert (held > 0).all()
-        assert held[slow] == held.min(), held
-        assert (np.delete(held, slow) > held[slow] + 0.02).all(), held
-        assert (np.delete(computed, slow) < computed[slow] - 0.02).all(), computed
+        return (
+            held[slow] == held.min()
+            and (np.delete(held, slow) > held[slow] + 0.4 * pause).all()
+            and (np.delete(computed, slow) < computed[slow] - 0.4 * pause).all()
+        )
+
+    for loss in ("sparse_categorical_crossentropy", hvd.Objective("cross_entropy")):  # without any term
+        model, found = compiled(loss), []
+        # A machine with other work adds to any time; some pause is longer than what it adds.
+        assert any(told_apart(model, 0.05 * 2**i, found) for i in range(7)), found
 
 
 # -- local steps --------------------------------------------------------------------------------------
@@ -376,6 +391,7 @@ def _fewer(steps):
     return steps
 
 
+@needs(more="gloo-2 gloo-1 gloo-3")
 def case_fit_with_local_steps():
     numbers = {}
     batch = union(steps_of(1)[0])
@@ -403,6 +419,7 @@ def case_fit_with_local_steps():
     return numbers
 
 
+@needs(more="gloo-2")
 def case_fit_with_local_steps_and_more():
     """Outer momentum, accumulation, batches per call, eager, and another fit."""
     numbers = {}
@@ -473,6 +490,7 @@ def case_fit_with_local_steps_and_more():
     return numbers
 
 
+@needs(more="gloo-2")
 def case_fit_with_a_proximal_pull_and_switching_compression():
     if hvd.size() == 1:
         return None
@@ -517,6 +535,7 @@ def case_a_fault_in_a_stretch_of_fit():
     assert difference(model.get_weights(), before) > 0
 
 
+@needs(more="gloo-2")
 def case_several_losses_with_local_steps():
     cost = hvdloss.CommunicationCost(acts=(SyncPeriod(3),))
     losses = [hvd.Objective("cross_entropy", terms=(cost,)), hvd.Objective("cross_entropy")]
@@ -531,6 +550,7 @@ def case_several_losses_with_local_steps():
         assert difference(model.get_weights(), before) > 1e-6
 
 
+@needs(more="gloo-2")
 def case_a_period_that_goes_back_to_one():
     """Exact steps after local ones: optimizers had moments of their own, and must agree again."""
     act = SyncPeriod("adacomm", first=4, interval=1e-3)
@@ -545,6 +565,7 @@ def case_a_period_that_goes_back_to_one():
     same_on_all_ranks([v.numpy() for v in model.optimizer.variables])
 
 
+@needs(more="gloo-2")
 def case_batch_shares_batch_by_batch():
     """What ``train_on_batch`` is given follows the shares; the loss is that of equal ones."""
     if hvd.size() == 1:
@@ -553,19 +574,22 @@ def case_batch_shares_batch_by_batch():
     x, y = rng.normal(size=(20 * 12 * hvd.size(), 5)), rng.integers(0, CLASSES, size=20 * 12 * hvd.size())
     weights = []
     for gain in (0.1, 0.999):
-        shares = BatchShares(12 * hvd.size(), every=4, gain=gain)
-        objective = hvd.Objective("cross_entropy", terms=(hvdloss.CommunicationCost(acts=(shares,)),))
-        model = compiled(objective)
-        objective.prepare()
-        for indices in SharedBatches(len(x), shares, seed=2):
-            time.sleep(0.003 * len(indices) * (4 if hvd.rank() == 0 else 1))
-            model.train_on_batch(x[indices], y[indices])
+        # A machine with other work adds to any time; some pause is longer than what it adds.
+        for pause in (0.002 * 2**i for i in range(7)):
+            shares = BatchShares(12 * hvd.size(), every=4, gain=gain)
+            objective = hvd.Objective("cross_entropy", terms=(hvdloss.CommunicationCost(acts=(shares,)),))
+            model = compiled(objective)
+            objective.prepare()
+            for indices in SharedBatches(len(x), shares, seed=2):
+                time.sleep(pause * len(indices) * (4 if hvd.rank() == 0 else 1))
+                model.train_on_batch(x[indices], y[indices])
+            if gain > 0.5 or shares.sizes[0] < 0.7 * shares.sizes[1]:
+                break
+        else:
+            raise AssertionError(shares.sizes)
         weights.append(np.concatenate([w.ravel() for w in model.get_weights()]))
         same_on_all_ranks(shares.sizes.tolist())
-        if gain < 0.5:
-            assert shares.sizes[0] < 0.7 * shares.sizes[1], shares.sizes
-        else:
-            assert shares.sizes[0] == 12
+        assert gain < 0.5 or shares.sizes[0] == 12
     error = difference(*weights)
     assert error < 1e-11, error
     return {"error": error}

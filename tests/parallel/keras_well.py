@@ -33,6 +33,9 @@ from hvdloss.data import Shuffled
 from hvdloss.metrics import AUC, F1, MAE
 from hvdloss.tensorflow.ops import communicator_of
 from hvdloss.training import generator_for, scale_factor
+from tests.ranks import needs
+
+NEEDS = needs("gloo-2", more="gloo-3")
 
 __all__ = ["before_case"]
 
@@ -67,7 +70,7 @@ def raises_everywhere(kind, action, *words):
 # -- metrics ------------------------------------------------------------------------------------------
 
 # What Keras's classes need to be made of, and the kind of samples they take; the others take real ones.
-NEEDS = {
+ARGUMENTS = {
     "BinaryIoU": {"target_class_ids": [0, 1]},
     "IoU": {"num_classes": CLASSES, "target_class_ids": [0, 2]},
     "MeanIoU": {"num_classes": CLASSES},
@@ -103,6 +106,7 @@ def samples(name, n=40):
     return np.eye(CLASSES)[labels], scores
 
 
+@needs(more="gloo-2 gloo-3")
 def case_every_metric_of_keras_merges_by_summing():
     """Rank 0 has no batch at all: some metrics make their states with the first one."""
     rng = np.random.default_rng(4)
@@ -113,7 +117,7 @@ def case_every_metric_of_keras_merges_by_summing():
         if name == "Metric":
             continue
         for options in ({}, {"multi_label": True, "num_labels": CLASSES}) if name == "AUC" else ({},):
-            metric, one = (kind(**NEEDS.get(name, {}), **options) for _ in range(2))
+            metric, one = (kind(**ARGUMENTS.get(name, {}), **options) for _ in range(2))
             assert hvd.synchronized(metric) is metric
             y, p = samples(name)
             reduces = name in ("Mean", "Sum")
@@ -366,6 +370,7 @@ def _regularized():
     return keras.Model(i, keras.layers.Dense(1, kernel_regularizer="l2")(h))
 
 
+@needs(more="gloo-2 gloo-3")
 def case_l1_l2_and_weight_decay_count_once_with_accumulation():
     micro = step_batches(np.random.default_rng(10), 6, empty=True)
     pairs = [[*a, *b] for a, b in zip(micro[::2], micro[1::2], strict=True)]
@@ -408,6 +413,7 @@ def _dropout_run(seed, epochs, start=0):
     return first, masks, [np.array(w).tolist() for w in model.get_weights()]
 
 
+@needs(more="gloo-2 gloo-3")
 def case_dropout_differs_between_ranks_and_not_between_runs():
     first, masks, trained = _dropout_run(7, 3)
     again = _dropout_run(7, 3)

@@ -23,6 +23,9 @@ import hvdloss.torch as hvd
 from hvdloss.errors import ConfigError
 from hvdloss.torch.lightning import HorovodStrategy, StepLog
 from hvdloss.torch.ops import communicator_of
+from tests.ranks import needs
+
+NEEDS = needs(more="gloo-2")
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore")

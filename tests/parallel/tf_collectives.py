@@ -12,6 +12,9 @@ import hvdloss.tensorflow as hvd
 from hvdloss.collectives import even_sizes
 from hvdloss.errors import ConfigError, ShapeError, UsageError
 from hvdloss.tensorflow import collectives as c
+from tests.ranks import needs
+
+NEEDS = needs("gloo-2", more="gloo-3 gloo-4 mpi-2")
 
 EXACT = 1e-12
 DRAWS = 3
@@ -163,6 +166,7 @@ def case_all_gather():
     return {"error": error}
 
 
+@needs(more="gloo-3")
 def case_all_gather_of_nothing():
     rng = np.random.default_rng(3)
     for once in (False, True):
@@ -231,6 +235,7 @@ def case_shift():
     return {"error": error}
 
 
+@needs(more="gloo-3")
 def case_copy_to_ranks():
     error = _against_one_process(
         np.random.default_rng(7),
@@ -242,6 +247,7 @@ def case_copy_to_ranks():
     return {"error": error}
 
 
+@needs(more="gloo-3")
 def case_scale_gradient():
     x = tf.ones(3)
     with tf.GradientTape() as tape:
@@ -250,6 +256,7 @@ def case_scale_gradient():
     assert tape.gradient(y, x).numpy().tolist() == [2.5] * 3
 
 
+@needs(more="gloo-3")
 def case_constants_are_sent_every_time():
     """A rank without samples may give a constant, which TensorFlow would compute with once."""
     size, rank = hvd.size(), hvd.rank()
@@ -283,6 +290,7 @@ def case_constants_are_sent_every_time():
         assert out == exact, (out, exact)
 
 
+@needs(more="gloo-3")
 def case_equal_calls_are_not_merged():
     """Two calls of equal inputs on one rank may have different ones on another."""
     size, rank = hvd.size(), hvd.rank()
@@ -303,6 +311,7 @@ def case_equal_calls_are_not_merged():
         assert db.numpy().tolist() == [[2 * size]] * (2 if rank == 0 else 3)
 
 
+@needs(more="gloo-3")
 def case_what_nobody_uses_is_sent():
     """On a rank whose rows are known to be none, or that drops a result, a graph needs no collective."""
     size, rank = hvd.size(), hvd.rank()
@@ -341,6 +350,7 @@ def case_ranks_that_trace_differently():
         assert (step(tf.ones((rows, 2))).numpy() == 2 * size).all()
 
 
+@needs(more="gloo-3")
 def case_functions_within_functions():
     """An inner function called twice in a step, a loop and a branch; the tape inside and outside."""
     size, rank = hvd.size(), hvd.rank()
@@ -376,6 +386,7 @@ def case_functions_within_functions():
         assert float(loop(x)) == 3 * 2 * sum(range(1, size + 1))
 
 
+@needs(more="gloo-3")
 def case_sparse_gradients():
     """Rows looked up in what was gathered have a sparse gradient."""
     x = tf.ones((2, 3))
@@ -446,6 +457,7 @@ def case_process_sets():
         hvd.remove_process_set(group)
 
 
+@needs(more="gloo-3")
 def case_errors():
     size = hvd.size()
     for call, kind, text in (

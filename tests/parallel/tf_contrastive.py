@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import contrastive_reference as reference
@@ -16,6 +17,9 @@ from hvdloss.losses import InfoNCE, SigLIP, SupervisedContrastive
 from hvdloss.losses.base import OneRank
 from hvdloss.tensorflow.collectives import group_of
 from hvdloss.tensorflow.ops import TensorFlowOps
+from tests.ranks import needs
+
+NEEDS = needs("gloo-2")
 
 OPS = TensorFlowOps()
 
@@ -107,10 +111,13 @@ def eager():
     return {name: ours(name, group_of()) for name in reference.LOSSES}
 
 
+@functools.cache
 def graphs():
+    """Return every loss's graph; traced once for all cases, since tracing is most of what they take."""
     return {name: graph(ours(name, group_of()), extra) for name, (_, _, extra) in reference.LOSSES.items()}
 
 
+@needs("gloo-2", more="gloo-3 gloo-4 mpi-2")
 def case_random_splits_eager():
     rng = np.random.default_rng(1)
     worst = 0.0
@@ -120,6 +127,7 @@ def case_random_splits_eager():
     return {"error, float64": worst, "random splits": 5 * len(reference.LOSSES)}
 
 
+@needs("gloo-2", more="gloo-1 gloo-3 gloo-4 mpi-2")
 def case_random_splits_in_a_function():
     rng = np.random.default_rng(2)
     functions = graphs()
@@ -130,6 +138,7 @@ def case_random_splits_in_a_function():
     return {"error, float64": worst, "random splits": 12 * len(reference.LOSSES)}
 
 
+@needs("gloo-2", more="gloo-3 gloo-4 mpi-2")
 def case_absent_rows_may_be_anything():
     rng = np.random.default_rng(3)
     functions = graphs()
@@ -212,6 +221,7 @@ def _objective_against_one_process(name, rng):
     return errors
 
 
+@needs("gloo-2", more="gloo-3 gloo-4 mpi-2")
 def case_an_objective_of_them():
     """The gradients that a distributed tape gives are those of the whole."""
     rng = np.random.default_rng(7)
@@ -220,6 +230,7 @@ def case_an_objective_of_them():
     return {"error, float64": max(errors)}
 
 
+@needs("gloo-2", more="gloo-1")
 def case_parity_with_numpy():
     """One core: the values are those of NumPy's arrays in one process."""
     batch = reference.sample(np.random.default_rng(8))

@@ -13,6 +13,9 @@ import hvdloss.keras
 import hvdloss.tensorflow as hvd
 from hvdloss.errors import AgreementError, ConfigError, UsageError
 from hvdloss.world import numbers_from
+from tests.ranks import needs
+
+NEEDS = needs("gloo-2", more="gloo-1 gloo-3 mpi-2")
 
 
 def before_case(number: int) -> None:

@@ -14,6 +14,9 @@ import hvdloss.keras as khvd
 import hvdloss.tensorflow as hvd
 from hvdloss.tensorflow.books import translated
 from hvdloss.tensorflow.ops import communicator_of
+from tests.ranks import needs
+
+NEEDS = needs("gloo-2", more="gloo-3")
 
 __all__ = ["before_case"]
 

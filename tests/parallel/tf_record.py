@@ -15,6 +15,9 @@ import hvdloss.keras
 import hvdloss.tensorflow as hvd
 from hvdloss.errors import UsageError
 from hvdloss.report import read
+from tests.ranks import needs
+
+NEEDS = needs("gloo-2", more="gloo-1")
 
 RANKED = ("weight", "elements", "micro_batches", "communication", "computation", "skew")
 

@@ -18,6 +18,9 @@ import hvdloss.tensorflow as hvd
 from hvdloss.errors import AgreementError, ConfigError, HvdlossError, ShapeError
 from hvdloss.tensorflow.collectives import copy_to_ranks
 from hvdloss.world import numbers_from
+from tests.ranks import needs
+
+NEEDS = needs("gloo-2", more="gloo-3")
 
 EXACT = 1e-11
 
@@ -165,14 +168,17 @@ def run_cases(number: int, compiled: bool) -> dict[str, float]:
     return {f"error of {what}": value for what, value in worst.items()}
 
 
+@needs("gloo-2", more="gloo-3 gloo-4")
 def case_random_shards_equal_one_process():
     return run_cases(40, compiled=False)
 
 
+@needs(more="gloo-2 gloo-3 mpi-2")
 def case_random_shards_in_a_function():
     return run_cases(12, compiled=True)
 
 
+@needs("gloo-2", more="gloo-3 mpi-2")
 def case_two_losses_in_one_graph():
     shards = hvd.ClassShards(5, hvd.size())
     g = np.random.default_rng(0)
@@ -191,6 +197,7 @@ def case_two_losses_in_one_graph():
     return {"error": near(both(one, two), right, "both")}
 
 
+@needs("gloo-2", more="gloo-3 mpi-2")
 def case_extreme_and_half_precision_logits():
     inf = math.inf
     rows = np.array(
@@ -354,6 +361,7 @@ def network(head: keras.layers.Layer) -> keras.Model:
     return keras.Model(i, head(keras.layers.Dense(5, activation="tanh")(i)))
 
 
+@needs("gloo-2", more="gloo-3 gloo-4 mpi-2")
 def case_checkpoints_for_any_shards():
     rng = np.random.default_rng(4)
     keras.utils.set_random_seed(1)
@@ -426,6 +434,7 @@ def expected(one: keras.Model, head: khvd.ShardedDense) -> list[np.ndarray]:
 MODELS = {1: (1,), 2: (1, 2), 3: (1, 3), 4: (1, 2, 4)}
 
 
+@needs("gloo-2", more="gloo-3 gloo-4")
 def case_a_grid_trains_like_one_process_with_a_tape():
     worst = 0.0
     for model in MODELS[hvd.size()]:
@@ -457,6 +466,7 @@ def case_a_grid_trains_like_one_process_with_a_tape():
     return {"error after training": worst}
 
 
+@needs("gloo-2", more="gloo-3 gloo-4")
 def case_a_grid_fits_like_one_process():
     worst = 0.0
     for model in MODELS[hvd.size()]:

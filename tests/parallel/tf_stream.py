@@ -11,6 +11,9 @@ from tf_support import Network, difference, raised, same_on_all_ranks
 
 import hvdloss
 import hvdloss.tensorflow as hvd
+from tests.ranks import needs
+
+NEEDS = needs("gloo-2", more="gloo-3 mpi-2")
 
 
 def batches_of(counts: list[int], seed: int = 3) -> list[list[Any]]:

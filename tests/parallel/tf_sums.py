@@ -14,6 +14,9 @@ import hvdloss
 import hvdloss.keras
 import hvdloss.tensorflow as hvd
 from hvdloss.losses import Correlation, SoftDice
+from tests.ranks import needs
+
+NEEDS = needs("gloo-2", more="gloo-3")
 
 
 class Arithmetic:
@@ -91,10 +94,12 @@ def over_random_splits(in_a_function):
     return {"error, float64": max(errors)}
 
 
+@needs(more="gloo-2 gloo-3")
 def case_value_and_gradient_over_random_splits():
     return over_random_splits(False)
 
 
+@needs("gloo-2", more="gloo-1 gloo-3 gloo-4 mpi-2")
 def case_value_and_gradient_over_random_splits_in_a_function():
     return over_random_splits(True)
 
@@ -153,6 +158,7 @@ def case_a_tape_with_a_penalty_and_a_report():
     return {"error, float64": error}
 
 
+@needs("gloo-2", more="gloo-1 gloo-3 gloo-4 mpi-2")
 def case_sums_over_micro_batches():
     objective = hvd.Objective("concordance")
     parts, (x, t, w) = real(7, 2 * hvd.size())
@@ -244,6 +250,7 @@ def case_second_derivatives_are_refused():
     assert "differentiate once" in str(error)
 
 
+@needs("gloo-2", more="gloo-1 gloo-3 gloo-4 mpi-2")
 def case_one_rank_is_to_blame_for_what_is_not_finite():
     objective = hvd.Objective("correlation")
     theta = tf.Variable(np.ones((5, 1)))

@@ -7,24 +7,23 @@ import os
 import numpy as np
 import tensorflow as tf
 from tf_support import (
-    EXACT,
-    PLAIN_IS_WRONG,
     Network,
     cuts,
     data,
     difference,
     part,
-    plain,
     raised,
     reference,
     same_on_all_ranks,
-    traced,
     weighted_mse,
 )
 
 import hvdloss.tensorflow as hvd
 from hvdloss.communicator import process_sets_kept
 from hvdloss.errors import AgreementError, NonFiniteLossError, NoWeightError, UsageError, WeightError
+from tests.ranks import needs
+
+NEEDS = needs("gloo-2")
 
 
 def exact(net, objective, x, y, w, *, penalty=0.0, **options):
@@ -35,96 +34,6 @@ def exact(net, objective, x, y, w, *, penalty=0.0, **options):
             loss += penalty * tf.add_n([tf.reduce_sum(p**2) for p in net.parameters])
     tape = hvd.DistributedGradientTape(tape, objective, **options)
     return loss, tape.gradient(loss, net.parameters)
-
-
-def _random_splits(seed, count, dtype, function):
-    rng = np.random.default_rng(seed)
-    worst, wrong = 0.0, 0.0
-    net, objective = Network(rng, dtype), hvd.Objective("mse")
-    step = (lambda *a: exact(net, objective, *a)) if not function else None
-    step = step or traced(lambda x, y, w: exact(net, objective, x, y, w))
-    for _ in range(count):
-        n = int(rng.integers(3, 40))
-        x, y, w = data(rng, n, dtype)
-        where = cuts(rng, n, hvd.size())
-        xs, ys, ws = part((x, y, w), where)
-        _, g = step(*map(tf.constant, (xs, ys, ws)))
-        expected = reference(lambda x=x, y=y, w=w: weighted_mse(net(x), y, w), net.parameters)
-        error = difference(g, expected)
-        assert error < EXACT[np.dtype(dtype)], (error, where)
-        assert objective.last_step.elements == int((w != 0).sum())
-        worst = max(worst, error)
-        if not function:
-            local = lambda x=xs, y=ys, w=ws: weighted_mse(net(x), y, w)  # noqa: E731
-            averaged = plain(local, net.parameters)
-            wrong = max(wrong, difference(averaged, expected))
-        for p, e in zip(net.parameters, expected, strict=True):
-            p.assign_sub(1e-3 * e)
-    assert function or wrong > PLAIN_IS_WRONG
-    return {"relative error": worst} | ({} if function else {"plain averaging": wrong})
-
-
-def case_random_splits_eager():
-    return _random_splits(1, 40, np.float64, function=False)
-
-
-def case_random_splits_in_a_function():
-    return _random_splits(2, 40, np.float64, function=True)
-
-
-def case_random_splits_float32():
-    return {"float32 " + k: v for k, v in _random_splits(3, 20, np.float32, function=True).items()}
-
-
-def case_a_rank_whose_weights_are_all_zero():
-    rng = np.random.default_rng(4)
-    net, objective = Network(rng), hvd.Objective("mse")
-    x, y, w = data(rng, 12)
-    where = [0] + [4] * (hvd.size() - 1) + [12]
-    w[:4] = 0.0
-    _, g = exact(net, objective, *part((x, y, w), where))
-    expected = reference(lambda: weighted_mse(net(x), y, w), net.parameters)
-    assert difference(g, expected) < 1e-12
-    assert np.isnan(objective.last_step.ranks[0].loss)
-
-
-def case_a_penalty_counts_once():
-    rng = np.random.default_rng(5)
-    net, objective = Network(rng), hvd.Objective("mse")
-    x, y, w = data(rng, 30)
-    where = cuts(rng, 30, hvd.size(), empty=False)
-    _, g = exact(net, objective, *part((x, y, w), where), penalty=0.3)
-    expected = reference(
-        lambda: weighted_mse(net(x), y, w) + 0.3 * tf.add_n([tf.reduce_sum(p**2) for p in net.parameters]),
-        net.parameters,
-    )
-    assert difference(g, expected) < 1e-12
-
-
-def case_the_report_is_that_of_one_process():
-    rng = np.random.default_rng(6)
-    net, objective = Network(rng), hvd.Objective("mse")
-    x, y, w = data(rng, 30)
-    where = cuts(rng, 30, hvd.size(), empty=False)
-    xs, ys, ws = part((x, y, w), where)
-    loss, _ = exact(net, objective, xs, ys, ws)
-    report = objective.last_step
-    assert abs(report.loss - float(weighted_mse(net(x), y, w))) < 1e-12
-    assert abs(report.ranks[hvd.rank()].loss - float(loss)) < 1e-12
-    assert abs(report.weight - w.sum()) < 1e-12
-    assert len(report.ranks) == hvd.size()
-
-
-def case_absent_elements_may_hold_nan():
-    rng = np.random.default_rng(7)
-    net, objective = Network(rng), hvd.Objective("mse")
-    x, y, w = data(rng, 24)
-    expected = reference(lambda: weighted_mse(net(x), y, w), net.parameters)
-    y = np.where(w == 0, np.nan, y)
-    where = cuts(rng, 24, hvd.size(), empty=False)
-    for step in (exact, tf.function(exact)):
-        _, g = step(net, objective, *part((x, y, w), where))
-        assert difference(g, expected) < 1e-12
 
 
 def case_cross_entropy_with_ignored_classes():
@@ -232,6 +141,7 @@ def case_nested_sources_none_and_persistent_tapes():
         assert difference([again], expected[2:]) < 1e-12
 
 
+@needs("gloo-2", more="gloo-3 gloo-4 mpi-2")
 def case_embeddings_sparse_and_dense():
     rng = np.random.default_rng(13)
     table = tf.Variable(rng.normal(size=(10, 3)))
@@ -345,9 +255,8 @@ def case_16_bit_variables():
     return numbers
 
 
+@needs(more="gloo-3 gloo-4")
 def case_process_sets():
-    if hvd.size() < 3:
-        return None
     rng = np.random.default_rng(17)
     members = [0, hvd.size() - 1]
     group = hvd.add_process_set(members)
@@ -387,6 +296,7 @@ def case_local_sources():
     assert difference([g for _, g in shared], [whole[0], whole[2]]) < 1e-12
 
 
+@needs("gloo-2", more="gloo-3 gloo-4 mpi-2")
 def case_errors_are_the_same_on_every_rank():
     rng = np.random.default_rng(19)
     net, objective = Network(rng), hvd.Objective("mse")
@@ -548,6 +458,7 @@ def case_the_guard_for_torch():
     assert "parameter 1 (bias)" in str(error)
 
 
+@needs("gloo-2", more="gloo-3 gloo-4 mpi-2")
 def case_without_our_reduction_the_guard_raises():
     from hvdloss.tensorflow.exchange import Exchange
 
@@ -572,6 +483,7 @@ def case_without_our_reduction_the_guard_raises():
     assert type(error) is AgreementError, error
 
 
+@needs("gloo-2", more="gloo-1 gloo-3 gloo-4 mpi-2")
 def case_parity_with_torch():
     import torch
 

@@ -26,6 +26,9 @@ from hvdloss.errors import ConfigError, NonFiniteGradientError, NonFiniteLossErr
 from hvdloss.term import Decision
 from hvdloss.terms.distributions import divergences
 from hvdloss.world import numbers_from
+from tests.ranks import needs
+
+NEEDS = needs("gloo-2")
 
 CLASSES = 4
 
@@ -88,6 +91,7 @@ def raises_everywhere(kind, call, *words):
     assert len(set(texts)) == 1, texts
 
 
+@needs("gloo-2", more="gloo-1 gloo-3")
 def case_skew_is_that_of_all_labels():
     worst = 0.0
     for function in (False, True):
@@ -247,6 +251,7 @@ def weighted(net, step, factor):
     return reference(loss, net.parameters)
 
 
+@needs("gloo-2", more="gloo-1 gloo-3")
 def case_importance_and_balance_weights():
     worst = 0.0
     for function in (False, True):
@@ -289,6 +294,7 @@ def case_robust_rank_weights():
     return {"error": worst}
 
 
+@needs("gloo-2", more="gloo-1 gloo-3")
 def case_terms_without_a_price_or_act_change_nothing():
     from hvdloss.tensorflow import tape
 
@@ -351,20 +357,31 @@ def case_the_slow_rank_waits_for_nobody():
         for terms in ((cost,), ()):
             objective = hvd.Objective("cross_entropy", terms=terms)
             call = both(step_of(network(17), objective))[function]
-            held, computed = [], []
-            for step in range(1, 8):
-                if hvd.rank() == slow:
-                    time.sleep(0.15)  # much more than a busy machine adds
-                call(*map(tf.constant, batch_of(hvd.rank(), 1)))
-                if step > 2:
-                    held.append([one.communication for one in objective.last_step.ranks])
-                    computed.append([one.computation for one in objective.last_step.ranks])
-            held, computed = np.median(held, 0), np.median(computed, 0)
-            assert (held > 0).all()
-            assert (computed > 0).all()
-            assert held[slow] == held.min(), held
-            assert (np.delete(held, slow) > held[slow] + 0.02).all(), held
-            assert (np.delete(computed, slow) < computed[slow] - 0.02).all(), computed
+            found = []
+
+            def told_apart(pause, call=call, objective=objective, found=found):
+                """Take steps with a pause on the slow rank; return whether the times of all ranks show it."""
+                held, computed = [], []
+                for step in range(1, 8):
+                    if hvd.rank() == slow:
+                        time.sleep(pause)
+                    call(*map(tf.constant, batch_of(hvd.rank(), 1)))
+                    if step > 2:
+                        held.append([one.communication for one in objective.last_step.ranks])
+                        computed.append([one.computation for one in objective.last_step.ranks])
+                held, computed = np.median(held, 0), np.median(computed, 0)
+                found.append((pause, held, computed))
+                assert (held > 0).all()
+                assert (computed > 0).all()
+                return (
+                    held[slow] == held.min()
+                    and (np.delete(held, slow) > held[slow] + 0.2 * pause).all()
+                    and (np.delete(computed, slow) < computed[slow] - 0.2 * pause).all()
+                )
+
+            # A machine with other work adds to any time; some pause is longer than what it adds.
+            assert any(told_apart(0.05 * 2**i) for i in range(7)), found
+            held = found[-1][1]
         report = objective.last_step
         assert report.objective_value == report.loss
         assert cost.details()["bytes"] == 8 * sum(p.shape.num_elements() for p in network(17).parameters)
@@ -578,6 +595,7 @@ def batches_of(steps, empty=None):
     return out
 
 
+@needs("gloo-2", more="gloo-1 gloo-3")
 def case_local_steps_are_averaged_by_weight():
     if hvd.size() == 1:  # every step is exact
         batches = batches_of(4)
@@ -607,6 +625,7 @@ def case_local_steps_are_averaged_by_weight():
     return numbers
 
 
+@needs(more="gloo-2")
 def case_an_outer_nesterov_step():
     outer = OuterStep(lr=0.7, momentum=0.8)
     batches = batches_of(9)
@@ -634,6 +653,7 @@ def case_a_proximal_pull_follows_the_skew():
     return {"error": error}
 
 
+@needs(more="gloo-2")
 def case_local_steps_with_other_optimizers_and_wires():
     if hvd.size() == 1:
         return None
@@ -680,6 +700,7 @@ def case_exchange_at_any_time_and_post_local():
     assert [d.what for d in optimizer.objective.controller.decisions] == ["period"]
 
 
+@needs(more="gloo-2")
 def case_local_steps_with_accumulation_and_sum():
     """Two backward passes per step weigh by what they hold; "sum" weighs ranks alike."""
     if hvd.size() == 1:
@@ -821,27 +842,30 @@ def case_batch_shares_follow_speed():
     labels = rng.integers(0, CLASSES, size=len(data))
     curves = []
     for gain in (0.1, 0.999):  # the second never finds it worth the while
-        shares = BatchShares(12 * hvd.size(), every=4, gain=gain)
-        objective = hvd.Objective("cross_entropy", terms=(hvdloss.CommunicationCost(acts=(shares,)),))
-        objective.prepare()  # ranks know each other before the first batch
-        net = network(24)
-        step = tf.function(step_of(net, objective), reduce_retracing=True)
-        curve, seen = [], []
-        for indices in SharedBatches(len(data), shares, seed=5):
-            seen += indices
-            time.sleep(0.002 * len(indices) * (4 if hvd.rank() == 0 else 1))
-            x, y = tf.constant(data[indices].reshape(-1, 5)), tf.constant(labels[indices])
-            for p, g in zip(net.parameters, step(x, y, tf.ones(len(indices), tf.float64)), strict=True):
-                p.assign_sub(0.1 * g)
-            curve.append(objective.last_step.loss)
+        # A machine with other work adds to any time; some pause is longer than what it adds.
+        for pause in (0.002 * 2**i for i in range(7)):
+            shares = BatchShares(12 * hvd.size(), every=4, gain=gain)
+            objective = hvd.Objective("cross_entropy", terms=(hvdloss.CommunicationCost(acts=(shares,)),))
+            objective.prepare()  # ranks know each other before the first batch
+            net = network(24)
+            step = tf.function(step_of(net, objective), reduce_retracing=True)
+            curve, seen = [], []
+            for indices in SharedBatches(len(data), shares, seed=5):
+                seen += indices
+                time.sleep(pause * len(indices) * (4 if hvd.rank() == 0 else 1))
+                x, y = tf.constant(data[indices].reshape(-1, 5)), tf.constant(labels[indices])
+                for p, g in zip(net.parameters, step(x, y, tf.ones(len(indices), tf.float64)), strict=True):
+                    p.assign_sub(0.1 * g)
+                curve.append(objective.last_step.loss)
+            if gain > 0.5 or shares.sizes[0] < 0.7 * shares.sizes[1]:
+                break
+        else:
+            raise AssertionError(shares.sizes)
         curves.append(curve)
         total = hvd.allreduce(tf.constant(np.bincount(seen, minlength=len(data))), op=hvd.Sum)
         assert (total.numpy() == 1).all()
         same_on_all_ranks(shares.sizes.tolist())
-        if gain < 0.5:
-            assert shares.sizes[0] < 0.7 * shares.sizes[1], shares.sizes
-        else:
-            assert shares.sizes[0] == 12
+        assert gain < 0.5 or shares.sizes[0] == 12
     apart = max(abs(a - b) / b for a, b in zip(*curves, strict=True))
     assert apart < 1e-11, apart
     return {"apart": apart}

@@ -8,6 +8,9 @@ from torch_support import Trial, before_case, generator, network, regression, sa
 import hvdloss
 import hvdloss.tensorflow
 import hvdloss.torch as hvd
+from tests.ranks import needs
+
+NEEDS = needs("gloo-2")
 
 __all__ = ["before_case"]
 

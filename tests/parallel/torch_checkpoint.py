@@ -15,6 +15,9 @@ import hvdloss.torch as hvd
 from hvdloss.control import BatchShares, RankWeights, SyncPeriod
 from hvdloss.control.period import OuterStep
 from hvdloss.data import Shuffled
+from tests.ranks import needs
+
+NEEDS = needs("gloo-2", more="gloo-3")
 
 __all__ = ["before_case"]
 

@@ -13,6 +13,9 @@ import hvdloss.torch as hvd
 from hvdloss.collectives import even_sizes
 from hvdloss.errors import ConfigError, ShapeError, UsageError
 from hvdloss.torch import collectives as c
+from tests.ranks import needs
+
+NEEDS = needs("gloo-2", more="gloo-3 gloo-4 mpi-2")
 
 __all__ = ["before_case"]
 
@@ -118,6 +121,7 @@ def case_horovods_own_gradients():
     return found
 
 
+@needs(more="gloo-3")
 def case_horovods_broadcast_in_a_process_set():
     """Horovod's root is a rank among all, in the forward pass and in the backward one."""
     if hvd.size() < 3:
@@ -249,6 +253,7 @@ def case_copy_to_ranks():
     return {"error": error}
 
 
+@needs(more="gloo-3")
 def case_scale_gradient():
     x = torch.ones(3, requires_grad=True)
     c.scale_gradient(x, 2.5).sum().backward()
@@ -275,6 +280,7 @@ def case_a_split_layer():
     return {"error": max(errors)}
 
 
+@needs(more="gloo-3")
 def case_only_one_rank_has_a_gradient():
     """A frozen or made-up input on the others does not keep them from taking part."""
     for who in range(hvd.size()):
@@ -287,6 +293,7 @@ def case_only_one_rank_has_a_gradient():
             assert x.grad is None
 
 
+@needs(more="gloo-3")
 def case_without_gradients():
     x = torch.full((hvd.rank(), 2), float(hvd.rank()))
     with torch.no_grad():
@@ -318,6 +325,7 @@ def case_dtypes():
         assert c.broadcast(torch.tensor([rank == 0]).to(dtype), 0).tolist() == [1]
 
 
+@needs(more="gloo-3")
 def case_strides_and_axes():
     """What is not contiguous, and more than two axes."""
     x = torch.arange(24.0, dtype=torch.float64).view(2, 3, 4).transpose(0, 2).requires_grad_()
@@ -327,6 +335,7 @@ def case_strides_and_axes():
     assert (x.grad == hvd.size()).all()
 
 
+@needs(more="gloo-3")
 def case_backward_twice():
     x = torch.ones(2 + hvd.rank(), 2, requires_grad=True)
     loss = (c.all_gather(x, name="one") ** 2).sum() + (c.all_gather(x, name="two") ** 2).sum()
@@ -335,6 +344,7 @@ def case_backward_twice():
     assert (x.grad == 8 * hvd.size()).all(), x.grad
 
 
+@needs(more="gloo-3")
 def case_compiled():
     """A compiled function calls them between its graphs."""
 
@@ -378,6 +388,7 @@ def case_process_sets():
         hvd.remove_process_set(group)
 
 
+@needs(more="gloo-3")
 def case_errors():
     size = hvd.size()
     for call, kind, text in (

@@ -9,6 +9,9 @@ import torch
 from torch_support import Trial, before_case, generator, network, regression
 
 import hvdloss.torch as hvd
+from tests.ranks import needs
+
+NEEDS = needs(more="gloo-2")
 
 __all__ = ["before_case"]
 

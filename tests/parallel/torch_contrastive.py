@@ -17,6 +17,9 @@ from hvdloss.losses import InfoNCE, SigLIP, SupervisedContrastive
 from hvdloss.losses.base import OneRank
 from hvdloss.torch.collectives import group_of
 from hvdloss.torch.ops import TorchOps
+from tests.ranks import needs
+
+NEEDS = needs("gloo-3")
 
 __all__ = ["before_case"]
 
@@ -102,6 +105,7 @@ def compare(name, batch, cut, group=None, tolerance=1e-11, dtype=torch.float64):
     return max(errors)
 
 
+@needs("gloo-3", more="gloo-2 gloo-1 gloo-4 mpi-2")
 def case_value_and_gradients_over_random_splits():
     rng = np.random.default_rng(1)
     worst = 0.0
@@ -113,6 +117,7 @@ def case_value_and_gradients_over_random_splits():
     return {"error, float64": worst, "random splits": 15 * len(reference.LOSSES)}
 
 
+@needs("gloo-3", more="gloo-2 gloo-1 gloo-4 mpi-2")
 def case_absent_rows_may_be_anything():
     rng = np.random.default_rng(2)
     worst = 0.0
@@ -160,6 +165,7 @@ def case_a_large_scale():
         assert x.grad.isfinite().all()
 
 
+@needs("gloo-3", more="gloo-2 gloo-1 gloo-4 mpi-2")
 def case_no_weight_at_all():
     rng = np.random.default_rng(6)
     batch = reference.sample(rng)
@@ -186,6 +192,7 @@ def case_anchors_without_positives_are_left_out():
         assert math.isfinite(value.item())
 
 
+@needs("gloo-3", more="gloo-2 gloo-1 gloo-4 mpi-2")
 def case_an_objective_of_them():
     """Averaged by an optimizer's reduction, an objective's gradient is that of the whole."""
     rng = np.random.default_rng(7)

@@ -12,6 +12,9 @@ from torch_support import before_case, difference, flat, generator, network, sam
 import hvdloss.torch as hvd
 from hvdloss.data import Dirichlet, Grouped, Shuffled, Stratified
 from hvdloss.torch.ops import HorovodCommunicator
+from tests.ranks import needs
+
+NEEDS = needs("gloo-2 gloo-3")
 
 __all__ = ["before_case"]
 

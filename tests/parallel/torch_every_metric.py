@@ -15,6 +15,9 @@ from torch_support import before_case, raises_everywhere
 
 import hvdloss.torch as hvd
 from hvdloss.errors import AgreementError, ConfigError
+from tests.ranks import needs
+
+NEEDS = needs("gloo-2", more="gloo-3")
 
 __all__ = ["before_case"]
 

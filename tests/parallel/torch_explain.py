@@ -13,6 +13,9 @@ import hvdloss
 import hvdloss.explain as one_process
 import hvdloss.torch as hvd
 from hvdloss.torch.explain import _elements, _of_module
+from tests.ranks import needs
+
+NEEDS = needs("gloo-3", more="gloo-2")
 
 __all__ = ["before_case"]
 

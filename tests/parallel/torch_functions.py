@@ -11,6 +11,9 @@ from torch_support import DEVICE, before_case, generator, here, raises_everywher
 
 import hvdloss.torch as hvd
 from hvdloss.errors import AgreementError, ConfigError, RankError
+from tests.ranks import needs
+
+NEEDS = needs("gloo-2", more="gloo-3 mpi-2")
 
 __all__ = ["before_case"]
 

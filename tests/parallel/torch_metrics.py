@@ -11,6 +11,9 @@ from torchmetrics import MeanMetric, MetricCollection
 
 import hvdloss
 import hvdloss.torch as hvd
+from tests.ranks import needs
+
+NEEDS = needs("gloo-2", more="gloo-3")
 
 __all__ = ["before_case"]
 

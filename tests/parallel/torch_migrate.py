@@ -15,6 +15,9 @@ from sklearn.datasets import load_digits
 from torch.utils.data.distributed import DistributedSampler
 
 import hvdloss.torch as hvd
+from tests.ranks import needs
+
+NEEDS = needs("gloo-2")
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "migrate"))
 BATCH = 32

@@ -32,6 +32,9 @@ from torch_support import (
 
 import hvdloss.torch as hvd
 from hvdloss.errors import AgreementError, RankError, ShapeError, UsageError
+from tests.ranks import needs
+
+NEEDS = needs("gloo-2", more="gloo-3")
 
 __all__ = ["before_case"]
 

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
-from pathlib import Path
 
 from torch_support import before_case  # noqa: F401 - called before every case
 
 import hvdloss.torch as hvd  # the runner takes it from here
+from tests.docs import pages
+from tests.ranks import needs
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "docs"))
-
-import pages
+NEEDS = needs("gloo-2")
 
 
 def run(name: str) -> None:

@@ -15,6 +15,9 @@ from torch_support import DEVICE, difference, flat, gathered, here, raises_every
 
 import hvdloss.torch as hvd
 from hvdloss.errors import AgreementError, ConfigError, ShapeError
+from tests.ranks import needs
+
+NEEDS = needs("gloo-2", more="gloo-3")
 
 EXACT = 1e-11
 PIECES = ("losses", "logits", "input", "weight", "bias")
@@ -121,6 +124,7 @@ def near(mine: torch.Tensor, right: torch.Tensor, what: str) -> float:
     return error
 
 
+@needs("gloo-2", more="gloo-3 gloo-4 mpi-2")
 def case_random_shards_equal_one_process():
     rng = np.random.default_rng(3)
     worst = dict.fromkeys(PIECES, 0.0)
@@ -190,6 +194,7 @@ def case_extreme_logits():
     return {"error": max(error, near(mine.grad, whole.grad[:, own(shards)], "gradient"))}
 
 
+@needs("gloo-2", more="gloo-3 mpi-2")
 def case_half_precision_is_computed_in_float32():
     g = torch.Generator().manual_seed(1)
     shards = hvd.ClassShards(11, hvd.size())
@@ -383,6 +388,7 @@ def case_initial_weights_for_any_shards():
                     assert torch.equal(head.bias, one.bias[own(head.shards)])
 
 
+@needs("gloo-2", more="gloo-3 gloo-4 mpi-2")
 def case_checkpoints_for_any_shards():
     rng = np.random.default_rng(4)
     torch.manual_seed(1)
@@ -415,6 +421,7 @@ def case_checkpoints_for_any_shards():
         refused(ShapeError, lambda: model.load_state_dict(wrong), "(12, 4)", "(11, 4)")
 
 
+@needs("gloo-2", more="gloo-3 mpi-2")
 def case_large_weights_travel_in_pieces():
     import hvdloss.torch.sharded as module
 
@@ -432,6 +439,7 @@ def case_large_weights_travel_in_pieces():
         module._CHUNK = was
 
 
+@needs("gloo-2", more="gloo-3 gloo-4")
 def case_a_grid_trains_like_one_process():
     """Two model groups where there are four ranks; else all share one model, or none do."""
     size = hvd.size()
@@ -497,6 +505,7 @@ def case_a_grid_trains_like_one_process():
     return {"error after training": worst}
 
 
+@needs("gloo-2", more="gloo-4")
 def case_ranks_of_a_grid_that_start_apart():
     if hvd.size() % 2:
         return

@@ -42,6 +42,9 @@ from hvdloss.control import (
 from hvdloss.control.log import decide_again, follow, record
 from hvdloss.terms.distributions import divergences
 from hvdloss.terms.link import LinkModel
+from tests.ranks import needs
+
+NEEDS = needs("gloo-2", more="gloo-3")
 
 __all__ = ["before_case"]
 
@@ -344,23 +347,32 @@ def case_the_slow_rank_waits_for_nobody():
     objective = hvd.Objective("cross_entropy", terms=(cost,))
     model = network(generator(17), outputs=CLASSES)
     opt = hvd.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), objective=objective)
-    slow = hvd.size() - 1
-    computing, waiting = [], []
-    for step in range(1, 9):
-        x, y, w = batch_of(hvd.rank(), step)
-        opt.zero_grad()
-        if hvd.rank() == slow:
-            time.sleep(0.1)
-        objective(model(x), y, w).backward()
-        opt.step()
-        if step > 2:
-            computing.append([one.computation for one in opt.last_step.ranks])
-            waiting.append(opt.last_step.terms["communication"].details["waiting"])
-    computing, waiting = np.median(computing, 0), np.median(waiting, 0)
-    assert computing[slow] > 0.1
-    assert (np.delete(computing, slow) < 0.09).all(), computing
-    assert waiting[slow] == 0 or waiting[slow] < 0.02, waiting
-    assert (np.delete(waiting, slow) > 0.05).all(), waiting
+    slow, found = hvd.size() - 1, []
+
+    def told_apart(pause: float) -> bool:
+        """Take steps with a pause on the slow rank; return whether the times of all ranks show it."""
+        computing, waiting = [], []
+        for step in range(1, 9):
+            x, y, w = batch_of(hvd.rank(), step)
+            opt.zero_grad()
+            if hvd.rank() == slow:
+                time.sleep(pause)
+            objective(model(x), y, w).backward()
+            opt.step()
+            if step > 2:
+                computing.append([one.computation for one in opt.last_step.ranks])
+                waiting.append(opt.last_step.terms["communication"].details["waiting"])
+        computing, waiting = np.median(computing, 0), np.median(waiting, 0)
+        found.append((pause, computing, waiting))
+        assert computing[slow] > pause
+        return (
+            (np.delete(computing, slow) < 0.9 * pause).all()
+            and waiting[slow] < 0.2 * pause
+            and (np.delete(waiting, slow) > 0.5 * pause).all()
+        )
+
+    # A machine with other work adds to any time; some pause is longer than what it adds.
+    assert any(told_apart(0.05 * 2**i) for i in range(7)), found
     assert cost.details()["bytes"] > 0
 
 
@@ -724,25 +736,30 @@ def case_batch_shares_follow_speed():
     target = data.sum(1, keepdim=True)
     losses = []
     for gain in (0.1, 0.999):  # the second never finds it worth the while
-        shares = BatchShares(12 * hvd.size(), every=4, gain=gain)
-        objective = hvd.Objective("mse", terms=(hvdloss.CommunicationCost(acts=(shares,)),))
-        model = network(generator(24))
-        opt = hvd.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.02), objective=objective)
-        curve, seen = [], []
-        for indices in SharedBatches(len(data), shares, seed=5):
-            seen += indices
-            opt.zero_grad()
-            time.sleep(0.001 * len(indices) * (4 if hvd.rank() == 0 else 1))
-            objective(model(data[indices]), target[indices]).backward()
-            opt.step()
-            curve.append(opt.last_step.loss)
+        # A machine with other work adds to any time; some pause is longer than what it adds.
+        for pause in (0.001 * 2**i for i in range(7)):
+            shares = BatchShares(12 * hvd.size(), every=4, gain=gain)
+            objective = hvd.Objective("mse", terms=(hvdloss.CommunicationCost(acts=(shares,)),))
+            model = network(generator(24))
+            opt = hvd.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.02), objective=objective)
+            curve, seen = [], []
+            for indices in SharedBatches(len(data), shares, seed=5):
+                seen += indices
+                opt.zero_grad()
+                time.sleep(pause * len(indices) * (4 if hvd.rank() == 0 else 1))
+                objective(model(data[indices]), target[indices]).backward()
+                opt.step()
+                curve.append(opt.last_step.loss)
+            if gain > 0.5 or shares.sizes[0] < 0.6 * shares.sizes[1]:
+                break
+        else:
+            raise AssertionError(shares.sizes)
         losses.append(curve)
         counts = np.bincount(seen, minlength=len(data))
         total = hvd.allreduce(torch.from_numpy(counts), op=hvd.Sum, name="counts")
         assert (total == 1).all()
         same_on_all_ranks(shares.sizes.tolist())
         if gain < 0.5:
-            assert shares.sizes[0] < 0.6 * shares.sizes[1], shares.sizes
             assert objective.controller.decisions
         else:
             assert shares.sizes[0] == 12
@@ -757,7 +774,7 @@ def case_decisions_can_be_made_again_from_the_log():
 
     os.environ["HVDLOSS_ALONE_MB"] = "inf"  # else Horovod's fusion, and so rounding, depends on timing
 
-    def run(path, following):
+    def run(path, following, pause=0.0):
         shares = BatchShares(8 * hvd.size(), every=3, gain=0.05)
         period = SyncPeriod("adacomm", first=4, interval=0.02)
         terms = (hvdloss.CommunicationCost(acts=(shares, period), calibrate=True),)
@@ -773,22 +790,26 @@ def case_decisions_can_be_made_again_from_the_log():
             x = here(torch.randn(len(indices), 5, generator=g, dtype=torch.float64))
             opt.zero_grad()
             if not following and hvd.rank() == hvd.size() - 1:
-                time.sleep(0.002 * len(indices))
+                time.sleep(pause * len(indices))
             objective(model(x), x.sum(1, keepdim=True)).backward()
             opt.step()
         opt.exchange()
         return flat(model.parameters()), objective.controller
 
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(hvd.broadcast_object(folder, 0, name="folder")) / "control.jsonl"
-        first, controller = run(path, False)
-        hvd.barrier()
+        for pause in (0.002 * 2**i for i in range(6)):
+            path = Path(hvd.broadcast_object(folder, 0, name="folder")) / f"{pause}.jsonl"
+            first, controller = run(path, False, pause)
+            hvd.barrier()
+            # Of three, two get the same share, and noise may keep them from more.
+            if hvd.size() != 2 or {d.what for d in controller.decisions} == {"batch sizes", "period"}:
+                break
+        else:
+            raise AssertionError(controller.decisions)
         second, again = run(path, True)
         assert torch.equal(first, second)
         assert again.decisions == controller.decisions
         same_on_all_ranks([repr(d) for d in controller.decisions])
-        if hvd.size() == 2:  # of three, two get the same share, and noise may keep them from more
-            assert {d.what for d in controller.decisions} == {"batch sizes", "period"}
         terms = (
             hvdloss.CommunicationCost(
                 acts=(

@@ -32,6 +32,9 @@ from torch_support import (
 
 import hvdloss.torch as hvd
 from hvdloss.errors import UsageError
+from tests.ranks import needs
+
+NEEDS = needs("gloo-2", more="gloo-3")
 
 __all__ = ["before_case"]
 
@@ -67,6 +70,7 @@ def parts(g, *names):
 # -- clipping and AMP ----------------------------------------------------------------------------------
 
 
+@needs("gloo-2", more="gloo-3 gloo-4 mpi-2")
 def case_clipping_by_norm_through_synchronize():
     g = generator(1)
     trial = Trial(network(g), passes=2)
@@ -130,6 +134,7 @@ def case_grad_scaler():
     return merged(*results)
 
 
+@needs("gloo-2", more="gloo-3 gloo-4 mpi-2")
 def case_grad_scaler_skips_on_all_ranks_together():
     """An overflow on one rank only: all ranks skip the step and shrink the scale alike."""
     g = generator(3)
@@ -261,6 +266,7 @@ def case_frozen_and_unfrozen_later():
     return trial.finish()
 
 
+@needs("gloo-2", more="gloo-3 gloo-4 mpi-2")
 def case_parameters_unused_on_some_ranks():
     g = generator(8)
     trial = Trial(parts(g, "a", "b", "c"), lambda ps: torch.optim.AdamW(ps, lr=0.01))
@@ -368,10 +374,12 @@ def _sparse_trial(seed, sparse_here, *, passes=2, make=None, **options):
     return {**result, "plain averaging's error": max(plain)}
 
 
+@needs("gloo-2", more="gloo-3 gloo-4 mpi-2")
 def case_sparse_gradients():
     return _sparse_trial(10, True)
 
 
+@needs("gloo-2", more="gloo-3 gloo-4 mpi-2")
 def case_sparse_gradients_on_one_rank_only():
     return _sparse_trial(11, hvd.rank() == hvd.size() - 1)
 
@@ -425,6 +433,7 @@ class Mixed(torch.nn.Module):
         return sum(terms).sum(1, keepdim=True)
 
 
+@needs("gloo-2", more="gloo-3 gloo-4 mpi-2")
 def case_mixed_dtypes():
     g = generator(14)
     trial = Trial(Mixed(g), lambda ps: torch.optim.SGD(ps, lr=0.0), passes=2)
@@ -445,6 +454,7 @@ def case_mixed_dtypes():
     return {FLOAT64: errors["d"], "error, float32": errors["f"], "error, bfloat16": errors["b"]}
 
 
+@needs("gloo-2", more="gloo-3 gloo-4 mpi-2")
 def case_complex_parameters():
     g = generator(15)
 
@@ -523,16 +533,19 @@ def _compressed(compression, tolerance, key, size=1.0):
     return {f"error, {key}": trial.error, "plain averaging's error": max(plain)}
 
 
+@needs("gloo-2", more="gloo-3 gloo-4 mpi-2")
 def case_compression_fp16():
     """float16 keeps 11 bits: 2e-3. Weights in millions must not overflow what travels."""
     return merged(*(_compressed(hvd.Compression.fp16, 2e-3, "fp16", size) for size in (1.0, 1e6, 1e-6)))
 
 
+@needs("gloo-2", more="gloo-3 gloo-4 mpi-2")
 def case_compression_bf16():
     """bfloat16 keeps 8 bits: 1.5e-2."""
     return merged(*(_compressed(hvd.Compression.bf16, 1.5e-2, "bf16", size) for size in (1.0, 1e6)))
 
 
+@needs("gloo-2", more="gloo-3 gloo-4 mpi-2")
 def case_buckets_in_groups_and_predivide():
     g = generator(18)
     results = []
@@ -583,6 +596,7 @@ def counted():
             setattr(horovod, name, real[name])
 
 
+@needs("gloo-2", more="gloo-3 gloo-4 mpi-2")
 def case_collectives_of_a_steady_step():
     """One asynchronous all-reduce per bucket, the ledgers in one of them; nothing that blocks."""
     g = generator(19)
@@ -656,6 +670,7 @@ def _in_sets(sets, seed):
     return {FLOAT64: worst, **({"plain averaging's error": plain} if plain else {})}
 
 
+@needs("gloo-2", more="gloo-3 gloo-4 mpi-2")
 def case_two_disjoint_process_sets():
     half = hvd.size() // 2
     sets = [hvd.add_process_set(range(half)), hvd.add_process_set(range(half, hvd.size()))]
@@ -666,6 +681,7 @@ def case_two_disjoint_process_sets():
             hvd.remove_process_set(one)
 
 
+@needs("gloo-2", more="gloo-3 gloo-4 mpi-2")
 def case_a_process_set_that_leaves_a_rank_out():
     left = hvd.add_process_set(range(1, hvd.size()))
     try:
@@ -722,6 +738,7 @@ def case_lbfgs():
     return {"error, LBFGS": worst}
 
 
+@needs("gloo-2", more="gloo-3 gloo-4 mpi-2")
 def case_a_closure_with_a_rank_without_samples():
     g = generator(23)
     step = regression(g, [[0] if r == 0 else [5] for r in range(hvd.size())])
@@ -934,6 +951,7 @@ def case_checkpoints_between_torch_horovod_and_hvdloss():
     return {FLOAT64: max(errors.values())}
 
 
+@needs("gloo-2", more="gloo-3 gloo-4 mpi-2")
 def case_broadcast_of_parameters_and_optimizer_state():
     g = generator(29 + hvd.rank())  # different on every rank, until broadcast
     model = network(g)
@@ -1127,6 +1145,7 @@ def case_model_zero_grad_instead_of_the_optimizers():
     return trial.finish()
 
 
+@needs("gloo-2", more="gloo-3 gloo-4 mpi-2")
 def case_many_parameters_and_buckets():
     """More than a megabyte, so that buckets fill in the order of the backward pass, and two passes."""
     g = generator(39)
@@ -1144,6 +1163,7 @@ def case_many_parameters_and_buckets():
     return trial.finish()
 
 
+@needs("gloo-2", more="gloo-3 gloo-4 mpi-2")
 def case_a_plain_horovod_optimizer_beside():
     """Without an objective the wrapper is of Horovod's own class and gives Horovod's own gradient."""
     import horovod.torch as horovod
@@ -1166,6 +1186,7 @@ def case_a_plain_horovod_optimizer_beside():
     assert difference(found[0][2], found[1][2]) <= 1e-14
 
 
+@needs("gloo-2", more="gloo-3 gloo-4 mpi-2")
 def case_an_elastic_state_saves_and_restores():
     g = generator(41)
     trial = Trial(network(g))

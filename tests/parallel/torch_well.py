@@ -44,6 +44,9 @@ from hvdloss.metrics import (
     Mean,
 )
 from hvdloss.training import Warmup, scale_factor
+from tests.ranks import needs
+
+NEEDS = needs("gloo-2", more="gloo-3")
 
 __all__ = ["before_case"]
 

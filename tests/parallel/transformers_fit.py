@@ -23,6 +23,9 @@ from hvdloss.data import Shuffled
 from hvdloss.errors import ConfigError, UsageError
 from hvdloss.torch.ops import communicator_of
 from hvdloss.torch.transformers import HorovodTrainer, absent, one_of_many
+from tests.ranks import needs
+
+NEEDS = needs(more="gloo-2")
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()

@@ -1,7 +1,7 @@
 """Faults inflicted on real jobs: every rank knows, in seconds, by name.
 
-`make test` inflicts some of what a job survives, one launch per loop; `make test-more` all kinds, once each;
-`make reliability` (`inflict.py`) all of it many times, for docs/reliability.md.
+`make test` inflicts some of what a job survives, one launch per loop; `make test-reliability` all kinds,
+once each; `make reliability` (`inflict.py`) all of it many times, for docs/reliability.md.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import missing_controller
+
+from tests.ranks import missing_controller
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 

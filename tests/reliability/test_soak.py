@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from ranks import missing_controller
+
+from tests.ranks import missing_controller
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 

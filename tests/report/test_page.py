@@ -13,12 +13,11 @@ import pytest
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
 
-from browser import Browser, chromium
-from test_report import HOSTILE, make_record
-
 from hvdloss.report import page, read
 from hvdloss.report.charts import DARK, LIGHT, picture
 from hvdloss.report.summary import summarize
+from tests.report.browser import Browser, chromium
+from tests.report.test_report import HOSTILE, make_record
 
 needs_browser = pytest.mark.skipif(
     chromium() is None, reason="NOT RUN: there is no Chromium to open pages in (Debian: apt install chromium)"

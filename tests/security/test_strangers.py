@@ -199,11 +199,8 @@ def disturbed(folder, acts, *options, seconds=150.0, **variables):
 
 @pytest.fixture(scope="module")
 def right():
-    sys.path.insert(0, str(HERE))
-    try:
-        import stranger_job
-    finally:
-        sys.path.pop(0)
+    from tests.security import stranger_job
+
     return stranger_job.train(0, 1, False)
 
 
@@ -317,7 +314,7 @@ def ask(port, method, path, body=None, token=None):
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     asked = urllib.request.Request(f"http://127.0.0.1:{port}{path}", body, headers, method=method)
     try:
-        with urllib.request.urlopen(asked, timeout=10) as answer:
+        with urllib.request.urlopen(asked, timeout=120) as answer:
             return answer.status, answer.read()
     except urllib.error.HTTPError as error:
         return error.code, b""
@@ -334,11 +331,13 @@ def test_the_rendezvous_server_obeys_only_who_says_the_token(rendezvous):
     assert ask(rendezvous, "GET", "/s/k", token=token) == (200, b"ours")
 
 
-def test_silent_connections_do_not_hold_up_the_rendezvous_server(rendezvous):
+def test_silent_connections_do_not_hold_up_the_rendezvous_server(rendezvous, monkeypatch):
+    from horovod.runner.http import http_server
+
+    # That it answers at all is then not because it has given up on the silent ones.
+    monkeypatch.setattr(http_server.KVStoreHandler, "timeout", 86400.0)
     held = [socket.create_connection(("127.0.0.1", rendezvous)) for _ in range(50)]
-    began = time.monotonic()
     assert ask(rendezvous, "PUT", "/s/k", b"x", "ab" * 32)[0] == 200
-    assert time.monotonic() - began < 2.5  # before the server gives up on silence, after 3 s
     for one in held:
         one.close()
 

@@ -9,33 +9,14 @@ import pytest
 pytest.importorskip("tensorflow")
 
 import tensorflow as tf
-from ranks import Case, more, parallel_cases
 
 import hvdloss.tensorflow as hvd
 from hvdloss.tensorflow import collectives as c
-
-EVERYWHERE = [
-    "horovods_own_gradients",
-    "all_reduce",
-    "all_gather",
-    "reduce_scatter",
-    "broadcast",
-    "shift",
-    "ranks_that_trace_differently",
-    "dtypes",
-    "process_sets",
-]
+from tests.ranks import Case, parallel_cases
 
 
-@parallel_cases("tf_collectives", more(("gloo", 3)), group="tensorflow")
+@parallel_cases("tf_collectives", group="tensorflow")
 def test_collectives(case: Case, request: pytest.FixtureRequest) -> None:
-    case.check(request)
-
-
-@parallel_cases(
-    "tf_collectives", [("gloo", 2), *more(("gloo", 4), ("mpi", 2))], cases=EVERYWHERE, group="tensorflow"
-)
-def test_collectives_everywhere(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import traceback
+
 import numpy as np
 import pytest
 
 tf = pytest.importorskip("tensorflow")
 
+import hvdloss.tensorflow as hvd  # noqa: E402
 from hvdloss.errors import ConfigError, ShapeError  # noqa: E402
 from hvdloss.numpy_ops import NumpyOps  # noqa: E402
 from hvdloss.objective import LOSSES  # noqa: E402
@@ -77,3 +80,36 @@ def test_shapes_that_do_not_fit_are_refused():
         Objective("mse")(tf.zeros((4, 2)), tf.zeros((4, 2)), tf.ones(4))
     with pytest.raises(ConfigError, match="not known"):
         Objective("squared")
+
+
+@pytest.mark.parametrize("converts", [True, False])
+def test_autograph_converts_a_users_loss_and_nothing_here(converts: bool):
+    """Converting the library took 20 s in the first graph; what a user writes is converted as it ever was."""
+    generated: set[str] = set()
+    stack = tf.autograph.experimental.do_not_convert(traceback.extract_stack)
+
+    def helper(y):
+        if tf.reduce_sum(y) > 0:  # on a tensor: only AutoGraph can
+            y = 2 * y
+        return y
+
+    def loss(y, t):
+        generated.update(f.name for f in stack() if "autograph_generated" in f.filename)
+        return helper(y) if converts else y
+
+    objective = Objective(loss)
+
+    @tf.function(autograph=converts)
+    def step(y):
+        with tf.GradientTape() as tape:
+            tape.watch(y)
+            value = objective(y, y)
+        return hvd.DistributedGradientTape(tape, objective).gradient(value, y)
+
+    hvd.init()
+    factor = 2.0 if converts else 1.0
+    np.testing.assert_allclose(step(tf.constant([1.0, 2.0])), [factor / 2] * 2)
+    np.testing.assert_allclose(step(tf.constant([-1.0, -2.0])), [0.5] * 2)
+    assert {name for name in generated if name.startswith("tf__")} == (
+        {"tf__step", "tf__loss"} if converts else set()
+    )

@@ -6,9 +6,9 @@ import pytest
 
 pytest.importorskip("tensorflow")
 
-from ranks import Case, more, parallel_cases
+from tests.ranks import Case, parallel_cases
 
 
-@parallel_cases("tf_record", [("gloo", 2), *more(("gloo", 1))], group="tensorflow")
+@parallel_cases("tf_record", group="tensorflow")
 def test_record(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)

@@ -9,45 +9,15 @@ pytest.importorskip("tensorflow")
 import keras
 import numpy as np
 import tensorflow as tf
-from ranks import Case, more, parallel_cases
 
 import hvdloss.keras as khvd
 import hvdloss.tensorflow as hvd
 from hvdloss.errors import ConfigError
-
-FOUR = [
-    "random_shards_equal_one_process",
-    "a_grid_trains_like_one_process_with_a_tape",
-    "a_grid_fits_like_one_process",
-    "checkpoints_for_any_shards",
-]
+from tests.ranks import Case, parallel_cases
 
 
-MPI = [
-    "random_shards_in_a_function",
-    "two_losses_in_one_graph",
-    "extreme_and_half_precision_logits",
-    "checkpoints_for_any_shards",
-]
-
-
-@parallel_cases(
-    "tf_sharded",
-    [("gloo", 2), *more(("gloo", 3))],
-    slow=["random_shards_in_a_function"],
-    group="tensorflow",
-)
+@parallel_cases("tf_sharded", group="tensorflow")
 def test_sharded(case: Case, request: pytest.FixtureRequest) -> None:
-    case.check(request)
-
-
-@parallel_cases("tf_sharded", more(("mpi", 2)), cases=MPI, group="tensorflow")
-def test_sharded_over_mpi(case: Case, request: pytest.FixtureRequest) -> None:
-    case.check(request)
-
-
-@parallel_cases("tf_sharded", more(("gloo", 4)), cases=FOUR, group="tensorflow")
-def test_sharded_on_a_grid(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)
 
 

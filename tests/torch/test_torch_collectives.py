@@ -6,36 +6,15 @@ import doctest
 
 import pytest
 import torch
-from ranks import Case, more, parallel_cases
 
 import hvdloss.torch as hvd
 from hvdloss import collectives as common
 from hvdloss.torch import collectives as c
-
-EVERYWHERE = [
-    "horovods_own_gradients",
-    "all_reduce",
-    "all_gather",
-    "all_gather_of_nothing",
-    "reduce_scatter",
-    "broadcast",
-    "shift",
-    "copy_to_ranks",
-    "a_split_layer",
-    "dtypes",
-    "process_sets",
-]
+from tests.ranks import Case, parallel_cases
 
 
-@parallel_cases("torch_collectives", more(("gloo", 3)), group="torch")
+@parallel_cases("torch_collectives", group="torch")
 def test_collectives(case: Case, request: pytest.FixtureRequest) -> None:
-    case.check(request)
-
-
-@parallel_cases(
-    "torch_collectives", [("gloo", 2), *more(("gloo", 4), ("mpi", 2))], cases=EVERYWHERE, group="torch"
-)
-def test_collectives_everywhere(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)
 
 

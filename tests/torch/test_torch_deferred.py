@@ -13,12 +13,12 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from ranks import Case, case_names, more, parallel_cases
 
 import hvdloss
 import hvdloss.torch as hvd
 from hvdloss.ledger import Ledger
 from hvdloss.torch import optimizer as module
+from tests.ranks import Case, case_names, more, parallel_cases
 
 NEED_A_GPU = {
     "horovod_sums_on_the_gpu",
@@ -53,7 +53,7 @@ TRAINING = [
 
 
 def rest(name: str, chosen: list[str]) -> list[str]:
-    """Return a module's other cases: for `make test-more`."""
+    """Return a module's other cases: for the slow suite."""
     return [one for one in case_names(name) if one not in chosen]
 
 

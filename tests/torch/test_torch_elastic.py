@@ -13,7 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from ranks import HERE, environment, missing_controller
+
+from tests.ranks import environment, missing_controller
 
 ROWS = 61
 
@@ -35,7 +36,7 @@ def test_a_killed_rank_costs_no_row(tmp_path):
             str(Path(sys.executable).with_name("horovodrun")),
             *("--gloo", "-np", "3", "--min-np", "2", "--max-np", "3"),
             *("--host-discovery-script", str(discover), "--network-interfaces", "lo"),
-            *(sys.executable, str(HERE / "elastic_job.py"), str(tmp_path), "127.0.0.1"),
+            *(sys.executable, str(Path(__file__).with_name("elastic_job.py")), str(tmp_path), "127.0.0.1"),
         ],
         capture_output=True,
         text=True,

@@ -6,9 +6,9 @@ import pytest
 
 pytest.importorskip("torch")
 
-from ranks import Case, more, parallel_cases
+from tests.ranks import Case, parallel_cases
 
 
-@parallel_cases("torch_explain", [("gloo", 3), *more(("gloo", 2))], group="torch")
+@parallel_cases("torch_explain", group="torch")
 def test_explain(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)

@@ -14,7 +14,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from ranks import HERE, environment, missing_controller
+
+from tests.ranks import environment, missing_controller
 
 WIDTH = 64
 FILES, GROUPS, GROUP_ROWS = 4, 15, 20_000  # 60 row groups of 5 MiB: 300 MiB
@@ -47,7 +48,13 @@ def launch(folder: Path, ranks: int) -> subprocess.Popen[str]:
         [
             str(Path(sys.executable).with_name("horovodrun")),
             *("--gloo", "-np", str(ranks)),
-            *(sys.executable, str(HERE / "stream_job.py"), str(folder), str(BATCH), str(ALLOWED)),
+            *(
+                sys.executable,
+                str(Path(__file__).with_name("stream_job.py")),
+                str(folder),
+                str(BATCH),
+                str(ALLOWED),
+            ),
         ],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

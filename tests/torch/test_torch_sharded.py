@@ -4,40 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ranks import Case, more, parallel_cases
 
 import hvdloss.torch as hvd
 from hvdloss.errors import ConfigError
-
-FOUR = [
-    "random_shards_equal_one_process",
-    "a_grid_trains_like_one_process",
-    "ranks_of_a_grid_that_start_apart",
-    "checkpoints_for_any_shards",
-]
-
-
-MPI = [
-    "random_shards_equal_one_process",
-    "half_precision_is_computed_in_float32",
-    "checkpoints_for_any_shards",
-    "large_weights_travel_in_pieces",
-]
+from tests.ranks import Case, parallel_cases
 
 
 # Launches of their own: process sets of a grid stay, and other cases make the same ones.
-@parallel_cases("torch_sharded", [("gloo", 2), *more(("gloo", 3))], group="torch_sharded")
+@parallel_cases("torch_sharded", group="torch_sharded")
 def test_sharded(case: Case, request: pytest.FixtureRequest) -> None:
-    case.check(request)
-
-
-@parallel_cases("torch_sharded", more(("mpi", 2)), cases=MPI, group="torch_sharded")
-def test_sharded_over_mpi(case: Case, request: pytest.FixtureRequest) -> None:
-    case.check(request)
-
-
-@parallel_cases("torch_sharded", more(("gloo", 4)), cases=FOUR, group="torch_sharded")
-def test_sharded_on_a_grid(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)
 
 

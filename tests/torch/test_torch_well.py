@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ranks import Case, more, parallel_cases
+from tests.ranks import Case, parallel_cases
 
 
-@parallel_cases("torch_well", [("gloo", 2), *more(("gloo", 3))], group="torch")
+@parallel_cases("torch_well", group="torch")
 def test_well(case: Case, request):
     case.check(request)

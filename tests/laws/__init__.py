@@ -1,0 +1,1 @@
+"""What holds for every adapter, said once; `driver` says what an adapter lends."""

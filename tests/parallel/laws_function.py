@@ -1,0 +1,18 @@
+"""The laws of tests/laws with TensorFlow's tape in a ``tf.function``."""
+
+from __future__ import annotations
+
+import laws_tape
+from laws_tape import before_case, hvd
+
+__all__ = ["before_case", "hvd"]
+
+LAWS = ("exact",)
+EXCEPT = {
+    "micro_batches_count_by_what_they_hold": "a tape is one pass; optimizers accumulate",
+    "a_skipped_step_changes_nothing": "a tape makes no update that it could leave out",
+}
+
+
+class driver(laws_tape.driver):
+    in_a_function = True

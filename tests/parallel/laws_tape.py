@@ -1,0 +1,57 @@
+"""The laws of tests/laws with TensorFlow's tape, eagerly."""
+
+from __future__ import annotations
+
+import tensorflow as tf
+from tf_support import Network, traced
+
+import hvdloss.tensorflow as hvd
+from hvdloss.world import numbers_from
+from tests.laws.driver import RATE
+
+LAWS = ("exact",)
+EXCEPT = {
+    "micro_batches_count_by_what_they_hold": "a tape is one pass; optimizers accumulate",
+    "a_skipped_step_changes_nothing": "a tape makes no update that it could leave out",
+}
+
+
+def before_case(number):
+    numbers_from(1000 * (number + 1))
+
+
+class driver:
+    in_a_function = False
+
+    def __init__(self):
+        self.rank, self.size = hvd.rank(), hvd.size()
+
+    def build(self, parameters, *, reduction="mean", nonfinite="raise", penalty=0.0, passes=1):
+        self.net = net = Network.of(parameters)
+        self.objective = objective = hvd.Objective("mse", reduction=reduction, nonfinite=nonfinite)
+
+        def step(x, y, w):
+            with tf.GradientTape() as tape:
+                loss = objective(net(x), y, w)
+                total = loss
+                if penalty:
+                    total = loss + penalty * tf.add_n([tf.reduce_sum(p**2) for p in net.parameters])
+            tape = hvd.DistributedGradientTape(tape, objective)
+            for p, g in zip(net.parameters, tape.gradient(total, net.parameters), strict=True):
+                p.assign_sub(RATE * g)
+            return loss
+
+        self.call = traced(step) if self.in_a_function else step
+
+    def step(self, micro_batches):
+        (batch,) = micro_batches
+        return float(self.call(*map(tf.constant, batch)))
+
+    def parameters(self):
+        return [p.numpy() for p in self.net.parameters]
+
+    def report(self):
+        return self.objective.last_step
+
+    def gather(self, array):
+        return hvd.allgather(tf.constant(array)[None]).numpy()

@@ -1,0 +1,60 @@
+"""The laws of tests/laws in PyTorch: an optimizer of several backward passes."""
+
+from __future__ import annotations
+
+import torch
+from torch_support import before_case
+
+import hvdloss.torch as hvd
+from tests.laws.driver import RATE
+
+__all__ = ["before_case"]
+
+LAWS = ("exact",)
+
+
+class Model(torch.nn.Module):
+    def __init__(self, parameters):
+        super().__init__()
+        self.numbers = torch.nn.ParameterList([torch.tensor(p) for p in parameters])
+
+    def forward(self, x):
+        w, b, v = self.numbers
+        return torch.tanh(x @ w + b) @ v
+
+
+class driver:
+    def __init__(self):
+        self.rank, self.size = hvd.rank(), hvd.size()
+
+    def build(self, parameters, *, reduction="mean", nonfinite="raise", penalty=0.0, passes=1):
+        self.model = Model(parameters)
+        self.objective = hvd.Objective("mse", reduction=reduction, nonfinite=nonfinite)
+        self.optimizer = hvd.DistributedOptimizer(
+            torch.optim.SGD(self.model.parameters(), lr=RATE),
+            self.model.named_parameters(),
+            self.objective,
+            backward_passes_per_step=passes,
+        )
+        self.penalty = penalty
+
+    def step(self, micro_batches):
+        self.optimizer.zero_grad()
+        loss = None
+        for x, y, w in micro_batches:
+            loss = self.objective(self.model(torch.tensor(x)), torch.tensor(y), torch.tensor(w))
+            total = loss
+            if self.penalty:
+                total = loss + self.penalty * sum((p**2).sum() for p in self.model.parameters())
+            total.backward()
+        self.optimizer.step()
+        return None if loss is None or len(micro_batches) > 1 else loss.item()
+
+    def parameters(self):
+        return [p.detach().numpy().copy() for p in self.model.parameters()]
+
+    def report(self):
+        return self.optimizer.last_step
+
+    def gather(self, array):
+        return hvd.allgather(torch.tensor(array)[None]).numpy()
