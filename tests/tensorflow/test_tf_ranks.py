@@ -101,6 +101,11 @@ def test_streams(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)
 
 
+@parallel_cases("tf_scale", [("gloo", 2), *more(("gloo", 3), ("mpi", 2))], group="tensorflow")
+def test_scale(case: Case, request: pytest.FixtureRequest) -> None:
+    case.check(request)
+
+
 @parallel_cases("tf_nonfinite", [("gloo", 2), *more(("gloo", 1), ("gloo", 3), ("mpi", 2))], group="tf_tape")
 def test_nonfinite(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)

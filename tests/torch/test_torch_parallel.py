@@ -144,6 +144,11 @@ def test_data(case: Case, request):
     case.check(request)
 
 
+@parallel_cases("torch_scale", [("gloo", 2), ("gloo", 3), *more(("mpi", 2))], group="torch")
+def test_scale(case: Case, request):
+    case.check(request)
+
+
 @parallel_cases("torch_compiled", more(("gloo", 2)), group="torch")
 def test_compiled(case: Case, request):
     case.check(request)
