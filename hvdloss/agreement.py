@@ -1,7 +1,8 @@
 """The agreement of the first step: every rank checks that all hold the same parameters and settings.
 
-Done once per optimizer (and again when its parameters change), with one exchange of a small JSON text
-per rank, so that what would otherwise hang or train apart is an error that names the difference.
+Done once per optimizer (and again when its parameters change), so that what would otherwise hang or train
+apart is an error that names the difference. What is compared first is one hash, a few numbers whatever the
+number of ranks and parameters; who holds what is asked only of what differs.
 """
 
 from __future__ import annotations
@@ -11,11 +12,14 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NoReturn
+
+import numpy as np
+import numpy.typing as npt
 
 from hvdloss import errors
-from hvdloss.communicator import Communicator
+from hvdloss.communicator import Communicator, same
 from hvdloss.errors import AgreementError, DataError, RankError
 from hvdloss.guard import ranks_apart
 from hvdloss.hearing import hear
@@ -30,7 +34,7 @@ class Agreed:
 
     Attributes:
         parameters: equal on all ranks; ``sparse`` where any rank has seen a sparse gradient.
-        order: in which gradients became ready, of the first rank that had the most of them.
+        order: in which gradients became ready; where ranks differ, by their mean places.
     """
 
     parameters: list[ParameterInfo]
@@ -39,10 +43,12 @@ class Agreed:
 
 def _complete(told: Any) -> bool:
     """Whether a rank's words have all that is compared here."""
-    parameters, sums, order = told["parameters"], told["checksums"], told["order"]
+    parameters, sums, names = told["parameters"], told["checksums"], told["names"]
     return (
         isinstance(told["settings"], dict)
-        and all(isinstance(held, list) for held in (parameters, sums, order))
+        and isinstance(told["count"], int)
+        and all(isinstance(held, list) for held in (parameters, sums, names))
+        and all(isinstance(one, str) for one in names)
         and len(sums) == len(parameters)
         and all(
             isinstance(one["name"], str)
@@ -55,7 +61,6 @@ def _complete(told: Any) -> bool:
             and isinstance(one["gradient"], str)
             for one in parameters
         )
-        and all(isinstance(i, int) and 0 <= i < len(parameters) for i in order)
     )
 
 
@@ -124,15 +129,74 @@ def agree(
     Raises:
         AgreementError: on every rank alike, naming the first difference and the ranks.
 
-    Collectives: one gather.
+    Collectives: one sum of 32 numbers. Another one of three numbers per parameter where `order`, or what is
+    sparse, differs. Where ranks do not agree, up to two sums and a gather.
     """
+    described = [asdict(p) for p in parameters]
+    sums = list(checksums())
+    sparse = [p.sparse for p in parameters]
+    compared = _text([settings, [_compared(p) for p in described], sums])
+    equal, alike = same(communicator, [compared, _text([order, sparse])], name)
+    if not equal:
+        _raise_difference(communicator, settings, described, sums, name, broadcast)
+    if alike:
+        return Agreed(list(parameters), list(order))
+    places, counts, sparse_on = _merged(communicator, order, sparse, name).tolist()
+    found = [replace(p, sparse=count > 0) for p, count in zip(parameters, sparse_on, strict=True)]
+    ready = [i for i, count in enumerate(counts) if count > 0]
+    return Agreed(found, sorted(ready, key=lambda i: (places[i] / counts[i], i)))
+
+
+def _compared(parameter: dict[str, Any]) -> dict[str, Any]:
+    return {field: parameter[field] for field in _COMPARED}
+
+
+def _text(value: Any) -> bytes:
+    return json.dumps(_canonical(value), sort_keys=True).encode()
+
+
+def _canonical(value: Any) -> Any:
+    """Return a JSON value in the form that equal ones share: 64.0 is 64."""
+    if isinstance(value, dict):
+        return {key: _canonical(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_canonical(one) for one in value]
+    return int(value) if isinstance(value, bool | float) and value in (0, 1, value // 1) else value
+
+
+def _merged(
+    communicator: Communicator, order: Sequence[int], sparse: Sequence[bool], name: str
+) -> npt.NDArray[np.float64]:
+    """Return by parameter: the sum of its places in ranks' orders, in how many it is, and is sparse."""
+    mine = np.zeros((3, len(sparse)))
+    for place, i in enumerate(order):
+        mine[:2, i] = place, 1
+    mine[2] = sparse
+    return communicator.sum(mine, f"{name}.order")
+
+
+def _raise_difference(
+    communicator: Communicator,
+    settings: dict[str, Any],
+    parameters: list[dict[str, Any]],
+    checksums: list[int],
+    name: str,
+    broadcast: str,
+) -> NoReturn:
+    """Find what differs first, have all ranks tell no more than that, and raise what they told."""
+    settled, counted = same(communicator, [_text(settings), _text(len(parameters))], f"{name}.what")
+    index = None
+    if settled and counted:
+        each = [_text([_compared(p), c]) for p, c in zip(parameters, checksums, strict=True)]
+        index = same(communicator, each, f"{name}.which").index(False)
     mine = {
-        "settings": settings,
-        "parameters": [asdict(p) for p in parameters],
-        "checksums": list(checksums()),
-        "order": list(order),
+        "settings": {} if settled else settings,
+        "count": len(parameters),
+        "names": [] if counted else [p["name"] for p in parameters],
+        "parameters": [] if index is None else [parameters[index]],
+        "checksums": [] if index is None else [checksums[index]],
     }
-    texts = communicator.gather(json.dumps(mine).encode(), name)
+    texts = communicator.gather(json.dumps(mine).encode(), f"{name}.detail")
     ranks = hear(texts, "parameters and settings", _complete)
 
     for key in sorted(set().union(*(r["settings"] for r in ranks))):
@@ -142,36 +206,26 @@ def agree(
                 f"{key} differs between ranks: {_differing(values)}. Construct the objective and the "
                 f"optimizer with the same arguments on every rank."
             )
-    counts = [len(r["parameters"]) for r in ranks]
+    counts = [r["count"] for r in ranks]
     if len(set(counts)) > 1:
         raise AgreementError(
             f"the number of parameters differs between ranks: {_differing(counts)}"
-            f"{_first_apart([[p['name'] for p in r['parameters']] for r in ranks])}. Build the same model on "
-            f"every rank, with the same parameters frozen."
+            f"{_first_apart([r['names'] for r in ranks])}. Build the same model on every rank, with the same "
+            f"parameters frozen."
         )
-    agreed = []
-    for i, mine_p in enumerate(ranks[0]["parameters"]):
-        for field, words in _COMPARED.items():
-            values = [r["parameters"][i][field] for r in ranks]
-            if any(value != values[0] for value in values):
-                raise AgreementError(
-                    f"parameter {i} ({mine_p['name']}): {words} differs between ranks: {_differing(values)}. "
-                    f"Build the same model, in the same order and with the same parameters frozen, on every "
-                    f"rank."
-                )
-        values = [r["checksums"][i] for r in ranks]
-        if apart := ranks_apart(values):
+    theirs = ranks[0]["parameters"][0]
+    for field, words in _COMPARED.items():
+        values = [r["parameters"][0][field] for r in ranks]
+        if any(value != values[0] for value in values):
             raise AgreementError(
-                f"parameter {i} ({mine_p['name']}) has other values on rank(s) "
-                f"{', '.join(map(str, apart))} than "
-                f"on rank 0, so the ranks would train different models. {broadcast}"
+                f"parameter {index} ({theirs['name']}): {words} differs between ranks: {_differing(values)}. "
+                f"Build the same model, in the same order and with the same parameters frozen, on every rank."
             )
-        sparse = any(r["parameters"][i]["sparse"] for r in ranks)
-        agreed.append(
-            ParameterInfo(mine_p["name"], tuple(mine_p["shape"]), mine_p["kind"], mine_p["itemsize"], sparse)
-        )
-    orders: list[list[int]] = [r["order"] for r in ranks]
-    return Agreed(agreed, max(orders, key=len))
+    apart = ranks_apart([r["checksums"][0] for r in ranks])
+    raise AgreementError(
+        f"parameter {index} ({theirs['name']}) has other values on rank(s) {', '.join(map(str, apart))} than "
+        f"on rank 0, so the ranks would train different models. {broadcast}"
+    )
 
 
 def together(communicator: Communicator, work: Callable[[], Any], name: str, what: str) -> Any:
@@ -191,7 +245,7 @@ def together(communicator: Communicator, work: Callable[[], Any], name: str, wha
         RankError: a rank raised something else. On that rank itself its own error is the cause.
         AgreementError: the results differ.
 
-    Collectives: one gather.
+    Collectives: one sum of 16 numbers; where ranks differ, or one failed, a gather more.
     """
     value, error = None, None
     try:
@@ -218,7 +272,7 @@ def raise_together(
     Raises:
         DataError, RankError: see :func:`together`.
 
-    Collectives: one gather.
+    Collectives: one sum of 16 numbers; where one failed, a gather more.
     """
     _exchanged(communicator, error, None, name, when)
 
@@ -244,7 +298,7 @@ def agree_on_items(
         AgreementError: on every rank alike, naming the first thing that differs.
         RankError: `work` failed on some ranks only, or otherwise.
 
-    Collectives: one gather of a few bytes per rank; where ranks differ, one of everything.
+    Collectives: one sum of 16 numbers; where ranks differ, gathers, at last of everything.
     """
     items: list[Any] = []
     error: Exception | None = None
@@ -254,13 +308,14 @@ def agree_on_items(
         error = found
     text = json.dumps(items).encode()
     told = ["", hashlib.sha256(text).hexdigest()] if error is None else [type(error).__name__, str(error)]
-    ranks = hear(communicator.gather(json.dumps(told).encode(), name), what, _is_told)
-    if error is not None and not ranks_apart(ranks):
-        raise error
+    data = json.dumps(told).encode()
+    if same(communicator, [data], name)[0]:
+        if error is not None:
+            raise error
+        return
+    ranks = hear(communicator.gather(data, f"{name}.told"), what, _is_told)
     if any(kind for kind, _ in ranks):
         raise_together(communicator, error, f"{name}.failed", what)
-    if not ranks_apart(ranks):
-        return
     lists = hear(communicator.gather(text, f"{name}.items"), what, _is_items)
     for place in range(max(map(len, lists))):
         values = [one[place] if place < len(one) else None for one in lists]
@@ -279,9 +334,15 @@ def agree_on_items(
 def _exchanged(
     communicator: Communicator, error: BaseException | None, value: Any, name: str, when: str = ""
 ) -> list[Any]:
-    """Return what ranks bring, ``[kind of error, its text, value]``; raise the first error."""
+    """Return what ranks bring, ``[kind of error, its text, value]``, all or the one that all do.
+
+    Raise the first error.
+    """
     told = ["", "", value] if error is None else [type(error).__name__, str(error), None]
-    heard = hear(communicator.gather(json.dumps(told).encode(), name), "state", _is_state)
+    data = json.dumps(told).encode()
+    if same(communicator, [data], name)[0] and error is None:
+        return [told]
+    heard = hear(communicator.gather(data, f"{name}.detail"), "state", _is_state)
     failed = [(rank, *one[:2]) for rank, one in enumerate(heard) if one[0]]
     if not failed:
         return heard

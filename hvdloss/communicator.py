@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
@@ -28,6 +29,7 @@ __all__ = [
     "process_sets_kept",
     "rank_and_size",
     "ranks_of",
+    "same",
     "simulate",
 ]
 
@@ -66,6 +68,26 @@ class OneProcess:
     def gather(self, data: bytes, name: str) -> list[bytes]:
         """Return ``[data]``."""
         return [data]
+
+
+def same(communicator: Communicator, texts: Sequence[bytes], name: str) -> list[bool]:
+    """Return of each text whether all ranks hold the same one, whatever it is.
+
+    By a hash of 128 bits, whose pieces of 16 are equal on all ranks if and only if their variance is zero.
+
+    Args:
+        communicator: the ranks.
+        texts: of this rank; as many on all ranks.
+        name: of the exchange.
+
+    Collectives: one sum of 16 numbers per text, whatever the number of ranks.
+    """
+    hashes = b"".join(hashlib.blake2b(text, digest_size=16).digest() for text in texts)
+    pieces = np.frombuffer(hashes, dtype="<u2").astype(np.float64)
+    sums = communicator.sum(np.concatenate([pieces, pieces**2]), name)
+    pairs = zip(*(map(int, half) for half in np.split(sums, 2)), strict=True)
+    equal = [communicator.size * squares == one * one for one, squares in pairs]  # exact: integers
+    return [all(equal[i : i + 8]) for i in range(0, len(equal), 8)]
 
 
 def rank_and_size(hvd: Any, process_set: Any = None) -> tuple[int, int]:

@@ -1,15 +1,23 @@
 """The ledger: what one rank adds to one step, and how a step is judged from all ranks' ledgers.
 
 A ledger is a short vector of sums. Merging is adding, so the micro-batches of a rank, and the ranks of
-a step, merge in any order and grouping (a commutative monoid; the tests check the laws). The ranks'
-ledgers travel as one float64 matrix with a row per rank, of which each rank fills its own: the sum over
-ranks is then the table of all ledgers, known to every rank alike.
+a step, merge in any order and grouping (a commutative monoid; the tests check the laws).
+
+Ledgers travel in one of two ways. Up to :attr:`hvdloss.tuning.Tuning.table_ranks` ranks they are one float64
+matrix with a row per rank, of which each rank fills its own: the sum over ranks is the table of all ledgers.
+With more ranks only their sums travel (:class:`Sums`), a few numbers whatever the number of ranks; the rows
+are gathered where the sums show that somebody must know whose they are (:attr:`Ledgers.ask`). Either way all
+ranks know the same.
 """
 
 from __future__ import annotations
 
+import math
 import operator
-from dataclasses import astuple, dataclass, fields
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from fractions import Fraction
+from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -24,15 +32,19 @@ from hvdloss.errors import (
     UsageError,
     WeightError,
 )
+from hvdloss.exact import digits_for
 from hvdloss.reduction import finish
 
 __all__ = [
+    "ASKED",
     "COLUMN",
     "FAULTS",
     "NONFINITE",
     "POLICIES",
     "WIDTH",
     "Ledger",
+    "Ledgers",
+    "Sums",
     "check_policy",
     "judge",
     "offenders",
@@ -69,6 +81,7 @@ class Ledger:
         more: 1 if the rank has more data after this step (:mod:`hvdloss.data.uneven`).
         leaving: 1 if the rank was told to leave (:mod:`hvdloss.training.preemption`).
         hooks: how many hooks the user has set on the rank's parameters.
+        reading: 1 if somebody on the rank reads what single ranks did (:attr:`hvdloss.StepReport.ranks`).
     """
 
     numerator: float = 0.0
@@ -89,6 +102,7 @@ class Ledger:
     more: float = 0.0
     leaving: float = 0.0
     hooks: float = 0.0
+    reading: float = 0.0
 
     @classmethod
     def zero(cls) -> Ledger:
@@ -117,6 +131,12 @@ WIDTH = len(COLUMN)
 FAULTS = slice(5, 11)
 # Those of them that a policy other than "raise" lets pass.
 NONFINITE = slice(7, 9)
+# What of a ledger is summed exactly, over the whole range of float64; and of what counts by how many ranks it
+# is above zero.
+_SUMMED = slice(0, 4)
+_COUNTED = np.array([*range(4, 11), *range(COLUMN["more"], WIDTH)])
+# Where a rank's own row must be known: what somebody is to be told of by name, or wants to read.
+ASKED = np.array([*range(FAULTS.start, FAULTS.stop), *range(COLUMN["leaving"], WIDTH)])
 
 
 def check_policy(nonfinite: str) -> str:
@@ -140,16 +160,224 @@ def pack(ledger: Ledger, rank: int, size: int, more: int = 0) -> npt.NDArray[np.
     if not 0 <= rank < size:
         raise ConfigError(f"rank={rank} is not in 0..{size - 1}")
     table = np.zeros((size, WIDTH + more))
-    table[rank, :WIDTH] = astuple(ledger)
+    table[rank, :WIDTH] = list(vars(ledger).values())
     return table
 
 
-def unpack(table: npt.ArrayLike) -> list[Ledger]:
+class Ledgers(Sequence[Ledger]):
+    """What all ranks told of a step: their sums, and each rank's ledger where those were gathered.
+
+    A sequence of :class:`Ledger`, each made when it is looked at.
+
+    Args:
+        totals: float64 ``(WIDTH,)``: the sums of what is summed, and of the rest on how many ranks it is
+            above zero; times and moves are not summed.
+        size: number of ranks.
+        table: their rows, float64 ``(size, WIDTH)``; None where only sums travelled.
+    """
+
+    def __init__(
+        self, totals: npt.NDArray[np.float64], size: int, table: npt.NDArray[np.float64] | None = None
+    ) -> None:
+        self.totals, self.size, self.table = totals, size, table
+
+    @classmethod
+    def of_table(cls, table: npt.NDArray[np.float64]) -> Ledgers:
+        """Return the ledgers of these rows; a single one is rounded as all of them would be by their sums."""
+        totals = np.zeros(WIDTH)
+        totals[_SUMMED] = [exact_sum(column) for column in table.T[_SUMMED].tolist()]
+        totals[_COUNTED] = np.count_nonzero(table.T[_COUNTED] > 0, axis=1)
+        return cls(totals, len(table), table)
+
+    @classmethod
+    def of(cls, ledgers: Sequence[Ledger]) -> Ledgers:
+        """Return `ledgers` themselves, or those of a list of every rank's."""
+        if isinstance(ledgers, Ledgers):
+            return ledgers
+        return cls.of_table(
+            np.array([list(vars(one).values()) for one in ledgers], dtype=np.float64).reshape(-1, WIDTH)
+        )
+
+    def __len__(self) -> int:
+        return self.size
+
+    @overload
+    def __getitem__(self, index: int) -> Ledger: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Ledger]: ...
+
+    def __getitem__(self, index: int | slice) -> Ledger | list[Ledger]:
+        if isinstance(index, slice):
+            return [self[rank] for rank in range(*index.indices(self.size))]
+        return Ledger(*self.rows[index].tolist())
+
+    def __iter__(self) -> Iterator[Ledger]:
+        return (Ledger(*row) for row in self.rows.tolist())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def rows(self) -> npt.NDArray[np.float64]:
+        """Every rank's row, float64 ``(size, WIDTH)``.
+
+        Raises:
+            UsageError: they were not gathered.
+        """
+        if self.table is None:
+            raise UsageError("the ledgers of single ranks were not gathered in this step")
+        return self.table
+
+    def with_rows(self, rows: npt.NDArray[np.float64]) -> Ledgers:
+        """Return these sums with the rows that were gathered of every rank.
+
+        Raises:
+            ConfigError: no such rows.
+        """
+        return Ledgers(self.totals, self.size, _checked_table(rows))
+
+    def column(self, field: str) -> npt.NDArray[np.float64]:
+        """Return one field of all ranks, float64 ``(size,)``; see :attr:`rows`."""
+        return self.rows[:, COLUMN[field]]
+
+    def total(self, field: str) -> float:
+        """Return the sum of a field, rounded once; of one that counts, on how many ranks it is above 0."""
+        return float(self.totals[COLUMN[field]])
+
+    def where(self, *fields: str) -> list[int]:
+        """Return the ranks on which one of these fields is above zero; see :attr:`rows`."""
+        if not any(self.total(field) for field in fields):
+            return []
+        found: list[int] = np.flatnonzero(
+            (self.rows[:, [COLUMN[field] for field in fields]] > 0).any(axis=1)
+        ).tolist()
+        return found
+
+    def differ(self, field: str) -> bool:
+        """Return whether a field that counts, and is asked for, differs between ranks; see :attr:`rows`."""
+        if not self.total(field):
+            return False
+        column = self.column(field)
+        return bool((column != column[0]).any())
+
+    @property
+    def ask(self) -> bool:
+        """Whether the rows must be gathered: the sums show something wrong, hooks, or that somebody reads."""
+        return bool(self.totals[ASKED].any())
+
+    @property
+    def elements(self) -> int:
+        """Elements of the step."""
+        return round(self.total("elements"))
+
+
+def exact_sum(values: Sequence[float]) -> float:
+    """Return the sum, rounded once; infinite where float64 does not hold it."""
+    try:
+        return math.fsum(values)
+    except OverflowError:  # also of a part of the sum
+        whole = sum(map(Fraction, values))
+        try:
+            return float(whole)
+        except OverflowError:
+            return math.inf if whole > 0 else -math.inf
+
+
+class Sums:
+    """How ledgers travel when only their sums do: whole numbers of which an all-reduce adds up exactly.
+
+    Args:
+        size: number of ranks.
+        precision: bits of a whole number that the dtype of the message holds: 24 (float32) or 53 (float64).
+
+    Attributes:
+        length: of the message.
+        digits: of each sum in it.
+    """
+
+    def __init__(self, size: int, precision: int) -> None:
+        self.size = size
+        self.digits = digits_for(size, precision)
+        self.length = self.digits.count * _SUMMED.stop + len(_COUNTED)
+
+    @property
+    def positions(self) -> npt.NDArray[np.int64]:
+        """See :attr:`hvdloss.exact.Digits.positions`."""
+        return self.digits.positions
+
+    def write(
+        self,
+        row: Any,
+        bits: Any,
+        positions: Any,
+        *,
+        join: Callable[[list[Any]], Any],
+        flags: Callable[[Any], Any],
+        flat: Callable[[Any], Any] = np.ravel,
+        **ops: Any,
+    ) -> Any:
+        """Return the message of a rank's ledger, `length` whole numbers, in any framework.
+
+        Args:
+            row: the ledger, float64 ``(WIDTH,)``.
+            bits: ``row``'s patterns as int64.
+            positions: :attr:`positions` as the framework's.
+            join: puts vectors of the numbers behind each other in the message's dtype.
+            flags: tells where a vector is above zero.
+            flat: makes a matrix a vector.
+            ops: of :meth:`hvdloss.exact.Digits.write`.
+        """
+        digits = self.digits.write(bits[_SUMMED][:, None], positions, **ops)
+        first, last = _COUNTED[0], COLUMN["more"]
+        return join([flat(digits), flags(row[first : FAULTS.stop]), flags(row[last:])])
+
+    def pack(self, ledger: Ledger) -> npt.NDArray[np.float64]:
+        """Return the message of a ledger as float64 numbers."""
+        return self.pack_row(np.array(list(vars(ledger).values())))
+
+    def pack_row(self, row: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """Return the message of a ledger, given as its row."""
+        packed: npt.NDArray[np.float64] = self.write(
+            row,
+            row.view(np.int64),
+            self.positions,
+            join=lambda parts: np.concatenate([part.astype(np.float64) for part in parts]),
+            flags=lambda some: some > 0,
+        )
+        return packed
+
+    def unpack(self, message: npt.NDArray[Any]) -> Ledgers:
+        """Return what the summed messages of all ranks tell.
+
+        Raises:
+            ConfigError: a message of another form.
+        """
+        if message.shape != (self.length,) or not np.isfinite(message).all():
+            raise ConfigError(
+                f"the sums of ledgers are {self.length} finite numbers, got shape {message.shape}; were the "
+                f"ranks' versions different?"
+            )
+        cut = self.length - len(_COUNTED)
+        totals = np.zeros(WIDTH)
+        totals[_SUMMED] = self.digits.read(np.rint(message[:cut]).reshape(_SUMMED.stop, -1))
+        totals[_COUNTED] = np.rint(message[cut:])
+        return Ledgers(totals, self.size)
+
+
+def unpack(table: npt.ArrayLike) -> Ledgers:
     """Return the ledgers of all ranks from the summed ``(size, WIDTH)`` matrix.
 
     Raises:
         ConfigError: not a matrix of that width, or with entries that are not finite.
     """
+    return Ledgers.of_table(_checked_table(table))
+
+
+def _checked_table(table: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    """Return a table of ledgers as float64; see :func:`unpack`."""
     try:
         array = np.asarray(table)
         if array.dtype.kind not in "fiu":
@@ -161,26 +389,24 @@ def unpack(table: npt.ArrayLike) -> list[Ledger]:
         raise ConfigError(f"a ledger table has shape (ranks, {WIDTH}), got {array.shape}")
     if not np.isfinite(array).all():
         raise ConfigError("a ledger table holds NaN or infinity; were its ranks' versions different?")
-    return [Ledger(*map(float, row)) for row in array]
+    checked: npt.NDArray[np.float64] = array
+    return checked
 
 
-def _where(ledgers: list[Ledger], field: str) -> str:
-    """Return "rank 1" or "ranks 0, 2": those whose `field` is above zero."""
-    ranks = [str(rank) for rank, ledger in enumerate(ledgers) if getattr(ledger, field) > 0]
-    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(ranks)}"
+def _named(ranks: Sequence[int]) -> str:
+    """Return "rank 1" or "ranks 0, 2"; of very many the first ones."""
+    more = f" and {len(ranks) - 16} more" if len(ranks) > 16 else ""
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks[:16]))}{more}"
 
 
-def offenders(ledgers: list[Ledger], gradients: bool = True) -> list[int]:
+def offenders(ledgers: Sequence[Ledger], gradients: bool = True) -> list[int]:
     """Return the ranks whose loss (or one of whose gradients, with `gradients`) is NaN or infinite."""
-    return [
-        rank
-        for rank, one in enumerate(ledgers)
-        if one.nonfinite_losses > 0 or (gradients and one.nonfinite_gradients > 0)
-    ]
+    fields = ("nonfinite_losses", "nonfinite_gradients")
+    return Ledgers.of(ledgers).where(*fields[: 1 + gradients])
 
 
 def judge(
-    ledgers: list[Ledger], step: int, nonfinite: str = "raise", *, gradients: bool = True
+    ledgers: Sequence[Ledger], step: int, nonfinite: str = "raise", *, gradients: bool = True
 ) -> HvdlossError | None:
     """Return the error that every rank raises for this step, or None for a sound step.
 
@@ -193,38 +419,39 @@ def judge(
             no error; :func:`offenders` has those ranks. With "drop" their ledgers hold no more than that.
         gradients: whether a gradient that is not finite is an error now, or will be judged later.
     """
+    ledgers = Ledgers.of(ledgers)
+    total = ledgers.total
 
-    def total(field: str) -> float:
-        return float(sum(getattr(ledger, field) for ledger in ledgers))
+    def where(field: str) -> str:
+        return _named(ledgers.where(field))
 
     def blamed(field: str, kind: type[HvdlossError], text: str) -> HvdlossError:
         error = kind(text)
-        error.ranks = tuple(rank for rank, ledger in enumerate(ledgers) if getattr(ledger, field) > 0)
+        error.ranks = tuple(ledgers.where(field))
         return error
 
     if total("failed"):
         return blamed(
             "failed",
             RankError,
-            f"step {step}: {_where(ledgers, 'failed')} cannot go on; its own error says why. Nothing was "
-            f"updated.",
+            f"step {step}: {where('failed')} cannot go on; its own error says why. Nothing was updated.",
         )
     for field, what in (
         ("negative_weights", "below zero"),
         ("nonfinite_weights", "NaN or infinite"),
     ):
-        if count := total(field):
+        if total(field):
             return blamed(
                 field,
                 WeightError,
-                f"step {step}: {count:.0f} weight(s) {what} on {_where(ledgers, field)}; weights must "
-                f"be finite and at least 0. Nothing was updated.",
+                f"step {step}: {ledgers.column(field).sum():.0f} weight(s) {what} on {where(field)}; weights "
+                f"must be finite and at least 0. Nothing was updated.",
             )
     if nonfinite == "raise" and total("nonfinite_losses"):
         return blamed(
             "nonfinite_losses",
             NonFiniteLossError,
-            f"step {step}: the loss is NaN or infinite on {_where(ledgers, 'nonfinite_losses')}. Nothing "
+            f"step {step}: the loss is NaN or infinite on {where('nonfinite_losses')}. Nothing "
             f"was updated. Give elements that must not count the weight 0, lower the learning rate, or "
             f'choose Objective(..., nonfinite="skip") or "drop".',
         )
@@ -232,7 +459,7 @@ def judge(
         return blamed(
             "strays",
             UsageError,
-            f"step {step}: on {_where(ledgers, 'strays')} a backward pass reached this optimizer's "
+            f"step {step}: on {where('strays')} a backward pass reached this optimizer's "
             f"parameters without passing through one call of its objective (or through several calls "
             f"with different weight sums), so its share of the step is unknown. Call the objective once "
             f"per backward pass; penalties may be added to its result.",
@@ -242,7 +469,7 @@ def judge(
             "nonfinite_gradients",
             NonFiniteGradientError,
             f"step {step}: the loss is finite, but a gradient is NaN or infinite (or too large to be summed "
-            f"over ranks) on {_where(ledgers, 'nonfinite_gradients')}. Nothing was updated. Look for a "
+            f"over ranks) on {where('nonfinite_gradients')}. Nothing was updated. Look for a "
             f"square root or logarithm at 0, or a division by 0, in the backward pass; lower the learning "
             f'rate, or choose Objective(..., nonfinite="skip") or "drop".',
         )
@@ -250,11 +477,17 @@ def judge(
         dropped = offenders(ledgers) if nonfinite == "drop" else []
         left = ""
         if dropped:
-            ranks = f"rank{'s' if len(dropped) > 1 else ''} {', '.join(map(str, dropped))}"
-            left = f" that is left after dropping {ranks}, whose loss or gradient is NaN or infinite"
+            left = (
+                f" that is left after dropping {_named(dropped)}, whose loss or gradient is NaN or infinite"
+            )
         return NoWeightError(
             f"step {step}: no element with a weight above zero on any of {len(ledgers)} rank(s){left}, so "
             f"there is no mean to take. Nothing was updated. Skip the step on all ranks, or check the "
             f"weights."
+        )
+    if not math.isfinite(total("denominator")):
+        return WeightError(
+            f"step {step}: the weights of all {len(ledgers)} rank(s) add up to more than float64 holds. "
+            f"Nothing was updated. Scale the weights down: only their ratios count."
         )
     return None

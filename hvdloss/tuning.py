@@ -24,8 +24,13 @@ VARIABLES = {
     "HVDLOSS_BUCKET_CAP_MB": "a bucket of gradients is closed when it holds so many MiB",
     "HVDLOSS_FIRST_BUCKET_MB": "the same for the first bucket of a step",
     "HVDLOSS_ALONE_MB": "a gradient of so many MiB travels as it lies, not in a bucket; inf: none does",
+    "HVDLOSS_TABLE_RANKS": "up to so many ranks all their ledgers travel in every step; with more their sums",
     "HVDLOSS_OVERLAP": "1: a bucket travels while the backward pass goes on; 0: after it",
 }
+
+
+#: Up to so many ranks a table of all ledgers costs no more than their sums (docs/performance.md).
+TABLE_RANKS = 64
 
 
 @dataclass(frozen=True)
@@ -46,12 +51,19 @@ class Tuning:
         alone_mb: a gradient of this many MiB is sent as it lies: a copy into a bucket would cost more than
             a message of its own.
         overlap: 1 if buckets travel while the backward pass goes on, 0 if after it.
+        table_ranks: up to so many ranks every rank's ledger travels in every step, so that reports of single
+            ranks cost nothing; with more only the ledgers' sums do (:mod:`hvdloss.ledger`).
     """
 
     bucket_cap_mb: Choice
     first_bucket_mb: Choice
     alone_mb: Choice
     overlap: Choice
+    table_ranks: Choice
+
+    def sums(self, size: int) -> bool:
+        """Return whether of so many ranks only the sums of their ledgers travel."""
+        return size > self.table_ranks.value
 
     @property
     def bucket_bytes(self) -> int:
@@ -70,7 +82,7 @@ class Tuning:
 
     def shared(self) -> dict[str, float]:
         """Return what must be equal on all ranks, for the agreement of the first step."""
-        names = ("bucket_cap_mb", "first_bucket_mb", "alone_mb")
+        names = ("bucket_cap_mb", "first_bucket_mb", "alone_mb", "table_ranks")
         return {name: getattr(self, name).value for name in names}
 
     def as_dict(self) -> dict[str, Any]:
@@ -103,7 +115,8 @@ def choose(
     alone = _choice(None, "", "HVDLOSS_ALONE_MB", ALONE_BYTES / MIB, environ, most=math.inf)
     asked = None if overlap is None else float(overlap)
     overlapping = _choice(asked, "overlap", "HVDLOSS_OVERLAP", 1.0, environ, switch=True)
-    return Tuning(bucket, first, alone, overlapping)
+    table = _choice(None, "", "HVDLOSS_TABLE_RANKS", TABLE_RANKS, environ, what="ranks above 0")
+    return Tuning(bucket, first, alone, overlapping, table)
 
 
 def launched(hvd: Any, environ: Mapping[str, str] | None = None) -> dict[str, Any]:
@@ -150,16 +163,17 @@ def _choice(
     *,
     switch: bool = False,
     most: float = 1e6,
+    what: str = "MiB above 0",
 ) -> Choice:
     if argument is not None:
-        return Choice(_checked(argument, f"{name}={argument!r}", switch, most), "argument")
+        return Choice(_checked(argument, f"{name}={argument!r}", switch, most, what), "argument")
     text = environ.get(variable, "").strip()
     if text:
-        return Choice(_checked(text, f"{variable}={text!r}", switch, most), variable)
+        return Choice(_checked(text, f"{variable}={text!r}", switch, most, what), variable)
     return Choice(rule, "rule")
 
 
-def _checked(value: Any, shown: str, switch: bool, most: float) -> float:
+def _checked(value: Any, shown: str, switch: bool, most: float, what: str) -> float:
     try:
         number = float(value)
     except (TypeError, ValueError):
@@ -167,5 +181,5 @@ def _checked(value: Any, shown: str, switch: bool, most: float) -> float:
     if switch and number not in (0.0, 1.0):
         raise ConfigError(f"{shown} must be 0 or 1")
     if not switch and not 0 < number <= most:
-        raise ConfigError(f"{shown} must be a number of MiB above 0")
+        raise ConfigError(f"{shown} must be a number of {what}")
     return number

@@ -412,7 +412,7 @@ class ExactCompileLoss(CompileLoss):
             if not found:
                 mine = tf.stack([*(told.part.denominator for told in parts), tf.ones((), tf.float64)])
                 mine = tf.where(tf.math.is_finite(mine), mine, tf.zeros_like(mine))
-                sums = tf.reduce_sum(self.normalisers(mine), 0)
+                sums = self.normalisers(mine)
                 inverse = tf.math.divide_no_nan(sums[-1], sums[:-1])  # active ranks / global denominator
                 found.append(([mine[i] * inverse[i] for i in range(len(parts))], inverse))
             return found[0][0]
@@ -421,8 +421,8 @@ class ExactCompileLoss(CompileLoss):
         return shares
 
     def normalisers(self, mine: tf.Tensor) -> tf.Tensor:
-        """Return all ranks' denominators and activity, ``(size, losses + 1)``. One small all-reduce."""
-        return self.exchange.sum_table(mine, "normalisers")
+        """Return the sums of all ranks' denominators and activity, ``(losses + 1,)``. One all-reduce."""
+        return self.exchange.total(mine, "normalisers")
 
     def _combined(self, parts: list[Told]) -> tf.Tensor:
         """Return the row of all losses together: their exact total, of denominator 1."""

@@ -190,10 +190,11 @@ class _Engine:
             nonfinite=self.books.nonfinite,
             look=not self.lenient,
             local=[g for i, g in enumerate(gradients) if i not in set(shared)],
+            rows=bool(self.books.controller.terms),
         )
         self.books.choices = self.exchange.choices
         total = tf.reduce_sum(table[:, 1])
-        own = table[self.exchange.process_set.rank(), 1]  # nothing, of a rank that was dropped
+        own = self.exchange.own(table, self.row)[1]  # nothing, of a rank that was dropped
         factor = own if self.factor is None else tf.where(own > 0, self.factor, 0.0)
         share = tf.math.divide_no_nan(tf.cast(factor, tf.float64), total)
         alone = tf.math.divide_no_nan(tf.cast(factor, tf.float64), own)
@@ -415,8 +416,7 @@ class _ExactScale:
         engine = self._hvd
         if not engine.included or engine.exchange.size == 1:
             return finite
-        bad = engine.exchange.sum_table(tf.cast([~finite], tf.float64), "finite")
-        return tf.equal(tf.reduce_sum(bad), 0.0)
+        return tf.equal(engine.exchange.count(~finite, "finite"), 0.0)
 
     def _stateful_handle_non_finite_grads(self) -> None:
         self._hvd.books.forget()
@@ -513,10 +513,10 @@ def DistributedOptimizer(
             local variables, and ``AdaptiveCompression`` with `compression`.
 
     Collectives per step: one all-reduce per bucket of dense gradients, two all-gathers per sparse
-    one, one all-reduce of the ranks' ledgers (``size`` x 18 float64 and what terms tell), all under way
-    together; one small one more for a model of several losses, and for a ``LossScaleOptimizer``. After
-    local steps (``SyncPeriod``) instead, once per stretch: one all-reduce of the ledgers, then one of the
-    parameters per dtype.
+    one, one all-reduce of the ranks' ledgers (``size`` x 19 float64 and what terms tell; with more than 64
+    ranks see :meth:`hvdloss.tensorflow.exchange.Exchange.reduce`), all under way together; one small one
+    more for a model of several losses, and for a ``LossScaleOptimizer``. After local steps (``SyncPeriod``)
+    instead, once per stretch: one all-reduce of the ledgers, then one of the parameters per dtype.
     """
     if groups is None and num_groups:
         groups = num_groups

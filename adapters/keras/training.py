@@ -385,8 +385,8 @@ class _End(keras.callbacks.Callback):
         engine = engine_of(self.model.optimizer)
         if engine is None or not engine.included or engine.exchange.size == 1:
             return
-        stop = engine.exchange.sum_table(tf.constant([float(self.model.stop_training)], tf.float64), "stop")
-        self.model.stop_training = bool(tf.reduce_sum(stop) > 0)
+        stop = engine.exchange.count(tf.constant(bool(self.model.stop_training)), "stop")
+        self.model.stop_training = bool(stop > 0)
 
 
 def _apart(callbacks: Any) -> str:

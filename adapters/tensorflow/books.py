@@ -21,10 +21,11 @@ from hvdloss.control.period import period_of
 from hvdloss.control.weights import Proximal
 from hvdloss.controller import Controller, counts_of
 from hvdloss.errors import UsageError
-from hvdloss.ledger import COLUMN, FAULTS, NONFINITE, WIDTH, judge, offenders, unpack
+from hvdloss.ledger import COLUMN, FAULTS, NONFINITE, WIDTH, Ledgers, judge, unpack
 from hvdloss.passes import another_error, uneven_division_error, unheard_error
 from hvdloss.reduction import MEASURED
 from hvdloss.report import StepReport
+from hvdloss.report.steps import Interest
 from hvdloss.tensorflow._backend import hvd
 from hvdloss.tensorflow.ops import communicator_of
 from hvdloss.term import Travel
@@ -68,6 +69,7 @@ def translated(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 _FAILED, _MORE, _LEAVING = COLUMN["failed"], COLUMN["more"], COLUMN["leaving"]
+_READING = COLUMN["reading"]
 _ELEMENTS, _PASSES = COLUMN["elements"], COLUMN["micro_batches"]
 # Sums of passes that are not told: of squared denominators, of scaled losses, and of what arrived at losses.
 _EXTRA = 3
@@ -100,7 +102,8 @@ class Books:
         self._variables: tuple[tf.Variable, tf.Variable, tf.Variable] | None = None
         self._state: tf.Variable | None = None  # the terms' state, and what acts decided (see `_now`)
         self._bound: tuple[int, int] | None = None
-        # Whether this rank cannot go on, whether it has more, and whether it is to leave.
+        # Whether this rank cannot go on, whether it has more, whether it is to leave, and whether somebody on
+        # it reads what single ranks did.
         self._signal: tf.Variable | None = None
         self._told = (False, False)  # the first two
         self._leaving: Callable[[], bool] = lambda: False
@@ -108,6 +111,7 @@ class Books:
         self.process_set: Any = None  # of the ranks; set by those who exchange
         self.choices: dict[str, Any] = {}  # of how gradients travel, for the report
         self.listeners: list[Callable[[StepReport], None]] = []
+        self._interest = Interest(self._signal_now)
         self.silent = False  # whether a step was traced in which nobody listened
         self.name = ""  # of the objective
         self.owned = False  # whether a tape or optimizer takes what is entered
@@ -248,7 +252,9 @@ class Books:
                     ),
                     tf.Variable(0, trainable=False, dtype=tf.int64, name="hvdloss_step"),
                 )
-                self._signal = tf.Variable(tf.zeros(3, tf.float64), trainable=False, name="hvdloss_signal")
+                self._signal = tf.Variable(
+                    self._signals(), trainable=False, dtype=tf.float64, name="hvdloss_signal"
+                )
                 self._samples = tf.Variable(0, trainable=False, dtype=tf.float64, name="hvdloss_samples")
                 self._counts = tf.Variable(
                     tf.zeros(0, tf.int64), trainable=False, shape=(None,), name="hvdloss_nonfinite"
@@ -300,7 +306,11 @@ class Books:
     def _signal_now(self) -> None:
         self._of(2)
         assert self._signal is not None
-        self._signal.assign([*map(float, self._told), float(self._leaving())])
+        self._signal.assign(self._signals())
+
+    def _signals(self) -> list[float]:
+        reading = bool(self.listeners) or self._interest.on
+        return [*map(float, self._told), float(self._leaving()), float(reading)]
 
     @property
     def leaving(self) -> Callable[[], bool]:
@@ -328,7 +338,17 @@ class Books:
         """Return the row that is exchanged with what this rank tells by now."""
         self._of(2)
         assert self._signal is not None
-        return tf.tensor_scatter_nd_add(row, [[_FAILED], [_MORE], [_LEAVING]], self._signal)
+        return tf.tensor_scatter_nd_add(row, [[_FAILED], [_MORE], [_LEAVING], [_READING]], self._signal)
+
+    @property
+    def _size(self) -> int:
+        return rank_and_size(hvd, self.process_set)[1]
+
+    def _ledgers(self, table: np.ndarray) -> Ledgers:
+        """Return what a step's table tells: all ranks' rows, or one of their sums."""
+        told = table[:, :WIDTH]
+        size = self._size
+        return Ledgers(told[0], size) if len(told) == 1 < size else unpack(told)
 
     # -- what a loop may do that has no exact step ------------------------------------------------
 
@@ -405,8 +425,8 @@ class Books:
 
         Collectives: none, but where a rank cannot go on: one gather, of why.
         """
-        ledgers = unpack(table[:, :WIDTH])
-        if any(ledger.failed for ledger in ledgers) and self.process_set is not None:
+        ledgers = self._ledgers(table)
+        if ledgers.total("failed") and self.process_set is not None:
             mine = self._failure(ledgers[self.process_set.rank()].failed)
             raise_together(communicator_of(self.process_set), mine, "hvdloss.failed", f"step {step}")
         error = judge(ledgers, step, self.nonfinite)
@@ -427,7 +447,8 @@ class Books:
         if self.nonfinite != "raise":
             others = (slice(FAULTS.start, NONFINITE.start), slice(NONFINITE.stop, FAULTS.stop))
             faults = tf.concat([table[:, some] for some in others], 1)
-        return tf.reduce_any(faults > 0) | tf.equal(tf.reduce_sum(table[:, 1]), 0.0)
+        total = tf.reduce_sum(table[:, 1])
+        return tf.reduce_any(faults > 0) | tf.equal(total, 0.0) | ~tf.math.is_finite(total)
 
     def forget(self) -> None:
         """Drop what was entered since the last step."""
@@ -500,6 +521,8 @@ class Books:
             told = tf.reduce_any(table[:, NONFINITE] > 0, 1)
             if self.nonfinite == "skip":
                 told = tf.reduce_any(told)[tf.newaxis]
+            else:  # of the sums alone, which tell of nobody
+                told = tf.broadcast_to(told, [self._size])
             told = tf.cast(told, tf.int64)
             past = tf.concat([self._counts.read_value(), tf.zeros_like(told)], 0)[: tf.size(told)]
             kept.append(self._counts.assign(past + told, read_value=False))
@@ -522,6 +545,17 @@ class Books:
                 "recorder.follow(objective) before the first step, or make the tf.function anew after it"
             )
         self.listeners.append(listener)
+        self._reads()
+
+    def unlisten(self, listener: Callable[[StepReport], None]) -> None:
+        """Call `listener` no more."""
+        if listener in self.listeners:
+            self.listeners.remove(listener)
+            self._reads()
+
+    def _reads(self) -> None:
+        if self._variables is not None:
+            self._signal_now()
 
     def _tell(self, table: tf.Tensor, kept: list[Any]) -> list[Any]:
         """Tell those who follow of the step that `kept` keeps; in a graph, return what does it.
@@ -548,7 +582,8 @@ class Books:
         return [told.op]
 
     def _told_of(self, report: StepReport | None) -> None:
-        if report is not None:
+        # One that began to listen in the middle of a step is told from the next one on.
+        if report is not None and report.ranks.gathered:
             for listener in list(self.listeners):
                 listener(report)
 
@@ -582,7 +617,7 @@ class Books:
         self._judge(table, step)
         if not self.controller.terms:
             return None
-        if self.nonfinite == "skip" and offenders(unpack(table[:, :WIDTH])):
+        if self.nonfinite == "skip" and (table[:, NONFINITE] > 0).any():
             return self._now()  # a step that terms do not see
         self.controller.close(step, table, travel(steps), self.reduction)
         return self._now()
@@ -625,7 +660,7 @@ class Books:
     ) -> StepReport:
         return StepReport.of(
             step,
-            unpack(table[:, :WIDTH]),
+            self._ledgers(table),
             reduction,
             self.choices,
             self.controller.reports(),
@@ -633,6 +668,7 @@ class Books:
             skipped=counts[0] if self.nonfinite == "skip" and counts else 0,
             dropped=counts if self.nonfinite == "drop" else (),
             samples=samples,
+            interest=self._interest,
         )
 
 

@@ -15,11 +15,12 @@ from hvdloss.control.compression import AdaptiveCompression
 from hvdloss.control.period import SyncPeriod
 from hvdloss.controller import Controller
 from hvdloss.errors import ConfigError
-from hvdloss.ledger import COLUMN, WIDTH
+from hvdloss.ledger import ASKED, COLUMN, WIDTH
 from hvdloss.plan import ParameterInfo, plan_buckets
 from hvdloss.tensorflow._backend import hvd
 from hvdloss.tensorflow._traces import noted
 from hvdloss.tensorflow.guard import checksums, parameter_name
+from hvdloss.tensorflow.ledgers import Message, exact_totals
 from hvdloss.tensorflow.ops import communicator_of
 from hvdloss.tensorflow.waiting import explaining, uncounted
 from hvdloss.term import Travel
@@ -96,19 +97,6 @@ def check_skips(nonfinite: str, what: str) -> None:
             f"use hvdloss.tensorflow.DistributedOptimizer with an optimizer of Keras and a plain "
             f'tf.GradientTape, or choose "drop" or "raise"'
         )
-
-
-def as_numbers(table: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
-    """Return a float64 tensor as a vector of numbers of 16 bits, four per entry.
-
-    Where all but one rank add zeros, their sum in float32 is exact, which that of the entries is not.
-    """
-    return tf.reshape(tf.cast(tf.bitcast(table, tf.uint16), dtype), [-1])
-
-
-def from_numbers(numbers: tf.Tensor, shape: Sequence[int]) -> tf.Tensor:
-    """Return the float64 tensor of this shape that :func:`as_numbers` wrote."""
-    return tf.bitcast(tf.reshape(tf.cast(numbers, tf.uint16), [*shape, 4]), tf.float64)
 
 
 class Clock:
@@ -293,15 +281,54 @@ class Exchange:
             )
         self._agreed[key] = [weakref.ref(v) for v in known]
 
-    def sum_table(self, rows: tf.Tensor, name: str = "ledger") -> tf.Tensor:
+    @property
+    def summing(self) -> bool:
+        """Whether only the sums of ranks' ledgers travel, as there are many ranks."""
+        return self.tuning.sums(self.size)
+
+    def sum_table(self, row: tf.Tensor, name: str = "ledger") -> tf.Tensor:
         """Return the rows of all ranks, ``(size, n)``, from this rank's vector of float64.
 
-        One all-reduce of ``size x n`` float64; none with one rank.
+        One all-reduce of ``size x n`` float64, or with many ranks an all-gather; none with one rank.
         """
         noted()
         if self.size == 1:
-            return rows[tf.newaxis]
-        return self._sum(self._own_row(rows), f"{self.name}.{name}")
+            return row[tf.newaxis]
+        if self.summing:
+            return self._gather_rows(row, name)
+        return self._sum(self._own_row(row), f"{self.name}.{name}")
+
+    def count(self, here: tf.Tensor, name: str) -> tf.Tensor:
+        """Return on how many ranks a condition holds, float64. One small all-reduce."""
+        noted()
+        one = tf.cast(here, tf.float64)
+        return one if self.size == 1 else self._sum(self._variable(one), f"{self.name}.{name}")
+
+    def total(self, x: tf.Tensor, name: str) -> tf.Tensor:
+        """Return the sums over ranks of a vector of finite float64. One small all-reduce."""
+        if not self.summing or self.size == 1:
+            return tf.reduce_sum(self.sum_table(x, name), 0)
+        noted()
+        return exact_totals(self.size, self._variable(x), lambda x: self._sum(x, f"{self.name}.{name}"))
+
+    def own(self, table: tf.Tensor, row: tf.Tensor) -> tf.Tensor:
+        """Return this rank's row of a step's table, or, where only sums are there, the one that it gave."""
+        if not self.summing or self.size == 1:
+            return table[self.process_set.rank()]
+        return tf.cond(tf.shape(table)[0] > 1, lambda: table[self.process_set.rank()], lambda: row)
+
+    def _gather_rows(self, row: tf.Tensor, name: str) -> tf.Tensor:
+        options = {"process_set": self.process_set, "ignore_name_scope": True}
+        with tf.device(self.device_dense):
+            rows = hvd.allgather(self._variable(row)[tf.newaxis], name=f"{self.name}.{name}", **options)
+        return tf.ensure_shape(rows, (None, row.shape[0]))
+
+    def _asked(self, totals: tf.Tensor, row: tf.Tensor, always: bool) -> tf.Tensor:
+        """Return all ranks' rows where they must be known, or `always`, else the sums as one row."""
+        if always:
+            return self._gather_rows(row, "rows")
+        asked = tf.reduce_any(tf.gather(totals, ASKED) > 0)
+        return tf.cond(asked, lambda: self._gather_rows(row, "rows"), lambda: totals[tf.newaxis])
 
     def _measure(self) -> tf.Tensor:
         """Return what this step's weights are measured in: the last one's total, 1 in the first."""
@@ -310,15 +337,20 @@ class Exchange:
                 self._measured = tf.Variable(1.0, trainable=False, dtype=tf.float64, name="hvdloss_measure")
         return self._measured.read_value()
 
-    def _own_row(self, rows: tf.Tensor) -> tf.Tensor:
-        """Return a table of which this rank's row is filled, for summing."""
+    def _variable(self, x: tf.Tensor) -> tf.Tensor:
+        """Return float64 numbers that are to be sent, and no constants."""
         # TensorFlow takes Horovod's operations for pure functions, so it would compute one of constants
         # (weights may be) once, while tracing, and never send it again. A variable is no constant.
         if self._zero is None:
             with tf.init_scope():
                 self._zero = tf.Variable(0.0, trainable=False, dtype=tf.float64, name="hvdloss_zero")
-        rows += self._zero
-        return tf.scatter_nd([[self.process_set.rank()]], rows[tf.newaxis], [self.size, *rows.shape])
+        return x + self._zero
+
+    def _own_row(self, row: tf.Tensor) -> tf.Tensor:
+        """Return a table of which this rank's row is filled, for summing."""
+        return tf.scatter_nd(
+            [[self.process_set.rank()]], self._variable(row)[tf.newaxis], [self.size, *row.shape]
+        )
 
     def _sum(self, x: tf.Tensor, name: str, predivide: float = 1.0) -> tf.Tensor:
         with tf.device(self.device_dense), uncounted():  # the clock counts steps
@@ -344,6 +376,7 @@ class Exchange:
         nonfinite: str = "raise",
         look: tf.Tensor | bool = True,
         local: Sequence[Gradient] = (),
+        rows: bool = False,
     ) -> tuple[list[Gradient], tf.Tensor]:
         """Return the step's gradients, and the table of all ranks' rows.
 
@@ -362,15 +395,19 @@ class Exchange:
             look: whether gradients are looked at; the row then tells whether one is NaN, infinite, or so
                 large that the sum over ranks might be.
             local: gradients that stay here, to be looked at as well.
+            rows: whether all ranks' rows are needed in every step, as terms do.
 
         Returns:
             sum_k D_k g_k / sum_k D_k in each gradient's dtype, and all rows, ``(size, len(row))`` float64,
-            with the times of the exchange before. Gradients of one rank alone are returned as they are.
+            with the times of the exchange before; with many ranks (:attr:`summing`), where nobody needs more,
+            one row of sums (:attr:`hvdloss.ledger.Ledgers.totals`). Gradients of one rank alone are returned
+            as they are.
 
         Collectives: one all-reduce per bucket of dense gradients (:func:`hvdloss.plan.plan_buckets`), two
         all-gathers per sparse one; the ledgers ride in a bucket, and what terms tell is one small message
         more; or all of it is one where there is no such bucket or `compress` is given. Where the ledgers go
-        ahead, whether gradients are finite is one small message more. None with one rank.
+        ahead, whether gradients are finite is one small message more. With many ranks there is an all-gather
+        of the rows where somebody reads them or something is wrong. None with one rank.
         """
         noted()
         look = tf.convert_to_tensor(look)
@@ -397,7 +434,16 @@ class Exchange:
         if not tf.executing_eagerly():
             plan = self._plan(gradients, variables, compress is not None, row.shape[0] > WIDTH, drop)
             return self._reduce(
-                list(gradients), row, factor, plan, compress, judged, drop=drop, look=look, local=local
+                list(gradients),
+                row,
+                factor,
+                plan,
+                compress,
+                judged,
+                drop=drop,
+                look=look,
+                local=local,
+                rows=rows,
             )
         # One function, so that the messages are under way together; eager calls would wait for each.
         # One for each shape of the gradients, so that their sizes are known inside.
@@ -405,7 +451,7 @@ class Exchange:
         grouped = isinstance(self.groups, list | tuple)  # by variables, not by number
         whose = tuple(map(id, variables)) if grouped else ()
         who = (self.size, self.process_set.process_set_id)
-        key = (shapes, whose, *who, row.shape[0], compress is not None, drop, len(local))
+        key = (shapes, whose, *who, row.shape[0], compress is not None, drop, len(local), rows)
         if key not in self._eager:
             plan = self._plan(gradients, variables, compress is not None, row.shape[0] > WIDTH, drop)
 
@@ -417,7 +463,9 @@ class Exchange:
                 look: tf.Tensor,
                 local: list[tf.Tensor],
             ) -> Any:
-                return self._reduce(gradients, row, factor, plan, compress, drop=drop, look=look, local=local)
+                return self._reduce(
+                    gradients, row, factor, plan, compress, drop=drop, look=look, local=local, rows=rows
+                )
 
             made = tf.function(together, autograph=False, reduce_retracing=True)
             self._eager[key] = made, self._payload, self.choices
@@ -514,6 +562,8 @@ class Exchange:
         """
         if choosing or self._ahead(gradients):  # 16 bits cannot carry them
             return None
+        if self.summing and self.predivide != 1.0:  # sums that are exact must not be divided
+            return None
         return next((n for n in reversed(range(len(plan))) if len(plan[n]) > 1), None)
 
     def _travel(
@@ -547,6 +597,7 @@ class Exchange:
         drop: bool,
         look: tf.Tensor,
         local: Sequence[tf.Tensor],
+        rows: bool,
     ) -> tuple[list[Gradient], tf.Tensor]:
         ahead = self._ahead(gradients)
         carrier = self._carrier(gradients, plan, compress is not None)
@@ -566,10 +617,17 @@ class Exchange:
             row = marked(row, bad, drop)
         if drop:
             factor = tf.where(row[1] > 0, factor, tf.zeros_like(factor))
-        mine = self._own_row(self.clock.told(row))
-        if carrier is None:
-            table = self._sum(mine, f"{self.name}.ledger")
-        total = tf.reduce_sum(table[:, 1]) if ahead else None
+        row = self.clock.told(row)
+        message = Message(self.process_set.rank(), self.size, self.summing)
+        own = self._variable(row)
+        table = total = None
+        if carrier is None and self.summing:
+            numbers = message.write(own[:WIDTH], tf.float64)
+            totals = message.totals(self._sum(numbers, f"{self.name}.ledger"))
+        elif carrier is None:
+            table = self._sum(self._own_row(row), f"{self.name}.ledger")
+        if ahead:
+            total = totals[1] if self.summing else tf.reduce_sum(table[:, 1])
         # Weights are measured in the last step's total: where it is this step's as well, what arrives is
         # divided already, and needs no further pass.
         measure = self._measure()
@@ -581,25 +639,36 @@ class Exchange:
             elif number != carrier:
                 sums[number] = self.sum_scaled(part, scale, name, compress)
             else:
-                ledgers, told = mine[:, :WIDTH], mine[:, WIDTH:]
-                numbers = as_numbers(ledgers, part.dtype)
+                numbers = message.write(own[:WIDTH], part.dtype)
                 flat = self._sum(tf.concat([scaled(part, scale), numbers], 0), name, self.predivide)
                 sums[number], numbers = tf.split(flat, [-1, numbers.shape[0]])
-                table = from_numbers(tf.round(numbers), ledgers.shape)
-                if told.shape[1]:
+                if self.summing:
+                    totals = message.totals(numbers)
+                    continue
+                table = message.table(tf.round(numbers))
+                if row.shape[0] > WIDTH:
                     # What terms tell travels apart: here it would move gradients to other places of the
                     # message, and sums of three and more ranks round by place.
-                    table = tf.concat([table, self._sum(told, f"{self.name}.terms")], 1)
+                    told = self._sum(self._own_row(row[WIDTH:]), f"{self.name}.terms")
+                    table = tf.concat([table, told], 1)
         if ahead and not drop:  # the ledgers have gone, before gradients could be looked at
-            told = self.sum_table(tf.cast([bad], tf.float64), "finite")
-            table = tf.concat([table[:, :_GRADIENTS], told, table[:, _GRADIENTS + 1 :]], 1)
+            if self.summing:
+                there = self.count(bad, "finite")
+                totals = tf.concat([totals[:_GRADIENTS], [there], totals[_GRADIENTS + 1 :]], 0)
+                row = marked(row, bad, drop)
+            else:
+                told = self.sum_table(tf.cast([bad], tf.float64), "finite")
+                table = tf.concat([table[:, :_GRADIENTS], told, table[:, _GRADIENTS + 1 :]], 1)
+        if self.summing:
+            table = self._asked(totals, row, rows)
+            total = totals[1]
         self.clock.end(self.clock.begin(gradients), [*sums, table])
         after = judged(table)
         with tf.control_dependencies(after):
             if ahead:
                 sums = [_untouched(g) for g in sums]
             else:
-                total = tf.reduce_sum(table[:, 1])
+                total = tf.reduce_sum(table[:, 1]) if total is None else total
                 sums = [_divided(g, total / measure) for g in sums]
                 sound = tf.math.is_finite(total) & (total > 0)  # what is judged to be bad leaves no trace
                 self._measured.assign(tf.where(sound, total, measure))

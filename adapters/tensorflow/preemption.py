@@ -41,7 +41,8 @@ class Preemption(core.Preemption):
         ConfigError: an argument that cannot be used.
         UsageError: this is not the main thread.
 
-    Collectives: none with `steps`; else one all-reduce of a number per rank in every call.
+    Collectives: none with `steps`; else one all-reduce of a number in every call, and of one
+        per rank where a rank was told.
     """
 
     def __init__(self, steps: Any = None, *, process_set: Any = None, **options: Any) -> None:

@@ -111,10 +111,11 @@ class _Exact:
             nonfinite=books.nonfinite,
             look=~books.scaled,
             local=[g for i, g in enumerate(flat) if g is not None and local[i]],
+            rows=bool(books.controller.terms),
         )
         books.choices = exchange.choices
         if self._hvd_scale_local:
-            own = table[process_set.rank(), 1]  # nothing, of a rank that was dropped
+            own = exchange.own(table, row)[1]  # nothing, of a rank that was dropped
             share = tf.math.divide_no_nan(own, tf.reduce_sum(table[:, 1]))
             for i, g in enumerate(flat):
                 if g is not None and local[i]:

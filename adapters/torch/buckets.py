@@ -19,9 +19,7 @@ __all__ = [
     "SparseSlot",
     "Wire",
     "absent",
-    "as_numbers",
     "beyond",
-    "from_numbers",
     "weighed",
     "weighed_sparse",
 ]
@@ -62,19 +60,6 @@ def beyond(x: torch.Tensor, limit: float) -> Any:
             return False
     low, high = torch.aminmax(x)
     return not (float(low) >= -limit and float(high) <= limit)
-
-
-def as_numbers(table: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return a float64 vector as numbers of 16 bits each, four per entry.
-
-    Where all but one rank add zeros, their sum in float32 is exact, which that of the entries is not.
-    """
-    return table.view(torch.int16).to(dtype)
-
-
-def from_numbers(numbers: torch.Tensor) -> torch.Tensor:
-    """Return the float64 vector that :func:`as_numbers` wrote."""
-    return numbers.to(torch.int16).view(torch.float64)
 
 
 def weighed(gradient: torch.Tensor, scale: Any) -> torch.Tensor:

@@ -24,11 +24,12 @@ from hvdloss.control.weights import Proximal
 from hvdloss.controller import counts_of
 from hvdloss.errors import AgreementError, ConfigError, HvdlossError, NoWeightError, UsageError
 from hvdloss.guard import due
-from hvdloss.ledger import COLUMN, FAULTS, WIDTH, Ledger, judge, offenders, pack, unpack
+from hvdloss.ledger import COLUMN, FAULTS, WIDTH, Ledger, Ledgers, judge, offenders
 from hvdloss.passes import alone_warning, another_error, bypassed_error, division_error, uneven_division_error
 from hvdloss.plan import Bucket, ParameterInfo, plan_buckets
 from hvdloss.reduction import MEASURED
 from hvdloss.report import StepReport
+from hvdloss.report.steps import Interest
 from hvdloss.term import Travel
 from hvdloss.torch._backend import hvd
 from hvdloss.torch.buckets import (
@@ -36,15 +37,14 @@ from hvdloss.torch.buckets import (
     LoneGradient,
     SparseSlot,
     Wire,
-    as_numbers,
     beyond,
-    from_numbers,
     weighed,
     weighed_sparse,
 )
 from hvdloss.torch.compression import Compression
 from hvdloss.torch.guard import check_synchronized, checksums
 from hvdloss.torch.hooks import adopt, hooks_of, same
+from hvdloss.torch.ledgers import Message
 from hvdloss.torch.local import Stretch, share_memory
 from hvdloss.torch.objective import Objective
 from hvdloss.torch.ops import at_hand, communicator_of, put_on
@@ -96,7 +96,7 @@ class _Engine:
         self.wire = Wire(process_set, compression)
         self.compression = compression
         self.step_count = 0
-        self.ledgers: list[Ledger] | None = None
+        self.ledgers: Ledgers | None = None
         self.ledger_step = 0  # the step they are of
         self.synchronized = False
         self.should_synchronize = True
@@ -126,7 +126,8 @@ class _Engine:
         self._alone_bad = False  # whether that of a local step has gradients that are not finite
         self.samples = 0  # elements of all steps, those before a checkpoint that it goes on from among them
         self.skipped = 0  # updates
-        self.dropped: list[int] = []  # steps, by rank
+        self.dropped: np.ndarray = np.zeros(0, dtype=np.int64)  # steps, by rank
+        self.interest = Interest()  # in what single ranks did
         self.listeners: list[Callable[[StepReport], None]] = []
         self._news = False  # whether they have not been told of the last step
         self._active = False
@@ -167,20 +168,27 @@ class _Engine:
             skipped=self.skipped,
             dropped=self.dropped,
             samples=self.samples,
+            interest=self.interest,
         )
 
     def listen(self, listener: Callable[[StepReport], None]) -> None:
-        """Have `listener` called with the report of every step that is finished from now on."""
+        """Have `listener` called with the report of every step that begins from now on."""
         if not self.listeners:
             self._news = False
         self.listeners.append(listener)
+
+    def unlisten(self, listener: Callable[[StepReport], None]) -> None:
+        """Call `listener` no more."""
+        if listener in self.listeners:
+            self.listeners.remove(listener)
 
     def tell(self) -> None:
         """Tell those who follow of the last step, once."""
         if self.listeners and self._news:
             self._news = False
             report = self.report()
-            if report is not None:
+            # One that began to listen in the middle of a step is told from the next one on.
+            if report is not None and report.ranks.gathered:
                 for listener in list(self.listeners):
                     listener(report)
 
@@ -188,7 +196,7 @@ class _Engine:
 
     def renew(self) -> None:
         """Forget what was of other ranks: the plan, what was under way, and what steps were measured in."""
-        self._table_ready = self._told_ready = None
+        self._table_ready = self._rows_ready = None
         self._forget_plan()
         self._stretch = self._stretch_reference = None
         self._begin_step()
@@ -398,9 +406,9 @@ class _Engine:
         self._scale_sum: Any = 0.0
         self._table: torch.Tensor | None = None
         self._table_ready: Callable[[], None] | None = None
-        self._told_ready: Callable[[], None] | None = None  # what terms tell
+        self._rows_ready: Callable[[], torch.Tensor] | None = None  # what terms tell, or all ranks' rows
         self._dropped: float | None = None  # above 0 if this rank adds nothing for its gradients' sake
-        self._judged: list[Ledger] | None = None
+        self._judged: Ledgers | None = None
         for slot in (*self.buckets, *self.sparse):
             slot.begin_step()
         self._gathered.clear()
@@ -673,16 +681,17 @@ class _Engine:
         if self._table is not None:
             return
         bad = self._bad_gradients() if self._dropped is None else self._dropped
-        table, self._told_ready = self._own_table(self._row_sum, self._strays, bad)
+        own = self._own_row(self._row_sum, self._strays, bad)
         there = torch.tensor([float(lone.there) for lone in self.lone], dtype=torch.float64)
+        message = self._message
         if self.carrier is None:
-            self._table = torch.cat([table, put_on(there, table.device)])
+            self._table = torch.cat([message.write(own), put_on(there, own.device)])
             self._table_ready = self._plain_wire.send(self._table, f"{self.name}.ledger")
             return
         self._table = tail = self.carrier.tail
-        tail[: 4 * len(table)] = as_numbers(table, tail.dtype)
+        tail[: message.length] = message.write(own)
         if len(there):
-            tail[4 * len(table) :] = put_on(there, tail.device)
+            tail[message.length :] = put_on(there, tail.device)
         self._table_ready = self.carrier.drain
 
     def _device(self) -> torch.device:
@@ -692,15 +701,19 @@ class _Engine:
         devices = (p.device for p in self.parameters())
         return next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
 
-    def _own_table(
-        self, row: torch.Tensor | None, strays: int, bad: Any, moved: float = 0.0
-    ) -> tuple[torch.Tensor, Callable[[], None] | None]:
-        """Return the table of ledgers, flat, of which this rank's row is filled, to be summed.
+    @property
+    def _message(self) -> Message:
+        """How ledgers travel: in the carrier, or as a message of their own."""
+        dtype = None if self.carrier is None else self.carrier.tail.dtype
+        size = self.process_set.size()
+        return Message(self.process_set.rank(), size, dtype, self.tuning.sums(size))
+
+    def _own_row(self, row: torch.Tensor | None, strays: int, bad: Any, moved: float = 0.0) -> torch.Tensor:
+        """Return this rank's ledger, float64 ``(WIDTH,)``, to be sent.
 
         What terms tell is on its way by then, as a message of its own: beside the ledgers it would move
         gradients to other places of their message, and sums of three and more ranks round by place.
         """
-        rank, size = self.process_set.rank(), self.process_set.size()
         own = Ledger(
             nonfinite_gradients=0.0 if isinstance(bad, torch.Tensor) else float(bad),
             strays=float(strays),
@@ -712,37 +725,52 @@ class _Engine:
             more=float(self.more),
             leaving=float(self.leaving()),
             hooks=float(sum(found.count for p in self.parameters() if (found := hooks_of(p)) is not None)),
+            reading=float(bool(self.listeners) or self.interest.on),
         )
-        device = self._device()
-        table = put_on(torch.from_numpy(pack(own, rank, size).reshape(-1)), device)
-        width = self.controller.width
-        self._told = torch.zeros(size, width, dtype=torch.float64, device=device)
+        device, width = self._device(), self.controller.width
+        self._own = put_on(torch.tensor(list(vars(own).values()), dtype=torch.float64), device)
+        told = torch.zeros(width, dtype=torch.float64, device=device)
         if row is not None:
-            table[rank * WIDTH : rank * WIDTH + MEASURED] = row[:MEASURED]
-            if width:
-                self._told[rank] = row[MEASURED:]
+            self._own[:MEASURED] = row[:MEASURED]
+            told = row[MEASURED:]
         if isinstance(bad, torch.Tensor):
-            table[rank * WIDTH + _GRADIENTS] = bad
+            self._own[_GRADIENTS] = bad
         if isinstance(wrong := self._divided(), torch.Tensor):
-            table[rank * WIDTH + _FAILED] += wrong
+            self._own[_FAILED] += wrong
         elif wrong:
-            table[rank * WIDTH + _FAILED] = 1.0
-        ready = self._plain_wire.send(self._told.view(-1), f"{self.name}.terms") if width else None
-        return table, ready
+            self._own[_FAILED] = 1.0
+        self._rows_ready = None
+        if self.tuning.sums(self.process_set.size()):
+            if self.controller.terms:
+                self._rows_ready = self._gathered_rows(torch.cat([self._own, told]), "terms")
+        elif width:
+            table = torch.zeros(self.process_set.size(), width, dtype=torch.float64, device=device)
+            table[self.process_set.rank()] = told
+            ready = self._plain_wire.send(table.view(-1), f"{self.name}.terms")
+            self._rows_ready = lambda: ready() or table
+        return self._own
 
-    def _judge(self, table: torch.Tensor, step: int, gradients: bool) -> list[Ledger]:
-        """Return all ranks' ledgers from the summed table; raise what they show to be wrong.
+    def _gathered_rows(self, row: torch.Tensor, name: str) -> Callable[[], torch.Tensor]:
+        """Start gathering a row of every rank; the result waits."""
+        return self._plain_wire.gather(row[None], f"{self.name}.{name}")
+
+    def _judge(self, ledgers: Ledgers, step: int, gradients: bool) -> Ledgers:
+        """Return all ranks' ledgers, with their rows where those must be known; raise what is wrong.
 
         `gradients`: whether one that is not finite is, already.
         """
-        if self._told_ready is not None:
-            ready, self._told_ready = self._told_ready, None
-            ready()
-        self._ledger_table = table.view(self.process_set.size(), WIDTH).cpu().numpy()
-        ledgers = unpack(self._ledger_table)
-        self.heard = (self.heard[0] + 1, any(ledger.more for ledger in ledgers))
-        self.wished = tuple(rank for rank, ledger in enumerate(ledgers) if ledger.leaving)
-        if any(ledger.failed for ledger in ledgers):
+        told = np.zeros((len(ledgers), 0))
+        if self._rows_ready is not None:
+            ready, self._rows_ready = self._rows_ready, None
+            told = ready().cpu().numpy()
+        elif ledgers.table is None and ledgers.ask:
+            told = self._gathered_rows(self._own, "rows")().cpu().numpy()
+        if ledgers.table is None and told.shape[1]:
+            ledgers, told = ledgers.with_rows(told[:, :WIDTH]), told[:, WIDTH:]
+        self._told = told
+        self.heard = (self.heard[0] + 1, bool(ledgers.total("more")))
+        self.wished = tuple(ledgers.where("leaving"))
+        if ledgers.total("failed"):
             mine = self._failure
             if mine is None and ledgers[self.process_set.rank()].failed:
                 mine = division_error(self.passes_done, self.passes)
@@ -753,12 +781,13 @@ class _Engine:
         if error is not None:
             raise error
         if self._dropping:
-            guilty = offenders(ledgers)
-            past = self.dropped if len(self.dropped) == len(ledgers) else [0] * len(ledgers)
-            self.dropped = [count + (rank in guilty) for rank, count in enumerate(past)]
+            if len(self.dropped) != len(ledgers):
+                self.dropped = np.zeros(len(ledgers), dtype=np.int64)
+            self.dropped = self.dropped.copy()  # earlier reports have the one before
+            self.dropped[offenders(ledgers)] += 1
         return ledgers
 
-    def _judged_ledgers(self) -> list[Ledger]:
+    def _judged_ledgers(self) -> Ledgers:
         """Wait for all ranks' ledgers; raise, on every rank alike, what they show to be wrong."""
         if self._judged is not None:  # in the step that made the plan
             return self._judged
@@ -766,13 +795,11 @@ class _Engine:
         if self._table_ready is not None:
             ready, self._table_ready = self._table_ready, None
             ready()
-        entries = self.process_set.size() * WIDTH * (1 if self.carrier is None else 4)
+        message = self._message
         whole = self._table.cpu()
-        table, there = whole[:entries], whole[entries:].tolist()
-        if self.carrier is not None:
-            table = from_numbers(table)
+        told, there = message.read(whole[: message.length]), whole[message.length :].tolist()
         # Of gradients the update decides: where a GradScaler sees that they are not finite, there is none.
-        ledgers = self._judge(table, self.step_count + 1, gradients=False)
+        ledgers = self._judge(told, self.step_count + 1, gradients=False)
         if there:
             for lone, count in zip(self.lone, there, strict=True):
                 lone.used = bool(count)
@@ -810,9 +837,7 @@ class _Engine:
                 self._launch()
                 ledgers = self._judged_ledgers()
             denominator = (
-                1.0
-                if self.objective.reduction == "sum"
-                else math.fsum(one.denominator for one in ledgers) / self._reference
+                1.0 if self.objective.reduction == "sum" else ledgers.total("denominator") / self._reference
             )
             with self._waiting():
                 for slot in (*self.buckets, *self.sparse):
@@ -825,19 +850,20 @@ class _Engine:
         except BaseException:
             self.abandon()
             raise
-        self._hand_over(apart=len({one.hooks for one in ledgers}) > 1)
+        self._hand_over(apart=ledgers.differ("hooks"))
         self._choose_reference(ledgers)
         self._exchanged(began, computed)
 
-    def _verdict(self, ledgers: list[Ledger], step: int) -> HvdlossError | str | None:
+    def _verdict(self, ledgers: Ledgers, step: int) -> HvdlossError | str | None:
         """Return what becomes of the update: None, "skip", or the error that it raises.
 
         Equal on all ranks: it rests on the ledgers and on reduced gradients alone.
         """
-        if self._dropping or not offenders(ledgers):
+        losses = ledgers.total("nonfinite_losses")
+        if self._dropping or not (losses or ledgers.total("nonfinite_gradients")):
             return None
         # A gradient may have been too large to be summed surely, and its sum be finite.
-        if not offenders(ledgers, gradients=False) and not any(
+        if not losses and not any(
             bool(beyond(slot.handed, torch.finfo(slot.handed.dtype).max))
             for slot in (*self.buckets, *self.sparse)
         ):
@@ -865,7 +891,7 @@ class _Engine:
             return False
         if isinstance(verdict, HvdlossError):
             self.step_count -= 1  # as for any other error
-            self.samples -= _elements(self.ledgers or [])
+            self.samples -= 0 if self.ledgers is None else self.ledgers.elements
             self._news = False
             raise verdict
         self.skipped += 1
@@ -927,17 +953,17 @@ class _Engine:
         self._ended = time.perf_counter()
         self._held_up, self._computed = self._ended - began, computed
 
-    def _close(self, ledgers: list[Ledger], step: int, travel: Travel) -> None:
+    def _close(self, ledgers: Ledgers, step: int, travel: Travel) -> None:
         """Let the terms look at a finished step."""
         if self.controller.terms:
-            table = np.hstack([self._ledger_table, self._told.cpu().numpy()])
+            table = np.hstack([ledgers.rows, self._told])
             self.controller.close(step, table, travel, self.objective.reduction)
         self._keep(ledgers, step)
 
-    def _keep(self, ledgers: list[Ledger], step: int) -> None:
+    def _keep(self, ledgers: Ledgers, step: int) -> None:
         """Keep the ledgers of a finished step."""
         self.ledgers, self.ledger_step, self._news = ledgers, step, True
-        self.samples += _elements(ledgers)
+        self.samples += ledgers.elements
 
     # -- local steps ------------------------------------------------------------------------------
 
@@ -994,8 +1020,10 @@ class _Engine:
                 row = _emptied(row)
         if self.objective.reduction == "sum":  # ranks weigh the same, as in a step
             weight = float(weight > 0)
-        table, self._told_ready = self._own_table(row, stretch.strays, stretch.bad, moved=weight * length)
+        own = self._own_row(row, stretch.strays, stretch.bad, moved=weight * length)
         reference = self._stretch_reference or 1.0
+        message = self._message.carried(None)
+        table = message.write(own)
         told = self._plain_wire.send(table, f"{self.name}.stretch")
         waits, travel = stretch.send(flats, weight / reference, self.wire)
         who = ranks_of(hvd, self.process_set)
@@ -1003,11 +1031,11 @@ class _Engine:
             for wait in (told, *waits):
                 wait()
         try:
-            ledgers = self._judge(table, self.step_count, gradients=True)
-            total = math.fsum(
-                one.denominator if self.objective.reduction != "sum" else float(one.denominator > 0)
-                for one in ledgers
-            )
+            ledgers = self._judge(message.read(table.cpu()), self.step_count, gradients=True)
+            if self.objective.reduction == "sum":
+                total = float(np.count_nonzero(ledgers.column("denominator") > 0))
+            else:
+                total = ledgers.total("denominator")
             assert self._period is not None
             self._close(ledgers, self.step_count, travel)
         except BaseException:
@@ -1124,7 +1152,7 @@ class _Engine:
             for n, layout in enumerate(layouts)
             if not layout.alone and self.wire.is_exact(members[layout.members[0].index].dtype)
         ]
-        tail = self.process_set.size() * WIDTH * 4 + sum(layout.alone for layout in layouts)
+        alone = sum(layout.alone for layout in layouts)
         self.buckets = []
         for n, layout in enumerate(layouts):
             name = f"{self.name}.bucket.{n}"
@@ -1132,12 +1160,13 @@ class _Engine:
                 self.lone.append(LoneGradient(layout, members, name))
                 self.buckets.append(self.lone[-1])
             elif carriers and n == carriers[-1]:
-                self.carrier = FlatBucket(layout, members, name, tail)
+                dtype = members[layout.members[0].index].dtype
+                self.carrier = FlatBucket(layout, members, name, self._message.carried(dtype).length + alone)
                 self.buckets.append(self.carrier)
             else:
                 self.buckets.append(FlatBucket(layout, members, name))
 
-    def _choose_reference(self, ledgers: list[Ledger]) -> None:
+    def _choose_reference(self, ledgers: Ledgers) -> None:
         """Choose what the next step's weights are measured in: this step's total weight.
 
         Equal on all ranks, as the ledgers are, and of no effect but on rounding. When a step weighs as
@@ -1147,7 +1176,7 @@ class _Engine:
         """
         if self.objective.reduction == "sum":
             return
-        self._reference = math.fsum(one.denominator for one in ledgers)
+        self._reference = ledgers.total("denominator")
         if any(self.wire.is_half(dtype) for dtype in {p.dtype for p in self.parameters()}):
             self._reference *= self.predivide / len(ledgers)
 
@@ -1179,7 +1208,7 @@ class _Engine:
     def abandon(self) -> None:
         """Finish what is under way, drop it, and be ready for a fresh step."""
         try:
-            for ready in (self._table_ready, self._told_ready):
+            for ready in (self._table_ready, self._rows_ready):
                 if ready is not None:
                     ready()
             for slot in (*self.buckets, *self.sparse):
@@ -1195,7 +1224,7 @@ class _Engine:
         """
         if value is None or self.ledgers is None or not included(hvd, self.process_set):
             return value
-        denominator = self.ledgers[self.process_set.rank()].denominator
+        denominator = float(self._own[COLUMN["denominator"]])
         local = float(value.detach() if isinstance(value, torch.Tensor) else value)
         numerator = local * denominator if denominator else 0.0
         out = self.communicator().sum(np.array([numerator, denominator]), f"{self.name}.closure")
@@ -1227,10 +1256,6 @@ def _gradient_kind(p: torch.nn.Parameter) -> str:
     """Return the dtype of a parameter's gradient, where it is another than the parameter's."""
     dtype = getattr(p, "grad_dtype", None) or p.dtype
     return "" if dtype is p.dtype else str(dtype).removeprefix("torch.")
-
-
-def _elements(ledgers: list[Ledger]) -> int:
-    return sum(round(one.elements) for one in ledgers)
 
 
 def _emptied(row: torch.Tensor) -> torch.Tensor:
@@ -1328,7 +1353,7 @@ class _Exact:
                     value = closure()
                 engine.synchronize()
                 if next(evaluations) and engine.verdict == "skip":  # too late to have changed nothing
-                    engine.verdict = judge(engine.ledgers or [], engine.ledger_step)
+                    engine.verdict = judge(engine.ledgers or (), engine.ledger_step)
                 if not engine.decide():
                     raise _Skipped(value)
                 return engine.global_value(value)
@@ -1470,10 +1495,12 @@ def DistributedOptimizer(
         ConfigError: an argument that cannot be used.
 
     Collectives per step: one asynchronous all-reduce per bucket, all under way together; the ranks'
-    ledgers (``size`` x 18 numbers) ride in the last float32 or float64 bucket, and need a message of
-    their own only where there is none (compression, 16-bit parameters). What terms tell is one message
-    more. After local steps one all-reduce of the parameters per dtype, and one or two small ones. Buckets
-    follow Li et al., "PyTorch Distributed" (VLDB 2020).
+    ledgers (``size`` x 19 numbers; with more than 64 ranks their sums, at most 4 KiB) ride in the last
+    float32 or float64 bucket, and need a message of their own only where there is none (compression, 16-bit
+    parameters). What terms tell is one message more. With more than 64 ranks a step in which something is
+    wrong, or of which a rank reads what single ranks did, has an all-gather of 19 numbers more. After local
+    steps one all-reduce of the parameters per dtype, and one or two small ones. Buckets follow Li et al.,
+    "PyTorch Distributed" (VLDB 2020).
     """
     if groups is None and num_groups:
         groups = num_groups

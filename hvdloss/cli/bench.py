@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -147,7 +148,7 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print the numbers 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def bench() -> None:
-    """Measure steps and all-reduces beside their peers.
+    """Measure steps and all-reduces beside their peers, and what bookkeeping costs with many ranks.
 
     Peers run side by side in one job, in rotation; reported are medians, quartiles, and ratios with a
     95 % bootstrap interval. Compare ratios, not times: a machine's noise moves all peers alike.
@@ -432,3 +433,78 @@ def _show_allreduce(console: Console, found: dict[str, Any]) -> None:
         console.print(
             f"{name}: t = {alpha * 1e6:.0f} us + bytes / {beta / 1e9:.2f} GB/s", highlight=False, markup=False
         )
+
+
+# -- scale --------------------------------------------------------------------------------------------
+
+_WHAT = {
+    "step": "a step",
+    "read": "a step of which somebody reads all ranks",
+    "agreement": "the agreement of the first step",
+}
+
+
+@bench.command()
+@click.option(
+    "-np",
+    "--ranks",
+    type=click.IntRange(1, 2**20),
+    multiple=True,
+    help="Repeat for several. [2 to 10,000]",
+)
+@click.option("--rounds", type=click.IntRange(1), default=7, show_default=True)
+@_out
+@_json
+def scale(ranks: tuple[int, ...], rounds: int, out: Path, as_json: bool) -> None:
+    """Time a step's bookkeeping on one rank, among simulated ones: no ranks are started."""
+    simulated = importlib.import_module("hvdloss.benchmarks.scale")
+    results = [simulated.measure(size, rounds=rounds) for size in ranks or simulated.RANKS]
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "bench-scale.json").write_text(json.dumps({"results": results}, indent=1) + "\n")
+    if as_json:
+        click.echo(json.dumps({"results": results}))
+        return
+    console = _console()
+    table = Table(title="Bookkeeping of one rank, medians", title_justify="left")
+    table.add_column("ranks", justify="right")
+    table.add_column("ledgers")
+    for what in _WHAT:
+        for unit in ("ms", "bytes", "messages"):
+            table.add_column(f"{what}, {unit}", justify="right")
+    for one in results:
+        cells = [
+            cell
+            for what in _WHAT
+            for cell in (
+                f"{one[what]['seconds'] * 1e3:.2f}",
+                f"{one[what]['bytes']:,}",
+                str(one[what]["messages"]),
+            )
+        ]
+        table.add_row(f"{one['ranks']:,}", one["way"], *cells)
+    console.print(table)
+    _draw_scale(console, results, out / "bench-scale.png")
+
+
+def _draw_scale(console: Console, results: list[dict[str, Any]], path: Path) -> None:
+    """Draw time and bytes by the number of ranks, if matplotlib is there."""
+    try:
+        import matplotlib
+    except ImportError:
+        console.print("No picture: pip install 'hvdloss[bench]'", markup=False)
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    ranks = [one["ranks"] for one in results]
+    for what, label in _WHAT.items():
+        axes[0].plot(ranks, [one[what]["seconds"] * 1e3 for one in results], marker=".", label=label)
+        axes[1].plot(ranks, [one[what]["bytes"] for one in results], marker=".", label=label)
+    for axis, title in zip(axes, ("processor time of one rank, ms", "bytes of one rank"), strict=True):
+        axis.set(xscale="log", yscale="log", xlabel="ranks")
+        axis.set_title(title, loc="left", fontsize=10)
+    axes[0].legend(fontsize=8, frameon=False)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    console.print(f"Picture: {path}", markup=False, soft_wrap=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from hvdloss.lazy import lazily
-from hvdloss.report.steps import RankReport, StepReport, TermReport
+from hvdloss.report.steps import RankReport, RankReports, StepReport, TermReport
 
 if TYPE_CHECKING:
     from hvdloss.report.following import Following, Sink
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Following",
     "RankReport",
+    "RankReports",
     "Record",
     "Recorder",
     "Sink",

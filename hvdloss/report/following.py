@@ -54,7 +54,10 @@ class Source(Protocol):
     listeners: list[Callable[[StepReport], None]]
 
     def listen(self, listener: Callable[[StepReport], None]) -> None:
-        """Have `listener` called with the report of every step that is finished from now on."""
+        """Have `listener` called with the report of every step that begins from now on."""
+
+    def unlisten(self, listener: Callable[[StepReport], None]) -> None:
+        """Call `listener` no more."""
 
 
 def check_sink(sink: Any) -> Any:
@@ -136,8 +139,7 @@ class Following:
         if not self._listening:
             return
         self._listening = False
-        if self._step in self._source.listeners:
-            self._source.listeners.remove(self._step)
+        self._source.unlisten(self._step)
         if self._controller is not None and self._decision in self._controller.on_decision:
             self._controller.on_decision.remove(self._decision)
 

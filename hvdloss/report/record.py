@@ -11,6 +11,7 @@ import atexit
 import contextlib
 import importlib.metadata
 import logging
+import math
 import os
 import platform
 import queue
@@ -501,17 +502,19 @@ class Recorder:
             if self._room("travel"):
                 lines.append({"kind": "travel", **head, **told})
         size = len(report.ranks)
+        columns = report.ranks.columns()
+        # Numbers are plain but for those that are not finite, which plain() would look for one by one.
         ranks: dict[str, Any] = {
-            name: [plain(getattr(one, name)) for one in report.ranks]
+            name: _finite(columns[name])
             for name in ("loss", "weight", "elements", "micro_batches", "communication", "computation")
         }
-        if any(one.skew is not None for one in report.ranks):
-            ranks["skew"] = [plain(one.skew) for one in report.ranks]
-        wrong = [one for one in report.ranks if one.nonfinite]
+        if any(skew is not None for skew in columns["skew"]):
+            ranks["skew"] = plain(columns["skew"])
+        wrong = [report.ranks[rank] for rank, kind in enumerate(columns["nonfinite"]) if kind]
         if wrong:
-            ranks["nonfinite"] = [one.nonfinite for one in report.ranks]
-        if any(one.dropped for one in report.ranks):
-            ranks["dropped"] = [one.dropped for one in report.ranks]
+            ranks["nonfinite"] = columns["nonfinite"]
+        if any(columns["dropped"]):
+            ranks["dropped"] = columns["dropped"]
         terms = {}
         for name, term in report.terms.items():
             terms[name] = told = {
@@ -643,6 +646,13 @@ def _numbers(values: list[Any]) -> bool:
     return all(
         value is None or (isinstance(value, int | float) and not isinstance(value, bool)) for value in values
     )
+
+
+def _finite(values: list[Any]) -> list[Any]:
+    """Return numbers, with None for those that are not finite."""
+    if math.isfinite(sum(values)):
+        return values
+    return [value if math.isfinite(value) else None for value in values]
 
 
 def _nonfinite(report: StepReport, wrong: Sequence[RankReport]) -> dict[str, Any]:

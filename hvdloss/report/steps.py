@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, overload
 
-from hvdloss.ledger import Ledger, offenders
+import numpy as np
+import numpy.typing as npt
+
+from hvdloss.errors import UsageError
+from hvdloss.ledger import COLUMN, Ledger, Ledgers
 from hvdloss.reduction import finish
 
-__all__ = ["RankReport", "StepReport", "TermReport"]
+__all__ = ["Interest", "RankReport", "RankReports", "StepReport", "TermReport"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,170 @@ class RankReport:
     computation: float = 0.0
     nonfinite: str = ""
     dropped: int = 0
+
+
+class Interest:
+    """Whether somebody on this rank reads what single ranks did; a copy is nobody's.
+
+    Args:
+        tell: called when somebody begins to.
+    """
+
+    def __init__(self, tell: Callable[[], None] | None = None) -> None:
+        self.on = False
+        self._tell = tell
+
+    def begin(self) -> None:
+        """Note that somebody reads, from the next step on."""
+        self.on = True
+        if self._tell is not None:
+            self._tell()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Interest, ()
+
+
+class RankReports(Sequence[RankReport]):
+    """One :class:`RankReport` per rank, each made when it is looked at; compares equal to a list of them.
+
+    With many ranks (:attr:`hvdloss.tuning.Tuning.table_ranks`) what single ranks did is gathered only in
+    steps of which somebody is known to read it. Looking at a report without it raises, and has it gathered
+    from the next step on.
+
+    Args:
+        ledgers: of the step.
+        reduction: of the objective.
+        lost: the ranks whose loss is not known.
+        skew: one per rank, or None.
+        dropped: one per rank; empty for none.
+        interest: told when somebody looks at what was not gathered.
+    """
+
+    def __init__(
+        self,
+        ledgers: Ledgers,
+        reduction: str,
+        lost: Sequence[int] = (),
+        skew: Sequence[float] | None = None,
+        dropped: Sequence[int] = (),
+        interest: Interest | None = None,
+    ) -> None:
+        self._ledgers, self._reduction, self._lost = ledgers, reduction, lost
+        self._skew, self._dropped, self._interest = skew, dropped, interest
+        self._columns: dict[str, list[Any]] | None = None
+
+    @property
+    def gathered(self) -> bool:
+        """Whether they are there to be looked at."""
+        return self._ledgers.table is not None
+
+    def read(self) -> Mapping[str, list[Any]] | None:
+        """Return :meth:`columns`, or None where they were not gathered: from the next step on they are."""
+        if not self.gathered:
+            if self._interest is not None:
+                self._interest.begin()
+            return None
+        return self.columns()
+
+    @property
+    def dropped(self) -> int:
+        """Steps so far to which a rank added nothing (``nonfinite="drop"``), of all ranks; always known."""
+        return int(np.sum(self._dropped))
+
+    def columns(self) -> Mapping[str, list[Any]]:
+        """Return every field of all ranks by its name, as lists of plain values.
+
+        Raises:
+            UsageError: they were not gathered in this step.
+        """
+        if not self.gathered:
+            self.read()
+            raise UsageError(
+                f"what single ranks did in this step was not gathered: with as many as {len(self)} ranks it "
+                f"is only in steps of which somebody is known to read it, as this rank is from the next one "
+                f"on. Follow the run (hvd.Recorder, a tracker), try again after the next step, or set "
+                f"HVDLOSS_TABLE_RANKS={len(self)} on all ranks"
+            )
+        if self._columns is None:
+            self._columns = self._made()
+        return self._columns
+
+    def _made(self) -> dict[str, list[Any]]:
+        size, ledgers = len(self), self._ledgers
+        columns = ledgers.rows.T
+        numerator, denominator = columns[_RATIO]
+        with np.errstate(all="ignore"):
+            loss = numerator if self._reduction == "sum" else numerator / denominator
+        loss = np.where(denominator != 0, loss, np.nan)
+        loss[list(self._lost)] = np.nan
+        elements, micro_batches = _rounded(columns[_COUNTS])
+        weight, communication, computation = columns[_NUMBERS].tolist()
+        nonfinite = [""] * size
+        for rank in ledgers.where("nonfinite_gradients"):
+            nonfinite[rank] = "gradient"
+        for rank in ledgers.where("nonfinite_losses"):
+            nonfinite[rank] = "loss"
+        return {
+            "rank": list(range(size)),
+            "loss": loss.tolist(),
+            "weight": weight,
+            "elements": elements,
+            "micro_batches": micro_batches,
+            "communication": communication,
+            "skew": [None] * size if self._skew is None else list(self._skew),
+            "computation": computation,
+            "nonfinite": nonfinite,
+            "dropped": [int(n) for n in self._dropped] if len(self._dropped) else [0] * size,
+        }
+
+    def __len__(self) -> int:
+        return len(self._ledgers)
+
+    @overload
+    def __getitem__(self, index: int) -> RankReport: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[RankReport]: ...
+
+    def __getitem__(self, index: int | slice) -> RankReport | list[RankReport]:
+        columns = self.columns()
+        if isinstance(index, slice):
+            return [self[rank] for rank in range(*index.indices(len(self)))]
+        return RankReport(*(columns[name][index] for name in _FIELDS))
+
+    def __iter__(self) -> Iterator[RankReport]:
+        columns = self.columns()
+        return (RankReport(*row) for row in zip(*(columns[name] for name in _FIELDS), strict=True))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Sequence):
+            return NotImplemented
+        if isinstance(other, RankReports) and not (self.gathered and other.gathered):
+            return self.gathered == other.gathered and len(self) == len(other)
+        return list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return repr(list(self)) if self.gathered else f"<{len(self)} ranks, not gathered>"
+
+
+_FIELDS = [one.name for one in fields(RankReport)]
+_RATIO, _COUNTS, _NUMBERS = (
+    np.array([COLUMN[name] for name in names])
+    for names in (
+        ("numerator", "denominator"),
+        ("elements", "micro_batches"),
+        ("weight", "communication", "computation"),
+    )
+)
+
+
+def _rounded(columns: npt.NDArray[np.float64]) -> list[list[int]]:
+    """Return numbers as whole ones."""
+    if np.abs(columns).max(initial=0.0) < 2**53:
+        return [*np.rint(columns).astype(np.int64).tolist()]
+    return [list(map(round, column)) for column in columns.tolist()]
 
 
 @dataclass(frozen=True)
@@ -73,7 +241,7 @@ class StepReport:
         weight: sum of all weights.
         elements: number of elements with a weight other than zero.
         objective_value: the loss plus the priced terms.
-        ranks: one :class:`RankReport` per rank.
+        ranks: one :class:`RankReport` per rank; with many ranks see :class:`RankReports`.
         choices: how gradients travelled: value and decider of every choice of
             :class:`hvdloss.tuning.Tuning` and of the launch, and as ``"travel"`` the numbers of messages,
             of buckets, and of gradients that travelled alone or sparse, as this rank has them.
@@ -89,7 +257,7 @@ class StepReport:
     weight: float
     elements: int
     objective_value: float
-    ranks: list[RankReport]
+    ranks: RankReports
     choices: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
     terms: Mapping[str, TermReport] = field(default_factory=dict)
     skipped: int = 0
@@ -99,7 +267,7 @@ class StepReport:
     def of(
         cls,
         step: int,
-        ledgers: list[Ledger],
+        ledgers: Sequence[Ledger],
         reduction: str,
         choices: Mapping[str, Any] | None = None,
         terms: Mapping[str, TermReport] | None = None,
@@ -108,47 +276,32 @@ class StepReport:
         skipped: int = 0,
         dropped: Sequence[int] = (),
         samples: int | None = None,
+        interest: Interest | None = None,
     ) -> StepReport:
         """Return the report of the step whose ranks' ledgers these are.
 
         `nonfinite` is the objective's policy; `skipped`, and `dropped` by rank (none if empty), what it came
-        to so far; `samples` the elements of all steps.
+        to so far; `samples` the elements of all steps; `interest` is told when somebody looks at `ranks`
+        that were not gathered.
         """
-        whole = Ledger.zero()
-        for ledger in ledgers:
-            whole = whole.merge(ledger)
+        ledgers = Ledgers.of(ledgers)
         # Sums that were not finite travelled as zeros: what is left is no loss of these elements.
-        lost = set() if nonfinite == "drop" else set(offenders(ledgers, gradients=False))
-        loss = float("nan") if lost else whole.finish(reduction)
+        lost = [] if nonfinite == "drop" else ledgers.where("nonfinite_losses")
+        loss = (
+            float("nan")
+            if lost
+            else finish(reduction, ledgers.total("numerator"), ledgers.total("denominator"))
+        )
         terms = dict(terms or {})
-        skew: Sequence[float | None] = terms["skew"].values if "skew" in terms else [None] * len(ledgers)
         return cls(
             step=step,
             loss=loss,
-            weight=whole.weight,
-            elements=round(whole.elements),
+            weight=ledgers.total("weight"),
+            elements=ledgers.elements,
             objective_value=loss + math.fsum(term.priced for term in terms.values()),
-            ranks=[
-                RankReport(
-                    rank=rank,
-                    loss=finish(reduction, one.numerator, one.denominator)
-                    if one.denominator and rank not in lost
-                    else float("nan"),
-                    weight=one.weight,
-                    elements=round(one.elements),
-                    micro_batches=round(one.micro_batches),
-                    communication=one.communication,
-                    skew=skew[rank],
-                    computation=one.computation,
-                    nonfinite="loss"
-                    if one.nonfinite_losses > 0
-                    else "gradient"
-                    if one.nonfinite_gradients > 0
-                    else "",
-                    dropped=dropped[rank] if len(dropped) else 0,
-                )
-                for rank, one in enumerate(ledgers)
-            ],
+            ranks=RankReports(
+                ledgers, reduction, lost, terms["skew"].values if "skew" in terms else None, dropped, interest
+            ),
             choices=dict(choices or {}),
             terms=terms,
             skipped=skipped,
@@ -156,5 +309,14 @@ class StepReport:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the report as plain numbers, lists and dicts, ready for JSON."""
-        return asdict(self)
+        """Return the report as plain numbers, lists and dicts, ready for JSON.
+
+        Without what single ranks did, where that was not gathered (``ranks`` is None).
+        """
+        whole = {one.name: getattr(self, one.name) for one in fields(self)}
+        return {
+            **whole,
+            "ranks": [asdict(one) for one in self.ranks] if self.ranks.gathered else None,
+            "choices": dict(self.choices),
+            "terms": {name: asdict(term) for name, term in self.terms.items()},
+        }

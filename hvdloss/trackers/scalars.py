@@ -3,22 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
-from hvdloss.report.steps import RankReport, StepReport
+import numpy as np
+
+from hvdloss.report.steps import StepReport
 
 __all__ = ["scalars"]
-
-#: What is told of a rank.
-_OF_A_RANK: dict[str, Callable[[RankReport, StepReport], float | None]] = {
-    "loss": lambda one, _: one.loss,
-    "weight": lambda one, _: one.weight,
-    "elements": lambda one, _: float(one.elements),
-    "share": lambda one, whole: one.weight / whole.weight if whole.weight > 0 else 0.0,
-    "communication": lambda one, _: one.communication,
-    "computation": lambda one, _: one.computation,
-    "skew": lambda one, _: one.skew,
-}
 
 
 def scalars(report: StepReport, *, per_rank: int = 64) -> dict[str, float]:
@@ -34,25 +24,36 @@ def scalars(report: StepReport, *, per_rank: int = 64) -> dict[str, float]:
         report: of the step.
         per_rank: with more ranks than this, ``ranks/min/...``, ``ranks/mean/...`` and ``ranks/max/...``
             instead; a rank's loss counts there if it had elements.
+
+    Without ``ranks/...`` where what single ranks did was not gathered (:class:`hvdloss.report.RankReports`).
     """
+    columns = report.ranks.read()
     out = {
         "loss": report.loss,
         "objective_value": report.objective_value,
         "weight": report.weight,
         "elements": float(report.elements),
         "skipped": float(report.skipped),
-        "dropped": float(sum(one.dropped for one in report.ranks)),
-        "nonfinite": float(sum(bool(one.nonfinite) for one in report.ranks)),
+        "dropped": float(report.ranks.dropped),
+        # Where any rank has one, all of them are gathered.
+        "nonfinite": float(sum(map(bool, columns["nonfinite"]))) if columns else 0.0,
     }
     for name, term in report.terms.items():
         out[f"terms/{name}/total"] = term.total
         out[f"terms/{name}/priced"] = term.priced
-    for what, tell in _OF_A_RANK.items():
-        told = {one.rank: value for one in report.ranks if (value := tell(one, report)) is not None}
-        if len(report.ranks) <= per_rank:
-            out.update({f"ranks/{rank}/{what}": value for rank, value in told.items()})
-        elif known := [value for value in told.values() if not math.isnan(value)]:
-            out[f"ranks/min/{what}"] = min(known)
+    if columns is None:
+        return out
+    weight = np.array(columns["weight"])
+    share = weight / report.weight if report.weight > 0 else np.zeros(len(weight))
+    told = {name: columns[name] for name in ("loss", "weight", "elements", "communication", "computation")}
+    if columns["skew"][0] is not None:
+        told["skew"] = columns["skew"]
+    for what, values in {**told, "share": share}.items():
+        numbers = np.array(values, dtype=np.float64)
+        if len(numbers) <= per_rank:
+            out.update({f"ranks/{rank}/{what}": value for rank, value in enumerate(numbers.tolist())})
+        elif len(known := numbers[~np.isnan(numbers)]):
+            out[f"ranks/min/{what}"] = float(known.min())
             out[f"ranks/mean/{what}"] = math.fsum(known) / len(known)
-            out[f"ranks/max/{what}"] = max(known)
+            out[f"ranks/max/{what}"] = float(known.max())
     return out

@@ -111,16 +111,19 @@ class Preemption:
     def __call__(self) -> bool:
         """Return whether to leave, the same on all ranks; to be called after every optimizer step.
 
-        Collectives: none with an optimizer; else one all-reduce of a number per rank.
+        Collectives: none with an optimizer; else one all-reduce of a number, and of one per rank where a
+            rank was told.
         """
         if self._wishes is not None:
             self._ranks = self._wishes.wished
         else:
             communicator = self._communicator()
-            told = np.zeros(communicator.size)
-            told[communicator.rank] = self.asked
-            heard = communicator.sum(told, "hvdloss.preemption")
-            self._ranks = tuple(int(rank) for rank in np.flatnonzero(heard))
+            self._ranks = ()
+            if communicator.sum(np.array([float(self.asked)]), "hvdloss.preemption")[0]:
+                told = np.zeros(communicator.size)
+                told[communicator.rank] = self.asked
+                heard = communicator.sum(told, "hvdloss.preemption.ranks")
+                self._ranks = tuple(int(rank) for rank in np.flatnonzero(heard))
         return bool(self._ranks)
 
     def leave(self, everyone: bool | None = None) -> None:

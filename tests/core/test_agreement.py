@@ -87,11 +87,17 @@ def test_a_gradient_that_is_sparse_anywhere_is_sparse_everywhere(seen):
 
 @settings(max_examples=30)
 @given(st.lists(st.permutations(range(4)), min_size=1, max_size=4), st.data())
-def test_the_longest_order_wins_and_of_equals_the_first(orders, data):
+def test_orders_that_differ_are_merged_by_mean_places(orders, data):
     orders = [order[: data.draw(st.integers(0, 4))] for order in orders]
-    longest = next(order for order in orders if len(order) == max(map(len, orders)))
+    places = {i: [order.index(i) for order in orders if i in order] for i in range(4)}
+    merged = sorted((i for i in places if places[i]), key=lambda i: (sum(places[i]) / len(places[i]), i))
     for agreed in outcomes(len(orders), order=lambda rank: orders[rank]):
-        assert agreed.order == longest
+        assert agreed.order == (orders[0] if len(set(map(tuple, orders))) == 1 else merged)
+
+
+def test_a_rank_without_gradients_leaves_the_order_alone():
+    for agreed in outcomes(3, order=on({1}, [], [3, 1, 0])):
+        assert agreed.order == [3, 1, 0]
 
 
 def test_checksums_are_whole_numbers_of_any_size():
@@ -101,20 +107,20 @@ def test_checksums_are_whole_numbers_of_any_size():
     assert "embedding.weight" in the_message(apart)
 
 
-def test_it_costs_one_gather():
+def test_it_costs_one_small_sum():
     calls = []
 
     class Counting(OneProcess):
         def gather(self, data, name):
-            calls.append(("gather", name))
+            calls.append(("gather", name, len(data)))
             return super().gather(data, name)
 
         def sum(self, array, name):
-            calls.append(("sum", name))
+            calls.append(("sum", name, len(array)))
             return super().sum(array, name)
 
     agree(Counting(), MODEL, lambda: [1, 2, 3, 4], [], SETTINGS, name="first step")
-    assert calls == [("gather", "first step")]
+    assert calls == [("sum", "first step", 32)]
 
 
 # Differing

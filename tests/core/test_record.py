@@ -413,6 +413,10 @@ class Steps:
     def listen(self, listener):
         self.listeners.append(listener)
 
+    def unlisten(self, listener):
+        if listener in self.listeners:
+            self.listeners.remove(listener)
+
     def go(self, step):
         for listener in list(self.listeners):
             listener(report(step))

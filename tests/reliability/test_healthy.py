@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from tests.ranks import missing_controller
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))

@@ -39,6 +39,11 @@ def test_streams(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)
 
 
+@parallel_cases("tf_scale", group="tensorflow")
+def test_scale(case: Case, request: pytest.FixtureRequest) -> None:
+    case.check(request)
+
+
 @parallel_cases("tf_nonfinite", group="tensorflow")
 def test_nonfinite(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)

@@ -60,6 +60,11 @@ def test_data(case: Case, request):
     case.check(request)
 
 
+@parallel_cases("torch_scale", group="torch")
+def test_scale(case: Case, request):
+    case.check(request)
+
+
 @parallel_cases("torch_compiled", group="torch")
 def test_compiled(case: Case, request):
     case.check(request)
