@@ -55,6 +55,8 @@ class _Engine:
         self.books = Books() if objective is None else objective.books
         self.books.process_set = exchange.process_set
         self.books.owned = True
+        with tf.init_scope():
+            self.books.forget_others()
         self.loss_scale: Callable[[], Any] = lambda: None  # what a LossScaleOptimizer multiplies with
         self.lenient = objective is None
         self.warned = False  # that nothing is known of the loss

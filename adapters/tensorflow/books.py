@@ -283,6 +283,8 @@ class Books:
             return tf.identity(x), grad
 
         self._of(0)  # exists before any function is traced
+        if self.owned:
+            self.forget_others()
         return through(loss)
 
     def enter(self, row: tf.Tensor, upstream: tf.Tensor | None = None) -> tf.Tensor:
@@ -365,15 +367,26 @@ class Books:
         found = [one.calls > count for one, count in zip(others, before, strict=True)]
         return out, self._any(others, found)
 
-    def unheard(self) -> tf.Tensor:
-        """Return above 0 if a pass went through an objective that nobody takes, and forget it."""
-        others = [
+    def _unowned(self) -> list[Books]:
+        """Return the books of objectives that nobody takes."""
+        return [
             one for one in _of_objectives if one is not self and not one.owned and one._variables is not None
         ]
+
+    def forget_others(self) -> None:
+        """Drop what was entered for objectives that nobody takes: it is no part of the pass to come."""
+        for one in self._unowned():
+            one.forget()
+
+    def unheard(self) -> tf.Tensor:
+        """Return above 0 if a pass went through an objective that nobody takes, and forget it.
+
+        Of passes since this objective was last called, or the optimizer was made.
+        """
+        others = self._unowned()
         found = [one.calls > 0 for one in others]
         with tf.control_dependencies([] if tf.executing_eagerly() else found):
-            for one in others:
-                one.forget()
+            self.forget_others()
         return self._any(others, found)
 
     def _any(self, others: list[Books], found: list[tf.Tensor]) -> tf.Tensor:
@@ -381,7 +394,8 @@ class Books:
         if not others:
             return tf.zeros((), tf.float64)
         if tf.executing_eagerly():
-            self._others = [one.name for one, there in zip(others, found, strict=True) if bool(there)]
+            names = [one.name for one, there in zip(others, found, strict=True) if bool(there)]
+            self._others = names or self._others
         else:
             self._others = sorted({one.name for one in others})
         return tf.cast(tf.reduce_any(tf.stack(found)), tf.float64)
