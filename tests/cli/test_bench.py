@@ -110,3 +110,15 @@ def test_without_horovodrun_the_way_out_is_install(tmp_path: Path, monkeypatch: 
     done = CliRunner().invoke(bench_module.bench, ["allreduce", "--out", str(tmp_path)])
     assert done.exit_code == Exit.MISSING
     assert "hvdloss install" in done.output
+
+
+def test_bookkeeping_is_measured_without_ranks(tmp_path: Path) -> None:
+    done = run_cli(
+        "bench", "scale", "-np", "2", "-np", "100", "--rounds", "1", "--json", "--out", str(tmp_path)
+    )
+    assert done.returncode == 0, done.stderr
+    few, many = json.loads(done.stdout)["results"]
+    assert (few["way"], many["way"]) == ("table", "sums")
+    assert many["step"]["bytes"] <= 4096
+    assert (many["step"]["messages"], many["read"]["messages"], many["agreement"]["messages"]) == (0, 1, 1)
+    assert json.loads((tmp_path / "bench-scale.json").read_text())["results"] == [few, many]
