@@ -85,8 +85,8 @@ def law_absent_elements_may_hold_nan(driver: Driver) -> None:
 def law_a_penalty_counts_once(driver: Driver) -> None:
     rng = np.random.default_rng(5)
     start = network(rng)
-    driver.build(start, penalty=0.3)
-    alone = Alone(start, penalty=0.3)
+    driver.build(start, penalty=0.25)  # exact in float32, in which Keras keeps it
+    alone = Alone(start, penalty=0.25)
     for _ in range(3):
         parts = split(rng, elements(rng, 30), driver.size, empty=False)
         driver.step([parts[driver.rank]])
