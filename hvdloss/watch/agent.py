@@ -575,6 +575,8 @@ class Agent:
             self._above.tell({"fault": fault.told()})
 
     def _gone(self, rank: int, what: str, state: RankState | None) -> None:
+        if any(rank in self.plan.hosts[index] for index in self._ended_hosts):
+            return  # whoever reported to that host could not know how it ended
         if self.root is not None:
             self.root.gone(rank, what, state)
         elif self._above is not None:

@@ -307,7 +307,7 @@ def test_a_host_whose_agent_was_killed_may_end_in_good_order():
     with Job((0,), (1, 2)) as job:
         os.kill(job.agents[1].pid, signal.SIGKILL)
         assert "is no longer watched" in job[1].hear("log")
-        job.quiet(4.0)
+        job.quiet(14.0)
         job[1].do("exit")
         job[2].do("exit")
         job.quiet(4.0)  # rank 0 may have something left to do
