@@ -122,7 +122,7 @@ def test_every_block_says_what_it_is(page):
 
 @pytest.mark.parametrize("language", ["python", "pycon"])
 def test_what_is_wrong_in_a_page_is_found(tmp_path, language, monkeypatch):
-    import pages
+    from tests.docs import pages
 
     monkeypatch.setattr(pages, "ROOT", tmp_path)
     right, wrong = {"python": ("x = 1", "x = nothing"), "pycon": (">>> 1 + 1\n2", ">>> 1 + 1\n3")}[language]
@@ -135,7 +135,7 @@ def test_what_is_wrong_in_a_page_is_found(tmp_path, language, monkeypatch):
 
 
 def test_pages_for_ranks_are_run_under_them():
-    from ranks import case_names
+    from tests.ranks import case_names
 
     cases = {
         page.replace("_", "-")

@@ -22,11 +22,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[2])]
 
 from fault_job import Item  # noqa: E402
 from faults import BY_NAME, STUCK, Fault  # noqa: E402
-from ranks import environment  # noqa: E402
+from tests.ranks import environment  # noqa: E402
 
 JOB = Path(__file__).resolve().parent / "fault_job.py"
 START_SECONDS = 240.0
