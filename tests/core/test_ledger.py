@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from hvdloss import ledger as ledger_module
 from hvdloss.errors import (
     ConfigError,
     HvdlossError,
@@ -357,3 +358,21 @@ def test_judging_depends_on_its_arguments_only(ledgers):
         judge([Ledger(strays=1.0)], 6)  # what was judged in between leaves no trace
     assert len({(type(verdict), str(verdict)) for verdict in verdicts}) == 1
     assert verdicts[0] is None or isinstance(verdicts[0], HvdlossError)
+
+
+def test_the_columns_of_faults_are_all_that_make_a_step_unsound():
+    names = list(ledger_module.COLUMN)
+    assert names[ledger_module.FAULTS] == [
+        "negative_weights",
+        "nonfinite_weights",
+        "nonfinite_losses",
+        "nonfinite_gradients",
+        "strays",
+        "failed",
+    ]
+    assert names[ledger_module.NONFINITE] == ["nonfinite_losses", "nonfinite_gradients"]
+    sound = Ledger(numerator=1.0, denominator=1.0, weight=1.0, elements=1.0)
+    for name in names[4:]:
+        error = judge([sound, Ledger(**{**vars(sound), name: 1.0})], 3)
+        assert (error is not None) == (name in names[ledger_module.FAULTS]), name
+        assert error is None or "rank 1" in str(error) or "rank(s) 1" in str(error), name
