@@ -213,6 +213,11 @@ def _raise_difference(
             f"{_first_apart([r['names'] for r in ranks])}. Build the same model on every rank, with the same "
             f"parameters frozen."
         )
+    if not all(r["parameters"] for r in ranks):
+        raise AgreementError(
+            "ranks' settings or parameters differ, but not in what they tell of them; do all ranks run the "
+            "same version of hvdloss?"
+        )
     theirs = ranks[0]["parameters"][0]
     for field, words in _COMPARED.items():
         values = [r["parameters"][0][field] for r in ranks]

@@ -49,8 +49,7 @@ _QUIET_S = 3.0  # from the end of a rank's connection to that of its process
 _BACK_S = 10.0  # after a pause of this host, to find what came of it
 _AWAY_S = 10.0  # from the end of an agent to that of its host's ranks, if they were killed together
 _DIAL_S = 5.0
-_RANKS_S = 1.0  # for ranks to answer
-_STACK_S = 2.0  # to read the stack of one that does not
+_RANKS_S = 0.7  # for ranks to answer
 _DEEPER_S = 0.6  # of the time for an answer, for the hosts below
 
 
@@ -672,7 +671,7 @@ class Agent:
 
         def read() -> None:
             for state in mute[:2]:
-                state.stack = native_stack(self._ranks[state.rank].process.pid, _STACK_S)
+                state.stack = native_stack(self._ranks[state.rank].process.pid)
 
         thread = threading.Thread(target=read, daemon=True)
         thread.start()

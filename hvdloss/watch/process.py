@@ -125,36 +125,38 @@ class Process:
         return False
 
 
-def native_stack(pid: int, seconds: float = 5.0) -> tuple[str, ...]:
-    """Return the main thread's stack of another Python process, read from outside by py-spy.
+def native_stack(pid: int) -> tuple[str, ...]:
+    """Return the main thread's stack of another Python process, read from outside by py-spy; at most 2.5 s.
 
     Args:
         pid: of the process, of the same user.
-        seconds: to wait for.
 
     Returns:
-        Its innermost frames, outermost first; one line that says why there are none.
+        Its innermost frames, outermost first, native ones too if that is quick; one line that says why there
+        are none.
     """
     tool = shutil.which("py-spy") or str(Path(sys.executable).with_name("py-spy"))
     if not os.access(tool, os.X_OK):
         return ("(install py-spy to see where: its interpreter does not answer)",)
-    for more in (["--native"], []):
-        try:
+    found: tuple[str, ...] = ("(py-spy could not read its stack)",)
+    for how, seconds in ((["--nonblocking"], 1.0), (["--native"], 1.5)):
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
             out = subprocess.run(
-                [tool, "dump", *more, "--pid", str(pid)], capture_output=True, text=True, timeout=seconds
+                [tool, "dump", *how, "--pid", str(pid)], capture_output=True, text=True, timeout=seconds
             )
-        except (OSError, subprocess.SubprocessError):
-            continue
-        frames: list[str] = []
-        for line in out.stdout.splitlines():
-            if line.startswith("Thread"):
-                if frames:
-                    break
-            elif line.startswith(" "):
-                frames.append(line.strip())
-        if frames:
-            return tuple(reversed(frames[:12]))
-    return ("(py-spy could not read its stack)",)
+            found = _frames_of(out.stdout) or found
+    return found
+
+
+def _frames_of(dump: str) -> tuple[str, ...]:
+    """Return the innermost frames of the first thread of py-spy's output."""
+    frames: list[str] = []
+    for line in dump.splitlines():
+        if line.startswith("Thread") and frames:
+            break
+        if line.startswith(" "):
+            frames.append(line.strip())
+    return tuple(reversed(frames[:12]))
 
 
 def sockets() -> dict[int, str]:

@@ -208,7 +208,13 @@ class Root:
             if self.limits.stall and ages[i] > self.limits.stall and self._incomplete(tally, i, exchange):
                 self._ask("away", [exchange], _SEARCH_S, partial(self._say_stall, tally, exchange, ages[i]))
                 return
+        if self.limits.stall:  # however long the pauses have become
+            self._come_back(now, [self.limits.stall - age for age in ages])
         self._warn(tally, exchanges, ages, now)
+
+    def _come_back(self, now: float, seconds: Sequence[float]) -> None:
+        """Count again when the first of so many seconds have passed, if not before."""
+        self._next = min(self._next, now + max(min(seconds), _SPACE_S))
 
     def _incomplete(self, tally: Tally, index: int, exchange: Exchange) -> bool:
         return tally.inside[index] > 0 and not tally.complete(index, exchange.size(self.size))
@@ -247,10 +253,9 @@ class Root:
             if tally.inside[i] and ages[i] >= self._warned.get(exchange.id, first)
         ]
         if not due:
-            soonest = min(
-                self._warned.get(one.id, first) - age for one, age in zip(exchanges, ages, strict=True)
+            self._come_back(
+                now, [self._warned.get(one.id, first) - age for one, age in zip(exchanges, ages, strict=True)]
             )
-            self._next = min(self._next, now + max(soonest, _SPACE_S))
             return
         i = max(due, key=lambda i: ages[i])
         exchange, age = exchanges[i], ages[i]

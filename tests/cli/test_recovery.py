@@ -14,7 +14,7 @@ from horovod.runner.common.util import safe_shell_exec
 
 def one(_):
     event = threading.Event()
-    timer = threading.Timer(1.0, event.set)
+    timer = threading.Timer(5.0, event.set)  # when the shells run, on a busy machine too
     timer.start()
     return safe_shell_exec.execute(
         "exec /bin/sh",

@@ -300,6 +300,11 @@ def test_a_hard_limit_ends_the_job_where_it_is_set():
     assert (fault.kind, fault.ranks) == ("stall", (1,))
     for part in ("step 3: rank 1 did not come to step 3 of o", "finished a step 3 s ago", "a/b.py:3 in f"):
         assert part in fault.text
+    for limit in (3.0, 5.0, 7.0, 40.0, 700.0):  # whatever the pauses between two counts are by then
+        one = Job(2, stall=limit)
+        one.wait(0, "x")
+        one.goes(limit + 1.5)
+        assert [fault.kind for fault in one.faults] == ["stall"], limit
     one = Job(2, stall=10.0)  # an exchange that all are in is no stall
     one.wait(0, "x")
     one.wait(1, "x")

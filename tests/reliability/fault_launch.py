@@ -26,6 +26,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 
 from fault_job import Item  # noqa: E402
 from faults import BY_NAME, STUCK, Fault  # noqa: E402
+
 from tests.ranks import environment  # noqa: E402
 
 JOB = Path(__file__).resolve().parent / "fault_job.py"

@@ -16,7 +16,7 @@ import torch
 
 import hvdloss
 import hvdloss.torch as hvd
-from hvdloss.ledger import Ledger
+from hvdloss.ledger import Ledger, Ledgers
 from hvdloss.torch import optimizer as module
 from tests.ranks import Case, case_names, more, parallel_cases
 
@@ -103,7 +103,9 @@ def step(model, objective, optimizer, passes, **call):
     for _ in range(passes):
         objective(model(x.to(dtype)), y.to(dtype), **call).backward()
     if not engine._planned:
-        engine._judged = [Ledger(numerator=8.0, weight=8.0, denominator=8.0, elements=8.0, micro_batches=1.0)]
+        engine._judged = Ledgers.of(
+            [Ledger(numerator=8.0, weight=8.0, denominator=8.0, elements=8.0, micro_batches=1.0)]
+        )
         engine._make_plan()
     engine._launch()
     for slot in (*engine.buckets, *engine.sparse):
@@ -157,10 +159,12 @@ def test_a_rank_without_a_batch_tells_from_the_device_of_the_others(unread):
     objective = hvd.Objective("mse", terms=(hvdloss.DataSkew(bins=4),))
     optimizer = hvd.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), objective=objective)
     engine = optimizer._hvdloss
-    table, _ = engine._own_table(None, 0, 0.0)
-    assert table.device == META
-    assert engine._told.device == META
-    assert engine._told.numel()
+    row = engine._own_row(None, 0, 0.0)
+    assert row.device == META
+    assert engine._message.write(row).device == META
+    told = engine._rows_ready()  # by the term
+    assert told.device == META
+    assert told.numel()
 
 
 def test_the_meta_device_tells_a_wait(unread):
