@@ -46,27 +46,6 @@ if TYPE_CHECKING:
     )
     from hvdloss.watch.verdict import Fault, Limits, RankState, Wait
 
-_SERVICE = (
-    "begins_with",
-    "begun",
-    "check",
-    "current",
-    "did",
-    "explained",
-    "follow",
-    "given_up",
-    "limits_from_environment",
-    "same_fate",
-    "start",
-    "stepped",
-    "stop",
-    "tell_error",
-    "waiting",
-    "waiting_for",
-    "waiting_in_step",
-    "watched",
-)
-
 __all__ = [
     "Fault",
     "Limits",
@@ -98,7 +77,7 @@ __all__ = [
 __getattr__, __dir__ = lazily(
     __name__,
     {
-        **dict.fromkeys(_SERVICE, "service"),
+        **dict.fromkeys(__all__, "service"),  # but for these:
         **dict.fromkeys(("Fault", "Limits", "RankState", "Wait"), "verdict"),
         **dict.fromkeys(("beneath", "blocking"), "activity"),
     },

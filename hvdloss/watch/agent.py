@@ -201,7 +201,7 @@ class Agent:
         self._count = 0
         self._begun = time.monotonic()
         self._back = -_BACK_S  # when this host was last back from a pause for which others take it for lost
-        self._fault = False
+        self._fault: dict[str, Any] | None = None  # what all were told to be wrong
         self._threads: list[tuple[threading.Thread, Callable[[], None]]] = []
         self.root = Root(plan.size, plan.limits, self) if plan.index == 0 else None
 
@@ -497,6 +497,8 @@ class Agent:
                 return
             link.who = ("below", index)
             self._below[index] = link
+            if self._fault is not None:  # its own way up was cut as the others were told
+                link.tell(self._fault)
         else:
             self._drop(link)
 
@@ -700,7 +702,7 @@ class Agent:
         self._spread({"fault": fault.told()})
 
     def _spread(self, message: dict[str, Any]) -> None:
-        self._fault = True
+        self._fault = message
         self._tell_below(message)
         fault = Fault.heard(message["fault"])
         for rank, one in self._ranks.items():

@@ -110,11 +110,6 @@ class Member:
         """Whether what is wrong is that this very rank, or its host, was away for too long."""
         return self._given_up
 
-    @property
-    def closed(self) -> bool:
-        """Whether this end of the watch is over."""
-        return self._closed
-
     def take(self) -> Fault | None:
         """Return what is wrong, to be raised by the caller: nothing needs to be ended by force then."""
         if self._fault is not None:

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -187,6 +188,4 @@ def cut(those: dict[int, str]) -> None:
 
 def user_of(sock: socket.socket) -> Any:
     """Return process, user and group at the other end of a Unix socket, as the kernel knows them."""
-    import struct
-
     return struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
