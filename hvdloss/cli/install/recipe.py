@@ -22,7 +22,7 @@ from hvdloss.cli.install.recovery import RECOVERY
 VERSION = "0.28.1"
 SDIST = f"horovod-{VERSION}.tar.gz"
 SHA256 = "92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0"
-RECIPE = 6
+RECIPE = 7
 
 #: Needed in the build's own search path. Not newer: Horovod's setup.py predates what
 #: setuptools removed in 80. Not older: 70.1 is the first that builds wheels by itself.
@@ -218,6 +218,27 @@ EDITS: tuple[Edit, ...] = (
     _asks_record("mpi"),
     _asks_record("gloo"),
     _asks_record("nccl"),
+    Edit(
+        "third_party/gloo/gloo/transport/tcp/pair.cc",
+        """\
+  // Try to size the send buffer such that the write below completes
+  // synchronously and we don't need to finish the write later.
+  size_t size = std::min(op.preamble.nbytes, kMaxSendBufferSize);
+  if (sendBufferSize_ < size) {
+    int rv;
+    size_t optval = size;
+    socklen_t optlen = sizeof(optval);
+    rv = setsockopt(fd_, SOL_SOCKET, SO_SNDBUF, &optval, optlen);
+    GLOO_ENFORCE_NE(rv, -1);
+    rv = getsockopt(fd_, SOL_SOCKET, SO_SNDBUF, &optval, &optlen);
+    GLOO_ENFORCE_NE(rv, -1);
+    sendBufferSize_ = optval;
+  }
+
+""",
+        "",
+        "a small reduce-scatter does not shrink the connection's send buffer, for good, to its own size",
+    ),
     # What keeps strangers out of a job.
     *HARDENING,
     # What lets ranks get over the loss of another.
