@@ -28,6 +28,7 @@ from hvdloss.torch.functions import (
 )
 from hvdloss.torch.guard import check_synchronized
 from hvdloss.torch.metrics import Metrics, synchronized
+from hvdloss.torch.normalization import SyncBatchNorm
 from hvdloss.torch.objective import Objective
 from hvdloss.torch.optimizer import DistributedOptimizer
 from hvdloss.torch.preemption import Preemption
@@ -76,6 +77,7 @@ __all__ = [
     "ShardedLoader",
     "StepReport",
     "StreamLoader",
+    "SyncBatchNorm",
     "TransformedLoader",
     "allgather_object",
     "broadcast_object",

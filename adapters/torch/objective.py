@@ -20,6 +20,23 @@ __all__ = ["Objective"]
 _OPS = TorchOps()
 
 
+_pass_weights: list[torch.Tensor] = []  # of the backward pass that is under way, if an objective began it
+
+
+def weight_of_pass() -> torch.Tensor | None:
+    """Return what the gradients of the backward pass under way will be multiplied with, for its objective.
+
+    None outside of one, and in one that no objective began: its gradients stay as they are.
+    """
+    return _pass_weights[0] if _pass_weights else None
+
+
+def _begin_pass(weight: torch.Tensor) -> None:
+    """Note the weight until the backward pass that is under way ends."""
+    _pass_weights[:] = [weight]  # a pass that failed may have left its own
+    torch.autograd.Variable._execution_engine.queue_callback(_pass_weights.clear)  # type: ignore[attr-defined]
+
+
 class _Gate(torch.autograd.Function):
     """Identity whose gradient is zero at absent elements, even where it would be NaN.
 
@@ -302,7 +319,9 @@ class Objective(ObjectiveBase[torch.Tensor]):
             graph = [] if loss.grad_fn is None else [node for node, _ in loss.grad_fn.next_functions]
 
             def through(gradient: torch.Tensor) -> None:
-                if not self._listeners:
+                if self._listeners:
+                    _begin_pass(row[1])
+                else:
                     self.warn_unheard(rank_and_size(hvd, self.process_set)[1])
                 self.announce(row, gradient, graph)
 

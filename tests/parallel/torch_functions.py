@@ -10,7 +10,7 @@ import torch
 from torch_support import DEVICE, before_case, generator, here, raises_everywhere, same_on_all_ranks
 
 import hvdloss.torch as hvd
-from hvdloss.errors import AgreementError, ConfigError, RankError
+from hvdloss.errors import AgreementError, ConfigError, RankError, UsageError
 from tests.ranks import needs
 
 NEEDS = needs("gloo-2", more="gloo-3 mpi-2")
@@ -294,3 +294,78 @@ def case_within_a_process_set():
         hvd.remove_process_set(odd)
         if hvd.size() > 2:
             hvd.remove_process_set(both)
+
+
+def _mine(cut: int, rows: int) -> slice:
+    """Return which rows are this rank's: up to `cut` the first one's, the others the second one's."""
+    cut = rows if hvd.size() == 1 else cut
+    return [slice(0, cut), slice(cut, rows), *[slice(0, 0)] * hvd.size()][hvd.rank()]
+
+
+def case_synchronized_batch_normalization_is_one_processs():
+    g = generator(41)
+    worst = 0.0
+    for shape, momentum, tracked in (
+        ((9, 3), 0.1, True),
+        ((9, 3, 4), None, True),
+        ((9, 3, 2, 2), 0.1, False),
+    ):
+        options = {"momentum": momentum, "track_running_stats": tracked}
+        kinds = {2: torch.nn.BatchNorm1d, 3: torch.nn.BatchNorm1d, 4: torch.nn.BatchNorm2d}
+        alone = kinds[len(shape)](3, **options).double().to(DEVICE)
+        layer = hvd.SyncBatchNorm(3, **options).double().to(DEVICE)
+        layer.load_state_dict(alone.state_dict())
+        for cut in (4, 0):  # the last ranks have no samples
+            x = here(
+                torch.randn(shape, generator=g, dtype=torch.float64)
+                + torch.arange(9.0).view(-1, *[1] * (len(shape) - 1))
+            )
+            price = here(torch.randn(shape, generator=g, dtype=torch.float64))
+            mine = _mine(cut, 9)
+            part, whole = x[mine].clone().requires_grad_(), x.clone().requires_grad_()
+            out, right = layer(part), alone(whole)
+            (price[mine] * out.tanh()).sum().backward()
+            (price * right.tanh()).sum().backward()
+            pairs = [(out, right[mine]), (part.grad, whole.grad[mine])]
+            for ours, theirs in zip(layer.parameters(), alone.parameters(), strict=True):
+                pairs.append((hvd.allreduce(ours.grad, op=hvd.Sum), theirs.grad))
+                ours.grad = theirs.grad = None
+            pairs += zip(layer.buffers(), alone.buffers(), strict=True)
+            worst = max(worst, *(float((a - b).abs().max()) for a, b in pairs if a.numel()))
+            assert worst < 1e-12, (shape, cut, worst)
+        layer.eval(), alone.eval()
+        if tracked:
+            assert torch.allclose(layer(x), alone(x), rtol=1e-12)
+    half = hvd.SyncBatchNorm(3).to(DEVICE, torch.bfloat16)
+    assert half(x.to(torch.bfloat16)).dtype == torch.bfloat16
+    one = torch.zeros(int(hvd.rank() == 0), 3, device=DEVICE)
+    raises_everywhere(
+        ValueError, lambda: hvd.SyncBatchNorm(3)(one), *(["no variance"] if hvd.size() > 1 else [])
+    )
+    # With an objective, whose gradient is that of all ranks' samples, however much each weighs.
+    torch.manual_seed(5)
+    layers = torch.nn.Linear(3, 4), hvd.SyncBatchNorm(4), torch.nn.Tanh(), torch.nn.Linear(4, 1)
+    model = torch.nn.Sequential(*layers).double().to(DEVICE)
+    alone = copy.deepcopy(model)
+    alone[1] = torch.nn.BatchNorm1d(4).double().to(DEVICE)
+    x = here(torch.randn(7, 3, generator=g, dtype=torch.float64) * torch.arange(1.0, 8.0).view(-1, 1))
+    y, w = (here(torch.rand(7, 1, generator=g, dtype=torch.float64)) for _ in range(2))
+    objective = hvd.Objective("mse")
+    plain = torch.optim.SGD(model.parameters(), lr=0.0)
+    optimizer = hvd.DistributedOptimizer(plain, model.named_parameters(), objective)
+    for cut in (5, 2, 0):
+        mine = _mine(cut, 7)
+        optimizer.zero_grad()
+        alone.zero_grad()
+        (objective(model(x[mine]), y[mine], w[mine]) + 0.1 * (model[0].weight ** 2).sum()).backward()
+        optimizer.step()
+        ((w * (alone(x) - y) ** 2).sum() / w.sum() + 0.1 * (alone[0].weight ** 2).sum()).backward()
+        for ours, theirs in zip(model.parameters(), alone.parameters(), strict=True):
+            worst = max(worst, float((ours.grad - theirs.grad).abs().max()))
+        assert worst < 1e-12, (cut, worst)
+    if hvd.size() > 1:
+        w[_mine(5, 7)] *= hvd.rank() != 0
+        optimizer.zero_grad()
+        loss = objective(model(x[_mine(5, 7)]), y[_mine(5, 7)], w[_mine(5, 7)])
+        raises_everywhere(UsageError, loss.backward, "SyncBatchNorm", "weight")
+    return {"error": worst}

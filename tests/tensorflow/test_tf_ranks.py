@@ -14,6 +14,11 @@ def test_tape(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)
 
 
+@parallel_cases("tf_beside_torch", group="torch_beside_tensorflow")
+def test_beside_torch(case: Case, request: pytest.FixtureRequest) -> None:
+    case.check(request)
+
+
 @parallel_cases("tf_functions", group="tf_functions")
 def test_functions(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)
