@@ -16,6 +16,7 @@ from hvdloss.keras._backend import hvd
 from hvdloss.ledger import COLUMN, FAULTS
 from hvdloss.tensorflow.books import Books, raise_fault, translated
 from hvdloss.tensorflow.exchange import Exchange, marked
+from hvdloss.tensorflow.variables import variable
 from hvdloss.term import Travel
 
 __all__ = ["Stretch"]
@@ -61,18 +62,18 @@ class Stretch:
         ]
 
         def like(p: tf.Variable, name: str) -> tf.Variable:
-            return tf.Variable(tf.zeros(p.shape, p.dtype), trainable=False, name=name)
+            return variable(tf.zeros(p.shape, p.dtype), name)
 
         with tf.init_scope():
             self.anchor = [like(p, "hvdloss_anchor") for p in self.parameters]
             outer = [] if self.outer is None else self.parameters
             self.velocity = [like(p, "hvdloss_velocity") for p in outer]
-            self.row = tf.Variable(tf.zeros(self.books.width, tf.float64), trainable=False)
-            self.steps = tf.Variable(0, trainable=False, dtype=tf.int64, name="hvdloss_local_steps")
+            self.row = variable(tf.zeros(self.books.width, tf.float64), "hvdloss_local")
+            self.steps = variable(0, "hvdloss_local_steps", dtype=tf.int64)
             #: Steps at the end of the last stretch in which no rank had a batch.
-            self.surplus = tf.Variable(0, trainable=False, dtype=tf.int64)
+            self.surplus = variable(0, "hvdloss_local", dtype=tf.int64)
             #: Of the last mean move, squared.
-            self.length = tf.Variable(0.0, trainable=False, dtype=tf.float64)
+            self.length = variable(0.0, "hvdloss_local", dtype=tf.float64)
         self._exchanging = tf.function(self._exchange, autograph=False)
 
     # -- a step -----------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from hvdloss.tensorflow.exchange import (
     tied,
 )
 from hvdloss.tensorflow.objective import Objective as TensorFlowObjective
+from hvdloss.tensorflow.variables import variable
 from hvdloss.world import following, next_number
 
 __all__ = ["DistributedOptimizer", "PartialDistributedOptimizer", "engine_of"]
@@ -169,9 +170,7 @@ class _Engine:
         if steps:
             if self.window is None:
                 with tf.init_scope():
-                    self.window = tf.Variable(
-                        tf.zeros(self.books.width, tf.float64), trainable=False, name="hvdloss_window"
-                    )
+                    self.window = variable(tf.zeros(self.books.width, tf.float64), "hvdloss_window")
             self.window.assign_add(row)
             self.row = self.window.read_value()
             # Keras divides what it adds up by the number of passes.
@@ -242,6 +241,12 @@ class _Exact:
     def apply(self, grads: Any, trainable_variables: Any = None) -> None:
         """Reduce the gradients, or add them to those of the step, and update. See Keras."""
         grads = list(grads)
+        if trainable_variables is not None:
+            trainable_variables = list(trainable_variables)
+            if not self.built:
+                # Outside of what waits for a gradient below, from which a tf.function could not lift it.
+                with tf.init_scope(), keras.name_scope(self.name, caller=self):  # type: ignore[attr-defined]
+                    self.build(trainable_variables)
         # What needs no gradient (counting the step, weight decay) must still not happen when a batch
         # turns out not to exist, at the end of data of unknown length: in Keras it does. One gradient is
         # waited for, the one that is ready first, so that reductions start while others are computed.
@@ -287,8 +292,8 @@ class _Exact:
         """Make the optimizer's variables, and know those that stay local. See Keras."""
         self._base.build(self, variables)
         later, self._hvd.local_later = self._hvd.local_later, []
-        for variable in later:
-            self.register_local_var(variable)
+        for one in later:
+            self.register_local_var(one)
 
     def _clip_gradients(self, grads: list[Any]) -> list[Any]:
         engine = self._hvd

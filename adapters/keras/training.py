@@ -30,6 +30,7 @@ from hvdloss.tensorflow.books import translated
 from hvdloss.tensorflow.exchange import empty_row
 from hvdloss.tensorflow.guard import check_synchronized, checksums, parameter_name
 from hvdloss.tensorflow.ops import communicator_of
+from hvdloss.tensorflow.variables import variable
 
 __all__ = ["SynchronizationCallback", "install", "run_idle_step"]
 
@@ -136,7 +137,7 @@ def run_idle_step(model: Any, *, ending: bool = False) -> bool:
         optimizer.build(model.trainable_variables)
     engine.begin()
     if engine.ended is None:
-        engine.ended = tf.Variable(False, trainable=False, name="hvdloss_ended")
+        engine.ended = variable(False, "hvdloss_ended")
     engine.ended.assign(False)
     stretch = engine.stretch
     if stretch is not None:

@@ -28,6 +28,7 @@ from hvdloss.report import StepReport
 from hvdloss.report.steps import Interest
 from hvdloss.tensorflow._backend import hvd
 from hvdloss.tensorflow.ops import communicator_of
+from hvdloss.tensorflow.variables import variable
 from hvdloss.term import Travel
 from hvdloss.world import following
 
@@ -189,9 +190,7 @@ class Books:
         self.controller.begin(rank, size, anew=True)
         with tf.init_scope(), tf.device("CPU:0"):
             if self._state is None:
-                self._state = tf.Variable(
-                    self._now(), trainable=False, dtype=tf.float64, name="hvdloss_state"
-                )
+                self._state = variable(self._now(), "hvdloss_state", dtype=tf.float64)
             else:
                 self._state.assign(self._now())
 
@@ -243,22 +242,15 @@ class Books:
                 self._variables = (
                     # The sums of the rows since the last step, of their squared denominators, and of
                     # passes whose loss was multiplied; then those of the terms.
-                    tf.Variable(self._nothing(), trainable=False, name="hvdloss_row"),
-                    tf.Variable(
-                        tf.zeros((0, self.width), tf.float64),
-                        trainable=False,
-                        shape=(None, self.width),
-                        name="hvdloss_table",
+                    variable(self._nothing(), "hvdloss_row"),
+                    variable(
+                        tf.zeros((0, self.width), tf.float64), "hvdloss_table", shape=(None, self.width)
                     ),
-                    tf.Variable(0, trainable=False, dtype=tf.int64, name="hvdloss_step"),
+                    variable(0, "hvdloss_step", dtype=tf.int64),
                 )
-                self._signal = tf.Variable(
-                    self._signals(), trainable=False, dtype=tf.float64, name="hvdloss_signal"
-                )
-                self._samples = tf.Variable(0, trainable=False, dtype=tf.float64, name="hvdloss_samples")
-                self._counts = tf.Variable(
-                    tf.zeros(0, tf.int64), trainable=False, shape=(None,), name="hvdloss_nonfinite"
-                )
+                self._signal = variable(self._signals(), "hvdloss_signal", dtype=tf.float64)
+                self._samples = variable(0, "hvdloss_samples", dtype=tf.float64)
+                self._counts = variable(tf.zeros(0, tf.int64), "hvdloss_nonfinite", shape=(None,))
         return self._variables[which]
 
     def _nothing(self) -> tf.Tensor:

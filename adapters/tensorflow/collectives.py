@@ -39,6 +39,7 @@ import tensorflow as tf
 from hvdloss.collectives import At, check_known_rows, check_root, check_rows, check_sizes, even_sizes, members
 from hvdloss.tensorflow._backend import hvd
 from hvdloss.tensorflow.exchange import wire_name
+from hvdloss.tensorflow.variables import variable
 
 __all__ = [
     "HorovodGroup",
@@ -104,9 +105,7 @@ def _came(x: tf.Tensor) -> tf.Tensor:
         return x
     with tf.init_scope(), tf.device("CPU:0"):
         if x.dtype not in _sinks:
-            _sinks[x.dtype] = tf.Variable(
-                tf.zeros([0], x.dtype), trainable=False, shape=tf.TensorShape(None), name="hvdloss_sink"
-            )
+            _sinks[x.dtype] = variable(tf.zeros([0], x.dtype), "hvdloss_sink", shape=tf.TensorShape(None))
     none = tf.reshape(x, [-1])[: _nothing()]
     with tf.device("CPU:0"):
         _sinks[x.dtype].assign(none)
@@ -117,7 +116,7 @@ def _nothing() -> tf.Tensor:
     """Return 0, of which a graph cannot know that it is."""
     if not _zeros:
         with tf.init_scope(), tf.device("CPU:0"):
-            _zeros.append(tf.Variable(0, trainable=False, dtype=tf.int32, name="hvdloss_nothing"))
+            _zeros.append(variable(0, "hvdloss_nothing", dtype=tf.int32))
     with tf.device("CPU:0"):
         return _zeros[0].read_value()
 

@@ -22,6 +22,7 @@ from hvdloss.tensorflow._traces import noted
 from hvdloss.tensorflow.guard import checksums, parameter_name
 from hvdloss.tensorflow.ledgers import Message, exact_totals
 from hvdloss.tensorflow.ops import communicator_of
+from hvdloss.tensorflow.variables import variable
 from hvdloss.tensorflow.waiting import explaining, uncounted
 from hvdloss.term import Travel
 from hvdloss.tuning import choose, launched
@@ -119,14 +120,14 @@ class Clock:
         """Return seconds held up and computed of the last exchange, and when it ended (0: there was none)."""
         if self._variable is None:
             with tf.init_scope(), tf.device("CPU:0"):
-                self._variable = tf.Variable(tf.zeros(3, tf.float64), trainable=False, name="hvdloss_times")
+                self._variable = variable(tf.zeros(3, tf.float64), "hvdloss_times")
         return self._variable
 
     def _progress(self) -> tf.Variable:
         """Return how many exchanges have begun, and how many are over."""
         if self._counts is None:
             with tf.init_scope(), tf.device("CPU:0"):
-                self._counts = tf.Variable(tf.zeros(2, tf.int64), trainable=False, name="hvdloss_progress")
+                self._counts = variable(tf.zeros(2, tf.int64), "hvdloss_progress")
         return self._counts
 
     def progress(self) -> tuple[int, int]:
@@ -334,7 +335,7 @@ class Exchange:
         """Return what this step's weights are measured in: the last one's total, 1 in the first."""
         if self._measured is None:
             with tf.init_scope():
-                self._measured = tf.Variable(1.0, trainable=False, dtype=tf.float64, name="hvdloss_measure")
+                self._measured = variable(1.0, "hvdloss_measure", dtype=tf.float64)
         return self._measured.read_value()
 
     def _variable(self, x: tf.Tensor) -> tf.Tensor:
@@ -343,7 +344,7 @@ class Exchange:
         # (weights may be) once, while tracing, and never send it again. A variable is no constant.
         if self._zero is None:
             with tf.init_scope():
-                self._zero = tf.Variable(0.0, trainable=False, dtype=tf.float64, name="hvdloss_zero")
+                self._zero = variable(0.0, "hvdloss_zero", dtype=tf.float64)
         return x + self._zero
 
     def _own_row(self, row: tf.Tensor) -> tf.Tensor:

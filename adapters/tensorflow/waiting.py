@@ -12,6 +12,7 @@ import tensorflow as tf
 from hvdloss import watch
 from hvdloss.communicator import process_set_ranks, ranks_of
 from hvdloss.tensorflow._backend import hvd
+from hvdloss.tensorflow.variables import variable
 
 __all__ = ["explaining", "uncounted"]
 
@@ -54,7 +55,7 @@ class _Count:
 
     def __init__(self) -> None:
         with tf.init_scope(), tf.device("CPU:0"):
-            self._counts = tf.Variable(tf.zeros(2, tf.int64), trainable=False, name="hvdloss_exchanges")
+            self._counts = variable(tf.zeros(2, tf.int64), "hvdloss_exchanges")
 
     def begin(self, given: Any) -> None:
         """Count one that begins when what this rank gives is there."""

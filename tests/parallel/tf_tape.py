@@ -462,3 +462,33 @@ def case_without_our_reduction_the_guard_raises():
     finally:
         Exchange.reduce = kept
     assert type(error) is AgreementError, error
+
+
+def case_a_function_is_traced_once():
+    """Tracing takes seconds. Functions that make variables are traced twice, as Keras's optimizers do."""
+    import keras
+
+    rng = np.random.default_rng(27)
+    batch = part(data(rng, 20), cuts(rng, 20, hvd.size(), empty=False))
+
+    def traces(built):
+        net, objective, count = Network(rng), hvd.Objective("mse"), []
+        optimizer = hvd.DistributedOptimizer(keras.optimizers.Adam(0.0), objective)
+        if built:
+            optimizer.build(net.parameters)
+
+        @tf.function
+        def step(x, y, w):
+            count.append(1)
+            with tf.GradientTape() as tape:
+                loss = objective(net(x), y, w)
+            if built is None:
+                return hvd.DistributedGradientTape(tape, objective).gradient(loss, net.parameters)
+            optimizer.apply_gradients(zip(tape.gradient(loss, net.parameters), net.parameters, strict=True))
+            return None
+
+        for _ in range(2):
+            step(*batch)
+        return len(count)
+
+    assert [traces(built) for built in (None, True, False)] == [1, 1, 2]

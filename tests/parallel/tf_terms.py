@@ -571,6 +571,8 @@ def local_run(act, batches, *, make=sgd, more=(), function=True, seed=18, size=N
     objective = hvd.Objective("cross_entropy", terms=(cost, *more))
     net, start = network(seed), network(seed)
     optimizer = hvd.DistributedOptimizer(make(), objective, **options)
+    if function:  # which otherwise is traced twice
+        optimizer.build(net.parameters)
 
     def step(x, y, w):
         with tf.GradientTape() as tape:
