@@ -144,7 +144,7 @@ def _sources() -> set[str]:
     placed = set()
     for name in known():
         folder, _, rest = name.partition("/")
-        if folder in PACKAGES and rest.endswith((".py", "py.typed", ".j2", ".css")):
+        if folder in PACKAGES and rest.endswith((".py", "py.typed", ".j2", ".css", ".patch", "/series")):
             placed.add(f"{PACKAGES[folder]}/{rest}")
     return placed
 

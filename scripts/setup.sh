@@ -24,7 +24,7 @@ die() { printf 'setup: %s\n' "$*" >&2; exit 1; }
 
 # What the environment is made from, and where. An edit of the sources needs no new setup: the
 # package is installed editable.
-state=$(pwd -P | cat - constraints.txt pyproject.toml scripts/setup.sh hvdloss/cli/install/recipe.py | sha256sum | cut -d' ' -f1)
+state=$(pwd -P | cat - constraints.txt pyproject.toml scripts/setup.sh hvdloss/cli/install/{recipe.py,patches/*} | sha256sum | cut -d' ' -f1)
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$state" ] && "$venv/bin/python" -c '' 2>/dev/null; then
     exit 0
 fi

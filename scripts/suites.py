@@ -28,6 +28,7 @@ HARNESS = (
     "constraints.txt",
     "scripts/setup.sh",
     "hvdloss/cli/install/recipe.py",
+    "hvdloss/cli/install/patches/*",
 )
 # What finds lost ranks, and goes on with those that are left.
 RANKS_COME_AND_GO = (

@@ -46,12 +46,12 @@ def fake_sdist(tmp_path: Path) -> Callable[[str], Path]:
     return make
 
 
-#: The command with the pinned hash and the edits replaced, so that a stand-in source is taken.
+#: The command with the pinned hash and the patches replaced, so that a stand-in source is taken.
 DRIVER = """
 import sys
 from hvdloss.cli.install import recipe
 recipe.SHA256 = sys.argv.pop(1)
-recipe.apply_edits.__defaults__ = ((),)
+recipe.PATCHES = ()
 from hvdloss.cli import main
 main()
 """

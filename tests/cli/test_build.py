@@ -107,8 +107,8 @@ def a_probe() -> Probe:
 
 @pytest.fixture
 def taking_stand_ins(monkeypatch):
-    """Build stand-in sources: no edits."""
-    monkeypatch.setattr(recipe, "apply_edits", lambda tree: [])
+    """Build stand-in sources: no patches."""
+    monkeypatch.setattr(recipe, "PATCHES", ())
 
 
 @pytest.fixture

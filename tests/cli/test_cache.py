@@ -118,7 +118,7 @@ def test_the_key_differs_whenever_the_wheel_would():
 
 def test_the_recipe_is_part_of_the_key(monkeypatch):
     before = make_plan(probe()).key
-    monkeypatch.setattr("hvdloss.cli.install.recipe.RECIPE", 10**6)
+    monkeypatch.setattr("hvdloss.cli.install.recipe.RECIPE", "0" * 12)
     assert make_plan(probe()).key != before
 
 

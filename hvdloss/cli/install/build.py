@@ -1,4 +1,4 @@
-"""Compile the wheel: unpack, edit, run, and say what went wrong in three lines."""
+"""Compile the wheel: unpack, patch, run, and say what went wrong in three lines."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from hvdloss.cli.install.pip import with_tools
 from hvdloss.cli.install.plan import Plan, build_environment
 from hvdloss.cli.install.probe import Probe
 from hvdloss.cli.install.progress import Reporter
+from hvdloss.cli.install.series import apply_series
 from hvdloss.cli.process import Log
 
 _PERCENT = re.compile(r"^\[\s*(\d+)%\]")
@@ -69,8 +70,8 @@ def build_wheel(
     try:
         reporter.stage("configure")
         tree = unpack(source, work)
-        changed = recipe.apply_edits(tree)
-        log.write(f"edited {len(changed)} files: " + ", ".join(str(p) for p in changed))
+        changed = apply_series(tree, recipe.PATCHES)
+        log.write(f"patched {len(changed)} files: " + ", ".join(str(p) for p in changed))
         recipe.write_record(tree, plan.operations, plan.facts)
         env = with_tools(build_environment(plan, probe), tools)
         env["TMPDIR"] = str(work)  # the compilers' own files go to the disk that was checked
