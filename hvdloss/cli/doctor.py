@@ -25,6 +25,7 @@ from rich.text import Text
 from hvdloss._version import __version__
 from hvdloss.cli import machine
 from hvdloss.cli.errors import Exit, InstallError, Interrupted
+from hvdloss.cli.install import recipe
 from hvdloss.cli.install.probe import FRAMEWORKS
 from hvdloss.cli.install.prove import run_job
 from hvdloss.cli.process import Log, interruptible
@@ -281,6 +282,7 @@ def _horovod(report: Report, answers: dict[str, dict[str, machine.Answer]]) -> d
     against = _built_against(folder)
     facts["built_against"] = against
     facts["recipe"] = _record(folder).get("RECIPE")
+    _patches(report, facts["recipe"])
     working = []
     for name in FRAMEWORKS:
         answer = answers[name].get("horovod")
@@ -329,6 +331,15 @@ def _horovod(report: Report, answers: dict[str, dict[str, machine.Answer]]) -> d
     ):
         report.add("Horovod", "problem", "built for none of the installed frameworks", _INSTALL)
     return built
+
+
+def _patches(report: Report, built_by: str | None) -> None:
+    """Whether Horovod was built with the patches that this hvdloss has."""
+    if built_by is None:
+        report.add("patches", "info", f"none: this Horovod is not of `{_INSTALL}`")
+    elif built_by != recipe.RECIPE:
+        found = f"Horovod was built with others (recipe {built_by}) than this hvdloss has ({recipe.RECIPE})"
+        report.add("patches", "warning", found, _INSTALL)
 
 
 def _match(report: Report, name: str, against: str | None, here: str) -> None:

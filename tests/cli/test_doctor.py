@@ -14,6 +14,7 @@ from hvdloss.cli import doctor as doctor_module
 from hvdloss.cli import machine
 from hvdloss.cli.doctor import Report, examine, show
 from hvdloss.cli.errors import Exit
+from hvdloss.cli.install import recipe
 from tests.cli.conftest import run_cli
 
 pytest.importorskip("torch")
@@ -25,6 +26,7 @@ def test_this_environment_can_train():
     assert result.returncode == Exit.OK, result.stdout + result.stderr
     report = json.loads(result.stdout)
     assert report["ok"] is True
+    assert report["horovod"]["recipe"] == recipe.RECIPE
     assert report["horovod"]["built"]["gloo"] or report["horovod"]["built"]["mpi"]
     assert report["horovod"]["built_against"]["torch"] == report["frameworks"]["torch"]
     assert report["python"]["executable"] == sys.executable
@@ -45,6 +47,16 @@ def test_another_framework_version_than_built_against(monkeypatch):
     finding = next(f for f in report.findings if f.name == "Horovod for torch")
     assert "built against torch 1.0.0" in finding.found
     assert finding.way_out == "hvdloss install"
+
+
+@pytest.mark.parametrize(("built_by", "level"), [(6, "warning"), ("0" * 12, "warning"), (None, "info")])
+def test_horovod_with_other_patches_is_told(built_by, level):
+    report = Report()
+    doctor_module._patches(report, built_by)
+    (finding,) = report.findings
+    assert (finding.name, finding.level) == ("patches", level)
+    assert finding.way_out == ("hvdloss install" if level == "warning" else "")
+    assert report.ok
 
 
 def test_horovod_that_does_not_load(monkeypatch):
