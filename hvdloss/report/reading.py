@@ -141,22 +141,21 @@ class Tail:
 
     def _forget(self) -> None:
         self.record = Record(self.path)
-        self._at, self._lines = 0, 0
-        self._inode: int | None = None
+        self._at, self._lines, self._last = 0, 0, b""
 
     def more(self) -> bool:
         """Read what is new; return whether there was anything."""
         try:
             with open(self.path, "rb") as file:
-                told = os.fstat(file.fileno())
-                if self._inode is not None and (told.st_ino != self._inode or told.st_size < self._at):
+                size = os.fstat(file.fileno()).st_size
+                if size > MOST_BYTES:
+                    raise ConfigError(f"{self.path} has {size} bytes; no record has more than {MOST_BYTES}")
+                # Unless the file was replaced, the last line that was read is where it was. (Its inode tells
+                # nothing: the second file after this one may have the same again.)
+                file.seek(self._at - len(self._last))
+                if file.read(len(self._last)) != self._last:
                     self._forget()
-                self._inode = told.st_ino
-                if told.st_size > MOST_BYTES:
-                    raise ConfigError(
-                        f"{self.path} has {told.st_size} bytes; no record has more than {MOST_BYTES}"
-                    )
-                file.seek(self._at)
+                    file.seek(0)
                 new = file.read(MOST_BYTES + 1 - self._at)
         except OSError as error:
             raise ConfigError(f"path={str(self.path)!r}: cannot read the record: {error}") from error
@@ -166,6 +165,7 @@ class Tail:
             where = f"{self.path}, line {self._lines}"
             self.record.add(checked(text, where, first=self._lines == 1))
             self._at += len(text) + 1
+            self._last = text + b"\n"
         # Half a line is one that is being written, or whose writer was killed.
         self.record.half = bool(rest)
         return bool(lines)

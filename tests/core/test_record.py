@@ -241,6 +241,21 @@ def test_a_reader_follows_a_growing_record_and_its_thinning(tmp_path):
     assert not tail.more()
 
 
+def test_a_reader_sees_that_a_file_of_the_same_inode_is_another(tmp_path):
+    """Of two replacements in a row the second may get the inode of the file before the first."""
+    path = tmp_path / "a.jsonl"
+    recorded(path, range(1, 7)).close()
+    head, *steps = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(head + b"".join(steps[:3]))
+    tail = Tail(path)
+    inode = path.stat().st_ino
+    path.write_bytes(head + b"".join(steps[1:]))  # one line less, and some more
+    assert path.stat().st_ino == inode
+    assert tail.more()
+    assert tail.record == read(path)
+    assert not tail.more()
+
+
 def test_every_cut_of_a_record_can_be_read(tmp_path):
     recorded(tmp_path / "a.jsonl", range(1, 4)).close()
     whole = (tmp_path / "a.jsonl").read_bytes()
