@@ -247,6 +247,17 @@ class Ledgers(Sequence[Ledger]):
         """Return the sum of a field, rounded once; of one that counts, on how many ranks it is above 0."""
         return float(self.totals[COLUMN[field]])
 
+    def average(self) -> float:
+        """Return the mean over ranks of each one's own loss, of those with any weight; see :attr:`rows`.
+
+        For a reduction that is a ratio. NaN without weight on any rank.
+        """
+        numerator, denominator = self.column("numerator"), self.column("denominator")
+        held = denominator != 0
+        with np.errstate(over="ignore"):
+            own = numerator[held] / denominator[held]
+        return exact_sum(own.tolist()) / len(own) if len(own) else math.nan
+
     def where(self, *fields: str) -> list[int]:
         """Return the ranks on which one of these fields is above zero; see :attr:`rows`."""
         if not any(self.total(field) for field in fields):

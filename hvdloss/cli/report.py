@@ -232,6 +232,11 @@ def _shown(record: Record, most: int = 8) -> Group:
     if line:
         loss = f"loss {page.number(summary.first_loss)} → {page.number(summary.loss)}"
         parts.append(Text.assemble(line, "  ", loss, (f"  best {page.number(summary.best_loss)}", "dim")))
+    if summary.averaging_error is not None:
+        off, worst = page.percent(summary.averaging_error), page.percent(summary.worst_averaging_error)
+        parts.append(
+            Text(f"plain averaging would be off by {off} of the loss in the median step, {worst} at most")
+        )
     if summary.metrics:
         shown = ", ".join(f"{name} {page.number(value)}" for name, value in list(summary.metrics.items())[:8])
         parts.append(Text(f"epoch {summary.epochs}: {shown}"))

@@ -250,6 +250,16 @@ def _plot_loss(canvas: Canvas, axis: Any, records: Sequence[Record], against: st
                 ls="--",
                 label="J, with terms",
             )
+        averaged = _drawable(record.column("averaged_loss"))
+        if np.nanmax(np.abs(averaged - loss), initial=0.0) > 1e-3 * max(1e-12, highest):
+            axis.plot(
+                x[kept],
+                _smooth(averaged, span)[kept],
+                color=canvas.color("run2"),
+                lw=1.4,
+                ls=":",
+                label="plain averaging would say",
+            )
         times, began = record.column("time"), float(record.runs[0]["time"])
         for kind, lines, color_name in (
             ("decision", record.decisions, "decision"),

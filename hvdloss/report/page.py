@@ -171,13 +171,14 @@ def loss_table(record: Record) -> Table:
     began = float(record.runs[0]["time"])
     return Table(
         "Loss at some of the recorded steps",
-        ("step", "samples", "time", "loss", "J, with terms"),
+        ("step", "samples", "time", "loss", "averaged", "J, with terms"),
         [
             (
                 Cell(number(step["step"]), float(step["step"]), True),
                 _n(step["samples"]),
                 _n(step["time"] - began, seconds),
                 _n(step["loss"], lambda v: number(v, 6)),
+                _n(step.get("averaged_loss"), lambda v: number(v, 6)),
                 _n(step["objective_value"], lambda v: number(v, 6)),
             )
             for step in (record.steps[i] for i in sorted(wanted))
@@ -372,6 +373,12 @@ class Run:
     sections: Sequence[Section] = field(default_factory=tuple)
 
 
+def _worst(summary: Summary) -> str:
+    """Return what is said beside the error of plain averaging."""
+    worst = summary.worst_averaging_error
+    return "not known" if worst is None else f"of the loss, in the median step; {percent(worst)} at most"
+
+
 _STATUS = {
     "finished": "The run finished.",
     "failed": "The run ended with an error; see faults.",
@@ -395,6 +402,7 @@ def run_of(record: Record, prefix: str = "") -> Run:
         ("time", _n(summary.seconds, seconds), moment(float(record.runs[0]["time"]))),
         ("ranks", _n(summary.ranks), _hosts(record)),
         ("held up by communication", _n(summary.held_up, percent), "of all ranks' time"),
+        ("averaging would be off by", _n(summary.averaging_error, percent), _worst(summary)),
         ("decisions", _n(summary.decisions), "by the terms' acts"),
         ("faults", _n(summary.faults), f"{number(summary.skipped)} step(s) skipped"),
     ]
@@ -405,7 +413,8 @@ def run_of(record: Record, prefix: str = "") -> Run:
         Section(
             "loss",
             "Loss",
-            "Of all ranks' elements together, as the reduction defines it.",
+            "Of all ranks' elements together, as the reduction defines it. Averaged: the mean of ranks' own "
+            "means, which plain averaging would have reported for the same step.",
             charts.get("loss", ()),
             [table for table in (epochs, loss_table(record)) if table is not None],
         ),

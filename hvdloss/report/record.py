@@ -539,6 +539,7 @@ class Recorder:
                 "samples": self._samples,
                 **({"before": self._before} if self._before else {}),
                 "loss": plain(report.loss),
+                **({} if (averaged := report.averaged_loss) is None else {"averaged_loss": plain(averaged)}),
                 "weight": plain(report.weight),
                 "elements": report.elements,
                 "objective_value": plain(report.objective_value),

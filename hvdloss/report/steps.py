@@ -114,6 +114,16 @@ class RankReports(Sequence[RankReport]):
         """Steps so far to which a rank added nothing (``nonfinite="drop"``), of all ranks; always known."""
         return int(np.sum(self._dropped))
 
+    @property
+    def average(self) -> float | None:
+        """See :attr:`StepReport.averaged_loss`."""
+        if self._reduction == "sum":
+            return None
+        if not self.gathered:
+            self.read()
+            return None
+        return math.nan if self._lost else self._ledgers.average()
+
     def columns(self) -> Mapping[str, list[Any]]:
         """Return every field of all ranks by its name, as lists of plain values.
 
@@ -308,15 +318,40 @@ class StepReport:
             samples=samples,
         )
 
+    @property
+    def averaged_loss(self) -> float | None:
+        """What averaging over ranks would have reported of this step: the mean of ranks' own means.
+
+        A rank's own mean is that of all its micro-batches together; a rank without weight has none, and is
+        left out. None for ``"sum"``, which averages nothing, and where what single ranks did was not gathered
+        (see :class:`RankReports`): from the next step on it is. Costs no message else.
+        """
+        return self.ranks.average
+
+    @property
+    def averaging_error(self) -> float | None:
+        """How far :attr:`averaged_loss` is off, relative to the loss: 0.25 is a quarter too high.
+
+        Of the loss: ranks whose losses agree may have gradients that do not.
+        """
+        averaged = self.averaged_loss
+        if averaged is None or averaged == self.loss:
+            return None if averaged is None else 0.0
+        return (averaged - self.loss) / abs(self.loss) if self.loss else math.copysign(math.inf, averaged)
+
     def as_dict(self) -> dict[str, Any]:
         """Return the report as plain numbers, lists and dicts, ready for JSON.
 
-        Without what single ranks did, where that was not gathered (``ranks`` is None).
+        Without what single ranks did, where that was not gathered: ``ranks``, ``averaged_loss`` and
+        ``averaging_error`` are None.
         """
+        known = self.ranks.gathered
         whole = {one.name: getattr(self, one.name) for one in fields(self)}
         return {
             **whole,
-            "ranks": [asdict(one) for one in self.ranks] if self.ranks.gathered else None,
+            "averaged_loss": self.averaged_loss if known else None,
+            "averaging_error": self.averaging_error if known else None,
+            "ranks": [asdict(one) for one in self.ranks] if known else None,
             "choices": dict(self.choices),
             "terms": {name: asdict(term) for name, term in self.terms.items()},
         }

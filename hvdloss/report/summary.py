@@ -70,6 +70,8 @@ class Summary:
         seconds: from the beginning to the last line.
         first_loss, loss, best_loss: of the first, the last and the best recorded step, the `best_step`-th.
         objective_value: of the last step.
+        averaging_error: how far the mean of ranks' own means was off, relative to the loss: the median of the
+            recorded steps, without its sign; `worst_averaging_error` in the worst of them.
         rate: elements a second between the first and the last recorded step.
         held_up: share of all ranks' time in which communication held them up.
         skipped: steps without an update.
@@ -91,6 +93,8 @@ class Summary:
     best_loss: float | None
     best_step: int | None
     objective_value: float | None
+    averaging_error: float | None
+    worst_averaging_error: float | None
     rate: float | None
     held_up: float | None
     skipped: int
@@ -117,6 +121,8 @@ def summarize(record: Record) -> Summary:
         seen = steps[-1]["samples"] - steps[0]["samples"]
         rate = _known(seen / (steps[-1]["time"] - steps[0]["time"]))
     metrics = record.epochs[-1]["metrics"] if record.epochs else {}
+    off = averaging_errors(record)
+    off = off[np.isfinite(off)]
     return Summary(
         name=record.name,
         status=record.status,
@@ -130,6 +136,8 @@ def summarize(record: Record) -> Summary:
         best_loss=None if best is None else float(losses[best]),
         best_step=None if best is None else int(steps[best]["step"]),
         objective_value=_known(steps[-1]["objective_value"]) if steps else None,
+        averaging_error=float(np.median(off)) if len(off) else None,
+        worst_averaging_error=float(off.max()) if len(off) else None,
         rate=rate,
         held_up=_known(sum(row.waiting + row.moving for row in rows) / busy) if busy > 0 else None,
         skipped=int(steps[-1].get("skipped", 0)) if steps else 0,
@@ -139,6 +147,17 @@ def summarize(record: Record) -> Summary:
         metrics={k: float(v) for k, v in metrics.items() if is_number(v)},
         rows=rows,
     )
+
+
+def averaging_errors(record: Record) -> Array:
+    """Return how far the mean of ranks' own means was off in every step, relative to the loss.
+
+    Without its sign; 0 where it is rounding, NaN where it is not known.
+    """
+    loss, averaged = record.column("loss"), record.column("averaged_loss")
+    off = np.abs(averaged - loss)
+    with np.errstate(all="ignore"):
+        return np.where(off <= 1e-12 * np.abs(loss), 0.0, off / np.abs(loss))
 
 
 def is_number(value: Any) -> bool:

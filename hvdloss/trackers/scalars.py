@@ -14,18 +14,21 @@ __all__ = ["scalars"]
 def scalars(report: StepReport, *, per_rank: int = 64) -> dict[str, float]:
     """Return a step's numbers by name.
 
-    ``loss``, ``objective_value``, ``weight``, ``elements`` of all ranks; ``skipped`` (steps so far),
-    ``dropped`` (a rank's contributions so far, of all ranks) and ``nonfinite`` (ranks with a NaN or infinity
-    in this step); ``terms/NAME/total`` in the term's unit and ``terms/NAME/priced`` in the loss's; and
-    ``ranks/K/...`` of each rank: ``loss``, ``weight``, ``elements``, ``share`` (its weight's part of all),
-    ``communication`` and ``computation`` (seconds, of the step before), and ``skew`` where it is measured.
+    ``loss``, ``objective_value``, ``weight``, ``elements`` of all ranks; ``averaged_loss`` (what plain
+    averaging would have reported) and ``averaging_error`` (how far that is off, relative to the loss);
+    ``skipped`` (steps so far), ``dropped`` (a rank's contributions so far, of all ranks) and ``nonfinite``
+    (ranks with a NaN or infinity in this step); ``terms/NAME/total`` in the term's unit and
+    ``terms/NAME/priced`` in the loss's; and ``ranks/K/...`` of each rank: ``loss``, ``weight``, ``elements``,
+    ``share`` (its weight's part of all), ``communication`` and ``computation`` (seconds, of the step before),
+    and ``skew`` where it is measured.
 
     Args:
         report: of the step.
         per_rank: with more ranks than this, ``ranks/min/...``, ``ranks/mean/...`` and ``ranks/max/...``
             instead; a rank's loss counts there if it had elements.
 
-    Without ``ranks/...`` where what single ranks did was not gathered (:class:`hvdloss.report.RankReports`).
+    Without ``ranks/...`` and the two of plain averaging where what single ranks did was not gathered
+    (:class:`hvdloss.report.RankReports`), and without these for the reduction ``"sum"``.
     """
     columns = report.ranks.read()
     out = {
@@ -43,6 +46,9 @@ def scalars(report: StepReport, *, per_rank: int = 64) -> dict[str, float]:
         out[f"terms/{name}/priced"] = term.priced
     if columns is None:
         return out
+    averaged, error = report.averaged_loss, report.averaging_error
+    if averaged is not None and error is not None:
+        out |= {"averaged_loss": averaged, "averaging_error": error}
     weight = np.array(columns["weight"])
     share = weight / report.weight if report.weight > 0 else np.zeros(len(weight))
     told = {name: columns[name] for name in ("loss", "weight", "elements", "communication", "computation")}

@@ -110,6 +110,9 @@ def test_a_report_from_sums_is_that_from_rows(ledgers, precision, reduction, rea
         alone = alone.with_rows(rows.rows)
     ours, theirs = (StepReport.of(3, some, reduction, samples=5) for some in (alone, rows))
     told, expected = ours.as_dict(), theirs.as_dict()
+    if not read:
+        assert [told[name] for name in ("ranks", "averaged_loss", "averaging_error")] == [None] * 3
+        expected |= {"averaged_loss": None, "averaging_error": None}
     assert (told.pop("ranks") is None) != read
     assert len(ours.ranks) == len(ledgers)
     if read:
@@ -200,6 +203,9 @@ def test_what_was_not_gathered_is_told_when_somebody_looks_and_gathered_from_the
     assert "<3 ranks, not gathered>" in repr(report)
     assert json.loads(json.dumps(report.as_dict()))["ranks"] is None
     assert not interest.on
+    assert report.averaged_loss is None
+    assert interest.on
+    interest.on = False
     assert report.ranks.read() is None
     assert interest.on
     for look in (lambda: report.ranks[0], lambda: list(report.ranks), lambda: report.ranks[:1]):

@@ -113,6 +113,26 @@ def test_what_summarize_says_is_what_the_steps_say(tmp_path):
         (0.5, 0.25, 0.25),
     ]
     assert found.held_up == pytest.approx(0.75 / 2.0)
+    assert (found.averaging_error, found.worst_averaging_error) == (0.0, 0.0)
+
+
+def test_a_record_says_what_plain_averaging_would_have_reported(tmp_path):
+    path = tmp_path / "a.jsonl"
+    uneven = [
+        [ledger(1.0, 3.0), ledger(5.0, 1.0)],
+        [ledger(1.0, 3.0), ledger(1.0, 1.0)],
+        [ledger(2.0), Ledger()],
+    ]
+    with Recorder(path) as recorder:
+        recorder.begin(ABOUT)
+        for step, ledgers in enumerate(uneven, start=1):
+            recorder.step(report(step, ledgers))
+        recorder.step(StepReport.of(4, uneven[0], "sum"))
+    found = read(path)
+    assert found.column("loss").tolist() == [2.0, 1.0, 2.0, 8.0]
+    assert found.column("averaged_loss")[:3].tolist() == [3.0, 1.0, 2.0]
+    assert "averaged_loss" not in found.steps[3]
+    assert (summarize(found).averaging_error, summarize(found).worst_averaging_error) == (0.0, 0.5)
 
 
 def test_counts_of_classes_come_at_powers_of_two_and_at_the_end(tmp_path):

@@ -62,6 +62,8 @@ def test_a_report_goes_through_json(step, parts, reduction):
         "weight",
         "elements",
         "objective_value",
+        "averaged_loss",
+        "averaging_error",
         "ranks",
         "choices",
         "terms",
@@ -90,6 +92,45 @@ def test_the_loss_is_that_of_the_merged_ledgers(parts, reduction):
         divisor = 1.0 if reduction == "sum" else denominator
         scale = math.fsum(abs(ledger.numerator) for ledger in parts) / divisor
         assert abs(loss - numerator / divisor) <= 1e-12 * scale + 1e-300
+
+
+def test_what_plain_averaging_would_have_reported():
+    report = StepReport.of(1, LEDGERS, "mean")
+    assert report.averaged_loss == (1.5 + 6.0) / 2  # the rank without samples has no mean
+    assert report.averaging_error == (3.75 - 2.0) / 2.0
+    assert StepReport.of(1, LEDGERS[:1] * 2, "mean").averaging_error == 0.0
+    negative = [Ledger(-1.0, 1.0, 1.0, 1.0, 1.0), Ledger(-9.0, 3.0, 3.0, 3.0, 1.0)]
+    assert StepReport.of(1, negative, "mean").averaging_error == 0.5 / 2.5  # above the loss
+    zero = [Ledger(-3.0, 3.0, 3.0, 3.0, 1.0), Ledger(3.0, 1.0, 1.0, 1.0, 1.0)]
+    assert (StepReport.of(1, zero, "mean").loss, StepReport.of(1, zero, "mean").averaging_error) == (
+        0,
+        math.inf,
+    )
+    assert math.isnan(StepReport.of(1, [Ledger(), Ledger()], "mean").averaged_loss)
+
+
+def test_a_sum_is_averaged_by_nobody():
+    report = StepReport.of(1, LEDGERS, "sum")
+    assert (report.averaged_loss, report.averaging_error) == (None, None)
+
+
+def test_averaging_leaves_out_who_was_dropped_and_knows_nothing_of_a_loss_that_was_lost():
+    gone = Ledger(micro_batches=1.0, nonfinite_losses=1.0)
+    assert StepReport.of(1, [*LEDGERS, gone], "mean", nonfinite="drop").averaged_loss == 3.75
+    assert math.isnan(StepReport.of(1, [*LEDGERS, gone], "mean", nonfinite="skip").averaged_loss)
+
+
+@given(st.lists(ledgers, min_size=1, max_size=5), st.sampled_from(["mean", "batch_mean", "sequence_mean"]))
+def test_averaging_is_the_mean_of_the_ranks_losses(parts, reduction):
+    report = StepReport.of(1, parts, reduction)
+    own = [rank.loss for rank in report.ranks if not math.isnan(rank.loss)]
+    if not own:
+        assert math.isnan(report.averaged_loss)
+    else:
+        scale = math.fsum(map(abs, own)) / len(own)
+        assert abs(report.averaged_loss - math.fsum(own) / len(own)) <= 1e-12 * scale
+    if len(own) == len(parts) == 1:
+        assert report.averaging_error == 0.0
 
 
 def test_choices_are_shown_but_do_not_tell_reports_apart():

@@ -31,6 +31,7 @@ def test_scalars_of_a_step():
     told = scalars(report())
     assert told["loss"] == 2.0
     assert told["objective_value"] == pytest.approx(2.3)
+    assert (told["averaged_loss"], told["averaging_error"]) == (3.75, 0.875)
     assert (told["weight"], told["elements"], told["skipped"], told["dropped"], told["nonfinite"]) == (
         5.0,
         6.0,
@@ -57,7 +58,7 @@ def test_many_ranks_are_told_by_their_range():
 def test_a_step_without_weight_and_without_skew():
     told = scalars(StepReport.of(3, [Ledger(), Ledger()], "sum"))
     assert told["ranks/0/share"] == 0.0
-    assert not any("skew" in name for name in told)
+    assert not any("skew" in name or "averag" in name for name in told)
 
 
 class Notes(Tracker):

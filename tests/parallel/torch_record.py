@@ -55,6 +55,44 @@ def train(model, objective, optimizer, steps, bad=()):
     return reports
 
 
+def case_plain_averaging_would_have_reported_what_the_step_says():
+    """Held against Horovod's own average of the ranks' means, in float64, uneven, weighted, accumulated."""
+    generator = torch.Generator().manual_seed(hvd.rank())
+    path = folder() / "averaged.jsonl"
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 3).double()
+    objective = hvd.Objective("cross_entropy")
+    optimizer = hvd.DistributedOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        model.named_parameters(),
+        objective,
+        backward_passes_per_step=2,
+    )
+    plain, reports = [], []
+    with hvd.Recorder(path) as recorder:
+        recorder.follow(optimizer)
+        for step in range(3):
+            total, count = torch.zeros(2, dtype=torch.float64)
+            optimizer.zero_grad()
+            for size in (3 + 4 * hvd.rank(), 2):
+                x = torch.randn(size, 4, generator=generator).double()
+                y = torch.randint(0, 3, (size,), generator=generator)
+                w = torch.rand(size, generator=generator).double()
+                own = torch.nn.functional.cross_entropy(model(x), y, reduction="none").detach()
+                total, count = total + (w * own).sum(), count + w.sum()
+                objective(model(x), y, w).backward()
+            optimizer.step()
+            plain.append(hvd.allreduce(total / count, op=hvd.Average, name=f"plain.{step}").item())
+            reports.append(optimizer.last_step)
+    assert [report.averaged_loss for report in reports] == pytest.approx(plain, rel=1e-12)
+    errors = [value / report.loss - 1 for value, report in zip(plain, reports, strict=True)]
+    assert [report.averaging_error for report in reports] == pytest.approx(errors, abs=1e-12)
+    assert min(map(abs, errors)) > 1e-3 or hvd.size() == 1
+    if hvd.rank() == 0:
+        record = read(path)
+        assert record.column("averaged_loss").tolist() == [report.averaged_loss for report in reports]
+
+
 def case_a_record_is_what_all_ranks_reported():
     path = folder() / "run.jsonl"
     terms = (hvdloss.CommunicationCost(price=0.5), hvdloss.DataSkew(price=0.1, classes=3))

@@ -32,7 +32,8 @@ def summing(ranks="1"):
 
 def values(report):
     """What a report says of all ranks together."""
-    return {k: v for k, v in report.as_dict().items() if k not in ("ranks", "choices", "terms")}
+    of_ranks = ("ranks", "averaged_loss", "averaging_error")
+    return {k: v for k, v in report.as_dict().items() if k not in (*of_ranks, "choices", "terms")}
 
 
 def weights(model):

@@ -107,6 +107,7 @@ def test_the_numbers_are_those_of_the_record(browser, one, run):
         "time": summary.seconds,
         "ranks": summary.ranks,
         "held up by communication": summary.held_up,
+        "averaging would be off by": summary.averaging_error,
         "decisions": summary.decisions,
         "faults": summary.faults,
     }

@@ -95,6 +95,7 @@ def test_text_and_json_have_the_record_s_numbers(run):
         "finished",
         "3 rank(s)",
         f"{told['loss']:.4g}",
+        f"plain averaging would be off by {100 * told['averaging_error']:.3g} % of the loss",
         "it pays at 40",
         "NonFiniteLossError",
         "hardest",
