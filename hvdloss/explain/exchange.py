@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import threading
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,6 +18,10 @@ from hvdloss.errors import AgreementError, HvdlossError
 from hvdloss.hearing import hearing, parsed
 
 __all__ = ["Told", "equal_on_all", "tell", "text_table"]
+
+# NumPy reads an array's header by Python's parser, which in CPython 3.11 is not for several threads at a time
+# (issue 106905: "AST constructor recursion depth mismatch"); simulated ranks are threads.
+_reading = threading.Lock()
 
 
 class Told:
@@ -53,7 +58,7 @@ class Told:
             with zipfile.ZipFile(io.BytesIO(data)) as archive:
                 if any(one.compress_type != zipfile.ZIP_STORED for one in archive.infolist()):
                     raise ValueError("compressed, which ranks do not send")  # and may unpack to terabytes
-            with np.load(io.BytesIO(data), allow_pickle=False) as found:
+            with _reading, np.load(io.BytesIO(data), allow_pickle=False) as found:
                 arrays = {name: found[name] for name in found.files}
             note = parsed(arrays.pop("note").tobytes())
             return cls(note, **{name[2:]: array for name, array in arrays.items()})
