@@ -1537,6 +1537,11 @@ def DistributedOptimizer(
         raise ConfigError(
             f"objective={objective!r} is not an hvdloss.torch.Objective; wrap the loss function in one"
         )
+    if objective.ahead is not None:
+        raise ConfigError(
+            "an objective with ahead=True is for gradients that somebody else averages; leave ahead out for "
+            "hvd.DistributedOptimizer, which needs no message for the weights"
+        )
     if op != hvd.Average:
         raise ConfigError(
             "op cannot be chosen together with an objective, which says how ranks are combined; leave it "

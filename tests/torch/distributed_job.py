@@ -1,12 +1,14 @@
 """A user's script, which test_torch_distributed.py starts with torchrun, and once by itself.
 
-    torchrun --nproc-per-node 2 distributed_job.py FOLDER train|kill|order|joined
+    torchrun --nproc-per-node 2 distributed_job.py FOLDER train|kill|order|joined|ddp
 
 It is written as one would be, but for `horovod`, which it cannot import.
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import os
 import signal
 import sys
@@ -104,12 +106,78 @@ def joined(folder: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
+def ddp(folder: Path) -> None:
+    """Compare the gradients of DistributedDataParallel with one process's, over random uneven splits."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    rank, size = hvd.rank(), hvd.size()
+    g = torch.Generator().manual_seed(7)
+    torch.manual_seed(0)
+    alone = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3)).double()
+    model = DistributedDataParallel(copy.deepcopy(alone))
+    cross_entropy = torch.nn.functional.cross_entropy
+    objective = hvd.Objective("cross_entropy", ahead=True)
+    worst, plain = 0.0, 0.0
+    for trial in range(20):
+        counts = torch.randint(0, 9, (2, size), generator=g)  # of two micro-batches
+        counts[0, trial % size] = 0  # a rank without samples in one, and sometimes in both
+        counts[1, trial % size] *= trial % 3
+        counts[1, (trial + 1) % size] += 1
+        every = [
+            [
+                (
+                    torch.randn(int(n), 6, generator=g, dtype=torch.float64) + k,
+                    torch.randint(0, 3, (int(n),), generator=g),
+                    torch.rand(int(n), generator=g, dtype=torch.float64) * (1 + 3 * k),
+                )
+                for k, n in enumerate(row)
+            ]
+            for row in counts
+        ]
+        passes = 1 + trial % 2
+        batches = every[-passes:]
+        x, y, w = (torch.cat([part[i] for row in batches for part in row]) for i in range(3))
+        alone.zero_grad()
+        ((cross_entropy(alone(x), y, reduction="none") * w).sum() / w.sum()).backward()
+        expected = torch.cat([p.grad.flatten() for p in alone.parameters()])
+
+        def error() -> float:
+            found = torch.cat([p.grad.flatten() for p in model.parameters()])
+            return float((found - expected).norm() / expected.norm())  # noqa: B023
+
+        model.zero_grad()
+        mine = [row[rank] for row in batches]
+        total = objective.total(sum(w.sum() for _, _, w in mine)) if passes > 1 else None
+        for i, (x, y, w) in enumerate(mine):
+            with model.no_sync() if i + 1 < passes else contextlib.nullcontext():
+                loss = objective(model(x), y, w, total=total) + 1e-3 * sum(
+                    p.sum() for p in model.parameters()
+                )
+                loss.backward()
+        for p in model.parameters():
+            p.grad -= 1e-3 * passes
+        worst = max(worst, error())
+        model.zero_grad()
+        x, y, w = mine[-1]
+        local = (cross_entropy(model(x), y, reduction="none") * w).sum() / w.sum().clamp(min=1e-9)
+        local.backward()
+        plain = max(plain, error()) if passes == 1 else plain
+    (folder / f"errors-{rank}").write_text(f"{worst} {plain}")
+    try:  # on every rank, whichever it is of
+        x, y, w = torch.ones(2, 6).double(), torch.zeros(2).long(), torch.tensor([1.0, -1.0 if rank else 1.0])
+        objective(model(x), y, w).backward()
+    except HvdlossError as found:
+        (folder / f"refused-{rank}").write_text(f"{type(found).__name__}: {found}")
+
+
 def main() -> None:
     """Do what the command line says."""
-    if sys.argv[2] == "joined":
+    if sys.argv[2] in ("joined", "ddp"):
         torch.distributed.init_process_group("gloo")
     hvd.init()
-    {"train": train, "kill": kill, "order": order, "joined": joined}[sys.argv[2]](Path(sys.argv[1]))
+    {"train": train, "kill": kill, "order": order, "joined": joined, "ddp": ddp}[sys.argv[2]](
+        Path(sys.argv[1])
+    )
     hvd.shutdown()
 
 

@@ -82,6 +82,18 @@ def test_a_default_process_group_stays_the_users(tmp_path):
 
 
 @pytest.mark.more
+def test_ddp_averages_exactly_what_was_weighed_ahead(tmp_path):
+    out = launch(tmp_path, "ddp")
+    assert out.returncode == 0, out.stdout + out.stderr
+    for rank in range(2):
+        ours, plain = map(float, (tmp_path / f"errors-{rank}").read_text().split())
+        assert ours < 1e-12
+        assert plain > 1e-2  # DDP by itself
+        refused = (tmp_path / f"refused-{rank}").read_text()
+        assert refused == "WeightError: cross_entropy: 1 weights of some rank are negative, NaN or infinite"
+
+
+@pytest.mark.more
 @pytest.mark.parametrize(
     ("names", "text"),
     [
