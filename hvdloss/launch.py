@@ -1,4 +1,4 @@
-"""Whether this process is one of several that a launcher started, and Horovod knows of the others."""
+"""Which engine a process was launched for, and whether that engine knows of the other processes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from typing import Any, NamedTuple
 
 from hvdloss.errors import ConfigError
 
-__all__ = ["Launch", "check_launch", "foreign_launch", "init_checked"]
+__all__ = ["ENGINES", "Launch", "check_launch", "choose_engine", "foreign_launch", "init_checked"]
+
+#: What may move tensors between ranks; HVDLOSS_ENGINE names one.
+ENGINES = ("horovod", "torch.distributed", "one process")
 
 
 class Launch(NamedTuple):
@@ -28,6 +31,61 @@ _LAUNCHERS = (
     ("mpiexec", "PMI_SIZE", "PMI_RANK"),
     ("Slurm's srun", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
 )
+
+
+def choose_engine(
+    environ: Mapping[str, str], *, horovod: bool, torch_distributed: bool, default_group: bool = False
+) -> tuple[str, str]:
+    """Return one of `ENGINES` for PyTorch, and why.
+
+    Args:
+        environ: the environment.
+        horovod: whether Horovod is installed.
+        torch_distributed: whether PyTorch was built with ``torch.distributed``.
+        default_group: whether ``torch.distributed`` has a default process group already.
+
+    Raises:
+        ConfigError: HVDLOSS_ENGINE names none, or one that is not here.
+
+    >>> torchrun = {"RANK": "0", "WORLD_SIZE": "2"}
+    >>> choose_engine(torchrun, horovod=True, torch_distributed=True)
+    ('torch.distributed', 'RANK and WORLD_SIZE are set, as by torchrun')
+    >>> choose_engine({**torchrun, "HOROVOD_RANK": "0"}, horovod=True, torch_distributed=True)
+    ('horovod', 'HOROVOD_RANK is set, as by horovodrun')
+    >>> choose_engine({}, horovod=False, torch_distributed=True)
+    ('one process', 'nothing says that there are others, and Horovod is not installed')
+    """
+    if wanted := environ.get("HVDLOSS_ENGINE", "").strip():
+        here = {"horovod": horovod, "torch.distributed": torch_distributed, "one process": True}
+        if wanted not in here:
+            raise ConfigError(f"HVDLOSS_ENGINE={wanted!r} is none of {', '.join(map(repr, ENGINES))}")
+        if not here[wanted]:
+            raise ConfigError(f"HVDLOSS_ENGINE={wanted!r} is not installed; run `hvdloss doctor`")
+        return wanted, "HVDLOSS_ENGINE says so"
+    if horovod:
+        for name, launcher in _HOROVODS.items():
+            if name in environ:
+                return "horovod", f"{name} is set, as by {launcher}"
+    if torch_distributed:
+        if default_group:
+            return "torch.distributed", "there is a default process group already"
+        size = environ.get("WORLD_SIZE", "").strip()
+        if "RANK" in environ and size.isdecimal() and (int(size) > 1 or "MASTER_ADDR" in environ):
+            return "torch.distributed", "RANK and WORLD_SIZE are set, as by torchrun"
+    if horovod:
+        return "horovod", "it is installed"
+    launch = foreign_launch(environ)
+    if torch_distributed and launch is not None and launch.variable.startswith("SLURM"):
+        return "torch.distributed", "SLURM_PROCID is set, as by srun, and Horovod is not installed"
+    return "one process", "nothing says that there are others, and Horovod is not installed"
+
+
+# Ranks of Horovod's, and who sets them.
+_HOROVODS = {
+    "HOROVOD_RANK": "horovodrun",
+    "OMPI_COMM_WORLD_RANK": "mpirun",
+    "PMI_RANK": "mpiexec",
+}
 
 
 def foreign_launch(environ: Mapping[str, str]) -> Launch | None:
@@ -76,20 +134,31 @@ def check_launch(size: int, mpi_built: bool, environ: Mapping[str, str]) -> None
     )
 
 
-def init_checked(hvd: Any, init: Callable[..., Any], shutdown: Callable[[], Any]) -> Callable[..., Any]:
-    """Return Horovod's ``init`` with :func:`check_launch` after it; not where ranks are chosen by ``comm``.
+def init_checked(
+    hvd: Any, init: Callable[..., Any], shutdown: Callable[[], Any], others: Callable[[], int] = lambda: 1
+) -> Callable[..., Any]:
+    """Return an engine's ``init`` with :func:`check_launch` after it; not where ranks are chosen by ``comm``.
 
     Args:
-        hvd: the Horovod module, or its one-process stand-in.
+        hvd: the Horovod module, or what stands in for it.
         init, shutdown: begin and end it.
+        others: tells how many ranks the framework itself knows of.
     """
 
     @functools.wraps(init)
     def checked(comm: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if hasattr(hvd, "connect"):  # what the watch need not see
+            hvd.connect()
         out = init(*([] if comm is None and not args else [comm]), *args, **kwargs)
         if not comm and hvd.is_initialized():
             try:
                 check_launch(hvd.size(), bool(hvd.mpi_built()), os.environ)
+                if hvd.size() < others():
+                    raise ConfigError(
+                        f"hvd.init(): torch.distributed has a process group of {others()} ranks, of which "
+                        f"hvdloss.torch knew nothing when it was imported: each would train a model of its "
+                        f"own. Import it after init_process_group(), or set HVDLOSS_ENGINE=torch.distributed"
+                    )
             except ConfigError:
                 shutdown()
                 raise

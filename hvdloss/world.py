@@ -26,7 +26,7 @@ __all__ = [
     "why",
 ]
 
-_RANKS = ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+_RANKS = ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "RANK")
 
 
 class Renewed(Protocol):

@@ -3,7 +3,8 @@
 Every public name of Horovod's module is here. New are :class:`Objective`, the exact
 :func:`DistributedOptimizer` (with an objective; without one it is Horovod's), ``Compression.bf16``,
 :func:`check_synchronized`, :func:`synchronized`, :class:`StepReport`, and what splits a model over ranks.
-Without Horovod installed the same names run one process.
+Started by torchrun and its like the same names run over ``torch.distributed``, without Horovod; started by
+nothing, and without Horovod installed, they run one process.
 """
 
 from __future__ import annotations
@@ -107,7 +108,11 @@ _theirs = [
     name for name in _names if name not in __all__ and name not in ("compression", "functions", "optimizer")
 ]
 # Scripts use some with an underscore too, which are not public here either.
-_used = [name for name in vars(_backend.hvd) if name[0] == "_" != name[1] and name not in globals()]
+_used = [
+    name
+    for name in vars(_backend.hvd)
+    if _backend.engine == "horovod" and name[0] == "_" != name[1] and name not in globals()
+]
 globals().update({name: getattr(_backend.hvd, name) for name in (*_theirs, *_used)})
 globals().update(_elastic.watched)
 globals()["elastic"] = _elastic.elastic()

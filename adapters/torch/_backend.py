@@ -1,17 +1,34 @@
-"""``hvd``: Horovod's PyTorch module, or its one-process stand-in where Horovod is not installed."""
+"""``hvd``: the engine that moves tensors between ranks, with the names of Horovod's PyTorch module.
+
+Horovod itself, ``torch.distributed`` (:mod:`hvdloss.torch.engines.distributed`), or one process; chosen by
+how this process was launched (:func:`hvdloss.launch.choose_engine`).
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import logging
+import os
 from typing import Any
 
+import torch.distributed
 from hvdloss.communicator import process_sets_kept
+from hvdloss.launch import choose_engine
 from hvdloss.tuning import forget_accidents
 
 forget_accidents()
 hvd: Any
-if importlib.util.find_spec("horovod") is None:
+engine, _why = choose_engine(
+    os.environ,
+    horovod=importlib.util.find_spec("horovod") is not None,
+    torch_distributed=torch.distributed.is_available(),
+    default_group=torch.distributed.is_available() and torch.distributed.is_initialized(),
+)
+logging.getLogger("hvdloss").info("hvdloss.torch: the engine is %s: %s", engine, _why)
+if engine == "one process":
     from hvdloss.torch import _single as hvd
+elif engine == "torch.distributed":
+    from hvdloss.torch.engines import distributed as hvd
 else:
     with process_sets_kept():
         import horovod.torch as hvd

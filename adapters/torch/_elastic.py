@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +12,7 @@ from hvdloss import watch
 from hvdloss.elastic import runner
 from hvdloss.hearing import hear
 from hvdloss.launch import init_checked
-from hvdloss.torch._backend import hvd
+from hvdloss.torch._backend import engine, hvd
 from hvdloss.torch.checkpoint import from_array, to_array
 from hvdloss.torch.data import ShardedLoader
 from hvdloss.torch.functions import Source, state_from
@@ -24,9 +23,16 @@ from hvdloss.training.checkpoint import state_of_bytes, state_to_bytes
 
 __all__ = ["elastic", "watched"]
 
+
+def _others() -> int:
+    """Return how many ranks a default process group has that this engine may not know of."""
+    there = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if there else 1
+
+
 #: ``init`` and ``shutdown``, with which the watch begins and ends.
 watched = watch.begins_with(hvd, communicator_of)
-watched["init"] = init_checked(hvd, **watched)
+watched["init"] = init_checked(hvd, **watched, others=_others)
 
 
 def _from_first(told: bytes, name: str) -> bytes:
@@ -44,7 +50,7 @@ def elastic() -> Any:
     commit, with what is left of the epoch shared out anew: relative to the last commit every sample is used
     exactly once.
     """
-    if importlib.util.find_spec("horovod") is None:
+    if engine != "horovod":
         return hvd.elastic
     import horovod.torch.elastic as theirs
     from horovod.common.elastic import run_fn

@@ -20,6 +20,7 @@ __all__ = [
     "Wire",
     "absent",
     "beyond",
+    "own_lane",
     "weighed",
     "weighed_sparse",
 ]
@@ -117,6 +118,7 @@ class _Reduction:
 
     _finish: Callable[[], None] | None = None
     launched = False
+    full = False  # whether all its gradients are there, in a step's last pass
     sealed = False  # whether what this rank gives is complete
     bad: Any = False  # and whether any of it is NaN, infinite, or too large to be summed (see `beyond`)
 
@@ -168,7 +170,7 @@ class FlatBucket(_Reduction):
         """Forget what the last step wrote; the buffer itself is overwritten later, not cleared."""
         self.written = [False] * len(self.parameters)
         self.written_count = 0
-        self.launched = self.sealed = self.bad = False
+        self.launched = self.full = self.sealed = self.bad = False
         self._finish = None
         self.begin_pass()
 
@@ -296,7 +298,7 @@ class LoneGradient(_Reduction):
         """Let go of the last step's gradient, which is now the parameter's."""
         self._held: torch.Tensor | None = None
         self._given = False  # once it is sealed: whether this rank had one, or adds zero
-        self.launched = self.sealed = self.bad = False
+        self.launched = self.full = self.sealed = self.bad = False
         self._finish = None
         self.begin_pass()
 
@@ -458,8 +460,16 @@ class SparseSlot:
         return [ready() for ready in handles]
 
 
+def own_lane(process_set: Any) -> Any:
+    """Return a process set's ranks for the gradients of one optimizer, whose order is then nobody else's.
+
+    Horovod, which matches by name, needs no other.
+    """
+    return process_set.lane() if hasattr(process_set, "lane") else process_set
+
+
 class Wire:
-    """Sums and gathers over Horovod, with compression; at size 1 nothing is sent."""
+    """Sums and gathers over the engine, with compression; at size 1 nothing is sent."""
 
     def __init__(self, process_set: Any, compression: Any) -> None:
         self._process_set = process_set

@@ -18,6 +18,7 @@ function           forward                              backward (default; repli
 `all_gather`       all-gather, and one of 16 bytes      reduce-scatter (uneven parts: all-to-all)
 `reduce_scatter`   reduce-scatter (or all-to-all)       all-gather
 `broadcast`        broadcast                            all-reduce
+`exchange`         all-to-all                           the same
 `shift`            all-to-all with one receiver         the same
 `copy_to_ranks`    nothing                              all-reduce
 =================  ===================================  ==============================================
@@ -43,6 +44,7 @@ __all__ = [
     "all_reduce",
     "broadcast",
     "copy_to_ranks",
+    "exchange",
     "group_of",
     "reduce_scatter",
     "scale_gradient",
@@ -432,6 +434,26 @@ def broadcast(
     at = _at("broadcast", name, process_set)
     check_root(root, at.size, at.rank)
     out: torch.Tensor = _Broadcast.apply(x, root, replicated, at)
+    return out
+
+
+@_eager
+def exchange(
+    x: torch.Tensor, splits: Sequence[int], *, name: str | None = None, process_set: Any = None
+) -> torch.Tensor:
+    """Return the rows that all ranks sent to this one, in rank order.
+
+    Args:
+        x: of shape (rows, ...).
+        splits: how many of its rows go to each rank.
+        name, process_set: see :func:`all_reduce`.
+
+    Raises:
+        UsageError: this rank is not in the process set.
+
+    Collectives: one all-to-all; backward another one.
+    """
+    out: torch.Tensor = _Exchange.apply(x, list(splits), _at("exchange", name, process_set))
     return out
 
 

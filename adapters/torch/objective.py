@@ -11,6 +11,7 @@ from hvdloss.errors import ConfigError
 from hvdloss.objective import ObjectiveBase, expand_mask_axes
 from hvdloss.reduction import Contribution, contribution, weights_for
 from hvdloss.torch._backend import hvd
+from hvdloss.torch.ahead import Ahead
 from hvdloss.torch.collectives import group_of
 from hvdloss.torch.ops import NAMED_LOSSES, TorchOps, at_hand, put_on
 from hvdloss.torch.reading import Elements, own_reduction, read, with_absent_targets
@@ -121,6 +122,10 @@ class Objective(ObjectiveBase[torch.Tensor]):
               had no batch. With ``"sum"`` a penalty then counts for its share of the calls only. The
               reductions start after the backward pass, not during it, since a rank must know its gradients
               before it sends any, and a device is waited for.
+        ahead: for gradients that somebody else averages over ranks (``DistributedDataParallel``, a
+            trainer), without :func:`hvdloss.torch.DistributedOptimizer`: the weights of all ranks are
+            exchanged in the forward pass, so that the average is the exact gradient. Every rank must make
+            the call, with a batch without rows if it has none. See :meth:`total` for gradient accumulation.
 
     Raises:
         ConfigError: an argument that cannot be used.
@@ -132,6 +137,15 @@ class Objective(ObjectiveBase[torch.Tensor]):
     >>> objective(y, t, weight=torch.tensor([1.0, 1.0, 0.0])).item()
     2.5
     """
+
+    def __init__(self, loss: Any, *, ahead: bool = False, **options: Any) -> None:
+        super().__init__(loss, **options)
+        if ahead and (self.terms or self.nonfinite != "raise"):
+            raise ConfigError(
+                "ahead=True: terms= and nonfinite= are for hvd.DistributedOptimizer; leave them out where "
+                "somebody else averages gradients"
+            )
+        self.ahead = Ahead(self.name, self.process_set) if ahead else None
 
     def _named_losses(self) -> Mapping[str, Callable[..., torch.Tensor]]:
         return NAMED_LOSSES
@@ -150,7 +164,7 @@ class Objective(ObjectiveBase[torch.Tensor]):
             keys: what terms may group elements by (``DataSkew(of="keys")``): integers whose leading axes
                 are those of the losses.
             total: for functions of sums: those of all micro-batches of all ranks (:meth:`total`), so
-                that the step's loss is that of all of them.
+                that the step's loss is that of all of them. With ``ahead=True``: their weights.
 
         Raises:
             ShapeError: `weight` does not broadcast to the losses, or no token axis.
@@ -185,7 +199,15 @@ class Objective(ObjectiveBase[torch.Tensor]):
             return self.own_sums(_OPS, prediction, target, weight, rank_and_size(hvd, self.process_set)[0])
 
     def total(self, sums: torch.Tensor) -> torch.Tensor:
-        """Return the sum over ranks of what :meth:`sums` gave. One small all-reduce."""
+        """Return the sum over ranks of what :meth:`sums` gave. One small all-reduce.
+
+        With ``ahead=True`` of the weights of a step's micro-batches, counted ahead::
+
+            total = objective.total(sum(weight.sum() for _, _, weight in micro_batches))
+            for x, y, weight in micro_batches:  # all but the last under model.no_sync()
+                objective(model(x), y, weight, total=total).backward()
+        """
+        sums = torch.as_tensor(sums).double() if self.ahead is not None and self.whole is None else sums
         return group_of(self.process_set).all_reduce(sums, f"hvdloss.{self.name}.total", replicated=True)
 
     def per_element(
@@ -244,7 +266,7 @@ class Objective(ObjectiveBase[torch.Tensor]):
     def _measure(self, prediction: Any, target: Any, weight: Any, keys: Any, total: Any) -> torch.Tensor:
         if self.whole is not None:
             return self._measure_whole(prediction, target, weight, keys, total)
-        if total is not None:
+        if total is not None and self.ahead is None:
             raise ConfigError(f"total= is for functions of sums, which {self.name} is not; leave it out")
         rank, size = rank_and_size(hvd, self.process_set)
         holder: list[torch.Tensor] = []
@@ -280,6 +302,8 @@ class Objective(ObjectiveBase[torch.Tensor]):
         )
         if weight is not None and isinstance(given, torch.Tensor):
             self._set_gate(holder, losses, given, weight, class_axis)
+        if self.ahead is not None:
+            return self.ahead.loss(part, self.reduction, total)
         return self._announced(part, penalty, told)
 
     def _measure_whole(
@@ -309,6 +333,8 @@ class Objective(ObjectiveBase[torch.Tensor]):
     def _announced(self, part: Contribution, penalty: Any, told: list[Any]) -> torch.Tensor:
         """Return the local loss, whose backward pass tells the listeners what it weighs."""
         loss = part.mean(_OPS)
+        if self.ahead is not None:  # of all ranks' elements, whose parts may be averaged as they are
+            return loss
         if penalty is not None:
             loss = loss + penalty
         if loss.requires_grad:

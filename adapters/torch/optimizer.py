@@ -38,6 +38,7 @@ from hvdloss.torch.buckets import (
     SparseSlot,
     Wire,
     beyond,
+    own_lane,
     weighed,
     weighed_sparse,
 )
@@ -93,7 +94,8 @@ class _Engine:
         self.groups = groups
         self.sparse_as_dense = sparse_as_dense
         self.process_set = process_set
-        self.wire = Wire(process_set, compression)
+        self._lane = own_lane(process_set)
+        self.wire = Wire(self._lane, compression)
         self.compression = compression
         self.step_count = 0
         self.ledgers: Ledgers | None = None
@@ -103,7 +105,7 @@ class _Engine:
         self.names = self._named(optimizer, named_parameters)
         # Optimizers are told apart on the wire by the order of their construction in a process set.
         self.name = f"hvdloss.{next_number(('torch', getattr(process_set, 'process_set_id', 0)))}"
-        self._plain_wire = Wire(process_set, Compression.none)  # for ledgers
+        self._plain_wire = Wire(self._lane, Compression.none)  # for ledgers
         self._held_up = self._computed = 0.0
         self._ended: float | None = None  # when the last exchange was over
         self._together = 0.0  # squared length of the last exchange's mean move
@@ -343,7 +345,7 @@ class _Engine:
             wanted = Compression.fp16 if self._compressing.on else Compression.none
             if wanted is not self.compression:
                 self.compression = wanted
-                self.wire = Wire(self.process_set, wanted)
+                self.wire = Wire(self._lane, wanted)
                 self._stale = not self._stale  # where ledgers travel depends on it
         # The first step, which makes the plan, is done together.
         self._local = self._planned and self._period is not None and self._period.period > 1
@@ -509,7 +511,7 @@ class _Engine:
 
     def _bucket_full(self, bucket: FlatBucket | LoneGradient, p: torch.nn.Parameter) -> None:
         """Take in a bucket's gradients, all of which are ready, and start its reduction if it can."""
-        if bucket.launched:
+        if bucket.full:
             raise UsageError(
                 f"the gradient of {self.names[id(p)]} came twice in one backward pass (reentrant "
                 f"checkpointing does that): pass use_reentrant=False to checkpoint, or a larger "
@@ -517,8 +519,16 @@ class _Engine:
             )
         bucket.absorb(self._gradient_scale())
         last = self.passes_done + 1 == self.passes and not self._strays and not self._local
-        if last and self.tuning.overlap.value and bucket is not self.carrier and not self._dropping:
-            bucket.launch(self._scale_sum + self._scale, self.wire)
+        if not (last and self.tuning.overlap.value) or bucket is self.carrier or self._dropping:
+            return
+        bucket.full = True
+        # In the order of the plan on every rank, whichever gradients come first on it (or do not come).
+        for slot in self.buckets:
+            if slot is self.carrier or slot.launched:
+                continue
+            if not slot.full:
+                break
+            slot.launch(self._scale_sum + self._scale, self.wire)
 
     def _gradient_scale(self) -> Any:
         """Return what this pass's gradients are multiplied with: the denominator of its loss.
@@ -1526,6 +1536,11 @@ def DistributedOptimizer(
     if not isinstance(objective, Objective):
         raise ConfigError(
             f"objective={objective!r} is not an hvdloss.torch.Objective; wrap the loss function in one"
+        )
+    if objective.ahead is not None:
+        raise ConfigError(
+            "an objective with ahead=True is for gradients that somebody else averages; leave ahead out for "
+            "hvd.DistributedOptimizer, which needs no message for the weights"
         )
     if op != hvd.Average:
         raise ConfigError(

@@ -5,54 +5,23 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 from hvdloss import watch
 from hvdloss.communicator import process_set_ranks, ranks_of
+from hvdloss.torch import blocking
 from hvdloss.torch._backend import hvd
 
 __all__ = ["explaining", "wait"]
 
-_FIRST_LOOK, _LAST_LOOK = 5e-5, 1e-3  # seconds
 _PREFIX = "horovod_torch_"
 
-
-@contextmanager
-def explaining() -> Iterator[None]:
-    """Raise, for what Horovod says of a collective that failed, what the ranks know to be wrong.
-
-    Raises:
-        RankError, LostRankError, StallError: ranks cannot go on together (:mod:`hvdloss.watch`).
-    """
-    watch.check()
-    try:
-        yield
-    except hvd.HorovodInternalError as error:
-        why = watch.explained(error)
-        if why is error:
-            raise
-        raise why from error
-
-
-@watch.blocking
-def _until_done(handle: int) -> None:
-    """Return once a call is over.
-
-    Looks soon at first, where Horovod looks once a millisecond; then less and less often, since ranks
-    that share cores need them more than this one.
-    """
-    delay = _FIRST_LOOK
-    while not hvd.poll(handle):
-        watch.check()
-        time.sleep(delay)
-        delay = min(2 * delay, _LAST_LOOK)
+explaining = functools.partial(blocking.explaining, hvd.HorovodInternalError)
 
 
 def wait(handle: int, name: str = "", process_set: Any = None) -> Any:
-    """Return the result of an asynchronous call of Horovod.
+    """Return the result of an asynchronous call of Horovod's, or of the engine in its place.
 
     Args:
         handle: of the call.
@@ -115,7 +84,7 @@ def _observe() -> None:
         begun = launches.begun.pop(handle, None)
         if begun is not None and not hvd.poll(handle):
             with watch.waiting_for(*begun):
-                _until_done(handle)
+                blocking.until(functools.partial(hvd.poll, handle))
         with explaining():
             return plain(handle)
 

@@ -82,7 +82,8 @@ def doctor(ctx: click.Context, run: bool, as_json: bool) -> None:
     """Say whether training can start here, and what to do about each problem.
 
     Looks at Python, the frameworks, Horovod and what it was built with and against, the
-    launchers, cores and GPUs; then has two ranks all-reduce under horovodrun. Changes nothing.
+    engines, launchers, cores and GPUs; then has two ranks all-reduce under horovodrun, if there is one.
+    Changes nothing.
 
     Exit status: 0 training can start; 1 it cannot.
     """
@@ -90,7 +91,7 @@ def doctor(ctx: click.Context, run: bool, as_json: bool) -> None:
         with interruptible():
             with waiting("asking the frameworks and Horovod"):
                 report = examine()
-            if run and report.ok:
+            if run and report.ok and report.facts["horovod"]["version"] is not None:
                 with waiting("running two ranks"):
                     try_ranks(report)
     except Interrupted as stop:
@@ -110,7 +111,12 @@ def examine() -> Report:
         answers = dict(zip(FRAMEWORKS, pool.map(_ask, FRAMEWORKS), strict=True))
     _python(report)
     _frameworks(report, answers)
-    built = _horovod(report, answers)
+    distributed = any(
+        answer.facts is not None and answer.facts.get("distributed")
+        for answer in answers.get("torch", {}).values()
+    )
+    built = _horovod(report, answers, distributed)
+    _engines(report, distributed)
     _launchers(report, built)
     _hardware(report)
     _name(report)
@@ -269,14 +275,31 @@ def _frameworks(report: Report, answers: dict[str, dict[str, machine.Answer]]) -
     report.facts["frameworks"] = versions
 
 
-def _horovod(report: Report, answers: dict[str, dict[str, machine.Answer]]) -> dict[str, bool]:
+def _engines(report: Report, distributed: bool) -> None:
+    """What can move tensors between ranks here, and how ranks are started then."""
+    horovod = not any(f.name.startswith("Horovod") and f.level == "problem" for f in report.findings)
+    engines = ["horovod"] * (horovod and report.facts["horovod"]["version"] is not None)
+    engines += ["torch.distributed"] * distributed
+    report.facts["engines"] = engines
+    starts = {"horovod": "Horovod (horovodrun)", "torch.distributed": "torch.distributed (torchrun, PyTorch)"}
+    if engines:
+        report.add("engines", "info", ", ".join(starts[one] for one in engines))
+
+
+def _horovod(
+    report: Report, answers: dict[str, dict[str, machine.Answer]], distributed: bool = False
+) -> dict[str, bool]:
     """Horovod, what it was built with, and whether that still is what is installed."""
     built = {"gloo": False, "mpi": False, "nccl": False}
     facts: dict[str, Any] = {"version": None, "built": built, "built_against": {}, "recipe": None}
     report.facts["horovod"] = facts
     spec = importlib.util.find_spec("horovod")
     if spec is None or spec.origin is None:
-        report.add("Horovod", "problem", "not installed", _INSTALL)
+        if distributed:
+            way_out = f"{_INSTALL}, for horovodrun and for TensorFlow; PyTorch trains under torchrun without"
+            report.add("Horovod", "warning", "not installed", way_out)
+        else:
+            report.add("Horovod", "problem", "not installed", _INSTALL)
         return built
     folder = Path(spec.origin).parent
     against = _built_against(folder)

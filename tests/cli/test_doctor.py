@@ -31,6 +31,7 @@ def test_this_environment_can_train():
     assert report["horovod"]["built_against"]["torch"] == report["frameworks"]["torch"]
     assert report["python"]["executable"] == sys.executable
     assert report["machine"]["cores"] >= 1
+    assert report["engines"] == ["horovod", "torch.distributed"]
     assert any(f["name"] == "two ranks" and f["level"] == "ok" for f in report["findings"])
 
 
@@ -71,6 +72,19 @@ def test_horovod_that_does_not_load(monkeypatch):
     problems = [f for f in report.findings if f.level == "problem"]
     assert problems
     assert all(f.way_out for f in problems)
+
+
+def test_without_horovod_pytorch_trains_under_torchrun(monkeypatch):
+    find_spec = doctor_module.importlib.util.find_spec
+    monkeypatch.setattr(
+        doctor_module.importlib.util, "find_spec", lambda name: None if name == "horovod" else find_spec(name)
+    )
+    report = examine()
+    assert report.ok
+    assert report.facts["engines"] == ["torch.distributed"]
+    finding = next(f for f in report.findings if f.name == "Horovod")
+    assert finding.level == "warning"
+    assert "torchrun" in finding.way_out
 
 
 def test_mpi_built_but_no_mpirun(monkeypatch):

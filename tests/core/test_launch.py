@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from hvdloss.errors import ConfigError
-from hvdloss.launch import check_launch, foreign_launch, init_checked
+from hvdloss.launch import check_launch, choose_engine, foreign_launch, init_checked
 
 SEVERAL = {
     "torchrun": {"WORLD_SIZE": "4", "RANK": "1", "LOCAL_RANK": "1", "TORCHELASTIC_RUN_ID": "none"},
@@ -15,6 +15,7 @@ SEVERAL = {
     "mpiexec": {"PMI_SIZE": "4", "PMI_RANK": "1"},
     "srun": {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "1", "SLURM_NTASKS": "4"},
 }
+ALONE = {"WORLD_SIZE": "1", "RANK": "0", "MASTER_ADDR": "localhost"}  # torchrun of one process
 ONE = [
     {},
     {"WORLD_SIZE": "4"},  # left over in a shell
@@ -40,6 +41,48 @@ def test_several_processes_that_horovod_does_not_know_of_are_refused(launcher, m
 def test_one_process_may_train_alone(environ):
     assert foreign_launch(environ) is None
     check_launch(1, False, environ)
+
+
+@pytest.mark.parametrize(
+    ("environ", "default_group", "with_horovod", "without"),
+    [
+        ({}, False, "horovod", "one process"),
+        (SEVERAL["torchrun"], False, "torch.distributed", "torch.distributed"),
+        (
+            {"WORLD_SIZE": "1", "RANK": "0", "MASTER_ADDR": "h"},
+            False,
+            "torch.distributed",
+            "torch.distributed",
+        ),
+        ({"WORLD_SIZE": "1", "RANK": "0"}, False, "horovod", "one process"),  # left over in a shell
+        ({"WORLD_SIZE": "four", "RANK": "0"}, False, "horovod", "one process"),
+        ({**SEVERAL["torchrun"], "HOROVOD_RANK": "0"}, False, "horovod", "torch.distributed"),
+        ({**SEVERAL["torchrun"], **SEVERAL["Open MPI"]}, False, "horovod", "torch.distributed"),
+        (SEVERAL["Open MPI"], False, "horovod", "one process"),  # which check_launch refuses
+        (SEVERAL["srun"], False, "horovod", "torch.distributed"),
+        ({}, True, "torch.distributed", "torch.distributed"),
+        ({"HOROVOD_RANK": "0"}, True, "horovod", "torch.distributed"),
+        ({**SEVERAL["torchrun"], "HVDLOSS_ENGINE": "one process"}, False, "one process", "one process"),
+    ],
+)
+def test_the_engine_is_the_one_that_the_launch_is_for(environ, default_group, with_horovod, without):
+    for horovod, expected in ((True, with_horovod), (False, without)):
+        found, why = choose_engine(
+            environ, horovod=horovod, torch_distributed=True, default_group=default_group
+        )
+        assert found == expected
+        assert why
+
+
+def test_without_torch_distributed_there_is_horovod_or_one_process():
+    assert choose_engine(SEVERAL["torchrun"], horovod=True, torch_distributed=False)[0] == "horovod"
+    assert choose_engine(SEVERAL["torchrun"], horovod=False, torch_distributed=False)[0] == "one process"
+
+
+@pytest.mark.parametrize("engine", ["nccl", "horovod", "torch.distributed"])
+def test_an_engine_that_is_not_here_is_refused(engine):
+    with pytest.raises(ConfigError, match=f"HVDLOSS_ENGINE='{engine}'"):
+        choose_engine({"HVDLOSS_ENGINE": engine}, horovod=False, torch_distributed=False)
 
 
 def test_init_ends_what_it_began_before_it_refuses(monkeypatch):

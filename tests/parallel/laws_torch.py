@@ -7,10 +7,12 @@ from torch_support import before_case
 
 import hvdloss.torch as hvd
 from tests.laws.driver import RATE
+from tests.ranks import needs
 
 __all__ = ["before_case"]
 
 LAWS = ("exact",)
+ALSO = needs("dist-2", more="dist-3 dist-4")  # over torch.distributed
 
 
 class Model(torch.nn.Module):

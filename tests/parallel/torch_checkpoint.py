@@ -17,7 +17,7 @@ from hvdloss.control.period import OuterStep
 from hvdloss.data import Shuffled
 from tests.ranks import needs
 
-NEEDS = needs("gloo-2", more="gloo-3")
+NEEDS = needs("gloo-2", more="gloo-3 dist-2")
 
 __all__ = ["before_case"]
 

@@ -19,7 +19,7 @@ from hvdloss.errors import ConfigError, ShapeError, UsageError
 from hvdloss.torch import collectives as c
 from tests.ranks import needs
 
-NEEDS = needs("gloo-2", more="gloo-3 gloo-4 mpi-2")
+NEEDS = needs("gloo-2", more="gloo-3 gloo-4 mpi-2 dist-2")
 
 __all__ = ["before_case"]
 
@@ -77,6 +77,7 @@ def _against_one_process(g, wire, alone, sizes, *, once=False, input_once=False)
     return max(error, _close(again, twice[at], "second derivative"))
 
 
+@needs("gloo-2", more="gloo-3 gloo-4 mpi-2")
 def case_horovods_own_gradients():
     """What Horovod's functions give for the loss sum_k k * sum(out_k), over the exact gradient.
 

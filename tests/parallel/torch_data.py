@@ -14,7 +14,7 @@ from hvdloss.data import Dirichlet, Grouped, Shuffled, Stratified
 from hvdloss.torch.ops import HorovodCommunicator
 from tests.ranks import needs
 
-NEEDS = needs("gloo-2 gloo-3")
+NEEDS = needs("gloo-2 gloo-3", more="dist-2")
 
 __all__ = ["before_case"]
 

@@ -27,12 +27,12 @@ from torch_support import (
 import hvdloss.torch as hvd
 from tests.ranks import needs
 
-NEEDS = needs("gloo-2 gloo-3 mpi-2")
+NEEDS = needs("gloo-2 gloo-3 mpi-2 dist-2")
 
 __all__ = ["before_case"]
 
 
-@needs("gloo-2 gloo-3 mpi-2", more="gloo-4")
+@needs("gloo-2 gloo-3 mpi-2", more="gloo-4 dist-2")
 def case_uneven_batches():
     g = generator(1)
     trial = Trial(network(g))
@@ -67,7 +67,7 @@ def case_a_rank_with_an_empty_batch():
     return trial.finish()
 
 
-@needs("gloo-2 gloo-3 mpi-2", more="gloo-4")
+@needs("gloo-2 gloo-3 mpi-2", more="gloo-4 dist-2")
 def case_a_rank_without_a_call():
     g = generator(5)
     trial = Trial(network(g))
@@ -78,7 +78,7 @@ def case_a_rank_without_a_call():
     return trial.finish()
 
 
-@needs("gloo-2 gloo-3 mpi-2", more="gloo-4")
+@needs("gloo-2 gloo-3 mpi-2", more="gloo-4 dist-2")
 def case_only_one_rank_has_samples():
     g = generator(6)
     trial = Trial(network(g))
@@ -273,7 +273,7 @@ def case_class_weights():
     return trial.finish()
 
 
-@needs("gloo-2 gloo-3 mpi-2", more="gloo-4")
+@needs("gloo-2 gloo-3 mpi-2", more="gloo-4 dist-2")
 def case_accumulation_with_different_numbers_and_a_ragged_last():
     g = generator(18)
     passes = hvd.size() + 1
@@ -353,7 +353,7 @@ def case_weights_of_very_different_size_between_steps():
     return trial.finish()
 
 
-@needs("gloo-2 gloo-3 mpi-2", more="gloo-4")
+@needs("gloo-2 gloo-3 mpi-2", more="gloo-4 dist-2")
 def case_the_report_is_global():
     g = generator(24)
     trial = Trial(network(g), passes=2)
@@ -418,7 +418,7 @@ def _random_step(chooser, g, model_kind, passes, reduction):
             return step
 
 
-@needs("gloo-2 gloo-3 mpi-2", more="gloo-4")
+@needs("gloo-2 gloo-3 mpi-2", more="gloo-4 dist-2")
 def case_random_splits():
     """Hundreds of steps, split in every way at once; plain averaging's error beside."""
     chooser = random.Random(7 + hvd.size())
@@ -461,7 +461,7 @@ def case_random_splits():
     }
 
 
-@needs("gloo-2 gloo-3 mpi-2", more="gloo-4")
+@needs("gloo-2 gloo-3 mpi-2", more="gloo-4 dist-2")
 def case_every_split_of_the_same_samples_gives_the_same_gradient():
     """Invariance said directly: not against a formula, but split against split."""
     g = generator(26)

@@ -30,7 +30,7 @@ from hvdloss.errors import (
 )
 from tests.ranks import needs
 
-NEEDS = needs("gloo-2", more="gloo-3")
+NEEDS = needs("gloo-2", more="gloo-3 dist-2")
 
 __all__ = ["before_case"]
 
@@ -72,7 +72,7 @@ def around(seed, spoil, kind, *words, good_first=(True, False), passes=(1, 2)):
     return result
 
 
-@needs("gloo-2", more="gloo-3 gloo-4 mpi-2")
+@needs("gloo-2", more="gloo-3 gloo-4 mpi-2 dist-2")
 def case_negative_weight():
     def spoil(step):
         step[last()][0].weight[1] = -1.0
@@ -94,7 +94,7 @@ def case_infinite_weight():
     return around(3, spoil, WeightError, "rank 0")
 
 
-@needs("gloo-2", more="gloo-3 gloo-4 mpi-2")
+@needs("gloo-2", more="gloo-3 gloo-4 mpi-2 dist-2")
 def case_nan_loss():
     def spoil(step):
         step[last()][-1].y[0] = float("nan")
@@ -119,7 +119,7 @@ def case_no_weight_anywhere():
     return around(6, spoil, NoWeightError, f"{hvd.size()} rank(s)")
 
 
-@needs("gloo-2", more="gloo-3 gloo-4 mpi-2")
+@needs("gloo-2", more="gloo-3 gloo-4 mpi-2 dist-2")
 def case_no_call_on_any_rank():
     def spoil(step):
         for row in step:
@@ -185,7 +185,7 @@ def case_more_backward_passes_than_declared():
     return trial.finish()
 
 
-@needs("gloo-2", more="gloo-3 gloo-4 mpi-2")
+@needs("gloo-2", more="gloo-3 gloo-4 mpi-2 dist-2")
 def case_an_exception_inside_a_backward_pass():
     """User code that raises in one rank's backward pass, and a program that goes on."""
     g = generator(11)
@@ -258,7 +258,7 @@ def _trained(g, model, **options):
     return optimizer
 
 
-@needs("gloo-2", more="gloo-3 gloo-4 mpi-2")
+@needs("gloo-2", more="gloo-3 gloo-4 mpi-2 dist-2")
 def case_parameters_that_differ():
     g = generator(14)
     model = network(g)
@@ -295,7 +295,7 @@ def case_a_parameter_frozen_or_with_another_gradient_on_one_rank():
         assert torch.equal(flat(model.parameters()), before)
 
 
-@needs("gloo-2", more="gloo-3 gloo-4 mpi-2")
+@needs("gloo-2", more="gloo-3 gloo-4 mpi-2 dist-2")
 def case_models_that_differ():
     g = generator(15)
     odd = hvd.rank() == last()
@@ -363,7 +363,7 @@ def case_a_bad_step_leaves_clipping_and_closures_usable():
     return trial.finish()
 
 
-@needs("gloo-2", more="gloo-3 gloo-4 mpi-2")
+@needs("gloo-2", more="gloo-3 gloo-4 mpi-2 dist-2")
 def case_errors_inside_a_process_set_name_its_ranks():
     group = hvd.add_process_set(range(1, hvd.size()))
     try:
@@ -396,7 +396,7 @@ def case_errors_inside_a_process_set_name_its_ranks():
         hvd.remove_process_set(group)
 
 
-@needs("gloo-2", more="gloo-3 gloo-4 mpi-2")
+@needs("gloo-2", more="gloo-3 gloo-4 mpi-2 dist-2")
 def case_the_guard_names_the_parameter_and_the_ranks_that_drifted():
     g = generator(19)
     model = network(g)

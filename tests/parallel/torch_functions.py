@@ -13,7 +13,7 @@ import hvdloss.torch as hvd
 from hvdloss.errors import AgreementError, ConfigError, RankError, UsageError
 from tests.ranks import needs
 
-NEEDS = needs("gloo-2", more="gloo-3 mpi-2")
+NEEDS = needs("gloo-2", more="gloo-3 mpi-2 dist-2")
 
 __all__ = ["before_case"]
 

@@ -13,7 +13,7 @@ import hvdloss
 import hvdloss.torch as hvd
 from tests.ranks import needs
 
-NEEDS = needs("gloo-2", more="gloo-3")
+NEEDS = needs("gloo-2", more="gloo-3 dist-2")
 
 __all__ = ["before_case"]
 

@@ -41,7 +41,7 @@ from hvdloss.errors import (
 )
 from tests.ranks import needs
 
-NEEDS = needs("gloo-2", more="gloo-1 gloo-3 mpi-2")
+NEEDS = needs("gloo-2", more="gloo-1 gloo-3 mpi-2 dist-2")
 
 __all__ = ["before_case"]
 
@@ -178,7 +178,7 @@ def dropped(step):
     return [*step[: last()], []]
 
 
-@needs("gloo-2", more="gloo-3 mpi-2")
+@needs("gloo-2", more="gloo-3 mpi-2 dist-2")
 def case_drop_is_the_step_of_the_other_ranks():
     if hvd.size() == 1:
         raise unittest.SkipTest("one rank has no others")
@@ -233,7 +233,7 @@ def case_a_bad_weight_is_an_error_under_every_policy():
             trial.finish()
 
 
-@needs("gloo-2", more="gloo-3 mpi-2")
+@needs("gloo-2", more="gloo-3 mpi-2 dist-2")
 def case_too_large_for_a_sum_is_infinite():
     """Entries whose sum over ranks overflows, though each of them is finite."""
     if hvd.size() == 1:
@@ -428,7 +428,7 @@ def case_sparse_gradients():
             same_on_all_ranks(opt.last_step)
 
 
-@needs("gloo-2", more="gloo-3 mpi-2")
+@needs("gloo-2", more="gloo-3 mpi-2 dist-2")
 def case_other_reductions_and_penalties():
     """A penalty counts once, whoever was dropped; with "sum" for the calls that are left."""
     if hvd.size() == 1:
@@ -529,7 +529,7 @@ def case_process_sets():
         hvd.remove_process_set(group)
 
 
-@needs("gloo-2", more="gloo-3 mpi-2")
+@needs("gloo-2", more="gloo-3 mpi-2 dist-2")
 def case_local_steps():
     """A rank's own step that is not finite moves nothing: an error at the exchange, or left out."""
     if hvd.size() == 1:
@@ -674,7 +674,7 @@ def case_stray_passes_stay_errors():
         trial.finish()
 
 
-@needs("gloo-2", more="gloo-3 mpi-2")
+@needs("gloo-2", more="gloo-3 mpi-2 dist-2")
 def case_without_weight_a_gradient_may_be_anything():
     """A rank whose weights are all zero adds nothing: its gradient is not looked at."""
     if hvd.size() == 1:

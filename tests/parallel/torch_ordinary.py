@@ -34,7 +34,7 @@ import hvdloss.torch as hvd
 from hvdloss.errors import AgreementError, RankError, ShapeError, UsageError
 from tests.ranks import needs
 
-NEEDS = needs("gloo-2", more="gloo-3")
+NEEDS = needs("gloo-2", more="gloo-3 dist-2")
 
 __all__ = ["before_case"]
 

@@ -18,7 +18,7 @@ from hvdloss.errors import ConfigError
 from hvdloss.report import read
 from tests.ranks import needs
 
-NEEDS = needs("gloo-2", more="gloo-1 gloo-3")
+NEEDS = needs("gloo-2", more="gloo-1 gloo-3 dist-2")
 
 __all__ = ["before_case"]
 
@@ -132,7 +132,7 @@ def case_a_record_is_what_all_ranks_reported():
     return {"bytes a step": path.stat().st_size / 6}
 
 
-@needs("gloo-2", more="gloo-3")
+@needs("gloo-2", more="gloo-3 dist-2")
 def case_local_steps_are_recorded_when_ranks_meet():
     path = folder() / "run.jsonl"
     terms = (hvdloss.CommunicationCost(acts=(SyncPeriod(3),)),)
@@ -160,7 +160,7 @@ class Notes:
         self.closed += 1
 
 
-@needs("gloo-2", more="gloo-3")
+@needs("gloo-2", more="gloo-3 dist-2")
 def case_any_sink_follows_on_the_rank_that_is_asked_for():
     model, objective, optimizer = parts()
     last = hvd.size() - 1

@@ -17,7 +17,7 @@ import hvdloss.torch as hvd
 from hvdloss.errors import AgreementError, ConfigError, ShapeError
 from tests.ranks import needs
 
-NEEDS = needs("gloo-2", more="gloo-3")
+NEEDS = needs("gloo-2", more="gloo-3 dist-2")
 
 EXACT = 1e-11
 PIECES = ("losses", "logits", "input", "weight", "bias")
@@ -124,7 +124,7 @@ def near(mine: torch.Tensor, right: torch.Tensor, what: str) -> float:
     return error
 
 
-@needs("gloo-2", more="gloo-3 gloo-4 mpi-2")
+@needs("gloo-2", more="gloo-3 gloo-4 mpi-2 dist-2")
 def case_random_shards_equal_one_process():
     rng = np.random.default_rng(3)
     worst = dict.fromkeys(PIECES, 0.0)
@@ -194,7 +194,7 @@ def case_extreme_logits():
     return {"error": max(error, near(mine.grad, whole.grad[:, own(shards)], "gradient"))}
 
 
-@needs("gloo-2", more="gloo-3 mpi-2")
+@needs("gloo-2", more="gloo-3 mpi-2 dist-2")
 def case_half_precision_is_computed_in_float32():
     g = torch.Generator().manual_seed(1)
     shards = hvd.ClassShards(11, hvd.size())
@@ -388,7 +388,7 @@ def case_initial_weights_for_any_shards():
                     assert torch.equal(head.bias, one.bias[own(head.shards)])
 
 
-@needs("gloo-2", more="gloo-3 gloo-4 mpi-2")
+@needs("gloo-2", more="gloo-3 gloo-4 mpi-2 dist-2")
 def case_checkpoints_for_any_shards():
     rng = np.random.default_rng(4)
     torch.manual_seed(1)
@@ -421,7 +421,7 @@ def case_checkpoints_for_any_shards():
         refused(ShapeError, lambda: model.load_state_dict(wrong), "(12, 4)", "(11, 4)")
 
 
-@needs("gloo-2", more="gloo-3 mpi-2")
+@needs("gloo-2", more="gloo-3 mpi-2 dist-2")
 def case_large_weights_travel_in_pieces():
     import hvdloss.torch.sharded as module
 
@@ -439,7 +439,7 @@ def case_large_weights_travel_in_pieces():
         module._CHUNK = was
 
 
-@needs("gloo-2", more="gloo-3 gloo-4")
+@needs("gloo-2", more="gloo-3 gloo-4 dist-2")
 def case_a_grid_trains_like_one_process():
     """Two model groups where there are four ranks; else all share one model, or none do."""
     size = hvd.size()
@@ -505,7 +505,7 @@ def case_a_grid_trains_like_one_process():
     return {"error after training": worst}
 
 
-@needs("gloo-2", more="gloo-4")
+@needs("gloo-2", more="gloo-4 dist-2")
 def case_ranks_of_a_grid_that_start_apart():
     if hvd.size() % 2:
         return

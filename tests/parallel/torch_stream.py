@@ -35,7 +35,7 @@ import hvdloss.torch as hvd
 from hvdloss.data import Csv, NumpyFiles, Parquet, RowGroups
 from tests.ranks import needs
 
-NEEDS = needs("gloo-2", more="gloo-3")
+NEEDS = needs("gloo-2", more="gloo-3 dist-2")
 
 __all__ = ["before_case"]
 
@@ -204,7 +204,7 @@ def trained(batches: Any, passes: int = 1, terms: Any = ()) -> tuple[torch.nn.Mo
     return model, optimizer, given
 
 
-@needs("gloo-2", more="gloo-3 mpi-2")
+@needs("gloo-2", more="gloo-3 mpi-2 dist-2")
 def case_ends_that_nobody_knows_are_one_process_with_the_same_global_batches():
     errors = []
     for number, counts in enumerate(uneven_counts()):
@@ -224,7 +224,7 @@ def case_ends_that_nobody_knows_are_one_process_with_the_same_global_batches():
     return {"error, float64": max(errors)}
 
 
-@needs("gloo-2", more="gloo-3 mpi-2")
+@needs("gloo-2", more="gloo-3 mpi-2 dist-2")
 def case_the_flag_costs_no_message():
     counts = [3 + 4 * rank for rank in range(hvd.size())]
     own = batches_of(counts)[hvd.rank()]
@@ -269,7 +269,7 @@ class Failing:
             yield batch
 
 
-@needs("gloo-2", more="gloo-3 mpi-2")
+@needs("gloo-2", more="gloo-3 mpi-2 dist-2")
 def case_what_one_rank_cannot_read_is_raised_on_all():
     last = hvd.size() - 1
     for after, passes in ((0, 1), (1, 1), (3, 2)):

@@ -16,7 +16,7 @@ import hvdloss.torch as hvd
 from hvdloss.losses import Correlation, SoftDice
 from tests.ranks import needs
 
-NEEDS = needs("gloo-2", more="gloo-3")
+NEEDS = needs("gloo-2", more="gloo-3 dist-2")
 
 __all__ = ["before_case"]
 
@@ -74,7 +74,7 @@ def near(a, b, tolerance=1e-11):
     return error
 
 
-@needs("gloo-2", more="gloo-1 gloo-3 gloo-4 mpi-2")
+@needs("gloo-2", more="gloo-1 gloo-3 gloo-4 mpi-2 dist-2")
 def case_value_and_gradient_over_random_splits():
     rng = np.random.default_rng(1)
     errors, plain = [0.0], []
@@ -182,7 +182,7 @@ def case_trained_with_penalty_momentum_and_a_report():
     return {"error, float64": error}
 
 
-@needs("gloo-2", more="gloo-1 gloo-3 gloo-4 mpi-2")
+@needs("gloo-2", more="gloo-1 gloo-3 gloo-4 mpi-2 dist-2")
 def case_sums_over_micro_batches_however_many_each_rank_has():
     objective = hvd.Objective("concordance")
     most = 3
@@ -265,7 +265,7 @@ def case_second_derivatives_are_refused():
         torch.autograd.grad(value, y, create_graph=True)
 
 
-@needs("gloo-2", more="gloo-1 gloo-3 gloo-4 mpi-2")
+@needs("gloo-2", more="gloo-1 gloo-3 gloo-4 mpi-2 dist-2")
 def case_one_rank_is_to_blame_for_what_is_not_finite():
     objective = hvd.Objective("correlation")
     model = network(torch.Generator().manual_seed(3))

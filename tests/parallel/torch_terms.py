@@ -44,7 +44,7 @@ from hvdloss.terms.distributions import divergences
 from hvdloss.terms.link import LinkModel
 from tests.ranks import needs
 
-NEEDS = needs("gloo-2", more="gloo-3")
+NEEDS = needs("gloo-2", more="gloo-3 dist-2")
 
 __all__ = ["before_case"]
 

@@ -34,7 +34,7 @@ import hvdloss.torch as hvd
 from hvdloss.errors import UsageError
 from tests.ranks import needs
 
-NEEDS = needs("gloo-2", more="gloo-3")
+NEEDS = needs("gloo-2", more="gloo-3 dist-2")
 
 __all__ = ["before_case"]
 
@@ -70,7 +70,7 @@ def parts(g, *names):
 # -- clipping and AMP ----------------------------------------------------------------------------------
 
 
-@needs("gloo-2", more="gloo-3 gloo-4 mpi-2")
+@needs("gloo-2", more="gloo-3 gloo-4 mpi-2 dist-2")
 def case_clipping_by_norm_through_synchronize():
     g = generator(1)
     trial = Trial(network(g), passes=2)
@@ -134,7 +134,7 @@ def case_grad_scaler():
     return merged(*results)
 
 
-@needs("gloo-2", more="gloo-3 gloo-4 mpi-2")
+@needs("gloo-2", more="gloo-3 gloo-4 mpi-2 dist-2")
 def case_grad_scaler_skips_on_all_ranks_together():
     """An overflow on one rank only: all ranks skip the step and shrink the scale alike."""
     g = generator(3)
@@ -266,7 +266,7 @@ def case_frozen_and_unfrozen_later():
     return trial.finish()
 
 
-@needs("gloo-2", more="gloo-3 gloo-4 mpi-2")
+@needs("gloo-2", more="gloo-3 gloo-4 mpi-2 dist-2")
 def case_parameters_unused_on_some_ranks():
     g = generator(8)
     trial = Trial(parts(g, "a", "b", "c"), lambda ps: torch.optim.AdamW(ps, lr=0.01))
@@ -374,12 +374,12 @@ def _sparse_trial(seed, sparse_here, *, passes=2, make=None, **options):
     return {**result, "plain averaging's error": max(plain)}
 
 
-@needs("gloo-2", more="gloo-3 gloo-4 mpi-2")
+@needs("gloo-2", more="gloo-3 gloo-4 mpi-2 dist-2")
 def case_sparse_gradients():
     return _sparse_trial(10, True)
 
 
-@needs("gloo-2", more="gloo-3 gloo-4 mpi-2")
+@needs("gloo-2", more="gloo-3 gloo-4 mpi-2 dist-2")
 def case_sparse_gradients_on_one_rank_only():
     return _sparse_trial(11, hvd.rank() == hvd.size() - 1)
 
@@ -433,7 +433,7 @@ class Mixed(torch.nn.Module):
         return sum(terms).sum(1, keepdim=True)
 
 
-@needs("gloo-2", more="gloo-3 gloo-4 mpi-2")
+@needs("gloo-2", more="gloo-3 gloo-4 mpi-2 dist-2")
 def case_mixed_dtypes():
     g = generator(14)
     trial = Trial(Mixed(g), lambda ps: torch.optim.SGD(ps, lr=0.0), passes=2)
@@ -454,7 +454,7 @@ def case_mixed_dtypes():
     return {FLOAT64: errors["d"], "error, float32": errors["f"], "error, bfloat16": errors["b"]}
 
 
-@needs("gloo-2", more="gloo-3 gloo-4 mpi-2")
+@needs("gloo-2", more="gloo-3 gloo-4 mpi-2 dist-2")
 def case_complex_parameters():
     g = generator(15)
 
@@ -533,19 +533,19 @@ def _compressed(compression, tolerance, key, size=1.0):
     return {f"error, {key}": trial.error, "plain averaging's error": max(plain)}
 
 
-@needs("gloo-2", more="gloo-3 gloo-4 mpi-2")
+@needs("gloo-2", more="gloo-3 gloo-4 mpi-2 dist-2")
 def case_compression_fp16():
     """float16 keeps 11 bits: 2e-3. Weights in millions must not overflow what travels."""
     return merged(*(_compressed(hvd.Compression.fp16, 2e-3, "fp16", size) for size in (1.0, 1e6, 1e-6)))
 
 
-@needs("gloo-2", more="gloo-3 gloo-4 mpi-2")
+@needs("gloo-2", more="gloo-3 gloo-4 mpi-2 dist-2")
 def case_compression_bf16():
     """bfloat16 keeps 8 bits: 1.5e-2."""
     return merged(*(_compressed(hvd.Compression.bf16, 1.5e-2, "bf16", size) for size in (1.0, 1e6)))
 
 
-@needs("gloo-2", more="gloo-3 gloo-4 mpi-2")
+@needs("gloo-2", more="gloo-3 gloo-4 mpi-2 dist-2")
 def case_buckets_in_groups_and_predivide():
     g = generator(18)
     results = []
@@ -568,8 +568,8 @@ def case_buckets_in_groups_and_predivide():
 
 @contextmanager
 def counted():
-    """Count the calls of Horovod's collectives; each is still made."""
-    import horovod.torch as horovod
+    """Count the calls of the engine's collectives; each is still made."""
+    from hvdloss.torch._backend import hvd as horovod
 
     calls = Counter()
     names = [
@@ -596,7 +596,7 @@ def counted():
             setattr(horovod, name, real[name])
 
 
-@needs("gloo-2", more="gloo-3 gloo-4 mpi-2")
+@needs("gloo-2", more="gloo-3 gloo-4 mpi-2 dist-2")
 def case_collectives_of_a_steady_step():
     """One asynchronous all-reduce per bucket, the ledgers in one of them; nothing that blocks."""
     g = generator(19)
@@ -670,7 +670,7 @@ def _in_sets(sets, seed):
     return {FLOAT64: worst, **({"plain averaging's error": plain} if plain else {})}
 
 
-@needs("gloo-2", more="gloo-3 gloo-4 mpi-2")
+@needs("gloo-2", more="gloo-3 gloo-4 mpi-2 dist-2")
 def case_two_disjoint_process_sets():
     half = hvd.size() // 2
     sets = [hvd.add_process_set(range(half)), hvd.add_process_set(range(half, hvd.size()))]
@@ -681,7 +681,7 @@ def case_two_disjoint_process_sets():
             hvd.remove_process_set(one)
 
 
-@needs("gloo-2", more="gloo-3 gloo-4 mpi-2")
+@needs("gloo-2", more="gloo-3 gloo-4 mpi-2 dist-2")
 def case_a_process_set_that_leaves_a_rank_out():
     left = hvd.add_process_set(range(1, hvd.size()))
     try:
@@ -738,7 +738,7 @@ def case_lbfgs():
     return {"error, LBFGS": worst}
 
 
-@needs("gloo-2", more="gloo-3 gloo-4 mpi-2")
+@needs("gloo-2", more="gloo-3 gloo-4 mpi-2 dist-2")
 def case_a_closure_with_a_rank_without_samples():
     g = generator(23)
     step = regression(g, [[0] if r == 0 else [5] for r in range(hvd.size())])
@@ -951,7 +951,7 @@ def case_checkpoints_between_torch_horovod_and_hvdloss():
     return {FLOAT64: max(errors.values())}
 
 
-@needs("gloo-2", more="gloo-3 gloo-4 mpi-2")
+@needs("gloo-2", more="gloo-3 gloo-4 mpi-2 dist-2")
 def case_broadcast_of_parameters_and_optimizer_state():
     g = generator(29 + hvd.rank())  # different on every rank, until broadcast
     model = network(g)
@@ -1145,7 +1145,7 @@ def case_model_zero_grad_instead_of_the_optimizers():
     return trial.finish()
 
 
-@needs("gloo-2", more="gloo-3 gloo-4 mpi-2")
+@needs("gloo-2", more="gloo-3 gloo-4 mpi-2 dist-2")
 def case_many_parameters_and_buckets():
     """More than a megabyte, so that buckets fill in the order of the backward pass, and two passes."""
     g = generator(39)

@@ -36,7 +36,7 @@ def needs(launches: str = "", *, more: str = "") -> Callable[[T], T]:
         def case_process_sets(): ...
 
     Args:
-        launches: controller and ranks, such as ``"gloo-2 mpi-2"``.
+        launches: controller and ranks, such as ``"gloo-2 mpi-2"``; ``dist`` is torch.distributed.
         more: those that only a slow suite runs.
     """
     _parse(launches, more)
@@ -48,8 +48,8 @@ def _parse(launches: str = "", more: str = "") -> list[Launch]:
     for text, kind in ((launches, tuple), (more, _More)):
         for word in text.split():
             controller, _, ranks = word.partition("-")
-            if controller not in ("gloo", "mpi") or not ranks.isdigit():
-                raise ValueError(f"{word!r} is no launch; write gloo-2, mpi-3")
+            if controller not in ("gloo", "mpi", "dist") or not ranks.isdigit():
+                raise ValueError(f"{word!r} is no launch; write gloo-2, mpi-3, dist-2")
             out.append(kind((controller, int(ranks))))
     if len(set(out)) < len(out) or not out:
         raise ValueError(f"needs({launches!r}, more={more!r}) names a launch twice, or none")
@@ -69,14 +69,16 @@ def case_needs(module: str) -> dict[str, list[Launch]]:
     """Return a module's cases and their launches, without importing its framework.
 
     Those are its own, and the laws of the modules of tests/laws that it names in ``LAWS``, but for those in
-    ``EXCEPT``. A case has no launches if neither it nor its module says any: then its test file does.
+    ``EXCEPT``, and in the launches of ``ALSO`` too. A case has no launches if neither it nor its module says
+    any: then its test file does.
     """
     tree = ast.parse((MODULES / f"{module}.py").read_text())
     out = _functions(tree, "case_")
     left_out = _constant(tree, "EXCEPT", {})
+    also = _assigned(tree, "ALSO")
     for name in _constant(tree, "LAWS", ()):
         laws = _functions(ast.parse((LAWS / f"{name}.py").read_text()), "law_")
-        out |= {law: where for law, where in laws.items() if law not in left_out}
+        out |= {law: [*where, *also] for law, where in laws.items() if law not in left_out}
         left_out = {law: why for law, why in left_out.items() if law not in laws}
     if left_out:
         raise ValueError(f"tests/parallel/{module}.py: EXCEPT names no law: {', '.join(left_out)}")
@@ -85,15 +87,21 @@ def case_needs(module: str) -> dict[str, list[Launch]]:
 
 def _functions(tree: ast.Module, begins: str) -> dict[str, list[Launch]]:
     """Return the functions whose names begin so, and their launches."""
-    default: list[Launch] = []
+    default = _assigned(tree, "NEEDS")
     out: dict[str, list[Launch]] = {}
     for node in tree.body:
-        if isinstance(node, ast.Assign) and [ast.unparse(t) for t in node.targets] == ["NEEDS"]:
-            default = _written(node.value) or []
-        elif isinstance(node, ast.FunctionDef) and node.name.startswith(begins):
+        if isinstance(node, ast.FunctionDef) and node.name.startswith(begins):
             own = [found for one in node.decorator_list if (found := _written(one))]
             out[node.name.removeprefix(begins)] = own[0] if own else default
     return out
+
+
+def _assigned(tree: ast.Module, name: str) -> list[Launch]:
+    """Return the launches of ``NAME = needs(...)``."""
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and [ast.unparse(t) for t in node.targets] == [name]:
+            return _written(node.value) or []
+    return []
 
 
 def _constant(tree: ast.Module, name: str, default: Any) -> Any:

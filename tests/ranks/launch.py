@@ -58,6 +58,8 @@ class Outcome:
 @functools.cache
 def missing_controller(controller: str) -> str:
     """Return why launches with `controller` cannot run here, or an empty string."""
+    if controller == "dist":
+        return "" if importlib.util.find_spec("torch") else "PyTorch is not installed"
     if importlib.util.find_spec("horovod") is None:
         return "Horovod is not installed; run `hvdloss install`"
     if controller == "mpi" and shutil.which("mpirun") is None:
@@ -89,6 +91,7 @@ def environment() -> dict[str, str]:
         "TF_CPP_MIN_LOG_LEVEL": "2",
         "PYTHONUNBUFFERED": "1",
         "HVDLOSS_TEST_PROCESS": str(os.getpid()),
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
         "HOROVOD_STALL_CHECK_TIME_SECONDS": "5",
         "HOROVOD_DYNAMIC_PROCESS_SETS": "1",  # cases make their own
         # More ranks than cores: let waiting ranks give their core away.
@@ -151,6 +154,23 @@ def run_launch(
     return outcomes
 
 
+def horovodrun(controller: str, np: int) -> list[str]:
+    """Return the command that starts Python on `np` ranks of Horovod's."""
+    beside = Path(sys.executable).parent / "horovodrun"  # of this environment, activated or not
+    program = str(beside) if beside.exists() else "horovodrun"
+    options = [f"--{controller}", "-np", str(np), "--start-timeout", str(int(START_SECONDS))]
+    return [program, *options, sys.executable]
+
+
+def torchrun(np: int) -> list[str]:
+    """Return the command that starts Python on `np` ranks over torch.distributed.
+
+    It looks for ranks that ended only now and then: the others are to tell by themselves what they see.
+    """
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--monitor-interval", "5"]
+    return [*launcher, "--nproc-per-node", str(np)]
+
+
 def _processor_seconds() -> float:
     """Return what this process's children that have ended, and theirs, have computed."""
     used = os.times()
@@ -158,13 +178,9 @@ def _processor_seconds() -> float:
 
 
 def _start(specs: Sequence[str], controller: str, np: int, folder: Path, seconds: float) -> tuple[str, str]:
-    """Run horovodrun once; return what went wrong with the launch itself, and the end of its output."""
-    beside = Path(sys.executable).parent / "horovodrun"  # of this environment, activated or not
-    command = [
-        str(beside) if beside.exists() else "horovodrun",
-        *(f"--{controller}", "-np", str(np), "--start-timeout", str(int(START_SECONDS))),
-        *(sys.executable, "-m", "tests.ranks", "--out", str(folder), *specs),
-    ]
+    """Run the launcher once; return what went wrong with the launch itself, and the end of its output."""
+    ranks = ["-m", "tests.ranks", "--out", str(folder), *specs]
+    command = [*(torchrun(np) if controller == "dist" else horovodrun(controller, np)), *ranks]
     log = folder / "output.txt"
     problem = ""
     with log.open("wb") as sink:
@@ -180,7 +196,7 @@ def _start(specs: Sequence[str], controller: str, np: int, folder: Path, seconds
         try:
             code = launcher.wait(seconds + START_SECONDS)
             if code:
-                problem = f"horovodrun ended with status {code}"
+                problem = f"the launcher ended with status {code}"
         except subprocess.TimeoutExpired:
             problem = f"the launch took more than {seconds:.0f} s"
         finally:
@@ -192,7 +208,7 @@ def _start(specs: Sequence[str], controller: str, np: int, folder: Path, seconds
 
 
 def _end(launcher: subprocess.Popen[bytes]) -> None:
-    """End horovodrun and what it started."""
+    """End the launcher and what it started."""
     if launcher.poll() is None:
         time.sleep(2.0)  # for the ranks to see the file
         for number in (signal.SIGTERM, signal.SIGKILL):

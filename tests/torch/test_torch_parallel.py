@@ -78,3 +78,8 @@ def test_beside_tensorflow(case: Case, request):
 @parallel_cases("torch_nonfinite", group="torch")
 def test_nonfinite(case: Case, request):
     case.check(request)
+
+
+@parallel_cases("torch_distributed", group="torch")
+def test_horovods_names_over_torch_distributed(case: Case, request):
+    case.check(request)

@@ -25,6 +25,7 @@ def ask_torch():
         "cxx11_abi": bool(torch.compiled_with_cxx11_abi()),
         "gpus": gpus,
         "gpu_arches": arches,
+        "distributed": torch.distributed.is_available() and torch.distributed.is_gloo_available(),
     }
 
 

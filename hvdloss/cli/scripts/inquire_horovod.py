@@ -23,6 +23,7 @@ def ask(framework):
         "mpi": bool(hvd.mpi_built()),
         "nccl": bool(hvd.nccl_built()),
         "cuda": bool(hvd.cuda_built()),
+        "distributed": framework == "torch" and module.distributed.is_available(),
     }
 
 
