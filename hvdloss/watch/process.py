@@ -175,14 +175,16 @@ def sockets() -> dict[int, str]:
 def cut(those: dict[int, str]) -> None:
     """End the connections of these sockets, as far as they are still the same; they stay open.
 
-    Whoever waits on them, here or at the other end, is told at once.
+    Whoever waits on them, here or at the other end, is told at once. What only listens is left alone: nobody
+    waits for it, and PyTorch's Gloo ends the process if it cannot accept.
     """
     now = sockets()
     for number, target in those.items():
         if now.get(number) != target:
             continue
         with contextlib.suppress(OSError), socket.socket(fileno=os.dup(number)) as same:
-            if same.family in (socket.AF_INET, socket.AF_INET6):
+            listens = same.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+            if same.family in (socket.AF_INET, socket.AF_INET6) and not listens:
                 same.shutdown(socket.SHUT_RDWR)
 
 

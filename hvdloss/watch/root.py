@@ -28,7 +28,7 @@ from hvdloss.watch.verdict import (
 __all__ = ["Hosts", "Root"]
 
 _ALIKE_S = 2.0  # for all ranks to fail alike, where nobody waits for one that has
-_BETTER_S = 1.5  # for a better reason than "Horovod gave up" to come in
+_BETTER_S = 1.5  # for a better reason than "an exchange failed" to come in
 _SPACE_S = 0.5  # between two counts at least
 _SELDOM_S = 30.0  # between two counts that find the same at most
 _BUSY_S = 1.0  # before the first count, where some rank is blocked nowhere

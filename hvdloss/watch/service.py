@@ -483,8 +483,8 @@ def explained(error: BaseException) -> BaseException:
             Fault(
                 "broken",
                 (member.rank,),
-                f"step {step}: Horovod gave up on rank {member.rank}: {text}. Another rank, its machine or "
-                f"the network between them failed. Start the job again from its last checkpoint.",
+                f"step {step}: an exchange failed on rank {member.rank}: {text}. Another rank, its machine "
+                f"or the network between them failed. Start the job again from its last checkpoint.",
             ),
         )
     if fault is None:

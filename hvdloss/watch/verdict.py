@@ -255,7 +255,7 @@ def lost(step: int, rank: int, state: RankState | None = None) -> Fault:
         (rank,),
         f"step {step}: rank {rank} is gone: its process ended without a word (killed, perhaps for want of "
         f"memory).{where} Nothing of this step was updated. Start the job again from its last checkpoint, or "
-        f"run it under Horovod elastic, which goes on from the last commit.",
+        f"run it as an elastic job, which goes on from the last commit.",
     )
 
 
@@ -274,7 +274,7 @@ def silent(step: int, rank: int, limits: Limits, what: str, state: RankState | N
         "silent",
         (rank,),
         f"step {step}: rank {rank} {what} for {limits.silence:g} s (HVDLOSS_WATCH_SILENCE). Start the job "
-        f"again from its last checkpoint, or run it under Horovod elastic.{where}",
+        f"again from its last checkpoint, or run it as an elastic job.{where}",
     )
 
 

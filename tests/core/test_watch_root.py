@@ -356,13 +356,13 @@ def test_an_error_is_told_once_somebody_waits_and_not_where_all_fail_by_themselv
 
 def test_that_horovod_gave_up_is_told_only_where_there_is_no_better_reason():
     one = Job(2)
-    one.root.error(Fault("broken", (0,), "step 1: Horovod gave up"), one.now)
+    one.root.error(Fault("broken", (0,), "step 1: an exchange failed"), one.now)
     one.goes(1.0)
     one.root.gone(1)
     assert [fault.kind for fault in one.goes(1.0).faults] == ["lost"]
     one = Job(2)
     one.states[0] = RankState(0, "left", steps={"o": 1})
-    one.root.error(Fault("broken", (1,), "step 1: Horovod gave up"), one.now)
+    one.root.error(Fault("broken", (1,), "step 1: an exchange failed"), one.now)
     (fault,) = one.goes(3.0).faults
     assert "rank 0 has ended after step 1 of o, while rank 1 wait(s)" in fault.text
 
