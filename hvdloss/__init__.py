@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     )
     from hvdloss.ledger import Ledger
     from hvdloss.reduction import REDUCTIONS
-    from hvdloss.report import RankReport, StepReport, TermReport
+    from hvdloss.report import LossReport, RankReport, StepReport, TermReport
     from hvdloss.term import Batch, Closed, Term
     from hvdloss.terms.communication import CommunicationCost
     from hvdloss.terms.skew import DataSkew
@@ -58,7 +58,7 @@ _HOMES = {
     ),
     "ledger": ("Ledger",),
     "reduction": ("REDUCTIONS",),
-    "report": ("RankReport", "StepReport", "TermReport"),
+    "report": ("LossReport", "RankReport", "StepReport", "TermReport"),
     "term": ("Batch", "Closed", "Term"),
     "terms.communication": ("CommunicationCost",),
     "terms.skew": ("DataSkew",),
@@ -77,6 +77,7 @@ __all__ = [
     "DataSkew",
     "HvdlossError",
     "Ledger",
+    "LossReport",
     "LostRankError",
     "NoWeightError",
     "NonFiniteGradientError",

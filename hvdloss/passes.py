@@ -37,12 +37,15 @@ def divided_by(gradient: float, passes: int, scales: Iterable[float] = ()) -> bo
     return any(abs(gradient * passes - s) <= _NEAR * s for s in whole)
 
 
-def another_error(names: str, ours: str) -> UsageError:
-    """Return the error of a backward pass through objectives that an optimizer or tape does not have."""
+def another_error(names: str, ours: str, way_out: str = "") -> UsageError:
+    """Return the error of a backward pass through objectives that an optimizer or tape does not have.
+
+    `way_out`: what to do where several can be had.
+    """
     return UsageError(
         f"a backward pass went through the loss of the objective {names}, which is not the one of this "
-        f"optimizer or tape: the ranks' means of it would be averaged by what {ours!r} weighs. Let one "
-        f"objective have all losses of an element (a function that returns their sum, for each element), "
+        f"optimizer or tape: the ranks' means of it would be averaged by what {ours!r} weighs. {way_out}Let "
+        f"one objective have all losses of an element (a function that returns their sum, for each element), "
         f"call this one for each of them where their weights are equal, or train on each in steps of its own"
     )
 

@@ -34,6 +34,7 @@ from hvdloss.torch.objective import Objective
 from hvdloss.torch.optimizer import DistributedOptimizer
 from hvdloss.torch.preemption import Preemption
 from hvdloss.torch.recorder import Recorder, follow
+from hvdloss.torch.several import global_losses
 from hvdloss.torch.sharded import (
     ArcFace,
     ClassShards,
@@ -87,6 +88,7 @@ __all__ = [
     "check_synchronized",
     "follow",
     "full_state_dict",
+    "global_losses",
     "grid",
     "lime_weights",
     "merged_value",

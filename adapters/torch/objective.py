@@ -138,6 +138,9 @@ class Objective(ObjectiveBase[torch.Tensor]):
     2.5
     """
 
+    #: Of an optimizer that has several objectives (`hvdloss.torch.several.LossExchange`), and which this is.
+    exchange: tuple[Any, int] | None = None
+
     def __init__(self, loss: Any, *, ahead: bool = False, **options: Any) -> None:
         super().__init__(loss, **options)
         if ahead and (self.terms or self.nonfinite != "raise"):
@@ -335,10 +338,15 @@ class Objective(ObjectiveBase[torch.Tensor]):
         loss = part.mean(_OPS)
         if self.ahead is not None:  # of all ranks' elements, whose parts may be averaged as they are
             return loss
+        call = None
+        row = part.row(_OPS) if loss.requires_grad or penalty is not None else None
+        if row is not None and self.exchange is not None:
+            exchange, index = self.exchange
+            loss, call = exchange.enter(loss, index, row)
         if penalty is not None:
             loss = loss + penalty
         if loss.requires_grad:
-            row = part.row(_OPS)
+            assert row is not None
             if told:
                 row = torch.cat([row, *told])
             # What the loss was made of; the loss itself would hold itself by its hook.
@@ -349,9 +357,13 @@ class Objective(ObjectiveBase[torch.Tensor]):
                     _begin_pass(row[1])
                 else:
                     self.warn_unheard(rank_and_size(hvd, self.process_set)[1])
-                self.announce(row, gradient, graph)
+                self.announce(row if call is None else call.ledger_row(gradient), gradient, graph)
+                if call is not None:
+                    call.exchange.passed(call, gradient, graph)
 
             loss.register_hook(through)
+            if call is not None:
+                loss._hvdloss_call = call  # type: ignore[attr-defined]
         return loss
 
     @staticmethod

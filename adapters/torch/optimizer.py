@@ -8,7 +8,7 @@ import math
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -29,7 +29,8 @@ from hvdloss.passes import alone_warning, another_error, bypassed_error, divisio
 from hvdloss.plan import Bucket, ParameterInfo, plan_buckets
 from hvdloss.reduction import MEASURED
 from hvdloss.report import StepReport
-from hvdloss.report.steps import Interest
+from hvdloss.report.steps import Interest, LossReport
+from hvdloss.several import Objectives
 from hvdloss.term import Travel
 from hvdloss.torch._backend import hvd
 from hvdloss.torch.buckets import (
@@ -58,6 +59,7 @@ from hvdloss.torch.passes import (
     scales,
     see_scalers,
 )
+from hvdloss.torch.several import LossExchange
 from hvdloss.tuning import Tuning, choose, launched
 from hvdloss.world import following, next_number
 
@@ -75,7 +77,7 @@ class _Engine:
         self,
         optimizer: torch.optim.Optimizer,
         named_parameters: Iterable[tuple[str, torch.nn.Parameter]] | None,
-        objective: Objective,
+        objective: Objective | Objectives,
         compression: Any,
         passes: int,
         predivide: float,
@@ -142,6 +144,8 @@ class _Engine:
         self._hooked: dict[int, Any] = {}
         self._frozen: list[torch.nn.Parameter] = []
         self._forget_plan()
+        self._losses: LossExchange | None = None  # where there are several
+        self.losses: dict[str, LossReport] = {}  # of the last step
         self._begin_step()
         if included(hvd, process_set):  # others keep their own gradients, as with Horovod
             mine = {id(p) for p in self.parameters()}
@@ -150,6 +154,13 @@ class _Engine:
                     objective.detach(other)
             self._hook_parameters()
             objective.attach(self, passes)
+            if isinstance(objective, Objectives):
+                me = weakref.ref(self)  # objectives do not hold optimizers
+                self._losses = LossExchange(
+                    objective, process_set, self.name, lambda: me()._device(), lambda: me()._waiting()
+                )
+            else:
+                objective.exchange = None
             self.controller.begin(process_set.rank(), process_set.size(), anew=True)
         following(self)
 
@@ -171,6 +182,7 @@ class _Engine:
             dropped=self.dropped,
             samples=self.samples,
             interest=self.interest,
+            losses=self.losses,
         )
 
     def listen(self, listener: Callable[[StepReport], None]) -> None:
@@ -201,6 +213,8 @@ class _Engine:
         self._table_ready = self._rows_ready = None
         self._forget_plan()
         self._stretch = self._stretch_reference = None
+        if self._losses is not None:
+            self._losses.reset()
         self._begin_step()
         self.synchronized = self._due = self._local = self._idle = False
         self._reference, self._together = 1.0, 0.0
@@ -443,13 +457,13 @@ class _Engine:
         others, self._others = self._others, []
         for name, graph in others:
             if self._refusal is None and leads_to(graph, {id(p) for p in self.parameters()}):
-                self._refusal = another_error(repr(name), self.objective.name)
+                self._refusal = another_error(repr(name), self.objective.name, _ALL_OF_THEM)
 
     def _begin_backward(self, arrived: torch.nn.Parameter | None = None) -> None:
         watch.check()
         if self.launched:
             if self._others:
-                raise another_error(repr(self._others[0][0]), self.objective.name)
+                raise another_error(repr(self._others[0][0]), self.objective.name, _ALL_OF_THEM)
             raise UsageError(
                 f"a backward pass began although the gradients of this step's backward_passes_per_step="
                 f"{self.passes} are already under way, and optimizer.step() was not called. Pass as "
@@ -538,7 +552,11 @@ class _Engine:
         if self._grad_scale is None:
             scale = self._current_scale()
             objective = self.objective
-            if self.passes > 1 and (objective.reduction != "sum" or objective.whole is not None):
+            if (
+                self.passes > 1
+                and self._losses is None
+                and (objective.reduction != "sum" or objective.whole is not None)
+            ):
                 arrived = self._arrived[0]
                 self._divisions.append((arrived, scales(arrived)))
                 scale = scale * division(arrived, self.passes, self._divisions[-1][1])
@@ -571,9 +589,18 @@ class _Engine:
         if not reached:  # autograd.grad, say: no parameter's gradient was touched
             self._bypassed = bool(self._rows)
             self._others.clear()
+            if self._losses is not None:
+                self._losses.end_pass(counted=False)
             return
         rows = self._rows
         self._refuse_others()
+        if self._losses is not None:
+            fired = (
+                {}
+                if self._planned
+                else {i: p for i, p in enumerate(self.parameters()) if id(p) in self._fired}
+            )
+            self._losses.end_pass(bool(rows), fired)
         # Where there were several calls, a device is waited for.
         stray = not rows or any(bool(row[1] != rows[0][1]) for row in rows[1:])
         scale = 0.0 if stray else self._current_scale()
@@ -593,8 +620,9 @@ class _Engine:
             return
         # Several calls with one denominator (two heads, say): the loss is the sum of their means.
         row = rows[0].clone()
+        added = _ADDED if self._losses is None else _ADDED_OF_SEVERAL
         for other in rows[1:]:
-            row[_ADDED] += other[_ADDED]
+            row[added] += other[added]
             row[MEASURED:] += other[MEASURED:]
         self._row_sum = row if self._row_sum is None else self._row_sum + row
         self._scale_sum = self._scale_sum + scale
@@ -629,7 +657,8 @@ class _Engine:
     @property
     def _failure(self) -> BaseException | None:
         """Why this rank cannot go on, or what its loop did that has no exact step."""
-        return self.error if self.error is not None else self._refusal
+        several = None if self._losses is None else self._losses.refusal
+        return next((one for one in (self.error, self._refusal, several) if one is not None), None)
 
     def communicator(self) -> Communicator:
         """Return the exchange of small arrays among this optimizer's ranks."""
@@ -690,6 +719,8 @@ class _Engine:
     def _launch_ledger(self) -> None:
         if self._table is not None:
             return
+        if self._losses is not None:
+            self._losses.send_losses()
         bad = self._bad_gradients() if self._dropped is None else self._dropped
         own = self._own_row(self._row_sum, self._strays, bad)
         there = torch.tensor([float(lone.there) for lone in self.lone], dtype=torch.float64)
@@ -810,6 +841,8 @@ class _Engine:
         told, there = message.read(whole[: message.length]), whole[message.length :].tolist()
         # Of gradients the update decides: where a GradScaler sees that they are not finite, there is none.
         ledgers = self._judge(told, self.step_count + 1, gradients=False)
+        if self._losses is not None:
+            self.losses = self._losses.reports(self.step_count + 1)
         if there:
             for lone, count in zip(self.lone, there, strict=True):
                 lone.used = bool(count)
@@ -841,6 +874,8 @@ class _Engine:
                 self._step_alone()
                 return
             self._adopt_hooks()
+            if self._losses is not None:  # this rank may have had no backward pass
+                self._losses.start()
             with self._waiting():
                 if not self._planned:
                     self._make_plan()
@@ -933,6 +968,8 @@ class _Engine:
         self.step_count += 1
         watch.stepped(self.name)
         self._begin_step()
+        if self._losses is not None:
+            self._losses.begin_step()
         self.synchronized = True
 
     def _check_hooks(self, hooked: list[torch.nn.Parameter], before: list[Any]) -> None:
@@ -1112,6 +1149,8 @@ class _Engine:
         self._launch_ledger()
         measured_in = self._reference  # of the gradients held so far; 1 unless this is a new plan
         self._choose_reference(self._judged_ledgers())
+        if self._losses is not None:
+            self._losses.check_outside([self.names[id(p)] for p in parameters])
 
         infos = agreed.parameters
         if self.sparse_as_dense:
@@ -1190,13 +1229,27 @@ class _Engine:
         if any(self.wire.is_half(dtype) for dtype in {p.dtype for p in self.parameters()}):
             self._reference *= self.predivide / len(ledgers)
 
+    def expect(self, weights: Mapping[str, float], passes: int) -> None:
+        """Send what this rank's step will weigh; see the optimizer's method."""
+        if not isinstance(self.objective, Objectives):
+            raise UsageError(
+                "optimizer.expect() is for several objectives; the weights of one travel with the gradients. "
+                "Leave it out"
+            )
+        if self._losses is not None:  # else this rank takes no part
+            watch.check()
+            if not self.passes_done:
+                self._refresh()
+            self._losses.expect(weights, passes)
+
     def travel(self) -> dict[str, int]:
         """Return how many messages a step sends, and what they hold."""
         return {
             "messages": len(self.buckets)
             + 2 * len(self.sparse)
             + (self.carrier is None)
-            + bool(self.controller.width),
+            + bool(self.controller.width)
+            + 2 * (self._losses is not None),
             "buckets": len(self.buckets) - len(self.lone),
             "alone": len(self.lone),
             "sparse": len(self.sparse),
@@ -1223,8 +1276,12 @@ class _Engine:
                     ready()
             for slot in (*self.buckets, *self.sparse):
                 slot.drain()
+            if self._losses is not None:
+                self._losses.drain()
         finally:
             self._begin_step()
+            if self._losses is not None:
+                self._losses.begin_step()
 
     def global_value(self, value: Any) -> Any:
         """Return a closure's loss for all ranks: the average of theirs by what each one saw.
@@ -1237,7 +1294,10 @@ class _Engine:
         denominator = float(self._own[COLUMN["denominator"]])
         local = float(value.detach() if isinstance(value, torch.Tensor) else value)
         numerator = local * denominator if denominator else 0.0
+        if self._losses is not None:  # what was added to the losses, whose own values are not averages
+            numerator -= float(self._own[COLUMN["numerator"]])
         out = self.communicator().sum(np.array([numerator, denominator]), f"{self.name}.closure")
+        out[0] += out[1] * math.fsum(one.part for one in self.losses.values())
         return torch.tensor(
             out[0] / out[1],
             dtype=value.dtype if isinstance(value, torch.Tensor) else torch.float64,
@@ -1245,8 +1305,14 @@ class _Engine:
         )
 
 
+_ALL_OF_THEM = (  # what to do with several objectives
+    "Give the optimizer all of them, by name: DistributedOptimizer(optimizer, model.named_parameters(), "
+    "{'name': objective, ...}). Or: "
+)
+
 # Fields of a ledger row that add up over several calls in one backward pass; the others are shared.
 _ADDED = [0, 5, 6, 7]
+_ADDED_OF_SEVERAL = [0, 2, 3, 5, 6, 7]  # of several objectives: weights and elements too
 FAULTS_TOLD = slice(FAULTS.start, MEASURED)  # the faults that tensors tell
 _NONFINITE = COLUMN["nonfinite_losses"]
 _GRADIENTS, _FAILED = COLUMN["nonfinite_gradients"], COLUMN["failed"]
@@ -1394,7 +1460,7 @@ class _Exact:
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients, and what backward passes of an unfinished step have added."""
         engine = self._hvdloss
-        if engine.launched:
+        if engine.launched or (engine._losses is not None and engine._losses.began):
             raise UsageError(
                 "optimizer.zero_grad() after loss.backward() and before optimizer.step(): the gradients "
                 "are under way between ranks. To drop a step on all ranks call optimizer.synchronize() "
@@ -1427,14 +1493,44 @@ class _Exact:
         """Change how many backward passes a step has at most; takes effect with the next step."""
         self._hvdloss.set_passes(passes)
 
+    def expect(self, weights: Mapping[str, float], passes: int = 1) -> None:
+        """Say what this rank's step will weigh, with several objectives: for accumulation, and to save time.
+
+        With one backward pass per step this is optional: the denominators then travel during the forward
+        pass, and nobody waits for them. With several passes it is needed in every step, on every rank that
+        makes any::
+
+            optimizer.expect({"class": sum(len(y) for _, y, _ in batches), ...}, passes=len(batches))
+            for x, y, boxes in batches:
+                ...
+                (class_loss + 2 * box_loss).backward()
+            optimizer.step()
+
+        Args:
+            weights: by objective, this rank's denominator over all micro-batches of the step: for ``"mean"``
+                the sum of weights, for ``"batch_mean"`` and ``"sequence_mean"`` the number of elements or
+                sequences that have any. 0 where it is left out; ``"sum"`` and losses of all ranks' elements
+                need none.
+            passes: backward passes that this rank will make.
+
+        Raises:
+            ConfigError: a name or number that cannot be.
+            UsageError: one objective, whose weights travel with the gradients; or a second call in a step.
+                A step that turns out to weigh something else is the same error on every rank.
+
+        Collectives: one small all-reduce, which is waited for in the first backward pass; in the first step
+        another one of 16 numbers.
+        """
+        self._hvdloss.expect(weights, passes)
+
     @property
     def last_step(self) -> StepReport | None:
         """The report of the last synchronised step, equal on all ranks; None before the first."""
         return self._hvdloss.report()
 
     @property
-    def objective(self) -> Objective:
-        """The objective whose loss this optimizer minimises."""
+    def objective(self) -> Objective | Objectives:
+        """The objective whose loss this optimizer minimises; several by name."""
         return self._hvdloss.objective
 
     @property
@@ -1456,7 +1552,7 @@ class _Exact:
 def DistributedOptimizer(
     optimizer: torch.optim.Optimizer,
     named_parameters: Iterable[tuple[str, torch.nn.Parameter]] | None = None,
-    objective: Objective | None = None,
+    objective: Objective | Mapping[str, Objective] | Sequence[Objective] | None = None,
     *,
     compression: Any = Compression.none,
     backward_passes_per_step: int = 1,
@@ -1480,7 +1576,10 @@ def DistributedOptimizer(
     Args:
         optimizer: any ``torch.optim.Optimizer``. The result shares its parameter groups and state.
         named_parameters: ``model.named_parameters()``; names appear in messages.
-        objective: an :class:`Objective`, or None.
+        objective: an :class:`Objective`, or None; or several, by name or in a sequence, for a loss that is
+            the sum of several, each with an objective (and a denominator) of its own:
+            ``{"class": ..., "box": ...}``. Any of them may be absent on some ranks, or on all. See
+            docs/howto/several-losses.md.
         compression: ``Compression.none``, ``fp16`` or ``bf16``: what travels, not what is computed.
         backward_passes_per_step: the largest number of backward passes that any rank makes before
             ``step()``; ranks may make fewer. Reductions start during a rank's last one.
@@ -1504,13 +1603,14 @@ def DistributedOptimizer(
     Raises:
         ConfigError: an argument that cannot be used.
 
-    Collectives per step: one asynchronous all-reduce per bucket, all under way together; the ranks'
-    ledgers (``size`` x 19 numbers; with more than 64 ranks their sums, at most 4 KiB) ride in the last
-    float32 or float64 bucket, and need a message of their own only where there is none (compression, 16-bit
-    parameters). What terms tell is one message more. With more than 64 ranks a step in which something is
-    wrong, or of which a rank reads what single ranks did, has an all-gather of 19 numbers more. After local
-    steps one all-reduce of the parameters per dtype, and one or two small ones. Buckets follow Li et al.,
-    "PyTorch Distributed" (VLDB 2020).
+    Collectives per step: one asynchronous all-reduce per bucket, all under way together; the ranks' ledgers
+    (``size`` x 19 numbers; with more than 64 ranks their sums, at most 4 KiB) ride in the last float32 or
+    float64 bucket, and need a message of their own only where there is none (compression, 16-bit
+    parameters). What terms tell is one message more. Several objectives have two more of a few numbers:
+    their denominators, before the first gradient, and their losses, beside the gradients. With more than 64
+    ranks a step in which something is wrong, or of which a rank reads what single ranks did, has an
+    all-gather of 19 numbers more. After local steps one all-reduce of the parameters per dtype, and one or
+    two small ones. Buckets follow Li et al., "PyTorch Distributed" (VLDB 2020).
     """
     if groups is None and num_groups:
         groups = num_groups
@@ -1533,7 +1633,11 @@ def DistributedOptimizer(
         raise ConfigError(f"optimizer={optimizer!r} is not a torch.optim.Optimizer")
     if hasattr(optimizer, "_hvdloss"):
         raise ConfigError("optimizer is already wrapped by hvdloss.torch.DistributedOptimizer")
-    if not isinstance(objective, Objective):
+    if isinstance(objective, Mapping | list | tuple):
+        objective = Objectives(objective)
+        if wrong := [name for name, one in objective.items() if not isinstance(one, Objective)]:
+            raise ConfigError(f"objective={{{wrong[0]!r}: ...}} is not an hvdloss.torch.Objective")
+    if not isinstance(objective, Objective | Objectives):
         raise ConfigError(
             f"objective={objective!r} is not an hvdloss.torch.Objective; wrap the loss function in one"
         )

@@ -11,9 +11,19 @@ import torch
 from hvdloss.passes import divided_by
 from hvdloss.torch.ops import at_hand, put_on
 
-__all__ = ["divided", "division", "leads_to", "mark_reduced", "not_reduced", "scales", "see_scalers"]
+__all__ = [
+    "divided",
+    "division",
+    "leads_to",
+    "mark_reduced",
+    "not_reduced",
+    "scale_of_pass",
+    "scales",
+    "see_scalers",
+]
 
 _scalers: weakref.WeakSet[Any] = weakref.WeakSet()
+_scale_of_pass: list[torch.Tensor] = []
 
 
 def see_scalers() -> None:
@@ -25,10 +35,26 @@ def see_scalers() -> None:
     @functools.wraps(plain)
     def scale(self: Any, outputs: Any) -> Any:
         _scalers.add(self)
-        return plain(self, outputs)
+        scaled = plain(self, outputs)
+        factor = None if self._scale is None else self._scale.detach().clone()
+        for one in scaled if isinstance(scaled, list | tuple) else [scaled]:
+            if factor is not None and isinstance(one, torch.Tensor) and one.requires_grad:
+                one.register_hook(functools.partial(_begin_scaled, factor))
+        return scaled
 
     scale._hvdloss = True  # type: ignore[attr-defined]
     torch.amp.GradScaler.scale = scale  # type: ignore[method-assign]
+
+
+def _begin_scaled(factor: torch.Tensor, gradient: torch.Tensor) -> None:
+    """Note, until a backward pass is over, that its loss was scaled."""
+    _scale_of_pass[:] = [factor]
+    torch.autograd.Variable._execution_engine.queue_callback(_scale_of_pass.clear)
+
+
+def scale_of_pass() -> torch.Tensor | None:
+    """Return what a GradScaler multiplied the loss of the backward pass with that is under way; or None."""
+    return _scale_of_pass[0] if _scale_of_pass else None
 
 
 def scales(like: torch.Tensor) -> list[torch.Tensor]:

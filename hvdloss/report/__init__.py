@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from hvdloss.lazy import lazily
-from hvdloss.report.steps import RankReport, RankReports, StepReport, TermReport
+from hvdloss.report.steps import LossReport, RankReport, RankReports, StepReport, TermReport
 
 if TYPE_CHECKING:
     from hvdloss.report.following import Following, Sink
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Following",
+    "LossReport",
     "RankReport",
     "RankReports",
     "Record",

@@ -14,7 +14,7 @@ from hvdloss.errors import UsageError
 from hvdloss.ledger import COLUMN, Ledger, Ledgers
 from hvdloss.reduction import finish
 
-__all__ = ["Interest", "RankReport", "RankReports", "StepReport", "TermReport"]
+__all__ = ["Interest", "LossReport", "RankReport", "RankReports", "StepReport", "TermReport"]
 
 
 @dataclass(frozen=True)
@@ -221,6 +221,28 @@ def _rounded(columns: npt.NDArray[np.float64]) -> list[list[int]]:
 
 
 @dataclass(frozen=True)
+class LossReport:
+    """One of several losses of a step, over all ranks (:class:`hvdloss.several.Objectives`).
+
+    Attributes:
+        value: of all its elements; NaN if there were none.
+        weight: sum of their weights; 0 where the task was absent everywhere.
+        elements: number of its elements with a weight other than zero.
+        factor: what it was multiplied with in the sum of losses.
+    """
+
+    value: float
+    weight: float
+    elements: int
+    factor: float
+
+    @property
+    def part(self) -> float:
+        """Its part of the step's loss: factor times value, and 0 without elements."""
+        return self.factor * self.value if self.weight else 0.0
+
+
+@dataclass(frozen=True)
 class TermReport:
     """One term of the objective in one step.
 
@@ -247,7 +269,8 @@ class StepReport:
 
     Attributes:
         step: counted from 1.
-        loss: the loss of all elements of the step, as the reduction defines it.
+        loss: the loss of all elements of the step, as the reduction defines it; with several objectives the
+            sum of their parts, and a rank's the mean of what its backward passes showed.
         weight: sum of all weights.
         elements: number of elements with a weight other than zero.
         objective_value: the loss plus the priced terms.
@@ -260,6 +283,7 @@ class StepReport:
             (``nonfinite="skip"``); `ranks` tell whose it was in this one.
         samples: elements of all steps up to this one, those before a checkpoint or commit that training went
             on from among them; None where nobody counted.
+        losses: by name, what each came to (:class:`LossReport`), if the optimizer has several objectives.
     """
 
     step: int
@@ -272,6 +296,7 @@ class StepReport:
     terms: Mapping[str, TermReport] = field(default_factory=dict)
     skipped: int = 0
     samples: int | None = None
+    losses: Mapping[str, LossReport] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -287,12 +312,13 @@ class StepReport:
         dropped: Sequence[int] = (),
         samples: int | None = None,
         interest: Interest | None = None,
+        losses: Mapping[str, LossReport] | None = None,
     ) -> StepReport:
         """Return the report of the step whose ranks' ledgers these are.
 
         `nonfinite` is the objective's policy; `skipped`, and `dropped` by rank (none if empty), what it came
         to so far; `samples` the elements of all steps; `interest` is told when somebody looks at `ranks`
-        that were not gathered.
+        that were not gathered; `losses` what each of several came to.
         """
         ledgers = Ledgers.of(ledgers)
         # Sums that were not finite travelled as zeros: what is left is no loss of these elements.
@@ -302,6 +328,8 @@ class StepReport:
             if lost
             else finish(reduction, ledgers.total("numerator"), ledgers.total("denominator"))
         )
+        if losses:
+            loss = math.fsum(one.part for one in losses.values())
         terms = dict(terms or {})
         return cls(
             step=step,
@@ -316,6 +344,7 @@ class StepReport:
             terms=terms,
             skipped=skipped,
             samples=samples,
+            losses=dict(losses or {}),
         )
 
     @property
@@ -354,4 +383,5 @@ class StepReport:
             "ranks": [asdict(one) for one in self.ranks] if known else None,
             "choices": dict(self.choices),
             "terms": {name: asdict(term) for name, term in self.terms.items()},
+            "losses": {name: asdict(one) for name, one in self.losses.items()},
         }

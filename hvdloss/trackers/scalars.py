@@ -44,6 +44,9 @@ def scalars(report: StepReport, *, per_rank: int = 64) -> dict[str, float]:
     for name, term in report.terms.items():
         out[f"terms/{name}/total"] = term.total
         out[f"terms/{name}/priced"] = term.priced
+    for name, one in report.losses.items():
+        out[f"losses/{name}/value"] = one.value
+        out[f"losses/{name}/weight"] = one.weight
     if columns is None:
         return out
     averaged, error = report.averaged_loss, report.averaging_error

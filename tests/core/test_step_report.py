@@ -69,6 +69,7 @@ def test_a_report_goes_through_json(step, parts, reduction):
         "terms",
         "skipped",
         "samples",
+        "losses",
     }
     assert len(record["ranks"]) == len(parts)
     for rank, (one, ledger) in enumerate(zip(record["ranks"], parts, strict=True)):

@@ -154,7 +154,7 @@ def case_two_objectives_in_one_backward_pass_are_refused_by_name():
         (task_a(prediction, a[rows]) + task_b(prediction, b[rows], has[rows])).backward()
         optimizer.step()
 
-    raises_everywhere(RankError, step, "'huber'", "'mse'", "rank 0")
+    raises_everywhere(RankError, step, "'huber'", "'mse'", "rank 0", "{'name': objective")
 
     def alone():  # an objective nobody listens to
         optimizer.zero_grad()

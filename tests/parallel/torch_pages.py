@@ -31,6 +31,10 @@ def case_masked_tokens():
     run("masked-tokens")
 
 
+def case_several_losses():
+    run("several-losses")
+
+
 def case_class_imbalance():
     run("class-imbalance")
 

@@ -83,3 +83,8 @@ def test_nonfinite(case: Case, request):
 @parallel_cases("torch_distributed", group="torch")
 def test_horovods_names_over_torch_distributed(case: Case, request):
     case.check(request)
+
+
+@parallel_cases("torch_several", group="torch")
+def test_several_losses(case: Case, request):
+    case.check(request)
