@@ -151,7 +151,14 @@ class _Engine:
             mine = {id(p) for p in self.parameters()}
             for other in objective.listeners():  # a new optimizer for an objective takes the old one's place
                 if isinstance(other, _Engine) and other._retire(mine):
-                    objective.detach(other)
+                    other.objective.detach(other)
+            several = isinstance(objective, Objectives) or objective.exchange is not None
+            if several and objective.listeners():
+                raise ConfigError(
+                    f"objective {objective.name!r}: one of several objectives belongs to one optimizer, "
+                    f"which sums the denominators. Give all parameters to that one, in groups, or each "
+                    f"optimizer objectives of its own"
+                )
             self._hook_parameters()
             objective.attach(self, passes)
             if isinstance(objective, Objectives):
@@ -298,6 +305,8 @@ class _Engine:
         self.abandon()
         for handle in self._hooked.values():
             handle.remove()
+        if self._losses is not None:
+            self._losses.leave()
         self._retired, self.synchronized = True, False
         return True
 

@@ -132,6 +132,12 @@ class LossExchange:
         self._agreed = False
         self.begin_step()
 
+    def leave(self) -> None:
+        """Have objectives as if they were alone: their optimizer is out of use."""
+        for one in self.objectives.values():
+            if one.exchange is not None and one.exchange[0] is self:
+                one.exchange = None
+
     @property
     def began(self) -> bool:
         """Whether a backward pass of this step went through a call."""

@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
@@ -532,6 +533,7 @@ class Recorder:
                 ):
                     told[key] = plain(value)
             lines += self._classes(name, term, head, size)
+        losses = {name: plain(asdict(one)) for name, one in report.losses.items()}
         lines.append(
             {
                 "kind": "step",
@@ -546,6 +548,7 @@ class Recorder:
                 "skipped": report.skipped,
                 "ranks": ranks,
                 "terms": terms,
+                **({"losses": losses} if losses else {}),
             }
         )
         if wrong and self._room("fault"):

@@ -154,6 +154,7 @@ KINDS: dict[str, tuple[dict[str, Check], dict[str, Check]]] = {
             "averaged_loss": _maybe(_number),
             "skipped": _count,
             "terms": _table,
+            "losses": _table,
             "epoch": _maybe(_count),
             "before": _number,
         },
@@ -267,6 +268,9 @@ def _check_step(line: dict[str, Any], where: str) -> None:
             raise ConfigError(f"{where}: ranks.{name} has {len(ranks[name])} values, ranks.loss {size}")
     if not 1 <= size <= RANKS_MOST:
         raise ConfigError(f"{where}: {size} ranks")
+    for name, loss in line.get("losses", {}).items():
+        if not isinstance(loss, dict) or not all(map(_maybe(_number), loss.values())):
+            raise ConfigError(f"{where}: losses.{name[:80]} is of another form")
     for name, term in line.get("terms", {}).items():
         if not isinstance(term, dict) or not _NUMBERS(term.get("values", None)):
             raise ConfigError(f"{where}: terms.{name[:80]} is of another form")

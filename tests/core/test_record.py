@@ -24,7 +24,7 @@ from hvdloss import world
 from hvdloss.controller import Controller
 from hvdloss.errors import ConfigError, LostRankError, UsageError
 from hvdloss.ledger import Ledger
-from hvdloss.report import Following, Recorder, StepReport, TermReport, read
+from hvdloss.report import Following, LossReport, Recorder, StepReport, TermReport, read
 from hvdloss.report.reading import Tail
 from hvdloss.report.schema import FORMAT, KINDS, checked, encoded, plain, scrubbed
 from hvdloss.report.summary import class_table, hardest, summarize
@@ -63,6 +63,7 @@ def test_a_record_gives_back_what_the_reports_said(tmp_path):
         reports = [
             report(1),
             report(2, [ledger(3.0, communication=0.25, computation=0.5), Ledger(communication=0.5)]),
+            report(3, losses={"a": LossReport(2.0, 3.0, 4, 0.5), "b": LossReport(math.nan, 0.0, 0, 0.0)}),
         ]
         for one in reports:
             recorder.step(one)
@@ -72,8 +73,13 @@ def test_a_record_gives_back_what_the_reports_said(tmp_path):
     assert (found.name, found.size, found.status) == ("a run", 2, "finished")
     assert found.runs[0]["settings"] == {"lr": 0.1, "api_key": "(hidden)", "data": "…/x.csv"}
     assert found.column("loss").tolist() == [one.loss for one in reports]
-    assert found.column("samples").tolist() == [6.0, 9.0]
-    assert found.by_rank("communication").tolist() == [[0.0, 0.0], [0.25, 0.5]]
+    assert found.column("samples").tolist() == [6.0, 9.0, 15.0]
+    assert found.by_rank("communication").tolist() == [[0.0, 0.0], [0.25, 0.5], [0.0, 0.0]]
+    assert "losses" not in found.steps[0]
+    assert found.steps[2]["losses"] == {
+        "a": {"value": 2.0, "weight": 3.0, "elements": 4, "factor": 0.5},
+        "b": {"value": None, "weight": 0.0, "elements": 0, "factor": 0.0},
+    }
     losses = found.by_rank("loss")
     assert losses[1, 0] == 3.0
     assert math.isnan(losses[1, 1])
@@ -373,6 +379,7 @@ STEP = {
         (GOOD + encoded({**STEP, "ranks": {}}), "'loss' is missing"),
         (GOOD + encoded({**STEP, "ranks": {**STEP["ranks"], "weight": [1, 2]}}), "ranks.weight has 2 values"),
         (GOOD + encoded({**STEP, "terms": {"skew": {"values": [1.0, 2.0]}}}), "has 2 values of 1 ranks"),
+        (GOOD + encoded({**STEP, "losses": {"a": {"value": "x"}}}), "losses.a is of another form"),
         (GOOD + b'{"kind":"step","time":NaN}\n', "time=nan is of another form"),
         (GOOD + b'{"kind":"end","time":1e999,"step":1,"status":"x"}\n', "time=None is of another form"),
     ],

@@ -11,7 +11,7 @@ import pytest
 
 from hvdloss.errors import ConfigError
 from hvdloss.ledger import Ledger
-from hvdloss.report import StepReport, TermReport
+from hvdloss.report import LossReport, StepReport, TermReport
 from hvdloss.trackers import MLflow, TensorBoard, Tracker, WandB, scalars
 from hvdloss.trackers.base import first_rank
 
@@ -53,6 +53,14 @@ def test_many_ranks_are_told_by_their_range():
     assert not any(name.startswith("ranks/0/") for name in told)
     assert (told["ranks/min/loss"], told["ranks/max/loss"]) == (1.5, 6.0)  # of those that had elements
     assert told["ranks/mean/weight"] == pytest.approx(5 / 3)
+
+
+def test_several_losses_have_scalars_of_their_own():
+    losses = {"a": LossReport(2.0, 3.0, 4, 0.5), "b": LossReport(math.nan, 0.0, 0, 0.0)}
+    told = scalars(StepReport.of(1, LEDGERS, "mean", losses=losses))
+    assert told["loss"] == 1.0
+    assert (told["losses/a/value"], told["losses/a/weight"], told["losses/b/weight"]) == (2.0, 3.0, 0.0)
+    assert math.isnan(told["losses/b/value"])
 
 
 def test_a_step_without_weight_and_without_skew():

@@ -353,6 +353,11 @@ def case_two_objectives_given_to_the_optimizer():
     alone.step()
     torch.testing.assert_close(v.grad, 2 * x.T @ (-a) / 4, rtol=1e-13, atol=0)
     assert not alone.last_step.losses
+    w = nn.Parameter(torch.zeros_like(v))
+    with pytest.raises(
+        ConfigError, match="belongs to one optimizer"
+    ):  # its calls would count for one of them
+        hvd.DistributedOptimizer(torch.optim.SGD([w], lr=0.0), [("w", w)], [task_a, task_b])
 
 
 def case_what_has_no_exact_step_is_refused_on_every_rank():
