@@ -159,7 +159,11 @@ def gradient_factor(ops: ArrayOps, own: Any, total: Any, passes: Any) -> Any:
 
 
 def loss_reports(
-    objectives: Objectives, totals: npt.NDArray[np.float64], table: npt.NDArray[np.float64], step: int
+    objectives: Objectives,
+    totals: npt.NDArray[np.float64],
+    table: npt.NDArray[np.float64],
+    step: int,
+    size: int,
 ) -> dict[str, LossReport]:
     """Return what each loss came to in a step, by name; equal on all ranks, as the sums are.
 
@@ -168,9 +172,11 @@ def loss_reports(
         totals: their denominators, summed over ranks, float64 ``(len(objectives),)``.
         table: the sums over ranks of :data:`COLUMNS`, float64 ``(len(objectives), 7)``.
         step: its number, for messages.
+        size: number of ranks.
 
     Raises:
-        UsageError: a loss was not multiplied with the same number everywhere.
+        UsageError: a loss was not multiplied with the same number everywhere; or one of all ranks' elements
+            was not called in every pass that the optimizer declares.
         NoWeightError: no element of any loss has a weight.
     """
     reports = {}
@@ -185,6 +191,13 @@ def loss_reports(
                 f"all ranks has one factor. Nothing was updated. Leave out what a rank divides by itself, "
                 f"and where the factor comes from the values of losses, take those of all ranks: "
                 f"hvd.global_losses(...)"
+            )
+        every = size * one.passes
+        if one.whole is not None and calls not in (0, every):
+            raise UsageError(
+                f"step {step}: the loss {name!r} of all ranks' elements was called {calls:.0f} times, and "
+                f"not {every}, on {size} rank(s) with backward_passes_per_step={one.passes}. Nothing was "
+                f"updated. Call it on every rank in every pass, with no elements where there are none"
             )
         denominator = 1.0 if one.reduction == "sum" else total
         known = bool(weight) and not nonfinite

@@ -247,12 +247,13 @@ class LossExchange:
         """Return the losses of all ranks' elements of these calls; sends and waits, in the forward pass.
 
         Raises:
-            UsageError: the denominators are on their way, or there are several passes.
+            UsageError: the denominators are on their way already, or there are several passes.
         """
         if self._expected is not None or self.objectives.passes > 1:
             raise UsageError(
-                "global_losses() with several backward passes per step: what the losses of all micro-batches "
-                "come to is not known before the last one; add them up, or use one backward pass"
+                "global_losses() after optimizer.expect(), or with several backward passes per step: what "
+                "the losses of all micro-batches come to is not known before the last one; add them up, or "
+                "use one backward pass, and leave expect() out"
             )
         if self._sums is None:
             self.start(calls)
@@ -340,9 +341,8 @@ class LossExchange:
             ready, self._table_ready = self._table_ready, None
             ready()
         sums = self._summed().cpu().numpy()
-        return loss_reports(
-            self.objectives, sums[1 : 1 + len(self.objectives)], self._table.cpu().numpy(), step
-        )
+        totals = sums[1 : 1 + len(self.objectives)]
+        return loss_reports(self.objectives, totals, self._table.cpu().numpy(), step, self.process_set.size())
 
 
 def _unscaled(arrived: torch.Tensor) -> torch.Tensor:

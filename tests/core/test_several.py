@@ -110,7 +110,7 @@ def two(**reductions):
 
 def test_the_report_has_a_line_for_each_loss():
     table = np.array([row(6.0, 4.0, 5.0, [2.0, 2.0]), row()])
-    losses = loss_reports(two(), np.array([4.0, 0.0]), table, 1)
+    losses = loss_reports(two(), np.array([4.0, 0.0]), table, 1, 2)
     assert (losses["a"].value, losses["a"].weight, losses["a"].elements, losses["a"].factor) == (
         1.5,
         4.0,
@@ -128,13 +128,13 @@ def test_the_report_has_a_line_for_each_loss():
 
 def test_a_sum_is_divided_by_nothing():
     table = np.array([row(6.0, 4.0, 5.0, [1.0]), row(6.0, 4.0, 5.0, [1.0])])
-    losses = loss_reports(two(a="sum"), np.array([0.5, 4.0]), table, 1)
+    losses = loss_reports(two(a="sum"), np.array([0.5, 4.0]), table, 1, 2)
     assert (losses["a"].value, losses["b"].value) == (6.0, 1.5)
 
 
 def test_a_loss_that_is_not_finite_has_no_value():
     table = np.array([row(6.0, 4.0, 5.0, [1.0], nonfinite=1.0), row(6.0, 4.0, 5.0, [1.0])])
-    losses = loss_reports(two(), np.array([4.0, 4.0]), table, 1)
+    losses = loss_reports(two(), np.array([4.0, 4.0]), table, 1, 2)
     assert math.isnan(losses["a"].value)
     assert math.isnan(losses["a"].part)
     assert losses["b"].value == 1.5
@@ -143,7 +143,7 @@ def test_a_loss_that_is_not_finite_has_no_value():
 @given(st.floats(-1e6, 1e6), st.integers(1, 2000))
 def test_the_same_factor_on_any_number_of_ranks_is_the_same(factor, ranks):
     table = np.array([row(1.0, 1.0, 1.0, [factor] * ranks), row()])
-    losses = loss_reports(two(), np.array([1.0, 0.0]), table, 1)
+    losses = loss_reports(two(), np.array([1.0, 0.0]), table, 1, 2)
     assert losses["a"].factor == pytest.approx(factor, rel=1e-12)
 
 
@@ -151,12 +151,21 @@ def test_the_same_factor_on_any_number_of_ranks_is_the_same(factor, ranks):
 def test_other_factors_on_some_ranks_are_refused(other):
     table = np.array([row(), row(1.0, 1.0, 1.0, [1.0] * 3 + [other])])
     with pytest.raises(UsageError, match="step 7: the loss 'b' was multiplied with different numbers"):
-        loss_reports(two(), np.array([0.0, 1.0]), table, 7)
+        loss_reports(two(), np.array([0.0, 1.0]), table, 7, 2)
+
+
+def test_a_loss_of_all_ranks_is_called_by_all_of_them():
+    objectives = Objectives({"dice": Objective("soft_dice"), "b": Objective("mae")})
+    objectives.passes = 2
+    table = np.array([row(0.5, 4.0, 5.0, [1.0] * 6), row(6.0, 4.0, 5.0, [1.0])])
+    assert loss_reports(objectives, np.array([1.0, 4.0]), table, 1, 3)["dice"].value == 0.5
+    with pytest.raises(UsageError, match=r"'dice' of all ranks' elements was called 6 times, and not 8"):
+        loss_reports(objectives, np.array([1.0, 4.0]), table, 1, 4)
 
 
 def test_no_weight_in_any_loss_is_an_error():
     with pytest.raises(NoWeightError, match=r"step 2: no element.*a, b"):
-        loss_reports(two(), np.zeros(2), np.array([row(factors=[1.0]), row()]), 2)
+        loss_reports(two(), np.zeros(2), np.array([row(factors=[1.0]), row()]), 2, 2)
 
 
 def test_what_was_said_ahead():

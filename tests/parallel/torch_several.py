@@ -554,42 +554,85 @@ def case_a_loss_that_is_nan_among_several():
     assert not torch.equal(v, before)
 
 
-def case_dice_and_cross_entropy():
-    """Segmentation: a function of all ranks' sums beside a mean of pixels of which some are ignored."""
-    g = generator(11)
-    x = here(torch.randn(7, 3, 4, 4, generator=g, dtype=D))
-    y = here((torch.rand(7, 4, 4, generator=g) < 0.3).long())
-    ignored = here(torch.rand(7, 4, 4, generator=g) < 0.2)
-    model = nn.Conv2d(3, 2, 3, padding=1).to(here(0.0).device, D)
-    for p in model.parameters():
-        p.data = here(torch.randn(p.shape, generator=g, dtype=D) / 3)
-    cuts = [0, 5, 7, 7, 7]
-    mine = slice(*cuts[hvd.rank() : hvd.rank() + 2]) if hvd.size() > 1 else slice(0, 7)
-    tasks = {"dice": hvd.Objective("soft_dice"), "pixels": hvd.Objective("cross_entropy")}
-    optimizer = hvd.DistributedOptimizer(
-        torch.optim.SGD(model.parameters(), lr=0.0), model.named_parameters(), tasks
-    )
-    for _ in range(2):
-        optimizer.zero_grad()
-        out = model(x[mine])
-        dice = tasks["dice"](out[:, 1] - out[:, 0], y[mine].to(D), (~ignored[mine]).to(D))
-        pixels = tasks["pixels"](out, y[mine].masked_fill(ignored[mine], -100))
+class Segments:
+    """A segmentation, and its one process: Dice, and a mean of pixels of which some are ignored."""
+
+    def __init__(self, passes):
+        g = generator(11)
+        self.x = here(torch.randn(7, 3, 4, 4, generator=g, dtype=D))
+        self.y = here((torch.rand(7, 4, 4, generator=g) < 0.3).long())
+        self.there = here(torch.rand(7, 4, 4, generator=g) < 0.8)
+        self.model = nn.Conv2d(3, 2, 3, padding=1).to(here(0.0).device, D)
+        for p in self.model.parameters():
+            p.data = here(torch.randn(p.shape, generator=g, dtype=D) / 3)
+        self.dice, self.pixels = hvd.Objective("soft_dice"), hvd.Objective("cross_entropy")
+        self.optimizer = hvd.DistributedOptimizer(
+            torch.optim.SGD(self.model.parameters(), lr=0.0),
+            self.model.named_parameters(),
+            {"dice": self.dice, "pixels": self.pixels},
+            backward_passes_per_step=passes,
+        )
+        cuts = [0, 5, 7, 7, 7]
+        self.mine = range(*cuts[hvd.rank() : hvd.rank() + 2]) if hvd.size() > 1 else range(7)
+
+    def arguments(self, rows):
+        """Return what Dice takes, and what the mean takes."""
+        out = self.model(self.x[rows])
+        dice = out[:, 1] - out[:, 0], self.y[rows].to(D), self.there[rows].to(D)
+        return dice, (out, self.y[rows].masked_fill(~self.there[rows], -100))
+
+    def compare(self):
+        """Compare the last step with one process; return the error."""
+        found = gradients(self.model)
+        self.model.zero_grad()
+        out = self.model(self.x)
+        p, t = torch.sigmoid(out[:, 1] - out[:, 0])[self.there], self.y[self.there].to(D)
+        dice = 1 - 2 * (p * t).sum() / (p.sum() + t.sum())
+        pixels = F.cross_entropy(out.permute(0, 2, 3, 1)[self.there], self.y[self.there])
         (0.5 * dice + pixels).backward()
-        optimizer.step()
-    found = gradients(model)
-    model.zero_grad()
-    out = model(x)
-    there = ~ignored
-    p, t = torch.sigmoid(out[:, 1] - out[:, 0])[there], y[there].to(D)
-    dice = 1 - 2 * (p * t).sum() / (p.sum() + t.sum())
-    pixels = F.cross_entropy(out.permute(0, 2, 3, 1)[there], y[there])
-    (0.5 * dice + pixels).backward()
-    error = difference(found, gradients(model))
-    report = optimizer.last_step
-    error = max(
-        error, abs(report.losses["dice"].value - dice.item()), abs(report.loss - (dice / 2 + pixels).item())
-    )
-    assert error < 1e-12, error
+        report = self.optimizer.last_step
+        errors = [
+            difference(found, gradients(self.model)),
+            abs(report.losses["dice"].value - dice.item()),
+            abs(report.losses["pixels"].value - pixels.item()),
+            abs(report.loss - (dice / 2 + pixels).item()),
+        ]
+        assert max(errors) < 1e-12, errors
+        return max(errors)
+
+
+def case_dice_and_cross_entropy():
+    one = Segments(1)
+    for _ in range(2):
+        one.optimizer.zero_grad()
+        dice, pixels = one.arguments(list(one.mine))
+        (0.5 * one.dice(*dice) + one.pixels(*pixels)).backward()
+        one.optimizer.step()
+    return {"error, float64": one.compare()}
+
+
+def case_dice_and_cross_entropy_over_micro_batches():
+    one = Segments(2)
+    rows = [list(one.mine[:2]), list(one.mine[2:])]
+    for _ in range(2):
+        with torch.no_grad():
+            total = one.dice.total(sum(one.dice.sums(*one.arguments(part)[0]) for part in rows))
+        one.optimizer.zero_grad()
+        one.optimizer.expect({"pixels": float(one.there[list(one.mine)].sum())}, passes=2)
+        for part in rows:
+            dice, pixels = one.arguments(part)
+            (0.5 * one.dice(*dice, total=total) + one.pixels(*pixels)).backward()
+        one.optimizer.step()
+    error = one.compare()
+
+    def once():
+        one.optimizer.zero_grad()
+        one.optimizer.expect({"pixels": float(one.there[list(one.mine)].sum())}, passes=1)
+        dice, pixels = one.arguments(list(one.mine))
+        (one.dice(*dice, total=total) + one.pixels(*pixels)).backward()
+        one.optimizer.step()
+
+    raises_everywhere(UsageError, once, "'dice'", "every pass")
     return {"error, float64": error}
 
 

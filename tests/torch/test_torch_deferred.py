@@ -41,6 +41,10 @@ EXACT = [
     "ignored_targets",
     "accumulation_with_different_numbers_and_a_ragged_last",
 ]
+SEVERAL = [
+    "micro_batches_whose_weights_are_said_ahead",
+    "a_scaler_over_several_losses",
+]
 TRAINING = [
     "grad_scaler_skips_on_all_ranks_together",
     "parameters_unused_on_some_ranks",
@@ -76,6 +80,11 @@ def test_nonfinite(case: Case, request):
 
 @parallel_cases("torch_exact", [("gloo", 2)], slow=rest("torch_exact", EXACT), group="deferred")
 def test_exact(case: Case, request):
+    case.check(request)
+
+
+@parallel_cases("torch_several", [("gloo", 2)], slow=rest("torch_several", SEVERAL), group="deferred")
+def test_several_losses(case: Case, request):
     case.check(request)
 
 
