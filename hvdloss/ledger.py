@@ -473,8 +473,8 @@ def judge(
             f"step {step}: on {where('strays')} a backward pass reached this optimizer's "
             f"parameters without passing through one call of its objective (or through several calls "
             f"with different weight sums), so its share of the step is unknown. Call the objective once "
-            f"per backward pass; penalties may be added to its result. (Several losses: in PyTorch give each "
-            f"an Objective, and all of them to the optimizer.)",
+            f"per backward pass; penalties may be added to its result. (Several losses: give each an "
+            f"Objective, and all of them to PyTorch's optimizer or TensorFlow's tape.)",
         )
     if nonfinite == "raise" and gradients and total("nonfinite_gradients"):
         return blamed(

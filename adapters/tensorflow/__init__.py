@@ -31,6 +31,7 @@ from hvdloss.tensorflow.objective import Objective
 from hvdloss.tensorflow.optimizer import DistributedOptimizer
 from hvdloss.tensorflow.preemption import Preemption
 from hvdloss.tensorflow.recorder import Recorder, follow
+from hvdloss.tensorflow.several import Objectives
 from hvdloss.tensorflow.sharded import (
     ArcFace,
     ClassShards,
@@ -59,6 +60,7 @@ __all__ = [
     "LossAttribution",
     "Metrics",
     "Objective",
+    "Objectives",
     "PartialDistributedGradientTape",
     "Preemption",
     "RankReport",

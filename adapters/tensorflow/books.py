@@ -25,14 +25,14 @@ from hvdloss.ledger import COLUMN, FAULTS, NONFINITE, WIDTH, Ledgers, judge, unp
 from hvdloss.passes import another_error, uneven_division_error, unheard_error
 from hvdloss.reduction import MEASURED
 from hvdloss.report import StepReport
-from hvdloss.report.steps import Interest
+from hvdloss.report.steps import Interest, LossReport
 from hvdloss.tensorflow._backend import hvd
 from hvdloss.tensorflow.ops import communicator_of
 from hvdloss.tensorflow.variables import variable
 from hvdloss.term import Travel
 from hvdloss.world import following
 
-__all__ = ["Books", "failing", "fault", "raise_fault", "translated"]
+__all__ = ["Books", "failing", "fault", "kept", "raise_fault", "translated"]
 
 # What crossed a graph as a TensorFlow error, so that those who own the call can raise the real one.
 _faults: list[Exception] = []
@@ -76,6 +76,11 @@ _ELEMENTS, _PASSES = COLUMN["elements"], COLUMN["micro_batches"]
 _EXTRA = 3
 _DIVISION = 1000.0  # in the place of `failed`: which of this rank's errors it is
 
+_ALL_OF_THEM = (  # what to do with several objectives
+    "Make hvd.Objectives({'name': objective, ...}) of all of them, and give that to a "
+    "DistributedGradientTape. Or: "
+)
+
 _of_objectives: weakref.WeakSet[Any] = weakref.WeakSet()  # the books of all objectives
 
 
@@ -115,6 +120,7 @@ class Books:
         self._interest = Interest(self._signal_now)
         self.silent = False  # whether a step was traced in which nobody listened
         self.name = ""  # of the objective
+        self.losses: Callable[[], dict[str, LossReport]] = dict  # of several objectives, in the last step
         self.owned = False  # whether a tape or optimizer takes what is entered
         self.divides = True  # whether a division of the loss by the passes is one too many
         self._several: Any = 1.0  # calls of the objective in them
@@ -424,7 +430,7 @@ class Books:
         if failed >= _DIVISION:
             return uneven_division_error(self._passes)
         names = " or ".join(map(repr, self._others))
-        return another_error(names, self.name) if self.name else unheard_error(names)
+        return another_error(names, self.name, _ALL_OF_THEM) if self.name else unheard_error(names)
 
     def _judge(self, table: np.ndarray, step: int) -> None:
         """Raise what is wrong with a step, on all ranks alike.
@@ -486,7 +492,12 @@ class Books:
         # What terms tell of several calls adds up, as it does over passes.
         return tf.concat([own, book[MEASURED + _EXTRA :]], 0) if self.controller.width else own
 
-    def close(self, table: tf.Tensor, travel: Callable[[int], Travel]) -> list[tf.Operation]:
+    def close(
+        self,
+        table: tf.Tensor,
+        travel: Callable[[int], Travel],
+        judging: Callable[[], list[tf.Operation]] = list,
+    ) -> list[tf.Operation]:
         """Judge a step from all ranks' rows ``(size, width)``, let the terms see it, and keep it.
 
         Eagerly, raises the step's error. In a graph, returns the operations that must come before any
@@ -495,6 +506,7 @@ class Books:
         Args:
             table: of the step.
             travel: tells how the gradients of so many steps travelled, when they are over.
+            judging: judges what else belongs to the step; in a graph by operations.
         """
         step = self._of(2)
         after: list[tf.Operation] = []
@@ -511,6 +523,8 @@ class Books:
                 lambda: tf.constant(True),
             )
             after.append(done.op)
+        with tf.control_dependencies(after):
+            after += judging()
         with tf.control_dependencies(after):
             kept = self.keep(table, 1, state)
         return after if tf.executing_eagerly() else [*after, *(op for op in kept if op is not None)]
@@ -640,14 +654,14 @@ class Books:
         """Return what `closed` gives when the graph runs: the state, and `more` numbers before it."""
 
         def call(table: np.ndarray, step: np.ndarray, steps: np.ndarray) -> Any:
-            return _kept(lambda: closed(table, int(step), int(steps), travel))
+            return kept(lambda: closed(table, int(step), int(steps), travel))
 
         out = tf.numpy_function(call, [table, step, steps], tf.float64)
         return tf.ensure_shape(out, (more + len(self._now()),))
 
     def _raising(self, table: tf.Tensor, step: tf.Tensor) -> tf.Tensor:
         def judged(table: Any, step: Any) -> bool:
-            _kept(lambda: self._judge(table.numpy(), int(step)))
+            kept(lambda: self._judge(table.numpy(), int(step)))
             return True
 
         return tf.ensure_shape(tf.py_function(judged, [table, step], tf.bool), ())
@@ -675,10 +689,11 @@ class Books:
             dropped=counts if self.nonfinite == "drop" else (),
             samples=samples,
             interest=self._interest,
+            losses=self.losses(),
         )
 
 
-def _kept(call: Callable[[], Any]) -> Any:
+def kept(call: Callable[[], Any]) -> Any:
     """Call; keep what it raises for those who own the graph."""
     try:
         return call()

@@ -203,6 +203,7 @@ class Objective(ObjectiveBase[tf.Tensor]):
         )
         self.books = Books(self.controller, self.reduction, nonfinite)
         self.books.of_objective(self.name, self.reduction != "sum" or self.whole is not None)
+        self.several: tuple[Any, int] | None = None  # those that it is one of, and which
         self.alone = False  # while a rank evaluates a loss of all ranks' elements on its own
 
     def _named_losses(self) -> Mapping[str, Callable[..., tf.Tensor]]:
@@ -252,6 +253,9 @@ class Objective(ObjectiveBase[tf.Tensor]):
         functions of sums, none with `total`), which all ranks must call alike.
         """
         told = self.contribute(prediction, target, weight, keys=keys, total=total)
+        if self.several is not None:
+            objectives, index = self.several
+            return objectives.announced(index, told)
         return self.books.announced(told.with_penalty(told.mean()), told.row())
 
     def sums(self, prediction: Any, target: Any, weight: Any = None) -> tf.Tensor:

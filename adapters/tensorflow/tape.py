@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -16,6 +17,7 @@ from hvdloss.tensorflow._backend import hvd
 from hvdloss.tensorflow.books import failing
 from hvdloss.tensorflow.exchange import Exchange, check_acts, check_options, check_skips, scaled
 from hvdloss.tensorflow.objective import Objective
+from hvdloss.tensorflow.several import Objectives
 from hvdloss.tuning import choose
 
 __all__ = ["DistributedGradientTape", "PartialDistributedGradientTape"]
@@ -44,7 +46,7 @@ def _exchange(name: str, process_set: Any, compression: Any, groups: Any, **opti
 class _Exact:
     """The methods that make a gradient tape exact; :func:`DistributedGradientTape` mixes them in."""
 
-    _hvd_objective: Objective
+    _hvd_objective: Objective | Objectives
     _hvd_options: dict[str, Any]
     _hvd_local: set[int]
     _hvd_scale_local: bool
@@ -86,10 +88,20 @@ class _Exact:
         process_set = self._hvd_options["process_set"]
         books.forget()
         backward = super(type(self), self).gradient  # type: ignore[misc]
-        gradients, others = books.watching(
-            lambda: backward(target, sources, output_gradients, unconnected_gradients)
-        )
-        row = books.take()
+        keep: Callable[[], list[Any]] = list
+        row: Any = None
+
+        def plain() -> Any:
+            return backward(target, sources, output_gradients, unconnected_gradients)
+
+        def weighed() -> Any:
+            nonlocal keep, row
+            gradients, row, keep = self._hvd_objective.backward(plain)
+            return gradients
+
+        several = isinstance(self._hvd_objective, Objectives)
+        gradients, others = books.watching(weighed if several else plain)
+        row = row if several else books.take()
         if not included(hvd, process_set):
             return gradients
         row = failing(books.signed(row), others)
@@ -107,7 +119,7 @@ class _Exact:
             [flat_sources[i] for i in there],
             row,
             compress=books.compress,
-            judged=lambda table: books.close(table, exchange.travel(books.compressing)),
+            judged=lambda table: books.close(table, exchange.travel(books.compressing), keep),
             nonfinite=books.nonfinite,
             look=~books.scaled,
             local=[g for i, g in enumerate(flat) if g is not None and local[i]],
@@ -175,7 +187,7 @@ def _taking_keras_variables(tape: tf.GradientTape) -> tf.GradientTape:
 
 def DistributedGradientTape(
     gradtape: tf.GradientTape,
-    objective: Objective | None = None,
+    objective: Objective | Objectives | None = None,
     *,
     device_dense: str = "",
     device_sparse: str = "",
@@ -197,7 +209,7 @@ def DistributedGradientTape(
 
     Args:
         gradtape: any ``tf.GradientTape``, persistent or not, used or not yet used.
-        objective: an :class:`Objective`, or None.
+        objective: an :class:`Objective`, or :class:`Objectives` for the sum of several losses, or None.
         device_dense, device_sparse: where collectives run.
         compression: ``Compression.none`` or ``fp16``: what travels, not what is computed.
         sparse_as_dense: reduce sparse gradients as dense ones.
@@ -236,7 +248,7 @@ def DistributedGradientTape(
             scale_local_gradients=scale_local_gradients,
         )
         return _taking_keras_variables(theirs)
-    if not isinstance(objective, Objective):
+    if not isinstance(objective, Objective | Objectives):
         raise ConfigError(
             f"objective={objective!r} is not an hvdloss.tensorflow.Objective; wrap the loss function in one"
         )

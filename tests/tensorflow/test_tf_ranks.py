@@ -52,3 +52,8 @@ def test_scale(case: Case, request: pytest.FixtureRequest) -> None:
 @parallel_cases("tf_nonfinite", group="tensorflow")
 def test_nonfinite(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)
+
+
+@parallel_cases("tf_several", group="tensorflow")
+def test_several_losses(case: Case, request: pytest.FixtureRequest) -> None:
+    case.check(request)

@@ -1,0 +1,179 @@
+"""Several losses in one tape: how their denominators travel (:mod:`hvdloss.several` says why)."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+import tensorflow as tf
+from hvdloss import several
+from hvdloss.communicator import rank_and_size
+from hvdloss.errors import ConfigError, UsageError
+from hvdloss.ledger import WIDTH
+from hvdloss.reduction import MEASURED
+from hvdloss.report import StepReport
+from hvdloss.report.steps import LossReport
+from hvdloss.several import COLUMNS, gradient_factor, loss_reports, twice_error
+from hvdloss.tensorflow._backend import hvd
+from hvdloss.tensorflow.books import Books, kept
+from hvdloss.tensorflow.collectives import group_of
+from hvdloss.tensorflow.objective import Objective, Told
+from hvdloss.tensorflow.ops import TensorFlowOps, once
+
+__all__ = ["Objectives"]
+
+_OPS = TensorFlowOps()
+
+
+class _Call:
+    """A call of an objective: its local mean, what it adds to a step, and what multiplies its gradient."""
+
+    factor: tf.Tensor | None = None
+    arrived: tf.Tensor | None = None
+
+    def __init__(self, index: int, row: tf.Tensor) -> None:
+        self.index, self.row = index, row
+
+
+class Objectives(several.Objectives):
+    """Several objectives by name, for losses that are added up, each with a denominator of its own.
+
+    Make it once, as an objective, and give it to the tape::
+
+        tasks = hvd.Objectives({"class": hvd.Objective("cross_entropy"), "box": hvd.Objective("huber")})
+
+        with tf.GradientTape() as tape:
+            loss = tasks["class"](logits, labels) + 2 * tasks["box"](boxes, targets)
+        tape = hvd.DistributedGradientTape(tape, tasks)
+
+    Calling one gives this rank's local mean. Losses may be added, multiplied with constants and nested in
+    larger sums; any of them may be absent on some ranks, or on all. Each is called at most once per tape, in
+    the function that takes the gradient. `last_step` has a line for each:
+    :attr:`hvdloss.StepReport.losses`.
+
+    Args:
+        objectives: by name, or a sequence.
+
+    Raises:
+        ConfigError: what cannot be combined; see :class:`hvdloss.several.Objectives`.
+    """
+
+    def __init__(self, objectives: Mapping[str, Objective] | Sequence[Objective]) -> None:
+        super().__init__(objectives)
+        self.books = Books(self.controller, self.reduction, self.nonfinite)
+        self.books.name = self.name
+        self.books.losses = self._reports
+        self._calls: list[weakref.ref[_Call]] = []  # that live as long as a tape or graph has them
+        self._last: tf.Variable | None = None  # denominators and sums of the last step's losses
+        for index, one in enumerate(self.values()):
+            if not isinstance(one, Objective):
+                raise ConfigError(f"objective={one!r} is not an hvdloss.tensorflow.Objective")
+            one.several = (self, index)
+
+    @property
+    def last_step(self) -> StepReport | None:
+        """The report of the last reduced step, equal on all ranks; None before the first."""
+        return self.books.report(self.reduction)
+
+    def announced(self, index: int, told: Told) -> tf.Tensor:
+        """Return a call's local mean, whose gradient will be multiplied with its part of the step."""
+        call = _Call(index, told.row())
+
+        @tf.custom_gradient
+        def weighed(x: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor], tf.Tensor]]:
+            def grad(upstream: tf.Tensor) -> tf.Tensor:
+                if call.factor is None:
+                    raise UsageError(
+                        f"the loss {list(self)[index]!r} was differentiated without its denominator: with "
+                        f"several objectives take gradients by hvd.DistributedGradientTape(tape, "
+                        f"objectives), in the function that calls them"
+                    )
+                call.arrived = tf.cast(upstream, tf.float64)
+                error = ConfigError("a gradient of a gradient, with several objectives: differentiate once")
+                return once(upstream * tf.cast(call.factor, upstream.dtype), [x], error)
+
+            return tf.identity(x), grad
+
+        value = weighed(told.mean())
+        # What no tape has seen, as in a validation, is gone by now.
+        self._calls = [one for one in self._calls if one() is not None]
+        self._calls.append(weakref.ref(call))
+        return told.with_penalty(value)
+
+    def backward(self, backward: Callable[[], Any]) -> tuple[Any, tf.Tensor, Callable[[], list[Any]]]:
+        """Do a backward pass, with the denominators of all ranks.
+
+        Returns:
+            its gradients, this rank's row, and what judges and keeps the losses of the step.
+
+        Raises:
+            UsageError: an objective was called twice, or in another function.
+
+        Collectives: two small all-reduces.
+        """
+        graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+        alive, self._calls = [one() for one in self._calls], []
+        calls = [
+            call
+            for call in alive
+            if call is not None and (call.row.graph if tf.is_symbolic_tensor(call.row) else None) is graph
+        ]
+        zero, one = tf.zeros((), tf.float64), tf.ones((), tf.float64)
+        numbers = [one, *[zero] * len(self)]
+        for call in calls:
+            if any(call.index == other.index for other in calls if other is not call):
+                raise twice_error(list(self)[call.index])
+            numbers[1 + call.index] = call.row[1]
+        group = group_of(self.process_set)
+        sums = group.all_reduce(tf.stack(numbers), f"hvdloss.{self.name}.denominators", replicated=True)
+        for call in calls:
+            summed = list(self.values())[call.index].reduction == "sum"
+            call.factor = gradient_factor(_OPS, call.row[1], one if summed else sums[1 + call.index], sums[0])
+        gradients = backward()
+        table = [tf.zeros(len(COLUMNS), tf.float64)] * len(self)
+        rows, factors = [], []
+        for call in calls:
+            call.factor, r, c = None, call.row, zero if call.arrived is None else call.arrived
+            table[call.index] = tf.stack([r[0], r[2], r[3], one, c, c * c, r[7]])
+            if call.arrived is not None:
+                shown = c * tf.math.divide_no_nan(r[0], r[1])
+                rows.append(tf.stack([shown, r[2], r[3], r[5], r[6], r[7]]))
+                factors.append(c)
+        losses = group.all_reduce(tf.stack(table), f"hvdloss.{self.name}.losses", replicated=True)
+        last = tf.concat([sums[1:, tf.newaxis], losses], 1)
+        self.books.scaled = tf.reduce_all(tf.stack(factors) > 1) if factors else tf.constant(False)
+        n = tf.add_n(rows) if rows else tf.zeros(6, tf.float64)
+        stray = zero if rows else one
+        row = [n[0], one, n[1], n[2], one, n[3], n[4], n[5], zero, stray, *[zero] * (WIDTH - MEASURED - 2)]
+        return gradients, tf.stack(row), lambda: self._keep(last)
+
+    def _keep(self, last: tf.Tensor) -> list[Any]:
+        """Judge the losses of a step, and keep them; in a graph, return the operations that do."""
+        if self._last is None:
+            with tf.init_scope(), tf.device("CPU:0"):
+                shape = (len(self), 1 + len(COLUMNS))
+                self._last = tf.Variable(tf.zeros(shape, tf.float64), trainable=False, name="hvdloss_losses")
+        step = self.books.steps + 1
+
+        def judged(last: np.ndarray, step: np.ndarray) -> np.ndarray:
+            kept(lambda: self._reports(last, int(step)))
+            return np.zeros(0)
+
+        if tf.executing_eagerly():
+            self._reports(last.numpy(), int(step))
+            self._last.assign(last)
+            return []
+        done = tf.numpy_function(judged, [last, step], tf.float64)
+        with tf.control_dependencies([done]):
+            return [done.op, self._last.assign(last, read_value=False)]
+
+    def _reports(self, last: np.ndarray | None = None, step: int = 0) -> dict[str, LossReport]:
+        """Return what each loss came to in a step; by default in the last one."""
+        if last is None:
+            if self._last is None:
+                return {}
+            last = self._last.numpy()
+        return loss_reports(self, last[:, 0], last[:, 1:], step, rank_and_size(hvd, self.process_set)[1])
