@@ -10,7 +10,7 @@ import numpy as np
 
 import tensorflow as tf
 from hvdloss import several
-from hvdloss.communicator import rank_and_size
+from hvdloss.communicator import included, rank_and_size
 from hvdloss.errors import ConfigError, UsageError
 from hvdloss.ledger import WIDTH
 from hvdloss.reduction import MEASURED
@@ -127,8 +127,7 @@ class Objectives(several.Objectives):
             if any(call.index == other.index for other in calls if other is not call):
                 raise twice_error(list(self)[call.index])
             numbers[1 + call.index] = call.row[1]
-        group = group_of(self.process_set)
-        sums = group.all_reduce(tf.stack(numbers), f"hvdloss.{self.name}.denominators", replicated=True)
+        sums = self._summed(tf.stack(numbers), "denominators")
         for call in calls:
             summed = list(self.values())[call.index].reduction == "sum"
             call.factor = gradient_factor(_OPS, call.row[1], one if summed else sums[1 + call.index], sums[0])
@@ -142,13 +141,19 @@ class Objectives(several.Objectives):
                 shown = c * tf.math.divide_no_nan(r[0], r[1])
                 rows.append(tf.stack([shown, r[2], r[3], r[5], r[6], r[7]]))
                 factors.append(c)
-        losses = group.all_reduce(tf.stack(table), f"hvdloss.{self.name}.losses", replicated=True)
+        losses = self._summed(tf.stack(table), "losses")
         last = tf.concat([sums[1:, tf.newaxis], losses], 1)
         self.books.scaled = tf.reduce_all(tf.stack(factors) > 1) if factors else tf.constant(False)
         n = tf.add_n(rows) if rows else tf.zeros(6, tf.float64)
         stray = zero if rows else one
         row = [n[0], one, n[1], n[2], one, n[3], n[4], n[5], zero, stray, *[zero] * (WIDTH - MEASURED - 2)]
         return gradients, tf.stack(row), lambda: self._keep(last)
+
+    def _summed(self, x: tf.Tensor, what: str) -> tf.Tensor:
+        """Return the sum over ranks; a process that is none of them keeps its own."""
+        if not included(hvd, self.process_set or hvd.global_process_set):
+            return x
+        return group_of(self.process_set).all_reduce(x, f"hvdloss.{self.name}.{what}", replicated=True)
 
     def _keep(self, last: tf.Tensor) -> list[Any]:
         """Judge the losses of a step, and keep them; in a graph, return the operations that do."""
