@@ -353,11 +353,12 @@ class Objective(ObjectiveBase[torch.Tensor]):
             graph = [] if loss.grad_fn is None else [node for node, _ in loss.grad_fn.next_functions]
 
             def through(gradient: torch.Tensor) -> None:
+                entry = row if call is None else call.ledger_row(gradient)
                 if self._listeners:
-                    _begin_pass(row[1])
+                    _begin_pass(entry[1])
                 else:
                     self.warn_unheard(rank_and_size(hvd, self.process_set)[1])
-                self.announce(row if call is None else call.ledger_row(gradient), gradient, graph)
+                self.announce(entry, gradient, graph)
                 if call is not None:
                     call.exchange.passed(call, gradient, graph)
 

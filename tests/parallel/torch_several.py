@@ -636,6 +636,37 @@ def case_dice_and_cross_entropy_over_micro_batches():
     return {"error, float64": error}
 
 
+def case_several_losses_through_a_synchronized_batch_norm():
+    """Whose gradients of ranks meet within the backward pass: in which every pass weighs the same."""
+    g = generator(12)
+    x, a, b = (here(torch.randn(9, n, generator=g, dtype=D)) for n in (5, 1, 1))
+    has = here((torch.rand(9, 1, generator=g) < 0.4).to(D))
+    has[0] = 1
+    cuts = [0, 6, 9, 9, 9]
+    mine = slice(*cuts[hvd.rank() : hvd.rank() + 2]) if hvd.size() > 1 else slice(0, 9)
+    start = [torch.randn(shape, generator=g, dtype=D) for shape in ((4, 5), (4,), (2, 4), (2,))]
+
+    def network(norm):
+        model = nn.Sequential(nn.Linear(5, 4), norm, nn.Tanh(), nn.Linear(4, 2)).to(here(0.0).device, D)
+        for p, value in zip([*model[0].parameters(), *model[3].parameters()], start, strict=True):
+            p.data = here(value)
+        return model
+
+    model, one = network(hvd.SyncBatchNorm(4)), network(nn.BatchNorm1d(4))
+    task_a, task_b = hvd.Objective("mse"), hvd.Objective("mse")
+    optimizer = hvd.DistributedOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.0), model.named_parameters(), [task_a, task_b]
+    )
+    out = model(x[mine])
+    (task_a(out[:, :1], a[mine]) + 0.5 * task_b(out[:, 1:], b[mine], has[mine])).backward()
+    optimizer.step()
+    out = one(x)
+    (((out[:, :1] - a) ** 2).mean() + 0.5 * ((out[:, 1:] - b) ** 2 * has).sum() / has.sum()).backward()
+    error = difference(gradients(model), gradients(one))
+    assert error < 1e-12, error
+    return {"error, float64": error}
+
+
 def case_a_closure_over_several_losses():
     x, a, b, has, v = two_tasks()
     u = v.detach().clone().requires_grad_()
