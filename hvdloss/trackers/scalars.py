@@ -19,9 +19,9 @@ def scalars(report: StepReport, *, per_rank: int = 64) -> dict[str, float]:
     ``skipped`` (steps so far), ``dropped`` (a rank's contributions so far, of all ranks) and ``nonfinite``
     (ranks with a NaN or infinity in this step); ``terms/NAME/total`` in the term's unit and
     ``terms/NAME/priced`` in the loss's; of several objectives ``losses/NAME/value`` and
-    ``losses/NAME/weight``; and ``ranks/K/...`` of each rank: ``loss``, ``weight``, ``elements``, ``share`` (its
-    weight's part of all), ``communication`` and ``computation`` (seconds, of the step before), and ``skew``
-    where it is measured.
+    ``losses/NAME/weight``; and ``ranks/K/...`` of each rank: ``loss``, ``weight``, ``elements``, ``share``
+    (its weight's part of all), ``communication`` and ``computation`` (seconds, of the step before), and
+    ``skew`` where it is measured.
 
     Args:
         report: of the step.
