@@ -1650,7 +1650,8 @@ def DistributedOptimizer(
         raise ConfigError(
             f"objective={objective!r} is not an hvdloss.torch.Objective; wrap the loss function in one"
         )
-    if objective.ahead is not None:
+    each = objective.values() if isinstance(objective, Objectives) else [objective]
+    if any(one.ahead is not None for one in each):
         raise ConfigError(
             "an objective with ahead=True is for gradients that somebody else averages; leave ahead out for "
             "hvd.DistributedOptimizer, which needs no message for the weights"

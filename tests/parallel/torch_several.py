@@ -354,6 +354,9 @@ def case_two_objectives_given_to_the_optimizer():
     torch.testing.assert_close(v.grad, 2 * x.T @ (-a) / 4, rtol=1e-13, atol=0)
     assert not alone.last_step.losses
     w = nn.Parameter(torch.zeros_like(v))
+    ahead = [hvd.Objective("mse"), hvd.Objective("mse", ahead=True)]
+    with pytest.raises(ConfigError, match="ahead=True"):
+        hvd.DistributedOptimizer(torch.optim.SGD([w], lr=0.0), [("w", w)], ahead)
     with pytest.raises(
         ConfigError, match="belongs to one optimizer"
     ):  # its calls would count for one of them
