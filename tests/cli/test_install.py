@@ -138,7 +138,17 @@ def bare_python(tmp_path_factory):
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder / "venv")], check=True)
     borrowed = folder / "borrowed"
     borrowed.mkdir()
-    for name in ("click", "rich", "packaging", "numpy", "pygments", "markdown_it", "mdurl", "numpy.libs"):
+    for name in (
+        "click",
+        "rich",
+        "packaging",
+        "unidiff",
+        "numpy",
+        "pygments",
+        "markdown_it",
+        "mdurl",
+        "numpy.libs",
+    ):
         spec = importlib.util.find_spec(name.partition(".")[0])
         assert spec is not None
         assert spec.origin is not None
