@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +24,7 @@ class _Late(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, numerator: torch.Tensor, mean: torch.Tensor, factor: Callable[[], torch.Tensor]
+        ctx: Any, numerator: torch.Tensor, mean: torch.Tensor, factor: Callable[[torch.Tensor], torch.Tensor]
     ) -> torch.Tensor:
         ctx.factor = factor
         return mean.clone()
@@ -33,23 +34,93 @@ class _Late(torch.autograd.Function):
         if torch.is_grad_enabled():  # backward(create_graph=True)
             raise ConfigError("create_graph=True: ahead=True gives first derivatives only")
         (grad,) = grads
-        return grad * ctx.factor().to(grad), None, None
+        return grad * ctx.factor(grad).to(grad), None, None
+
+
+def _leaves(node: Any) -> set[int]:
+    """Return the ids of the parameters that a graph leads to."""
+    found, seen, todo = set(), {node}, [node]
+    while todo:
+        node = todo.pop()
+        if hasattr(node, "variable"):
+            found.add(id(node.variable))
+        fresh = {one for one, _ in node.next_functions if one is not None} - seen
+        seen |= fresh
+        todo += fresh
+    return found
+
+
+def _check_fsdp(name: str, graph: Any, *, sums: bool) -> None:
+    """Refuse gradients that FSDP2 reduces otherwise than the objective was told.
+
+    Args:
+        name: of the objective.
+        graph: whose parameters count. It is walked only if some FSDP2 model of this process differs.
+        sums: whether they are to be added up.
+
+    Raises:
+        ConfigError: they are divided by something else than the number of ranks, or than 1 for `sums`.
+    """
+    composable = sys.modules.get("torch.distributed._composable_state")
+    leaves: set[int] | None = None
+    for module, reference in list(composable._module_state_mapping.items()) if composable else ():
+        for group in getattr(reference(), "_fsdp_param_groups", ()):
+            ranks = group.mesh_info.mesh.size()
+            factor = ranks if group.gradient_divide_factor is None else group.gradient_divide_factor
+            if factor == (1 if sums else ranks):
+                continue
+            leaves = _leaves(graph) if leaves is None else leaves
+            if any(id(getattr(one, "_unsharded_param", None)) in leaves for one in group.fsdp_params):
+                raise ConfigError(
+                    f"{name}: ahead={'sum' if sums else True!r} is for gradients that are "
+                    f"{'added up over ranks' if sums else 'averaged'}, but FSDP2 divides those of "
+                    f"{type(module).__name__} by {factor:g}, on {ranks} ranks: call "
+                    f"set_gradient_divide_factor({1.0 if sums else float(ranks)}) on every module given to "
+                    f"fully_shard, or take ahead={True if sums else 'sum'!r} with a factor of "
+                    f"{float(ranks) if sums else 1.0}"
+                )
+
+
+def _check_accelerate(name: str, grad: torch.Tensor) -> None:
+    """Refuse a loss with `total` that ``Accelerator.backward`` has divided by its accumulation steps.
+
+    Raises:
+        ConfigError: the gradient of the loss is one over these steps.
+    """
+    state = sys.modules.get("accelerate.state")
+    if state is None or not state.GradientState._shared_state or not at_hand(grad):
+        return
+    steps = state.GradientState().num_steps
+    if steps > 1 and torch.equal(grad, torch.ones_like(grad) / steps):
+        raise ConfigError(
+            f"{name}: accelerator.backward(loss) divides by gradient_accumulation_steps={steps} what total= "
+            f"has divided by all micro-batches' weights; write accelerator.backward(loss * "
+            f"accelerator.gradient_accumulation_steps), or leave that argument of Accelerator out"
+        )
 
 
 class Ahead:
     """The weights of all ranks, exchanged in the forward pass and waited for in the backward pass.
 
     With n ranks and the sum W of all ranks' denominators a rank's gradient is n / W times that of its
-    numerator, so that their average is the gradient of all elements' mean.
+    numerator, so that their average is the gradient of all elements' mean; 1 / W times, for their sum.
 
     Args:
         name: of the objective.
         process_set: the ranks whose gradients are averaged; None for all.
+        sums: whether they are added up instead.
     """
 
-    def __init__(self, name: str, process_set: Any) -> None:
-        self.name, self._process_set = name, process_set
+    def __init__(self, name: str, process_set: Any, *, sums: bool = False) -> None:
+        self.name, self._process_set, self._sums = name, process_set, sums
         self._lane: Any = None
+
+    def share(self) -> float:
+        """Return what the gradient of a loss of all ranks' elements is multiplied with."""
+        return 1.0 / self._size() if self._sums else 1.0
+
+    def _size(self) -> int:
+        return (self._process_set or hvd.global_process_set).size() if hvd.is_initialized() else 1
 
     def loss(self, part: Contribution, reduction: str, total: torch.Tensor | None) -> torch.Tensor:
         """Return the local mean, whose gradients are to be averaged over ranks.
@@ -68,7 +139,7 @@ class Ahead:
         if not (torch.is_grad_enabled() and part.numerator.requires_grad):
             return mean
         group = self._process_set or hvd.global_process_set
-        size = group.size() if hvd.is_initialized() else 1
+        size = self._size()
         row = part.row(_OPS)
         sums = torch.stack([row[1], row[5] + row[6], row[7]])
         if total is not None:
@@ -84,11 +155,18 @@ class Ahead:
                 out: torch.Tensor = wait(handle)
                 return out
 
-        def factor() -> torch.Tensor:
+        graph = part.numerator.grad_fn
+
+        def factor(grad: torch.Tensor) -> torch.Tensor:
             found = ready()
+            if total is not None:
+                _check_accelerate(self.name, grad)
+            _check_fsdp(self.name, graph, sums=self._sums)
             if at_hand(found):
                 self._check(found.tolist(), "this rank" if total is not None else "some rank")
-            return size / (torch.ones_like(found[0]) if reduction == "sum" else found[0])
+            return (1 if self._sums else size) / (
+                torch.ones_like(found[0]) if reduction == "sum" else found[0]
+            )
 
         return _Late.apply(part.numerator, mean.detach(), factor)  # type: ignore[no-any-return]
 

@@ -122,10 +122,12 @@ class Objective(ObjectiveBase[torch.Tensor]):
               had no batch. With ``"sum"`` a penalty then counts for its share of the calls only. The
               reductions start after the backward pass, not during it, since a rank must know its gradients
               before it sends any, and a device is waited for.
-        ahead: for gradients that somebody else averages over ranks (``DistributedDataParallel``, a
-            trainer), without :func:`hvdloss.torch.DistributedOptimizer`: the weights of all ranks are
-            exchanged in the forward pass, so that the average is the exact gradient. Every rank must make
-            the call, with a batch without rows if it has none. See :meth:`total` for gradient accumulation.
+        ahead: for gradients that somebody else averages over ranks (``DistributedDataParallel``,
+            ``fully_shard``, a trainer), without :func:`hvdloss.torch.DistributedOptimizer`: the weights of
+            all ranks are exchanged in the forward pass, so that the average is the exact gradient. ``"sum"``
+            where they are added up instead (``set_gradient_divide_factor(1.0)`` of FSDP2); an FSDP2 model
+            of this process that does otherwise is refused in the backward pass. Every rank must make the
+            call, with a batch without rows if it has none. See :meth:`total` for gradient accumulation.
 
     Raises:
         ConfigError: an argument that cannot be used.
@@ -141,14 +143,16 @@ class Objective(ObjectiveBase[torch.Tensor]):
     #: Of an optimizer that has several objectives (`hvdloss.torch.several.LossExchange`), and which this is.
     exchange: tuple[Any, int] | None = None
 
-    def __init__(self, loss: Any, *, ahead: bool = False, **options: Any) -> None:
+    def __init__(self, loss: Any, *, ahead: bool | str = False, **options: Any) -> None:
         super().__init__(loss, **options)
+        if ahead not in (False, True, "sum"):
+            raise ConfigError(f'ahead={ahead!r} is none of False, True (averaged) and "sum" (added up)')
         if ahead and (self.terms or self.nonfinite != "raise"):
             raise ConfigError(
                 "ahead=True: terms= and nonfinite= are for hvd.DistributedOptimizer; leave them out where "
                 "somebody else averages gradients"
             )
-        self.ahead = Ahead(self.name, self.process_set) if ahead else None
+        self.ahead = Ahead(self.name, self.process_set, sums=ahead == "sum") if ahead else None
 
     def _named_losses(self) -> Mapping[str, Callable[..., torch.Tensor]]:
         return NAMED_LOSSES
@@ -337,7 +341,7 @@ class Objective(ObjectiveBase[torch.Tensor]):
         """Return the local loss, whose backward pass tells the listeners what it weighs."""
         loss = part.mean(_OPS)
         if self.ahead is not None:  # of all ranks' elements, whose parts may be averaged as they are
-            return loss
+            return _Part.apply(loss, self.ahead.share()) if loss.requires_grad else loss
         call = None
         row = part.row(_OPS) if loss.requires_grad or penalty is not None else None
         if row is not None and self.exchange is not None:
