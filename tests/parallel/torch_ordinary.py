@@ -256,6 +256,91 @@ def case_a_loss_divided_by_fewer_micro_batches_is_refused():
     raises_everywhere(RankError, heads, "1/4")
 
 
+def rows_and_model(objective, *, lr: float = 0.1, passes: int = 1):
+    """Return features, targets, this rank's rows, a model, its optimizer, and the model of one process."""
+    g = generator(11)
+    x, y = here(torch.randn(12, 5, generator=g, dtype=D)), here(torch.randn(12, 1, generator=g, dtype=D))
+    y[-3:] = 5 * y[-3:] + 3  # ranks' means are far apart
+    model, one = network(generator(5)), network(generator(5))
+    optimizer = hvd.DistributedOptimizer(
+        torch.optim.SGD(model.parameters(), lr=lr),
+        model.named_parameters(),
+        objective,
+        backward_passes_per_step=passes,
+    )
+    return x, y, split(12), model, optimizer, one
+
+
+@needs("gloo-2", more="gloo-3 dist-2 mpi-2")
+def case_a_function_of_a_losss_value_is_refused_on_every_rank():
+    """Its derivative at this rank's mean is another than at that of all elements: a root, a clamp, ..."""
+    objective = hvd.Objective("mse")
+    x, y, rows, model, optimizer, one = rows_and_model(objective)
+    functions = {
+        "root": torch.sqrt,
+        "square": lambda loss: loss**2,
+        "flooding": lambda loss: (loss - hvd.allreduce(loss.detach(), name="level")).abs(),
+        "of each rank": lambda loss: loss * (1 + hvd.rank()),
+        "left out by one": lambda loss: loss * (hvd.rank() != 1),
+    }
+    before = flat(model.parameters())
+    for planned in (False, True):
+        for function in functions.values():
+
+            def step(function=function):
+                optimizer.zero_grad()
+                function(objective(model(x[rows]), y[rows])).backward()
+                optimizer.step()
+
+            words = "factors from", "different ranks", "global_losses", "Nothing was updated"
+            raises_everywhere(UsageError, step, *words)
+            assert torch.equal(flat(model.parameters()), before)
+        for factor in (3.0, 0.5, 0.0, -1.0, -1.0) if not planned else ():  # one for all is the user's own
+            optimizer.zero_grad()
+            (factor * objective(model(x[rows]), y[rows])).backward()
+            optimizer.synchronize()
+            one.zero_grad()
+            (factor * F.mse_loss(one(x), y)).backward()
+            assert (gradients(model) - gradients(one)).norm() <= 1e-12 * max(1, gradients(one).norm())
+            with optimizer.skip_synchronize():
+                optimizer.step()
+            one.load_state_dict(model.state_dict())
+        before = flat(model.parameters())
+
+    # A rank without elements has no factor, and the only one that has any tells that of all.
+    optimizer.zero_grad()
+    mine = slice(0, 12 if hvd.rank() == 0 else 0)
+    objective(model(x[mine]), y[mine]).sqrt().backward()
+    optimizer.synchronize()
+    one.zero_grad()
+    F.mse_loss(one(x), y).sqrt().backward()
+    assert difference(gradients(model), gradients(one)) < 1e-12
+
+
+def case_the_root_of_a_mean_of_all_ranks():
+    objective = hvd.Objective("mse")
+    x, y, rows, model, optimizer, one = rows_and_model({"squares": objective})
+    (squares,) = hvd.global_losses(objective(model(x[rows]), y[rows]))
+    squares.sqrt().backward()
+    optimizer.synchronize()
+    F.mse_loss(one(x), y).sqrt().backward()
+    assert difference(gradients(model), gradients(one)) < 1e-12
+
+
+def case_micro_batches_multiplied_with_their_part_of_the_rows_are_refused():
+    objective = hvd.Objective("mse")
+    x, y, rows, model, optimizer, _ = rows_and_model(objective, passes=4)
+    parts = torch.arange(12)[rows].split(3)
+
+    def step():
+        optimizer.zero_grad()
+        for i, part in enumerate(parts):
+            (objective(model(x[part]), y[part]) * (1.0 if len(parts) == 1 else (i + 1) / 8)).backward()
+        optimizer.step()
+
+    raises_everywhere(UsageError, step, "different factors in the micro-batches of rank 0")
+
+
 def case_memory_that_the_user_changes():
     """Targets 0 and 4, so w -> w - (w - 2) / 2, whatever becomes of gradients and parameters in between."""
 
