@@ -43,6 +43,7 @@ from hvdloss.torch.buckets import (
     weighed,
     weighed_sparse,
 )
+from hvdloss.torch.clipping import see_clipping
 from hvdloss.torch.compression import Compression
 from hvdloss.torch.guard import check_synchronized, checksums
 from hvdloss.torch.hooks import adopt, hooks_of, same
@@ -143,6 +144,7 @@ class _Engine:
         self._looked = False  # for parameters that no optimizer has
         self._retired = False  # as another optimizer has its parameters now
         see_scalers()
+        see_clipping(self)
         self._hooked: dict[int, Any] = {}
         self._frozen: list[torch.nn.Parameter] = []
         self._forget_plan()
@@ -661,6 +663,11 @@ class _Engine:
         self._fired.clear()
 
     # -- the reduction ----------------------------------------------------------------------------
+
+    @property
+    def unreduced(self) -> bool:
+        """Whether backward passes have left gradients here that are not yet those of all ranks."""
+        return self._row_sum is not None
 
     @property
     def launched(self) -> bool:

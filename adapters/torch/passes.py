@@ -28,7 +28,10 @@ _scale_of_pass: list[torch.Tensor] = []
 
 
 def see_scalers() -> None:
-    """Have every GradScaler known once it scales a loss: what arrives at the loss is then its scale."""
+    """Have every GradScaler known once it scales a loss: what arrives at the loss is then its scale.
+
+    Its ``unscale_`` then has gradients reduced before it looks at them, as its ``step`` does.
+    """
     plain = torch.amp.GradScaler.scale
     if hasattr(plain, "_hvdloss"):
         return
@@ -43,6 +46,15 @@ def see_scalers() -> None:
                 one.register_hook(functools.partial(_begin_scaled, factor))
         return scaled
 
+    unscale = torch.amp.GradScaler.unscale_
+
+    @functools.wraps(unscale)
+    def unscale_(self: Any, optimizer: Any) -> None:
+        if hasattr(optimizer, "_hvdloss"):
+            optimizer.synchronize()
+        unscale(self, optimizer)
+
+    torch.amp.GradScaler.unscale_ = unscale_  # type: ignore[method-assign]
     scale._hvdloss = True  # type: ignore[attr-defined]
     torch.amp.GradScaler.scale = scale  # type: ignore[method-assign]
 

@@ -39,6 +39,7 @@ NEEDS = needs("gloo-2", more="gloo-3 dist-2")
 __all__ = ["before_case"]
 
 D = torch.float64
+_CLIP_NORM = torch.nn.utils.clip_grad_norm_  # as a script imports it, before any optimizer is made
 
 
 def split(n: int, *, first: int | None = None) -> slice:
@@ -339,6 +340,50 @@ def case_micro_batches_multiplied_with_their_part_of_the_rows_are_refused():
         optimizer.step()
 
     raises_everywhere(UsageError, step, "different factors in the micro-batches of rank 0")
+
+
+def case_clipping_what_is_under_way_between_ranks_is_refused():
+    objective = hvd.Objective("mse")
+    x, y, rows, model, optimizer, one = rows_and_model(objective)
+    before = flat(model.parameters())
+    for _ in range(2):  # before and with the plan
+        for clip in (torch.nn.utils.clip_grad_norm_, _CLIP_NORM, torch.nn.utils.clip_grad_value_):
+
+            def step(clip=clip):
+                objective(model(x[rows]), y[rows]).backward()
+                clip((p for p in model.parameters()), 0.1)
+
+            raises_everywhere(UsageError, step, "optimizer.synchronize()", "nothing would be clipped")
+            optimizer.synchronize()
+            optimizer.zero_grad()
+    assert torch.equal(flat(model.parameters()), before)
+    other = nn.Linear(2, 2)
+    objective(model(x[rows]), y[rows]).backward()
+    other(torch.ones(1, 2)).sum().backward()
+    torch.nn.utils.clip_grad_norm_(other.parameters(), 0.1)  # of nobody here
+    optimizer.synchronize()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+    F.mse_loss(one(x), y).backward()
+    torch.nn.utils.clip_grad_norm_(one.parameters(), 0.1)
+    assert difference(gradients(model), gradients(one)) < 1e-12
+
+
+def case_a_scaler_unscales_gradients_of_all_ranks():
+    objective = hvd.Objective("mse")
+    x, y, rows, model, optimizer, one = rows_and_model(objective)
+    plain = torch.optim.SGD(one.parameters(), lr=0.1)
+    ours, theirs = (torch.amp.GradScaler("cpu", init_scale=2.0**10) for _ in range(2))
+    for _ in range(3):
+        optimizer.zero_grad()
+        ours.scale(objective(model(x[rows]), y[rows])).backward()
+        plain.zero_grad()
+        theirs.scale(F.mse_loss(one(x), y)).backward()
+        for scaler, some, trained in ((ours, optimizer, model), (theirs, plain, one)):
+            scaler.unscale_(some)
+            torch.nn.utils.clip_grad_norm_(trained.parameters(), 0.1)
+            scaler.step(some)
+            scaler.update()
+    assert difference(flat(model.parameters()), flat(one.parameters())) < 1e-12
 
 
 def case_memory_that_the_user_changes():
