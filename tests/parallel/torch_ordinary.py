@@ -31,7 +31,7 @@ from torch_support import (
 )
 
 import hvdloss.torch as hvd
-from hvdloss.errors import AgreementError, RankError, ShapeError, UsageError
+from hvdloss.errors import AgreementError, ConfigError, RankError, ShapeError, UsageError
 from tests.ranks import needs
 
 NEEDS = needs("gloo-2", more="gloo-3 dist-2")
@@ -384,6 +384,19 @@ def case_a_scaler_unscales_gradients_of_all_ranks():
             scaler.step(some)
             scaler.update()
     assert difference(flat(model.parameters()), flat(one.parameters())) < 1e-12
+
+
+def case_a_weight_that_carries_a_gradient_is_refused():
+    objective = hvd.Objective("mse")
+    x, y, rows, model, optimizer, _ = rows_and_model(objective)
+    prediction = model(x[rows])
+    raises_everywhere(
+        ConfigError, lambda: objective(prediction, y[rows], torch.sigmoid(prediction)), "weight=", "detach()"
+    )
+    with torch.no_grad():
+        objective(prediction, y[rows], torch.sigmoid(prediction))
+    objective(prediction, y[rows], torch.sigmoid(prediction).detach()).backward()
+    optimizer.step()
 
 
 def case_memory_that_the_user_changes():
