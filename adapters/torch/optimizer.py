@@ -475,7 +475,7 @@ class _Engine:
 
     def _begin_backward(self, arrived: torch.nn.Parameter | None = None) -> None:
         watch.check()
-        if self.launched:
+        if self.launched or (self.passes_done >= self.passes and self._row_sum is not None):
             if self._others:
                 raise another_error(repr(self._others[0][0]), self.objective.name, _ALL_OF_THEM)
             raise UsageError(

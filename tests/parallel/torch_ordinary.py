@@ -399,6 +399,22 @@ def case_a_weight_that_carries_a_gradient_is_refused():
     optimizer.step()
 
 
+def case_a_pass_too_many_is_refused_in_the_first_step_too():
+    objective = hvd.Objective("mse")
+    x, y, rows, model, optimizer, _ = rows_and_model(objective)
+    before = flat(model.parameters())
+
+    def step():
+        loss = objective(model(x[rows]), y[rows])
+        loss.backward(retain_graph=True)
+        loss.backward()
+
+    raises_everywhere(UsageError, step, "backward_passes_per_step=1")
+    optimizer.synchronize()
+    optimizer.zero_grad()
+    assert torch.equal(flat(model.parameters()), before)
+
+
 def case_memory_that_the_user_changes():
     """Targets 0 and 4, so w -> w - (w - 2) / 2, whatever becomes of gradients and parameters in between."""
 
