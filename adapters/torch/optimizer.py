@@ -1515,7 +1515,16 @@ class _Exact:
         self._hvdloss.abandon()
         self._hvdloss.synchronized = False
         self._hvdloss._stretch = None  # parameters are loaded along with this
+        groups, state = self.param_groups, self.state  # type: ignore[has-type]
         self._base.load_state_dict(self, state_dict)  # type: ignore[arg-type]
+        # Into the objects that the plain optimizer has too: its schedulers and checkpoints go on with them.
+        loaded, loaded_state = [dict(group) for group in self.param_groups], dict(self.state)
+        for group, values in zip(groups, loaded, strict=True):
+            group.clear()
+            group.update(values)
+        state.clear()
+        state.update(loaded_state)
+        self.param_groups, self.state = groups, state
 
     def set_backward_passes_per_step(self, passes: int) -> None:
         """Change how many backward passes a step has at most; takes effect with the next step."""

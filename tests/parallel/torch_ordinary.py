@@ -386,6 +386,25 @@ def case_a_scaler_unscales_gradients_of_all_ranks():
     assert difference(flat(model.parameters()), flat(one.parameters())) < 1e-12
 
 
+def case_the_plain_optimizers_scheduler_goes_on_after_a_checkpoint():
+    objective = hvd.Objective("mse")
+    model = network(generator(5))
+    plain = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(plain, 0.5)
+    optimizer = hvd.DistributedOptimizer(plain, model.named_parameters(), objective)
+    x, y = here(torch.ones(2, 5, dtype=D)), here(torch.ones(2, 1, dtype=D))
+    for _ in range(2):
+        optimizer.zero_grad()
+        objective(model(x), y).backward()
+        optimizer.step()
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        schedule.step()
+    assert [group["lr"] for group in optimizer.param_groups] == [0.025]
+    assert plain.state is optimizer.state
+    p = next(model.parameters())
+    assert torch.equal(plain.state[p]["momentum_buffer"], optimizer.state[p]["momentum_buffer"])
+
+
 def case_a_weight_that_carries_a_gradient_is_refused():
     objective = hvd.Objective("mse")
     x, y, rows, model, optimizer, _ = rows_and_model(objective)
