@@ -33,6 +33,7 @@ from hvdloss.errors import (
     WeightError,
 )
 from hvdloss.exact import digits_for
+from hvdloss.passes import SAME
 from hvdloss.reduction import finish
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "Ledger",
     "Ledgers",
     "Sums",
+    "agreed_factor",
     "check_policy",
     "judge",
     "offenders",
@@ -78,10 +80,12 @@ class Ledger:
         computation: seconds between the ends of the two steps before in which it was not.
         moved: after local steps, the squared length of the rank's move times its denominator.
         together: squared length of the mean move of the exchange before, as this rank has it.
+        factor: what the rank's loss was multiplied with, but for a division by the passes.
         more: 1 if the rank has more data after this step (:mod:`hvdloss.data.uneven`).
         leaving: 1 if the rank was told to leave (:mod:`hvdloss.training.preemption`).
         hooks: how many hooks the user has set on the rank's parameters.
         reading: 1 if somebody on the rank reads what single ranks did (:attr:`hvdloss.StepReport.ranks`).
+        rescaled: 1 if `factor` is another one than in the step before, 2 if micro-batches had different ones.
     """
 
     numerator: float = 0.0
@@ -99,10 +103,12 @@ class Ledger:
     computation: float = 0.0
     moved: float = 0.0
     together: float = 0.0
+    factor: float = 0.0
     more: float = 0.0
     leaving: float = 0.0
     hooks: float = 0.0
     reading: float = 0.0
+    rescaled: float = 0.0
 
     @classmethod
     def zero(cls) -> Ledger:
@@ -416,6 +422,47 @@ def offenders(ledgers: Sequence[Ledger], gradients: bool = True) -> list[int]:
     return Ledgers.of(ledgers).where(*fields[: 1 + gradients])
 
 
+def agreed_factor(ledgers: Ledgers, before: float) -> float:
+    """Return what all ranks multiplied the loss of this step with; `before` where no rank had another."""
+    if not ledgers.total("rescaled"):
+        return before
+    factors = _factors(ledgers)
+    return float(factors[0]) if len(factors) else before
+
+
+def _factors(ledgers: Ledgers) -> npt.NDArray[np.float64]:
+    """Return the factors of the ranks that have any weight, and a loss that is finite."""
+    told = (ledgers.column("denominator") > 0) & (ledgers.column("nonfinite_losses") == 0)
+    factors: npt.NDArray[np.float64] = ledgers.column("factor")[told]
+    return factors
+
+
+def _factor_error(ledgers: Ledgers, step: int) -> UsageError | None:
+    """Return the error of a loss that was multiplied with different factors on ranks or in micro-batches.
+
+    Each would be the derivative of the user's function at this rank's own mean, not at that of all elements.
+    """
+    if not ledgers.total("rescaled"):
+        return None
+    several = np.flatnonzero(ledgers.column("rescaled") > 1).tolist()
+    factors = _factors(ledgers)
+    if not several and (not len(factors) or np.ptp(factors) <= SAME * np.abs(factors).max()):
+        return None
+    found = (
+        f"with different factors in the micro-batches of {_named(several)}"
+        if several
+        else f"with factors from {factors.min():.6g} to {factors.max():.6g} on different ranks"
+    )
+    return UsageError(
+        f"step {step}: what the objective returned was multiplied {found} before the backward pass. Nothing "
+        f"was updated. A root, power, logarithm or clamp of a loss has its factor from this rank's own mean, "
+        f"not from that of all elements: give the objectives to PyTorch's optimizer as a dict and use "
+        f"hvd.global_losses(loss), or write it as a function of sums (hvdloss.losses.SumsLoss). Leave "
+        f"out a factor for the part of the samples that a micro-batch or rank has, which the objective "
+        f"knows; elements that shall count more, less or not at all have weights."
+    )
+
+
 def judge(
     ledgers: Sequence[Ledger], step: int, nonfinite: str = "raise", *, gradients: bool = True
 ) -> HvdlossError | None:
@@ -476,6 +523,8 @@ def judge(
             f"per backward pass; penalties may be added to its result. (Several losses: give each an "
             f"Objective, and all of them to PyTorch's optimizer or TensorFlow's tape.)",
         )
+    if (error := _factor_error(ledgers, step)) is not None:
+        return error
     if nonfinite == "raise" and gradients and total("nonfinite_gradients"):
         return blamed(
             "nonfinite_gradients",

@@ -2,20 +2,47 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 from hvdloss.errors import UsageError
 
 __all__ = [
+    "SAME",
     "another_error",
     "bypassed_error",
     "divided_by",
     "division_error",
+    "factor_of_passes",
     "uneven_division_error",
     "unheard_error",
 ]
 
 _NEAR = 1e-5  # a division in float32 is not exact, nor is the multiplication by a scale before it
+
+SAME = 1e-9  # relative: up to here two factors are one
+
+
+def factor_of_passes(passes: Iterable[tuple[float, float]], before: float) -> tuple[float, float]:
+    """Return what a rank tells of the factors of its losses: one of them, and whether it is news.
+
+    Args:
+        passes: of each backward pass what its elements weigh, and what its loss was multiplied with.
+        before: the factor that all ranks had last.
+
+    Returns:
+        The factor (0 without any weight), and 0 where it is the one before, 1 where it is another, 2 where
+        passes had different ones.
+
+    >>> factor_of_passes([(3.0, 2.0), (0.0, 9.0)], 1.0), factor_of_passes([(3.0, 2.0), (1.0, 1.0)], 1.0)
+    ((2.0, 1.0), (2.0, 2.0))
+    """
+    told = [factor for weight, factor in passes if weight > 0 and math.isfinite(factor)]
+    if not told:
+        return 0.0, 0.0
+    if max(told) - min(told) > SAME * max(map(abs, told)):
+        return max(told), 2.0
+    return told[0], float(abs(told[0] - before) > SAME * abs(before))
 
 
 def divided_by(gradient: float, passes: int, scales: Iterable[float] = ()) -> bool:

@@ -175,6 +175,7 @@ class Objective(ObjectiveBase[torch.Tensor]):
 
         Raises:
             ShapeError: `weight` does not broadcast to the losses, or no token axis.
+            ConfigError: `weight` carries a gradient.
 
         Collectives: none; those of the loss if it is of :mod:`hvdloss.losses` (one small all-reduce for
         functions of sums, none with `total`), which all ranks must call alike.
@@ -271,6 +272,12 @@ class Objective(ObjectiveBase[torch.Tensor]):
         return Elements(found.losses, weight, found.classes)
 
     def _measure(self, prediction: Any, target: Any, weight: Any, keys: Any, total: Any) -> torch.Tensor:
+        if isinstance(weight, torch.Tensor) and weight.requires_grad and torch.is_grad_enabled():
+            raise ConfigError(
+                f"weight= of {self.name} carries a gradient: weights are data, and what they depend on would "
+                f"not learn from them. Pass weight.detach(), or make them part of the loss: "
+                f"Objective(lambda prediction, target: ...), or a function of sums (hvdloss.losses.SumsLoss)"
+            )
         if self.whole is not None:
             return self._measure_whole(prediction, target, weight, keys, total)
         if total is not None and self.ahead is None:

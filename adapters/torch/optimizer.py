@@ -24,7 +24,7 @@ from hvdloss.control.weights import Proximal
 from hvdloss.controller import counts_of
 from hvdloss.errors import AgreementError, ConfigError, HvdlossError, NoWeightError, UsageError
 from hvdloss.guard import due
-from hvdloss.ledger import COLUMN, FAULTS, WIDTH, Ledger, Ledgers, judge, offenders
+from hvdloss.ledger import COLUMN, FAULTS, WIDTH, Ledger, Ledgers, agreed_factor, judge, offenders
 from hvdloss.passes import alone_warning, another_error, bypassed_error, division_error, uneven_division_error
 from hvdloss.plan import Bucket, ParameterInfo, plan_buckets
 from hvdloss.reduction import MEASURED
@@ -43,6 +43,7 @@ from hvdloss.torch.buckets import (
     weighed,
     weighed_sparse,
 )
+from hvdloss.torch.clipping import see_clipping
 from hvdloss.torch.compression import Compression
 from hvdloss.torch.guard import check_synchronized, checksums
 from hvdloss.torch.hooks import adopt, hooks_of, same
@@ -58,6 +59,7 @@ from hvdloss.torch.passes import (
     not_reduced,
     scales,
     see_scalers,
+    told_factor,
 )
 from hvdloss.torch.several import LossExchange
 from hvdloss.tuning import Tuning, choose, launched
@@ -112,6 +114,7 @@ class _Engine:
         self._ended: float | None = None  # when the last exchange was over
         self._together = 0.0  # squared length of the last exchange's mean move
         self._reference = 1.0
+        self._factor = 1.0  # what all ranks' losses were last multiplied with
         self.controller = objective.controller
         self._period = self.controller.act(SyncPeriod)
         self._compressing = self.controller.act(AdaptiveCompression)
@@ -141,6 +144,7 @@ class _Engine:
         self._looked = False  # for parameters that no optimizer has
         self._retired = False  # as another optimizer has its parameters now
         see_scalers()
+        see_clipping(self)
         self._hooked: dict[int, Any] = {}
         self._frozen: list[torch.nn.Parameter] = []
         self._forget_plan()
@@ -224,7 +228,7 @@ class _Engine:
             self._losses.reset()
         self._begin_step()
         self.synchronized = self._due = self._local = self._idle = False
-        self._reference, self._together = 1.0, 0.0
+        self._reference, self._together, self._factor = 1.0, 0.0, 1.0
         self._held_up = self._computed = 0.0
         self._ended = None  # or the time without any ranks would be taken for computation
         self.heard, self.wished = (0, False), ()
@@ -426,6 +430,7 @@ class _Engine:
         self._strays = 0
         self._bypassed = False  # whether a pass went through the objective, but came to no parameter
         self._refusal: HvdlossError | None = None  # of what the user's loop did in this step
+        self._factors: list[Any] = []  # what losses were multiplied with, by pass that weighs anything
         self._divisions: list[Any] = []  # what arrived at losses, by pass, over what scalers multiplied with
         self._others.clear()
         self._scale_sum: Any = 0.0
@@ -470,7 +475,7 @@ class _Engine:
 
     def _begin_backward(self, arrived: torch.nn.Parameter | None = None) -> None:
         watch.check()
-        if self.launched:
+        if self.launched or (self.passes_done >= self.passes and self._row_sum is not None):
             if self._others:
                 raise another_error(repr(self._others[0][0]), self.objective.name, _ALL_OF_THEM)
             raise UsageError(
@@ -495,6 +500,7 @@ class _Engine:
         self._rows, self._arrived = [], []
         self._scale: Any = None
         self._grad_scale: Any = None
+        self._undone: Any = 1.0  # a division by the passes
         # Runs when the outermost backward pass is over; a reentrant one inside belongs to it.
         torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
 
@@ -568,7 +574,8 @@ class _Engine:
             ):
                 arrived = self._arrived[0]
                 self._divisions.append((arrived, scales(arrived)))
-                scale = scale * division(arrived, self.passes, self._divisions[-1][1])
+                self._undone = division(arrived, self.passes, self._divisions[-1][1])
+                scale = scale * self._undone
             self._grad_scale = scale
         return self._grad_scale
 
@@ -628,6 +635,9 @@ class _Engine:
             self._strays += 1
             return
         # Several calls with one denominator (two heads, say): the loss is the sum of their means.
+        self._gradient_scale()
+        arrived = sum(gradient.detach().double() for gradient in self._arrived)
+        self._factors.append((rows[0][1], arrived * self._undone))
         row = rows[0].clone()
         added = _ADDED if self._losses is None else _ADDED_OF_SEVERAL
         for other in rows[1:]:
@@ -653,6 +663,11 @@ class _Engine:
         self._fired.clear()
 
     # -- the reduction ----------------------------------------------------------------------------
+
+    @property
+    def unreduced(self) -> bool:
+        """Whether backward passes have left gradients here that are not yet those of all ranks."""
+        return self._row_sum is not None
 
     @property
     def launched(self) -> bool:
@@ -785,6 +800,8 @@ class _Engine:
             told = row[MEASURED:]
         if isinstance(bad, torch.Tensor):
             self._own[_GRADIENTS] = bad
+        if self._losses is None and not moved:
+            self._own[_FACTOR], self._own[_RESCALED] = told_factor(self._factors, self._factor)
         if isinstance(wrong := self._divided(), torch.Tensor):
             self._own[_FAILED] += wrong
         elif wrong:
@@ -906,6 +923,7 @@ class _Engine:
             raise
         self._hand_over(apart=ledgers.differ("hooks"))
         self._choose_reference(ledgers)
+        self._factor = agreed_factor(ledgers, self._factor)
         self._exchanged(began, computed)
 
     def _verdict(self, ledgers: Ledgers, step: int) -> HvdlossError | str | None:
@@ -1325,6 +1343,7 @@ _ADDED_OF_SEVERAL = [0, 2, 3, 5, 6, 7]  # of several objectives: weights and ele
 FAULTS_TOLD = slice(FAULTS.start, MEASURED)  # the faults that tensors tell
 _NONFINITE = COLUMN["nonfinite_losses"]
 _GRADIENTS, _FAILED = COLUMN["nonfinite_gradients"], COLUMN["failed"]
+_FACTOR, _RESCALED = COLUMN["factor"], COLUMN["rescaled"]
 _KEPT = slice(COLUMN["micro_batches"], MEASURED)
 
 
@@ -1496,7 +1515,16 @@ class _Exact:
         self._hvdloss.abandon()
         self._hvdloss.synchronized = False
         self._hvdloss._stretch = None  # parameters are loaded along with this
+        groups, state = self.param_groups, self.state  # type: ignore[has-type]
         self._base.load_state_dict(self, state_dict)  # type: ignore[arg-type]
+        # Into the objects that the plain optimizer has too: its schedulers and checkpoints go on with them.
+        loaded, loaded_state = [dict(group) for group in self.param_groups], dict(self.state)
+        for group, values in zip(groups, loaded, strict=True):
+            group.clear()
+            group.update(values)
+        state.clear()
+        state.update(loaded_state)
+        self.param_groups, self.state = groups, state
 
     def set_backward_passes_per_step(self, passes: int) -> None:
         """Change how many backward passes a step has at most; takes effect with the next step."""
@@ -1613,12 +1641,12 @@ def DistributedOptimizer(
         ConfigError: an argument that cannot be used.
 
     Collectives per step: one asynchronous all-reduce per bucket, all under way together; the ranks' ledgers
-    (``size`` x 19 numbers; with more than 64 ranks their sums, at most 4 KiB) ride in the last float32 or
+    (``size`` x 21 numbers; with more than 64 ranks their sums, at most 4 KiB) ride in the last float32 or
     float64 bucket, and need a message of their own only where there is none (compression, 16-bit
     parameters). What terms tell is one message more. Several objectives have two more of a few numbers:
     their denominators, before the first gradient, and their losses, beside the gradients. With more than 64
     ranks a step in which something is wrong, or of which a rank reads what single ranks did, has an
-    all-gather of 19 numbers more. After local steps one all-reduce of the parameters per dtype, and one or
+    all-gather of 21 numbers more. After local steps one all-reduce of the parameters per dtype, and one or
     two small ones. Buckets follow Li et al., "PyTorch Distributed" (VLDB 2020).
     """
     if groups is None and num_groups:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from hvdloss.passes import divided_by
+from hvdloss.passes import SAME, divided_by, factor_of_passes
 from hvdloss.torch.ops import at_hand, put_on
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "scale_of_pass",
     "scales",
     "see_scalers",
+    "told_factor",
 ]
 
 _scalers: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -27,7 +28,10 @@ _scale_of_pass: list[torch.Tensor] = []
 
 
 def see_scalers() -> None:
-    """Have every GradScaler known once it scales a loss: what arrives at the loss is then its scale."""
+    """Have every GradScaler known once it scales a loss: what arrives at the loss is then its scale.
+
+    Its ``unscale_`` then has gradients reduced before it looks at them, as its ``step`` does.
+    """
     plain = torch.amp.GradScaler.scale
     if hasattr(plain, "_hvdloss"):
         return
@@ -42,6 +46,15 @@ def see_scalers() -> None:
                 one.register_hook(functools.partial(_begin_scaled, factor))
         return scaled
 
+    unscale = torch.amp.GradScaler.unscale_
+
+    @functools.wraps(unscale)
+    def unscale_(self: Any, optimizer: Any) -> None:
+        if hasattr(optimizer, "_hvdloss"):
+            optimizer.synchronize()
+        unscale(self, optimizer)
+
+    torch.amp.GradScaler.unscale_ = unscale_  # type: ignore[method-assign]
     scale._hvdloss = True  # type: ignore[attr-defined]
     torch.amp.GradScaler.scale = scale  # type: ignore[method-assign]
 
@@ -78,6 +91,24 @@ def division(arrived: torch.Tensor, passes: int, scales: list[torch.Tensor]) -> 
     found = divided(arrived, passes, scales)
     return (
         torch.where(found, float(passes), 1.0).double() if isinstance(found, torch.Tensor) else passes**found
+    )
+
+
+def told_factor(passes: list[tuple[torch.Tensor, torch.Tensor]], before: float) -> tuple[Any, Any]:
+    """Return :func:`hvdloss.passes.factor_of_passes`, as numbers, or as tensors on a device."""
+    if not passes or all(at_hand(factor) for _, factor in passes):
+        return factor_of_passes([(float(weight), float(factor)) for weight, factor in passes], before)
+    weight, factor = (
+        torch.stack([x.double().reshape(()) for x in some]) for some in zip(*passes, strict=True)
+    )
+    told = (weight > 0) & factor.isfinite()
+    high = factor.masked_fill(~told, -torch.inf).amax()
+    low = factor.masked_fill(~told, torch.inf).amin()
+    zero = torch.zeros_like(high)
+    apart = (high - low > SAME * torch.maximum(high.abs(), low.abs())).double()
+    changed = ((high - before).abs() > SAME * abs(before)).double()
+    return torch.where(told.any(), high, zero), torch.where(
+        told.any(), torch.maximum(2 * apart, changed), zero
     )
 
 

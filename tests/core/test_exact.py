@@ -157,7 +157,7 @@ def test_any_fault_on_any_rank_is_seen_in_the_sums_and_named(ledgers, faults, po
     assert (type(told), str(told)) == (type(expected), str(expected))
 
 
-@pytest.mark.parametrize("field", ["leaving", "hooks", "reading"])
+@pytest.mark.parametrize("field", ["leaving", "hooks", "reading", "rescaled"])
 def test_who_leaves_and_that_somebody_reads_is_asked(field):
     ledgers = [Ledger(denominator=1.0), Ledger(denominator=1.0, **{field: 1.0})]
     assert summed(ledgers).ask

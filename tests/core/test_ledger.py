@@ -98,7 +98,7 @@ def test_a_ledger_cannot_be_changed():
 @given(st.lists(finite, min_size=MEASURED, max_size=MEASURED), st.floats(0, 5), st.floats(0, 5))
 def test_a_row_becomes_the_first_fields(row, strays, communication):
     ledger = Ledger.of_row(np.array(row), strays=strays, communication=communication)
-    assert astuple(ledger) == (*row, 0.0, strays, 0.0, communication, *[0.0] * 7)
+    assert astuple(ledger) == (*row, 0.0, strays, 0.0, communication, *[0.0] * 9)
     assert all(type(value) is float for value in astuple(ledger))
 
 

@@ -31,7 +31,7 @@ from torch_support import (
 )
 
 import hvdloss.torch as hvd
-from hvdloss.errors import AgreementError, RankError, ShapeError, UsageError
+from hvdloss.errors import AgreementError, ConfigError, RankError, ShapeError, UsageError
 from tests.ranks import needs
 
 NEEDS = needs("gloo-2", more="gloo-3 dist-2")
@@ -39,6 +39,7 @@ NEEDS = needs("gloo-2", more="gloo-3 dist-2")
 __all__ = ["before_case"]
 
 D = torch.float64
+_CLIP_NORM = torch.nn.utils.clip_grad_norm_  # as a script imports it, before any optimizer is made
 
 
 def split(n: int, *, first: int | None = None) -> slice:
@@ -254,6 +255,183 @@ def case_a_loss_divided_by_fewer_micro_batches_is_refused():
         optimizer.step()
 
     raises_everywhere(RankError, heads, "1/4")
+
+
+def rows_and_model(objective, *, lr: float = 0.1, passes: int = 1):
+    """Return features, targets, this rank's rows, a model, its optimizer, and the model of one process."""
+    g = generator(11)
+    x, y = here(torch.randn(12, 5, generator=g, dtype=D)), here(torch.randn(12, 1, generator=g, dtype=D))
+    y[-3:] = 5 * y[-3:] + 3  # ranks' means are far apart
+    model, one = network(generator(5)), network(generator(5))
+    optimizer = hvd.DistributedOptimizer(
+        torch.optim.SGD(model.parameters(), lr=lr),
+        model.named_parameters(),
+        objective,
+        backward_passes_per_step=passes,
+    )
+    return x, y, split(12), model, optimizer, one
+
+
+@needs("gloo-2", more="gloo-3 dist-2 mpi-2")
+def case_a_function_of_a_losss_value_is_refused_on_every_rank():
+    """Its derivative at this rank's mean is another than at that of all elements: a root, a clamp, ..."""
+    objective = hvd.Objective("mse")
+    x, y, rows, model, optimizer, one = rows_and_model(objective)
+    functions = {
+        "root": torch.sqrt,
+        "square": lambda loss: loss**2,
+        "flooding": lambda loss: (loss - hvd.allreduce(loss.detach(), name="level")).abs(),
+        "of each rank": lambda loss: loss * (1 + hvd.rank()),
+        "left out by one": lambda loss: loss * (hvd.rank() != 1),
+    }
+    before = flat(model.parameters())
+    for planned in (False, True):
+        for function in functions.values():
+
+            def step(function=function):
+                optimizer.zero_grad()
+                function(objective(model(x[rows]), y[rows])).backward()
+                optimizer.step()
+
+            words = "factors from", "different ranks", "global_losses", "Nothing was updated"
+            raises_everywhere(UsageError, step, *words)
+            assert torch.equal(flat(model.parameters()), before)
+        for factor in (3.0, 0.5, 0.0, -1.0, -1.0) if not planned else ():  # one for all is the user's own
+            optimizer.zero_grad()
+            (factor * objective(model(x[rows]), y[rows])).backward()
+            optimizer.synchronize()
+            one.zero_grad()
+            (factor * F.mse_loss(one(x), y)).backward()
+            assert (gradients(model) - gradients(one)).norm() <= 1e-12 * max(1, gradients(one).norm())
+            with optimizer.skip_synchronize():
+                optimizer.step()
+            one.load_state_dict(model.state_dict())
+        before = flat(model.parameters())
+
+    # A rank without elements has no factor, and the only one that has any tells that of all.
+    optimizer.zero_grad()
+    mine = slice(0, 12 if hvd.rank() == 0 else 0)
+    objective(model(x[mine]), y[mine]).sqrt().backward()
+    optimizer.synchronize()
+    one.zero_grad()
+    F.mse_loss(one(x), y).sqrt().backward()
+    assert difference(gradients(model), gradients(one)) < 1e-12
+
+
+def case_the_root_of_a_mean_of_all_ranks():
+    objective = hvd.Objective("mse")
+    x, y, rows, model, optimizer, one = rows_and_model({"squares": objective})
+    (squares,) = hvd.global_losses(objective(model(x[rows]), y[rows]))
+    squares.sqrt().backward()
+    optimizer.synchronize()
+    F.mse_loss(one(x), y).sqrt().backward()
+    assert difference(gradients(model), gradients(one)) < 1e-12
+
+
+def case_micro_batches_multiplied_with_their_part_of_the_rows_are_refused():
+    objective = hvd.Objective("mse")
+    x, y, rows, model, optimizer, _ = rows_and_model(objective, passes=4)
+    parts = torch.arange(12)[rows].split(3)
+
+    def step():
+        optimizer.zero_grad()
+        for i, part in enumerate(parts):
+            (objective(model(x[part]), y[part]) * (1.0 if len(parts) == 1 else (i + 1) / 8)).backward()
+        optimizer.step()
+
+    raises_everywhere(UsageError, step, "different factors in the micro-batches of rank 0")
+
+
+def case_clipping_what_is_under_way_between_ranks_is_refused():
+    objective = hvd.Objective("mse")
+    x, y, rows, model, optimizer, one = rows_and_model(objective)
+    before = flat(model.parameters())
+    for _ in range(2):  # before and with the plan
+        for clip in (torch.nn.utils.clip_grad_norm_, _CLIP_NORM, torch.nn.utils.clip_grad_value_):
+
+            def step(clip=clip):
+                objective(model(x[rows]), y[rows]).backward()
+                clip((p for p in model.parameters()), 0.1)
+
+            raises_everywhere(UsageError, step, "optimizer.synchronize()", "nothing would be clipped")
+            optimizer.synchronize()
+            optimizer.zero_grad()
+    assert torch.equal(flat(model.parameters()), before)
+    other = nn.Linear(2, 2)
+    objective(model(x[rows]), y[rows]).backward()
+    other(torch.ones(1, 2)).sum().backward()
+    torch.nn.utils.clip_grad_norm_(other.parameters(), 0.1)  # of nobody here
+    optimizer.synchronize()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+    F.mse_loss(one(x), y).backward()
+    torch.nn.utils.clip_grad_norm_(one.parameters(), 0.1)
+    assert difference(gradients(model), gradients(one)) < 1e-12
+
+
+def case_a_scaler_unscales_gradients_of_all_ranks():
+    objective = hvd.Objective("mse")
+    x, y, rows, model, optimizer, one = rows_and_model(objective)
+    plain = torch.optim.SGD(one.parameters(), lr=0.1)
+    ours, theirs = (torch.amp.GradScaler("cpu", init_scale=2.0**10) for _ in range(2))
+    for _ in range(3):
+        optimizer.zero_grad()
+        ours.scale(objective(model(x[rows]), y[rows])).backward()
+        plain.zero_grad()
+        theirs.scale(F.mse_loss(one(x), y)).backward()
+        for scaler, some, trained in ((ours, optimizer, model), (theirs, plain, one)):
+            scaler.unscale_(some)
+            torch.nn.utils.clip_grad_norm_(trained.parameters(), 0.1)
+            scaler.step(some)
+            scaler.update()
+    assert difference(flat(model.parameters()), flat(one.parameters())) < 1e-12
+
+
+def case_the_plain_optimizers_scheduler_goes_on_after_a_checkpoint():
+    objective = hvd.Objective("mse")
+    model = network(generator(5))
+    plain = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(plain, 0.5)
+    optimizer = hvd.DistributedOptimizer(plain, model.named_parameters(), objective)
+    x, y = here(torch.ones(2, 5, dtype=D)), here(torch.ones(2, 1, dtype=D))
+    for _ in range(2):
+        optimizer.zero_grad()
+        objective(model(x), y).backward()
+        optimizer.step()
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        schedule.step()
+    assert [group["lr"] for group in optimizer.param_groups] == [0.025]
+    assert plain.state is optimizer.state
+    p = next(model.parameters())
+    assert torch.equal(plain.state[p]["momentum_buffer"], optimizer.state[p]["momentum_buffer"])
+
+
+def case_a_weight_that_carries_a_gradient_is_refused():
+    objective = hvd.Objective("mse")
+    x, y, rows, model, optimizer, _ = rows_and_model(objective)
+    prediction = model(x[rows])
+    raises_everywhere(
+        ConfigError, lambda: objective(prediction, y[rows], torch.sigmoid(prediction)), "weight=", "detach()"
+    )
+    with torch.no_grad():
+        objective(prediction, y[rows], torch.sigmoid(prediction))
+    objective(prediction, y[rows], torch.sigmoid(prediction).detach()).backward()
+    optimizer.step()
+
+
+def case_a_pass_too_many_is_refused_in_the_first_step_too():
+    objective = hvd.Objective("mse")
+    x, y, rows, model, optimizer, _ = rows_and_model(objective)
+    before = flat(model.parameters())
+
+    def step():
+        loss = objective(model(x[rows]), y[rows])
+        loss.backward(retain_graph=True)
+        loss.backward()
+
+    raises_everywhere(UsageError, step, "backward_passes_per_step=1")
+    optimizer.synchronize()
+    optimizer.zero_grad()
+    assert torch.equal(flat(model.parameters()), before)
 
 
 def case_memory_that_the_user_changes():
