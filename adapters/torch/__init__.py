@@ -29,7 +29,7 @@ from hvdloss.torch.functions import (
 )
 from hvdloss.torch.guard import check_synchronized
 from hvdloss.torch.metrics import Metrics, synchronized
-from hvdloss.torch.normalization import SyncBatchNorm
+from hvdloss.torch.normalization import SyncBatchNorm, refuse_pytorchs_own
 from hvdloss.torch.objective import Objective
 from hvdloss.torch.optimizer import DistributedOptimizer
 from hvdloss.torch.preemption import Preemption
@@ -119,3 +119,5 @@ globals().update({name: getattr(_backend.hvd, name) for name in (*_theirs, *_use
 globals().update(_elastic.watched)
 globals()["elastic"] = _elastic.elastic()
 __all__ += _theirs
+
+refuse_pytorchs_own()

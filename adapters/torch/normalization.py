@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
-from hvdloss.errors import UsageError
+from hvdloss.errors import ConfigError, UsageError
 from hvdloss.torch._backend import hvd
 from hvdloss.torch.collectives import all_reduce
 from hvdloss.torch.objective import weight_of_pass
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["SyncBatchNorm"]
+__all__ = ["SyncBatchNorm", "refuse_pytorchs_own"]
 
 
 class SyncBatchNorm(_BatchNorm):
@@ -104,3 +105,29 @@ class _Summed(torch.autograd.Function):
                 "give one a weight"
             )
         return torch.where(weight == 0, torch.zeros_like(total[:-1]), total[:-1] / weight), None
+
+
+def refuse_pytorchs_own() -> None:
+    """Have ``torch.nn.SyncBatchNorm`` refuse to train where it would not synchronize.
+
+    It asks the default process group of ``torch.distributed``, and where there is none takes each rank's own
+    batch, without a word.
+    """
+    layer = torch.nn.SyncBatchNorm
+    plain = layer.forward
+    if hasattr(plain, "_hvdloss"):
+        return
+
+    @functools.wraps(plain)
+    def forward(self: Any, input: torch.Tensor) -> torch.Tensor:
+        alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
+        if alone and self.training and hvd.is_initialized() and hvd.size() > 1:
+            raise ConfigError(
+                f"torch.nn.SyncBatchNorm synchronizes in the default process group of torch.distributed, and "
+                f"there is none: each of {hvd.size()} ranks would normalise by its own batch. Use "
+                f"hvd.SyncBatchNorm, which has the same arguments and state"
+            )
+        return plain(self, input)
+
+    forward._hvdloss = True  # type: ignore[attr-defined]
+    layer.forward = forward  # type: ignore[method-assign]

@@ -336,6 +336,10 @@ def case_synchronized_batch_normalization_is_one_processs():
         layer.eval(), alone.eval()
         if tracked:
             assert torch.allclose(layer(x), alone(x), rtol=1e-12)
+    if hvd.size() > 1 and str(DEVICE) == "cpu":
+        theirs = torch.nn.SyncBatchNorm.convert_sync_batchnorm(torch.nn.BatchNorm1d(3))
+        raises_everywhere(ConfigError, lambda: theirs(torch.ones(2, 3)), "hvd.SyncBatchNorm")
+        assert theirs.eval()(torch.ones(2, 3)).shape == (2, 3)
     half = hvd.SyncBatchNorm(3).to(DEVICE, torch.bfloat16)
     assert half(x.to(torch.bfloat16)).dtype == torch.bfloat16
     one = torch.zeros(int(hvd.rank() == 0), 3, device=DEVICE)
