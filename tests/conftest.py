@@ -22,6 +22,9 @@ settings.register_profile(
 settings.register_profile("thorough", settings.get_profile("default"), max_examples=1000, derandomize=False)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
+# Milliseconds. Horovod's background threads exchange a thousand times a second by themselves, which takes up
+# to a quarter of a core in each rank, and in this process as long as it lives.
+os.environ.setdefault("HOROVOD_CYCLE_TIME", "5")
 
 _END = float(os.environ.get("HVDLOSS_TESTS_END") or "inf")  # seconds since 1970
 _late: list[str] = []
