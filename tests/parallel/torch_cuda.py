@@ -247,9 +247,12 @@ def case_autocast_float16_with_a_grad_scaler():
         bad = number == 2 and hvd.rank() == hvd.size() - 1
         trial.optimizer.zero_grad()
         with torch.autocast(DEVICE.type, torch.float16):
-            loss = trial.objective(trial.model(b.x), b.y, weight=b.weight)
+            prediction = trial.model(b.x)
+            if bad:
+                prediction.register_hook(lambda gradient: gradient * 1e30)
+            loss = trial.objective(prediction, b.y, weight=b.weight)
         before, scale = flat(trial.model.parameters()), scaler.get_scale()
-        scaler.scale(loss * (1e30 if bad else 1.0)).backward()
+        scaler.scale(loss).backward()
         scaler.step(trial.optimizer)
         scaler.update()
         same_on_all_ranks(scaler.get_scale())

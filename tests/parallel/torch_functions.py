@@ -328,7 +328,7 @@ def case_synchronized_batch_normalization_is_one_processs():
             (price * right.tanh()).sum().backward()
             pairs = [(out, right[mine]), (part.grad, whole.grad[mine])]
             for ours, theirs in zip(layer.parameters(), alone.parameters(), strict=True):
-                pairs.append((hvd.allreduce(ours.grad, op=hvd.Sum), theirs.grad))
+                pairs.append((hvd.allreduce(ours.grad, op=hvd.Sum, name=f"sum.{len(pairs)}"), theirs.grad))
                 ours.grad = theirs.grad = None
             pairs += zip(layer.buffers(), alone.buffers(), strict=True)
             worst = max(worst, *(float((a - b).abs().max()) for a, b in pairs if a.numel()))

@@ -179,8 +179,9 @@ def test_reductions_by_their_definition():
 def test_weights_are_data():
     y, t = _inputs("mse")
     w = torch.rand(6, 1, dtype=D, requires_grad=True)
-    loss = Objective("mse")(y, t, weight=w)
-    loss.backward()
+    with pytest.raises(ConfigError, match="detach"):
+        Objective("mse")(y, t, weight=w)
+    Objective("mse")(y, t, weight=w.detach()).backward()
     assert w.grad is None
 
 

@@ -17,7 +17,7 @@ from hvdloss.errors import ConfigError, HvdlossError, NoWeightError, UsageError,
 # "compression", "functions" and "optimizer" are modules here as there: ours.
 OVERRIDDEN = {"DistributedOptimizer", "Compression", "compression", "functions", "optimizer"}
 OVERRIDDEN |= {"allgather_object", "broadcast_object", "broadcast_optimizer_state", "broadcast_parameters"}
-OVERRIDDEN |= {"elastic", "init", "shutdown"}
+OVERRIDDEN |= {"SyncBatchNorm", "elastic", "init", "shutdown"}
 
 
 @pytest.fixture(autouse=True, scope="module")
