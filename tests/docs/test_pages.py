@@ -151,8 +151,8 @@ def test_pages_for_ranks_are_run_under_them():
 SYSTEM = {
     "apt-get", "buildah", "cat", "cd", "curl", "docker", "echo", "eval", "exec", "export", "git",
     "helm", "jupyter", "kubectl", "mkdir", "mlflow", "mpirun", "open", "pip", "podman", "python",
-    "sbatch", "scp", "source", "srun", "ssh", "ssh-copy-id", "systemctl", "tensorboard", "torchrun", "umask",
-    "wg", "xdg-open",
+    "quilt", "sbatch", "scp", "source", "srun", "ssh", "ssh-copy-id", "systemctl", "tar", "tensorboard",
+    "torchrun", "umask", "wg", "xdg-open",
 }  # fmt: skip
 PLACEHOLDERS = {"train.py", "train_horovod.py"}  # the reader's own
 

@@ -22,7 +22,6 @@ import atexit
 import datetime
 import logging
 import os
-import pickle
 from collections.abc import Callable, Iterable, Sequence
 from types import SimpleNamespace
 from typing import Any, NoReturn
@@ -38,6 +37,7 @@ from hvdloss.torch.engines import exchanges
 from hvdloss.torch.engines.averaging import averaging_optimizer
 from hvdloss.torch.engines.exchanges import reduction, scaled
 from hvdloss.torch.engines.lanes import Call, Lane, Links, Steps
+from hvdloss.torch.engines.objects import packed, unpacked
 from hvdloss.watch import process
 
 _OURS = ("SyncBatchNorm", "broadcast_optimizer_state", "broadcast_parameters")  # for every engine
@@ -165,7 +165,8 @@ def connect() -> None:
 def _look_around(world: _World) -> None:
     """Find out which ranks share a host."""
     mine = process.host() + os.environ.get("GROUP_RANK", "")
-    hosts = allgather_object(mine, name="hvdloss.hosts")
+    data = torch.frombuffer(bytearray(mine.encode()), dtype=torch.uint8)
+    hosts = [part.numpy().tobytes().decode() for part in _gather_bytes(data, "hvdloss.hosts", None)]
     here = [number for number, host in enumerate(hosts) if host == mine]
     world.local_rank, world.local_size = here.index(rank()), len(here)
     distinct = list(dict.fromkeys(hosts))
@@ -530,13 +531,15 @@ def barrier(process_set: ProcessSet | None = None) -> None:
     synchronize(_launch(process_set, "barrier", None, exchanges.barrier))
 
 
+def _gather_bytes(mine: torch.Tensor, name: str, process_set: ProcessSet | None) -> Iterable[torch.Tensor]:
+    """Return the bytes of each rank."""
+    sizes = synchronize(allgather_async(torch.tensor([len(mine)]), f"{name}.sizes", process_set))
+    return synchronize(allgather_async(mine, name, process_set)).split(sizes.tolist())
+
+
 def allgather_object(obj: Any, name: str | None = None, process_set: ProcessSet | None = None) -> list[Any]:
     """Return the objects of all ranks, pickled on their way."""
-    mine = torch.frombuffer(bytearray(pickle.dumps(obj)), dtype=torch.uint8)
-    name = name or "allgather_object"
-    sizes = synchronize(allgather_async(torch.tensor([len(mine)]), f"{name}.sizes", process_set))
-    whole = synchronize(allgather_async(mine, name, process_set))
-    return [pickle.loads(part.numpy().tobytes()) for part in whole.split(sizes.tolist())]
+    return [unpacked(part) for part in _gather_bytes(packed(obj), name or "allgather_object", process_set)]
 
 
 def broadcast_object(
@@ -544,14 +547,13 @@ def broadcast_object(
 ) -> Any:
     """Return the root's object, pickled on its way."""
     here = rank() == root_rank
-    mine = pickle.dumps(obj) if here else b""
+    data = packed(obj) if here else torch.empty(0, dtype=torch.uint8)
     name = name or "broadcast_object"
-    size_of = synchronize(broadcast_async(torch.tensor([len(mine)]), root_rank, f"{name}.size", process_set))
-    data = torch.empty(int(size_of), dtype=torch.uint8)
-    if here:
-        data = torch.frombuffer(bytearray(mine), dtype=torch.uint8)
+    size_of = synchronize(broadcast_async(torch.tensor([len(data)]), root_rank, f"{name}.size", process_set))
+    if not here:
+        data = torch.empty(int(size_of), dtype=torch.uint8)
     data = synchronize(broadcast_async(data, root_rank, name, process_set))
-    return obj if here else pickle.loads(data.numpy().tobytes())
+    return obj if here else unpacked(data)
 
 
 # -- the rest of Horovod's names ----------------------------------------------------------------------

@@ -1,0 +1,24 @@
+"""Python objects as bytes, for those of Horovod's own functions that send objects.
+
+They are pickled, as Horovod does, so a rank can run code on the others that call them: docs/security.md.
+Nothing of this library's own is sent this way.
+"""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import torch
+
+__all__ = ["packed", "unpacked"]
+
+
+def packed(obj: Any) -> torch.Tensor:
+    """Return an object as bytes."""
+    return torch.frombuffer(bytearray(pickle.dumps(obj)), dtype=torch.uint8)
+
+
+def unpacked(data: torch.Tensor) -> Any:
+    """Return the object that :func:`packed` packed on another rank."""
+    return pickle.loads(data.numpy().tobytes())
