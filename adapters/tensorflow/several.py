@@ -22,6 +22,7 @@ from hvdloss.tensorflow.books import Books, kept
 from hvdloss.tensorflow.collectives import group_of
 from hvdloss.tensorflow.objective import Objective, Told
 from hvdloss.tensorflow.ops import TensorFlowOps, once
+from hvdloss.tensorflow.variables import variable
 
 __all__ = ["Objectives"]
 
@@ -160,7 +161,7 @@ class Objectives(several.Objectives):
         if self._last is None:
             with tf.init_scope(), tf.device("CPU:0"):
                 shape = (len(self), 1 + len(COLUMNS))
-                self._last = tf.Variable(tf.zeros(shape, tf.float64), trainable=False, name="hvdloss_losses")
+                self._last = variable(tf.zeros(shape, tf.float64), "hvdloss_losses")
         step = self.books.steps + 1
 
         def judged(last: np.ndarray, step: np.ndarray) -> np.ndarray:

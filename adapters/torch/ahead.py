@@ -12,6 +12,7 @@ from hvdloss.reduction import Contribution
 from hvdloss.torch._backend import hvd
 from hvdloss.torch.buckets import own_lane
 from hvdloss.torch.ops import TorchOps, at_hand, put_on
+from hvdloss.torch.passes import parameters_of
 from hvdloss.torch.waiting import explaining, wait
 
 __all__ = ["Ahead"]
@@ -37,19 +38,6 @@ class _Late(torch.autograd.Function):
         return grad * ctx.factor(grad).to(grad), None, None
 
 
-def _leaves(node: Any) -> set[int]:
-    """Return the ids of the parameters that a graph leads to."""
-    found, seen, todo = set(), {node}, [node]
-    while todo:
-        node = todo.pop()
-        if hasattr(node, "variable"):
-            found.add(id(node.variable))
-        fresh = {one for one, _ in node.next_functions if one is not None} - seen
-        seen |= fresh
-        todo += fresh
-    return found
-
-
 def _check_fsdp(name: str, graph: Any, *, sums: bool) -> None:
     """Refuse gradients that FSDP2 reduces otherwise than the objective was told.
 
@@ -69,7 +57,7 @@ def _check_fsdp(name: str, graph: Any, *, sums: bool) -> None:
             factor = ranks if group.gradient_divide_factor is None else group.gradient_divide_factor
             if factor == (1 if sums else ranks):
                 continue
-            leaves = _leaves(graph) if leaves is None else leaves
+            leaves = set(map(id, parameters_of([graph]))) if leaves is None else leaves
             if any(id(getattr(one, "_unsharded_param", None)) in leaves for one in group.fsdp_params):
                 raise ConfigError(
                     f"{name}: ahead={'sum' if sums else True!r} is for gradients that are "

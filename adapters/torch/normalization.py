@@ -9,7 +9,7 @@ import torch
 from hvdloss.errors import ConfigError, UsageError
 from hvdloss.torch._backend import hvd
 from hvdloss.torch.collectives import all_reduce
-from hvdloss.torch.objective import weight_of_pass
+from hvdloss.torch.passes import weight_of_pass
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 

@@ -14,28 +14,12 @@ from hvdloss.torch._backend import hvd
 from hvdloss.torch.ahead import Ahead
 from hvdloss.torch.collectives import group_of
 from hvdloss.torch.ops import NAMED_LOSSES, TorchOps, at_hand, put_on
+from hvdloss.torch.passes import multiplied, weight_of_pass
 from hvdloss.torch.reading import Elements, own_reduction, read, with_absent_targets
 
 __all__ = ["Objective"]
 
 _OPS = TorchOps()
-
-
-_pass_weights: list[torch.Tensor] = []  # of the backward pass that is under way, if an objective began it
-
-
-def weight_of_pass() -> torch.Tensor | None:
-    """Return what the gradients of the backward pass under way will be multiplied with, for its objective.
-
-    None outside of one, and in one that no objective began: its gradients stay as they are.
-    """
-    return _pass_weights[0] if _pass_weights else None
-
-
-def _begin_pass(weight: torch.Tensor) -> None:
-    """Note the weight until the backward pass that is under way ends."""
-    _pass_weights[:] = [weight]  # a pass that failed may have left its own
-    torch.autograd.Variable._execution_engine.queue_callback(_pass_weights.clear)  # type: ignore[attr-defined]
 
 
 class _Gate(torch.autograd.Function):
@@ -55,24 +39,16 @@ class _Gate(torch.autograd.Function):
         return (grad.masked_fill(ctx.holder[0], 0) if ctx.holder else grad), None
 
 
-class _Part(torch.autograd.Function):
-    """Identity that multiplies the gradient, and has no second derivative."""
+_SECOND = (
+    "create_graph=True: the gradient of a loss of all ranks' elements is a rank's part of the "
+    "whole, whose derivative would lack the other ranks' elements; differentiate once, or build "
+    "the loss on hvdloss.torch.collectives, whose backward passes can be differentiated"
+)
 
-    @staticmethod
-    def forward(ctx: Any, value: torch.Tensor, factor: float) -> torch.Tensor:
-        ctx.factor = factor
-        return value.view_as(value)
 
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        if torch.is_grad_enabled():  # backward(create_graph=True)
-            raise ConfigError(
-                "create_graph=True: the gradient of a loss of all ranks' elements is a rank's part of the "
-                "whole, whose derivative would lack the other ranks' elements; differentiate once, or build "
-                "the loss on hvdloss.torch.collectives, whose backward passes can be differentiated"
-            )
-        (grad,) = grads
-        return grad * ctx.factor, None
+def _part(value: torch.Tensor, factor: float) -> torch.Tensor:
+    """Return the value, whose gradient is multiplied."""
+    return multiplied(value, lambda: factor, _SECOND)
 
 
 def _device(given: Any) -> torch.device:
@@ -331,7 +307,7 @@ class Objective(ObjectiveBase[torch.Tensor]):
         part, penalty, told, weight = self.combine(
             _OPS,
             group_of(self.process_set),
-            _Part.apply,
+            _part,
             prediction=prediction,
             target=target,
             weight=weight,
@@ -348,7 +324,7 @@ class Objective(ObjectiveBase[torch.Tensor]):
         """Return the local loss, whose backward pass tells the listeners what it weighs."""
         loss = part.mean(_OPS)
         if self.ahead is not None:  # of all ranks' elements, whose parts may be averaged as they are
-            return _Part.apply(loss, self.ahead.share()) if loss.requires_grad else loss
+            return _part(loss, self.ahead.share()) if loss.requires_grad else loss
         call = None
         row = part.row(_OPS) if loss.requires_grad or penalty is not None else None
         if row is not None and self.exchange is not None:
@@ -366,7 +342,7 @@ class Objective(ObjectiveBase[torch.Tensor]):
             def through(gradient: torch.Tensor) -> None:
                 entry = row if call is None else call.ledger_row(gradient)
                 if self._listeners:
-                    _begin_pass(entry[1])
+                    weight_of_pass.begin(entry[1])
                 else:
                     self.warn_unheard(rank_and_size(hvd, self.process_set)[1])
                 self.announce(entry, gradient, graph)

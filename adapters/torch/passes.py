@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+from hvdloss.errors import ConfigError
 from hvdloss.passes import SAME, divided_by, factor_of_passes
 from hvdloss.torch.ops import at_hand, put_on
 
@@ -16,15 +17,68 @@ __all__ = [
     "division",
     "leads_to",
     "mark_reduced",
+    "multiplied",
     "not_reduced",
     "scale_of_pass",
     "scales",
     "see_scalers",
     "told_factor",
+    "weight_of_pass",
 ]
 
 _scalers: weakref.WeakSet[Any] = weakref.WeakSet()
-_scale_of_pass: list[torch.Tensor] = []
+
+
+class _OfPass:
+    """A value of the backward pass that is under way, if it has one."""
+
+    def __init__(self) -> None:
+        self._value: torch.Tensor | None = None
+
+    def begin(self, value: torch.Tensor) -> None:
+        """Keep the value until the pass is over, in place of what one that failed may have left."""
+        self._value = value
+        torch.autograd.Variable._execution_engine.queue_callback(self._end)
+
+    def _end(self) -> None:
+        self._value = None
+
+    def __call__(self) -> torch.Tensor | None:
+        return self._value
+
+
+#: What a GradScaler multiplied the loss of the pass with; None if none did.
+scale_of_pass = _OfPass()
+#: What the gradients of the pass will be multiplied with, for the objective that began it; None if none did.
+weight_of_pass = _OfPass()
+
+
+class _Multiplied(torch.autograd.Function):
+    """Identity that multiplies the gradient, and has no second derivative."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, value: torch.Tensor, factor: Callable[[], torch.Tensor | float], second: str
+    ) -> torch.Tensor:
+        ctx.factor, ctx.second = factor, second
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        if torch.is_grad_enabled():  # backward(create_graph=True)
+            raise ConfigError(ctx.second)
+        (grad,) = grads
+        factor = ctx.factor()
+        return grad * (factor.to(grad) if isinstance(factor, torch.Tensor) else factor), None, None
+
+
+def multiplied(value: torch.Tensor, factor: Callable[[], torch.Tensor | float], second: str) -> torch.Tensor:
+    """Return the value, whose gradient is multiplied with what `factor` returns in the backward pass.
+
+    `second` is what to say to those who want a second derivative, which it does not have.
+    """
+    out: torch.Tensor = _Multiplied.apply(value, factor, second)
+    return out
 
 
 def see_scalers() -> None:
@@ -61,13 +115,7 @@ def see_scalers() -> None:
 
 def _begin_scaled(factor: torch.Tensor, gradient: torch.Tensor) -> None:
     """Note, until a backward pass is over, that its loss was scaled."""
-    _scale_of_pass[:] = [factor]
-    torch.autograd.Variable._execution_engine.queue_callback(_scale_of_pass.clear)
-
-
-def scale_of_pass() -> torch.Tensor | None:
-    """Return what a GradScaler multiplied the loss of the backward pass with that is under way; or None."""
-    return _scale_of_pass[0] if _scale_of_pass else None
+    scale_of_pass.begin(factor)
 
 
 def scales(like: torch.Tensor) -> list[torch.Tensor]:

@@ -34,31 +34,17 @@ from hvdloss.several import (
 from hvdloss.torch.buckets import Wire
 from hvdloss.torch.compression import Compression
 from hvdloss.torch.ops import TorchOps, communicator_of, put_on
-from hvdloss.torch.passes import parameters_of, scale_of_pass
+from hvdloss.torch.passes import multiplied, parameters_of, scale_of_pass
 
 __all__ = ["Call", "LossExchange", "global_losses"]
 
 _OPS = TorchOps()
 
 
-class _Weighed(torch.autograd.Function):
-    """Identity whose gradient is multiplied with the call's part of the step, once that is known."""
-
-    @staticmethod
-    def forward(ctx: Any, value: torch.Tensor, call: Call) -> torch.Tensor:
-        ctx.call = call
-        return value.view_as(value)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        if torch.is_grad_enabled():  # backward(create_graph=True)
-            raise ConfigError(
-                "create_graph=True with several objectives: the gradient of a loss is a rank's part of that "
-                "of all ranks, whose derivative would lack the other ranks' elements; differentiate once"
-            )
-        (grad,) = grads
-        factor = ctx.call.exchange.factor(ctx.call)
-        return grad * factor.to(device=grad.device, dtype=grad.dtype), None
+_SECOND = (
+    "create_graph=True with several objectives: the gradient of a loss is a rank's part of that "
+    "of all ranks, whose derivative would lack the other ranks' elements; differentiate once"
+)
 
 
 class Call:
@@ -155,7 +141,7 @@ class LossExchange:
     def enter(self, value: torch.Tensor, index: int, row: torch.Tensor) -> tuple[torch.Tensor, Call]:
         """Return a call's local mean, whose gradient will be weighed, and the call."""
         call = Call(self, index, row)
-        value = _Weighed.apply(value, call)
+        value = multiplied(value, lambda: self.factor(call), _SECOND)
         # Calls that are thrown away, as those of a validation, are gone with their graphs.
         self._pending = [pair for pair in self._pending if pair[0]() is not None]
         if value.grad_fn is not None:

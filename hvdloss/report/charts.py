@@ -240,26 +240,14 @@ def _plot_loss(canvas: Canvas, axis: Any, records: Sequence[Record], against: st
             lowest, highest = min(lowest, float(finite.min())), max(highest, float(finite.max()))
         if len(records) > 1:
             continue
-        value = _drawable(record.column("objective_value"))
-        if np.nanmax(np.abs(value - loss), initial=0.0) > 1e-3 * max(1e-12, highest):
-            axis.plot(
-                x[kept],
-                _smooth(value, span)[kept],
-                color=canvas.color("run1"),
-                lw=1.4,
-                ls="--",
-                label="J, with terms",
-            )
-        averaged = _drawable(record.column("averaged_loss"))
-        if np.nanmax(np.abs(averaged - loss), initial=0.0) > 1e-3 * max(1e-12, highest):
-            axis.plot(
-                x[kept],
-                _smooth(averaged, span)[kept],
-                color=canvas.color("run2"),
-                lw=1.4,
-                ls=":",
-                label="plain averaging would say",
-            )
+        for column, name, dashes, label in (
+            ("objective_value", "run1", "--", "J, with terms"),
+            ("averaged_loss", "run2", ":", "plain averaging would say"),
+        ):
+            value = _drawable(record.column(column))
+            if np.nanmax(np.abs(value - loss), initial=0.0) > 1e-3 * max(1e-12, highest):
+                drawn = _smooth(value, span)[kept]
+                axis.plot(x[kept], drawn, color=canvas.color(name), lw=1.4, ls=dashes, label=label)
         times, began = record.column("time"), float(record.runs[0]["time"])
         for kind, lines, color_name in (
             ("decision", record.decisions, "decision"),

@@ -18,7 +18,7 @@ class _Averaging:
     _base: type[torch.optim.Optimizer]
     _reduce: Callable[[torch.Tensor, str], torch.Tensor]
     _compression: Any
-    _reduced = _skips = False
+    _skips = False
     param_groups: list[dict[str, Any]]
 
     @torch.no_grad()
@@ -35,7 +35,6 @@ class _Averaging:
             flat = self._compression.decompress(self._reduce(flat, f"gradients.{dtype}"), ctx)
             for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
                 p.grad = part.view_as(p).clone()
-        self._reduced = True
 
     @contextmanager
     def skip_synchronize(self) -> Iterator[None]:
@@ -62,7 +61,6 @@ class _Averaging:
 
         elif not self._skips:
             self.synchronize()
-        self._reduced = False
         return self._base.step(self, closure)  # type: ignore[arg-type]
 
 

@@ -318,32 +318,27 @@ def synchronize(handle: Any) -> Any:
     return handle.result
 
 
-def allreduce_async(
-    tensor: torch.Tensor,
-    average: bool | None = None,
-    name: str | None = None,
-    op: Any = None,
-    prescale_factor: float = 1.0,
-    postscale_factor: float = 1.0,
-    process_set: ProcessSet | None = None,
-) -> Call:
-    """Start a reduction over ranks; return a handle for :func:`synchronize`. Shapes must be equal."""
-    steps = exchanges.all_reduce(tensor, None, reduction(op, average), prescale_factor, postscale_factor)
-    return _launch(process_set, "allreduce", name, steps)
+def _reduces(*, in_place: bool) -> Callable[..., Call]:
+    def start(
+        tensor: torch.Tensor,
+        average: bool | None = None,
+        name: str | None = None,
+        op: Any = None,
+        prescale_factor: float = 1.0,
+        postscale_factor: float = 1.0,
+        process_set: ProcessSet | None = None,
+    ) -> Call:
+        out = tensor if in_place else None
+        steps = exchanges.all_reduce(tensor, out, reduction(op, average), prescale_factor, postscale_factor)
+        return _launch(process_set, "allreduce", name, steps)
+
+    start.__name__ = "allreduce_async_" if in_place else "allreduce_async"
+    where = " in place" if in_place else ""
+    start.__doc__ = f"Start a reduction over ranks{where}; a handle for synchronize(). Shapes must be equal."
+    return start
 
 
-def allreduce_async_(
-    tensor: torch.Tensor,
-    average: bool | None = None,
-    name: str | None = None,
-    op: Any = None,
-    prescale_factor: float = 1.0,
-    postscale_factor: float = 1.0,
-    process_set: ProcessSet | None = None,
-) -> Call:
-    """Start a reduction over ranks in place."""
-    steps = exchanges.all_reduce(tensor, tensor, reduction(op, average), prescale_factor, postscale_factor)
-    return _launch(process_set, "allreduce", name, steps)
+allreduce_async, allreduce_async_ = _reduces(in_place=False), _reduces(in_place=True)
 
 
 def allgather_async(
@@ -353,18 +348,20 @@ def allgather_async(
     return _launch(process_set, "allgather", name, exchanges.all_gather(tensor))
 
 
-def broadcast_async(
-    tensor: torch.Tensor, root_rank: int, name: str | None = None, process_set: ProcessSet | None = None
-) -> Call:
-    """Start giving every rank the root's tensor; shapes must be equal."""
-    return _launch(process_set, "broadcast", name, exchanges.broadcast(tensor, None, root_rank))
+def _broadcasts(*, in_place: bool) -> Callable[..., Call]:
+    def start(
+        tensor: torch.Tensor, root_rank: int, name: str | None = None, process_set: ProcessSet | None = None
+    ) -> Call:
+        steps = exchanges.broadcast(tensor, tensor if in_place else None, root_rank)
+        return _launch(process_set, "broadcast", name, steps)
+
+    start.__name__ = "broadcast_async_" if in_place else "broadcast_async"
+    where = " in place" if in_place else ""
+    start.__doc__ = f"Start giving every rank the root's tensor{where}; shapes must be equal."
+    return start
 
 
-def broadcast_async_(
-    tensor: torch.Tensor, root_rank: int, name: str | None = None, process_set: ProcessSet | None = None
-) -> Call:
-    """Start giving every rank the root's tensor, in place."""
-    return _launch(process_set, "broadcast", name, exchanges.broadcast(tensor, tensor, root_rank))
+broadcast_async, broadcast_async_ = _broadcasts(in_place=False), _broadcasts(in_place=True)
 
 
 def alltoall_async(

@@ -72,6 +72,15 @@ def _divided(total: torch.Tensor, op: int, size: int, factor: float) -> torch.Te
     return scaled(total, factor)
 
 
+def _into(out: torch.Tensor | None, values: torch.Tensor) -> torch.Tensor:
+    """Return the values, in `out` if it is given."""
+    if out is None:
+        return values
+    if values.data_ptr() != out.data_ptr():
+        out.detach().copy_(values)
+    return out
+
+
 def all_reduce(tensor: torch.Tensor, out: torch.Tensor | None, op: int, pre: float, post: float) -> Any:
     """Reduce over ranks, into `out` if it is given; only this one sends no header in a lane without."""
 
@@ -86,12 +95,7 @@ def all_reduce(tensor: torch.Tensor, out: torch.Tensor | None, op: int, pre: flo
         if out is None and values.data_ptr() == tensor.data_ptr():
             values = values.clone()
         yield lane.all_reduce(values, _OPS[op])
-        values = _divided(values, op, lane.size, post).to(tensor.dtype)
-        if out is None:
-            return values
-        if values.data_ptr() != out.data_ptr():
-            out.detach().copy_(values)
-        return out
+        return _into(out, _divided(values, op, lane.size, post).to(tensor.dtype))
 
     return steps
 
@@ -171,12 +175,7 @@ def broadcast(tensor: torch.Tensor, out: torch.Tensor | None, root: int) -> Any:
         if out is None and values.data_ptr() == tensor.data_ptr():
             values = values.clone()
         yield lane.broadcast(values, lane.ranks.index(root))
-        values = values.view(tensor.dtype).view(tensor.shape)
-        if out is None:
-            return values
-        if values.data_ptr() != out.data_ptr():
-            out.detach().copy_(values)
-        return out
+        return _into(out, values.view(tensor.dtype).view(tensor.shape))
 
     return steps
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-import os
-import socket
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Sequence
@@ -72,15 +70,8 @@ class Links:
 
     def end(self) -> None:
         """Cut off what is under way: this rank will not do its part, nor wait for others."""
-        if not any(call.under_way for call in self._calls):
-            return
-        now = process.sockets()
-        for number, target in self._sockets.items():
-            if now.get(number) == target:
-                with socket.socket(fileno=os.dup(number)) as same:
-                    listens = same.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-                if not listens:  # Gloo does not survive the end of one
-                    process.cut({number: target})
+        if any(call.under_way for call in self._calls):
+            process.cut(self._sockets)
 
 
 def _wait(work: Any, what: str) -> None:
