@@ -132,14 +132,14 @@ def buckets(optimizer: Any) -> list[dict[str, float]]:
     ``ready`` is the part of the backward pass that is over by then, taken to be the part of the
     parameters whose gradients are there. The bucket that carries the ledgers leaves last.
     """
-    engine = optimizer._hvdloss
-    total = sum(p.numel() for p in engine.parameters())
+    exact = optimizer._hvdloss
+    total = sum(p.numel() for p in exact.parameters.all())
     done = 0
     found = []
-    for bucket in engine.buckets:
+    for bucket in exact.reducer.buckets:
         own = sum(p.numel() for p in bucket.parameters)
         done += own
-        last = bucket is engine.carrier
+        last = bucket is exact.reducer.ledger_bucket
         flat = getattr(bucket, "flat", None)
         size = own * 4 if flat is None else flat.numel() * flat.element_size()
         found.append({"bytes": size, "ready": 1.0 if last else done / total})

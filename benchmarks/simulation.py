@@ -166,7 +166,7 @@ def inner(work: str, rounds: int, path: str) -> None:
             "seconds": np.diff(ends).tolist(),
             "told": [(computing, float(moving)) for computing, moving in told],
             "sizes": None if shares is None else shares.sizes.tolist(),
-            "messages": optimizer._hvdloss.travel()["messages"],
+            "messages": optimizer._hvdloss.message_counts()["messages"],
             "bytes": sum(4 * p.numel() for p in model.parameters()),
         }
 

@@ -82,6 +82,7 @@ class Ledger:
         together: squared length of the mean move of the exchange before, as this rank has it.
         factor: what the rank's loss was multiplied with, but for a division by the passes.
         more: 1 if the rank has more data after this step (:mod:`hvdloss.data.uneven`).
+        late: 1 if the rank's gradients were reduced only when it updated: it had fewer micro-batches.
         leaving: 1 if the rank was told to leave (:mod:`hvdloss.training.preemption`).
         hooks: how many hooks the user has set on the rank's parameters.
         reading: 1 if somebody on the rank reads what single ranks did (:attr:`hvdloss.StepReport.ranks`).
@@ -105,6 +106,7 @@ class Ledger:
     together: float = 0.0
     factor: float = 0.0
     more: float = 0.0
+    late: float = 0.0
     leaving: float = 0.0
     hooks: float = 0.0
     reading: float = 0.0

@@ -14,6 +14,7 @@ __all__ = [
     "divided_by",
     "division_error",
     "factor_of_passes",
+    "late_error",
     "uneven_division_error",
     "unheard_error",
 ]
@@ -111,6 +112,17 @@ def bypassed_error(step: int) -> UsageError:
         f"step {step}: a backward pass went through the objective, but came to no parameter of this "
         f"optimizer: torch.autograd.grad returns this rank's own gradients, which are not reduced, and "
         f"frozen or detached outputs have none. Call loss.backward()"
+    )
+
+
+def late_error(step: int, rank: int) -> UsageError:
+    """Return the error of gradients that were changed on a rank, before the update, and not on all."""
+    return UsageError(
+        f"step {step}: gradients were changed on rank {rank} between loss.backward() and optimizer.step(), "
+        f"which not all ranks can have done: one with fewer micro-batches than backward_passes_per_step, "
+        f"or none, has the gradient of all ranks only from optimizer.synchronize() on, or in step(). This "
+        f"rank was not updated. Call optimizer.synchronize() on every rank before you change gradients "
+        f"(clip_grad_norm_ and a GradScaler's unscale_ do so)"
     )
 
 

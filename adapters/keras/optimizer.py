@@ -520,7 +520,7 @@ def DistributedOptimizer(
             local variables, and ``AdaptiveCompression`` with `compression`.
 
     Collectives per step: one all-reduce per bucket of dense gradients, two all-gathers per sparse
-    one, one all-reduce of the ranks' ledgers (``size`` x 21 float64 and what terms tell; with more than 64
+    one, one all-reduce of the ranks' ledgers (``size`` x 22 float64 and what terms tell; with more than 64
     ranks see :meth:`hvdloss.tensorflow.exchange.Exchange.reduce`), all under way together; one small one
     more for a model of several losses, and for a ``LossScaleOptimizer``. After local steps (``SyncPeriod``)
     instead, once per stretch: one all-reduce of the ledgers, then one of the parameters per dtype.

@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
-import torch
-from hvdloss.ledger import WIDTH, Ledgers, Sums, unpack
-from hvdloss.torch.ops import at_hand, put_on
+from collections.abc import Callable, Mapping
+from typing import Any
 
-__all__ = ["Message"]
+import numpy as np
+
+import torch
+from hvdloss.controller import Controller
+from hvdloss.ledger import COLUMN, WIDTH, Ledger, Ledgers, Sums, unpack
+from hvdloss.reduction import MEASURED
+from hvdloss.torch.buckets import FlatBucket, Wire, own_lane
+from hvdloss.torch.compression import Compression
+from hvdloss.torch.ops import at_hand, put_on
+from hvdloss.tuning import Tuning
+
+__all__ = ["LedgerExchange", "Message", "zeroed"]
+
+_KEPT = slice(COLUMN["micro_batches"], MEASURED)
+
+
+def zeroed(row: torch.Tensor) -> torch.Tensor:
+    """Return a row that adds nothing to a step, and still tells what was wrong."""
+    out = torch.zeros_like(row)
+    out[_KEPT] = row[_KEPT]
+    return out
 
 
 class Message:
@@ -29,10 +48,6 @@ class Message:
             self.length = self.sums.length
         else:
             self.length = size * WIDTH * (1 if dtype is None else 4)
-
-    def carried(self, dtype: torch.dtype | None) -> Message:
-        """Return the same in a bucket of this dtype, or (None) as a message of its own."""
-        return Message(self.rank, self.size, dtype, self.sums is not None)
 
     def write(self, row: torch.Tensor) -> torch.Tensor:
         """Return this rank's numbers of its ledger, float64 ``(WIDTH,)``; nobody waits for a device."""
@@ -76,3 +91,130 @@ def _positions(sums: Sums, device: torch.device) -> torch.Tensor:
 
 
 _made: dict[tuple[int, str], torch.Tensor] = {}
+
+
+class LedgerExchange:
+    """The ledgers of one optimizer's ranks on their way, with what terms tell.
+
+    Args:
+        name: of the optimizer, on the wire.
+        process_set: the ranks.
+        controller: of the terms, which may tell numbers more.
+        tuning: says whether rows or sums travel.
+
+    Attributes:
+        own: this rank's ledger as it was sent last, float64 ``(WIDTH,)``.
+        wire: sums without compression.
+    """
+
+    def __init__(self, name: str, process_set: Any, controller: Controller, tuning: Tuning) -> None:
+        self._name, self._process_set, self._controller, self._tuning = name, process_set, controller, tuning
+        self.wire = Wire(own_lane(process_set), Compression.none)
+        self.own = torch.zeros(WIDTH, dtype=torch.float64)
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin a step."""
+        self._numbers: torch.Tensor | None = None
+        self._ready: Callable[[], None] | None = None
+        self._rows: Callable[[], torch.Tensor] | None = None  # what terms tell, or all ranks' rows
+        self._bucket: FlatBucket | None = None
+
+    @property
+    def sent(self) -> bool:
+        """Whether this rank's ledger is on its way."""
+        return self._numbers is not None
+
+    def drain(self) -> None:
+        """Wait for what is under way."""
+        for ready in (self._ready, self._rows):
+            if ready is not None:
+                ready()
+
+    def message(self, dtype: torch.dtype | None = None) -> Message:
+        """Return how a ledger travels in a bucket of this dtype, or (None) as a message of its own."""
+        size = self._process_set.size()
+        return Message(self._process_set.rank(), size, dtype, self._tuning.sums(size))
+
+    def compose(
+        self,
+        ledger: Ledger,
+        row: torch.Tensor | None,
+        measured: Mapping[str, torch.Tensor],
+        device: torch.device,
+    ) -> torch.Tensor:
+        """Return this rank's ledger to be sent; what terms tell is on its way by then.
+
+        As a message of its own: beside the ledgers it would move gradients to other places of their message,
+        and sums of three and more ranks round by place.
+
+        Args:
+            ledger: what is known as numbers.
+            row: what backward passes told; None without any.
+            measured: by field, what is added that a device has and nobody waits for.
+            device: where it travels from.
+        """
+        rank, size, width = self._process_set.rank(), self._process_set.size(), self._controller.width
+        self.own = own = put_on(torch.tensor(list(vars(ledger).values()), dtype=torch.float64), device)
+        told = torch.zeros(width, dtype=torch.float64, device=device)
+        if row is not None:
+            own[:MEASURED] = row[:MEASURED]
+            told = row[MEASURED:]
+        for field, value in measured.items():
+            own[COLUMN[field]] += value
+        self._rows = None
+        if self._tuning.sums(size):
+            if self._controller.terms:
+                self._rows = self._gather(torch.cat([own, told]), "terms")
+        elif width:
+            table = torch.zeros(size, width, dtype=torch.float64, device=device)
+            table[rank] = told
+            ready = self.wire.send(table.view(-1), f"{self._name}.terms")
+            self._rows = lambda: ready() or table
+        return own
+
+    def _gather(self, row: torch.Tensor, name: str) -> Callable[[], torch.Tensor]:
+        """Start gathering a row of every rank; the result waits."""
+        return self.wire.gather(row[None], f"{self._name}.{name}")
+
+    def send(self, own: torch.Tensor, there: torch.Tensor, bucket: FlatBucket | None) -> None:
+        """Send a composed ledger, and whether gradients without a bucket are there.
+
+        In the tail of `bucket`, which is launched later; or (None) as a message of its own.
+        """
+        message = self.message(None if bucket is None else bucket.tail.dtype)
+        self._bucket = bucket
+        if bucket is None:
+            self._numbers = torch.cat([message.write(own), put_on(there, own.device)])
+            self._ready = self.wire.send(self._numbers, f"{self._name}.ledger")
+            return
+        self._numbers = tail = bucket.tail
+        tail[: message.length] = message.write(own)
+        if len(there):
+            tail[message.length :] = put_on(there, tail.device)
+        self._ready = bucket.drain
+
+    def receive(self) -> tuple[Ledgers, list[float]]:
+        """Wait for all ranks' ledgers; return them, and on how many ranks those gradients are."""
+        assert self._numbers is not None
+        if self._ready is not None:
+            ready, self._ready = self._ready, None
+            ready()
+        message = self.message(None if self._bucket is None else self._bucket.tail.dtype)
+        numbers = self._numbers.cpu()
+        return message.read(numbers[: message.length]), numbers[message.length :].tolist()
+
+    def with_rows(self, ledgers: Ledgers) -> tuple[Ledgers, np.ndarray]:
+        """Return the ledgers, with their rows where those must be known, and what terms told, by rank.
+
+        Collectives: where only sums travelled and something is wrong, or is read: one all-gather.
+        """
+        told = np.zeros((len(ledgers), 0))
+        if self._rows is not None:
+            ready, self._rows = self._rows, None
+            told = ready().cpu().numpy()
+        elif ledgers.table is None and ledgers.ask:
+            told = self._gather(self.own, "rows")().cpu().numpy()
+        if ledgers.table is None and told.shape[1]:
+            ledgers, told = ledgers.with_rows(told[:, :WIDTH]), told[:, WIDTH:]
+        return ledgers, told

@@ -8,117 +8,177 @@ from collections.abc import Callable, Sequence
 
 import torch
 from hvdloss.communicator import Communicator
-from hvdloss.control.period import OuterStep
+from hvdloss.control.period import OuterStep, SyncPeriod
+from hvdloss.control.weights import Proximal
+from hvdloss.controller import Controller
 from hvdloss.hearing import hear
+from hvdloss.step.local import LocalSums
+from hvdloss.step.scale import WeightScale
 from hvdloss.term import Travel
 from hvdloss.torch.buckets import Wire
+from hvdloss.torch.ledgers import zeroed
 
-__all__ = ["Stretch", "share_memory"]
+__all__ = ["LocalSteps", "average_optimizer_state"]
 
 
-class Stretch:
+class LocalSteps:
     """The steps that a rank takes by itself since the last exchange of parameters.
 
-    Holds the parameters of that exchange (the anchor, equal on all ranks) and what the rank saw since.
+    Args:
+        controller: whose policies say how many, and how far they may go.
+        is_sum: whether the objective's reduction is a sum.
+        name: of the optimizer, on the wire.
+
+    Attributes:
+        sums: what this rank saw in them.
+        scale: what the ranks' weights are measured in.
+        now: whether the gradients of the present step stay on this rank.
+        due: whether parameters are to be exchanged.
+        mean_update: squared length of the last exchange's mean move.
+        velocity: of the outer step; None before the first.
     """
 
-    def __init__(self, parameters: Sequence[torch.nn.Parameter], name: str) -> None:
-        self.parameters = [p for p in parameters if p.requires_grad]
-        self.name = name
-        self.anchor = [p.detach().clone() for p in self.parameters]
+    def __init__(self, controller: Controller, is_sum: bool, name: str) -> None:
+        self._period = controller.act(SyncPeriod)
+        self._proximal = controller.act(Proximal)
+        self._is_sum, self._name = is_sum, name
+        self.sums = LocalSums()
+        self.scale = WeightScale()
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything, as before the first step: ranks, or parameters, are others now."""
+        self._synced: list[torch.Tensor] = []
+        self.clear()
         self.velocity: list[torch.Tensor] | None = None
-        self.begin()
+        self.scale.reset()
+        self.now = False
+        self.mean_update = 0.0
 
-    def begin(self) -> None:
-        """Start counting anew."""
-        self.steps = 0
-        self.row: torch.Tensor | None = None
-        self.strays = 0
-        self.bad = 0  # steps with a gradient that was not finite
+    def clear(self) -> None:
+        """Forget the parameters of the last exchange: whatever is there now is equal on all ranks."""
+        if self._synced:
+            self.velocity = None
+        self._parameters: list[torch.nn.Parameter] = []
+        self._synced = []
+        self.due = False
+        self.sums.clear()
 
-    def count(self, row: torch.Tensor | None, strays: int, bad: bool) -> None:
+    @property
+    def enabled(self) -> bool:
+        """Whether a policy may have ranks take any."""
+        return self._period is not None
+
+    @property
+    def wanted(self) -> bool:
+        """Whether there is more than one between two exchanges."""
+        return self._period is not None and self._period.period > 1
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the ranks' parameters differ."""
+        return self.sums.steps > 0
+
+    @property
+    def outer(self) -> OuterStep | None:
+        """What is done with the mean of the ranks' moves."""
+        return None if self._period is None else self._period.outer
+
+    @torch.no_grad()
+    def prepare(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+        """Keep copies of the parameters, unless there are any."""
+        if not self._synced:
+            self._parameters = [p for p in parameters if p.requires_grad]
+            self._synced = [p.detach().clone() for p in self._parameters]
+
+    def count(self, row: torch.Tensor | None, untracked: int, nonfinite: bool) -> None:
         """Add a step of this rank, with the sums it told (None without any)."""
-        self.steps += 1
-        self.strays += strays
-        self.bad += bad
-        if row is not None:
-            self.row = row if self.row is None else self.row + row
+        self.sums.add(row, untracked, nonfinite)
+        self.due = self._period is not None and self.sums.steps >= self._period.period
 
     @torch.no_grad()
-    def pull(self, strength: float) -> None:
-        """Add the gradient of ``strength / 2 ||theta - anchor||^2``."""
-        if not strength:
+    def add_proximal_gradient(self) -> None:
+        """Add the gradient of ``mu / 2 ||theta - synced||^2``."""
+        mu = 0.0 if self._proximal is None else self._proximal.mu
+        if not mu:
             return
-        for p, anchor in zip(self.parameters, self.anchor, strict=True):
+        for p, synced in zip(self._parameters, self._synced, strict=True):
             if p.grad is not None and p.grad.layout is torch.strided:
-                p.grad.add_(p.detach() - anchor, alpha=strength)
+                p.grad.add_(p.detach() - synced, alpha=mu)
 
     @torch.no_grad()
-    def moves(self) -> tuple[dict[str, torch.Tensor], float]:
-        """Return theta - anchor, side by side for each dtype and device, and the squared length of all."""
+    def updates(self) -> tuple[dict[str, torch.Tensor], float, float]:
+        """Return how far this rank's parameters moved.
+
+        Returns:
+            theta - synced, side by side for each dtype and device; what they weigh; and their squared length
+            times that.
+        """
         parts: dict[str, list[torch.Tensor]] = defaultdict(list)
-        for p, anchor in zip(self.parameters, self.anchor, strict=True):
-            parts[_kind(p)].append((p.detach() - anchor).reshape(-1))
+        for p, synced in zip(self._parameters, self._synced, strict=True):
+            parts[_kind(p)].append((p.detach() - synced).reshape(-1))
         flats = {kind: torch.cat(some) for kind, some in parts.items()}
-        return flats, _squared_length(flats)
+        return flats, *self.sums.weigh(_squared_length(flats), self._is_sum, zeroed)
 
     @torch.no_grad()
     def send(
-        self, flats: dict[str, torch.Tensor], share: float, wire: Wire
+        self, flats: dict[str, torch.Tensor], weight: float, wire: Wire
     ) -> tuple[list[Callable[[], None]], Travel]:
-        """Start summing ``share`` times the moves over ranks, in place."""
+        """Start summing the weighted moves over ranks, in place."""
+        share = self.scale.relative(weight)
         for flat in flats.values():
             # Multiplying would make NaN of what is not finite on a rank that must not count.
             flat.mul_(share) if share else flat.zero_()
-        waits = [wire.send(flat, f"{self.name}.moves.{kind}") for kind, flat in flats.items()]
+        waits = [wire.send(flat, f"{self._name}.moves.{kind}") for kind, flat in flats.items()]
         travel = Travel(
             messages=len(flats) + 1,
             bytes=sum(wire.bytes_of(flat) for flat in flats.values()),
             full_bytes=sum(flat.numel() * flat.element_size() for flat in flats.values()),
-            steps=self.steps,
+            steps=self.sums.steps,
             parameters=True,
         )
         return waits, travel
 
     @torch.no_grad()
-    def settle(self, flats: dict[str, torch.Tensor], denominator: float, outer: OuterStep | None) -> float:
-        """Move anchor and parameters by the ranks' mean move; return its squared length."""
+    def apply(self, flats: dict[str, torch.Tensor], total: float) -> None:
+        """Move the parameters from the last exchange's by the ranks' mean move."""
+        denominator = self.scale.denominator(total)
         for flat in flats.values():
             flat.div_(denominator)
-        length = _squared_length(flats)
+        self.mean_update = _squared_length(flats)
         at: dict[str, int] = defaultdict(int)
-        if outer is not None and self.velocity is None:
-            self.velocity = [torch.zeros_like(anchor) for anchor in self.anchor]
-        for i, (p, anchor) in enumerate(zip(self.parameters, self.anchor, strict=True)):
+        if self.outer is not None and self.velocity is None:
+            self.velocity = [torch.zeros_like(synced) for synced in self._synced]
+        for i, (p, synced) in enumerate(zip(self._parameters, self._synced, strict=True)):
             kind = _kind(p)
             start = at[kind]
             at[kind] = start + p.numel()
             move = flats[kind][start : start + p.numel()].view(p.shape)
-            if outer is not None:
+            if self.outer is not None:
                 assert self.velocity is not None
-                move, self.velocity[i] = outer.move(move, self.velocity[i])
-            anchor.add_(move)
-            p.copy_(anchor)
-        self.begin()
-        return length
+                move, self.velocity[i] = self.outer.move(move, self.velocity[i])
+            synced.add_(move)
+            p.copy_(synced)
+        self.scale.update(total)
+        self.sums.clear()
 
     @torch.no_grad()
-    def go_back(self) -> None:
+    def restore_parameters(self) -> None:
         """Return to the parameters of the last exchange."""
-        for p, anchor in zip(self.parameters, self.anchor, strict=True):
-            p.copy_(anchor)
-        self.begin()
+        for p, synced in zip(self._parameters, self._synced, strict=True):
+            p.copy_(synced)
+        self.sums.clear()
 
     @torch.no_grad()
-    def anchor_here(self) -> None:
-        """Take the present parameters, which are equal on all ranks, for the anchor."""
-        for p, anchor in zip(self.parameters, self.anchor, strict=True):
-            anchor.copy_(p)
-        self.begin()
+    def save_parameters(self) -> None:
+        """Take the present parameters, which are equal on all ranks, for those of the last exchange."""
+        for p, synced in zip(self._parameters, self._synced, strict=True):
+            synced.copy_(p)
+        self.sums.clear()
 
 
 @torch.no_grad()
-def share_memory(
+def average_optimizer_state(
     optimizer: torch.optim.Optimizer, share: float, wire: Wire, communicator: Communicator, name: str
 ) -> None:
     """Average what the ranks' optimizers remember: with equal gradients they must make equal updates.

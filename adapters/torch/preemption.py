@@ -44,12 +44,13 @@ class Preemption(core.Preemption):
     """
 
     def __init__(self, optimizer: Any = None, *, process_set: Any = None, **options: Any) -> None:
-        engine = getattr(optimizer, "_hvdloss", None)
-        if optimizer is not None and engine is None:
+        step = getattr(optimizer, "_hvdloss", None)
+        if optimizer is not None and step is None:
             raise ConfigError(
                 f"optimizer={type(optimizer).__name__} is not from hvdloss.torch.DistributedOptimizer with "
                 f"an objective; leave it out to have ranks tell each other in a message of their own"
             )
-        group = process_set if engine is None else engine.process_set
+        group = process_set if step is None else step.process_set
         ranks = functools.partial(among, hvd, communicator_of, group)
-        super().__init__(engine, communicator=ranks, shutdown=hvd.shutdown, **options)
+        status = None if step is None else step.state.status
+        super().__init__(status, communicator=ranks, shutdown=hvd.shutdown, **options)

@@ -11,21 +11,22 @@ from hvdloss.report import record
 from hvdloss.report.following import Following, check_teller
 from hvdloss.torch._backend import hvd
 from hvdloss.torch.objective import Objective
+from hvdloss.torch.step import ExactStep
 
 __all__ = ["Recorder", "follow"]
 
 
-def _engine(steps: Any) -> Any:
+def _step_of(steps: Any) -> Any:
     """Return what tells of the steps of an optimizer, or of an objective that one was made with."""
-    engine = getattr(steps, "_hvdloss", None)
-    if engine is None and isinstance(steps, Objective):
-        engine = next((one for one in steps.listeners() if hasattr(one, "listen")), None)
-    if engine is None:
+    step = getattr(steps, "_hvdloss", None)
+    if step is None and isinstance(steps, Objective):
+        step = next((one for one in steps.listeners() if isinstance(one, ExactStep)), None)
+    if step is None:
         raise ConfigError(
             f"steps={type(steps).__name__} is neither from hvdloss.torch.DistributedOptimizer with an "
             f"objective, nor an Objective that such an optimizer was made with"
         )
-    return engine
+    return step
 
 
 def _tells(rank: int, process_set: Any) -> bool:
@@ -33,15 +34,15 @@ def _tells(rank: int, process_set: Any) -> bool:
 
 
 def _follow(steps: Any, sinks: tuple[Any, ...], rank: int, closes: bool) -> Following:
-    engine = _engine(steps)
-    group, objective = engine.process_set, engine.objective
+    step = _step_of(steps)
+    group, objective = step.process_set, step.objective
     check_teller(rank)
 
     def about() -> dict[str, Any]:
         return record.about_run(hvd, "torch", objective.settings(), objective.controller, group.size())
 
     return Following(
-        engine,
+        step.state.log,
         objective.controller,
         sinks,
         about=about,
@@ -92,7 +93,7 @@ class Recorder(record.Recorder):  # noqa: D101 - the core's words
         Collectives: none.
         """
         self._begin_following(
-            lambda: _tells(self.rank, _engine(optimizer).process_set),
+            lambda: _tells(self.rank, _step_of(optimizer).process_set),
             lambda: _follow(optimizer, (self,), self.rank, False),
         )
         return self

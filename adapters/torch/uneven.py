@@ -12,6 +12,7 @@ from hvdloss.control.period import period_of
 from hvdloss.data.uneven import Uneven
 from hvdloss.errors import ConfigError
 from hvdloss.torch.ops import communicator_of
+from hvdloss.torch.step import ExactStep
 
 __all__ = ["uneven", "zero"]
 
@@ -21,19 +22,19 @@ Batch = TypeVar("Batch")
 class _Signals:
     """What ranks tell each other in the ledgers of an optimizer's steps."""
 
-    def __init__(self, engine: Any) -> None:
-        self.engine = engine
+    def __init__(self, step: ExactStep) -> None:
+        self._step = step
 
     @property
     def patience(self) -> int:
-        return self.engine.passes * period_of(self.engine.controller)
+        return self._step.state.phase.passes * period_of(self._step.controller)
 
     @property
     def heard(self) -> tuple[int, bool]:
-        return self.engine.heard
+        return self._step.state.status.heard
 
     def tell(self, more: bool, error: BaseException | None = None) -> None:
-        self.engine.more, self.engine.error = more, error
+        self._step.state.status.more, self._step.state.status.error = more, error
 
 
 def _array(value: Any) -> tuple[str, list[int]] | None:
@@ -93,16 +94,16 @@ def uneven(batches: Iterable[Batch], optimizer: Any) -> Uneven[Batch]:
 
     Collectives: none per step. When it is first iterated over, two small gathers.
     """
-    engine = getattr(optimizer, "_hvdloss", None)
-    if engine is None:
+    step = getattr(optimizer, "_hvdloss", None)
+    if step is None:
         raise ConfigError(
             f"optimizer={type(optimizer).__name__} is not from hvdloss.torch.DistributedOptimizer with an "
             f"objective, in whose steps ranks tell whether they have more"
         )
     return Uneven(
         batches,
-        _Signals(engine),
-        lambda: communicator_of(engine.process_set),
+        _Signals(step),
+        lambda: communicator_of(step.process_set),
         array=_array,
         zero=zero,
         make=_make,

@@ -141,9 +141,9 @@ def case_raise_names_the_rank_and_changes_nothing():
     for trial, step in trials("raise", 1):
         for fault in FAULTS:
             before = state_of(trial)
-            spoiled_backward(trial, step(), fault)
             done = trial.optimizer.last_step
             number = 1 if done is None else done.step + 1
+            spoiled_backward(trial, step(), fault)
             raises_everywhere(kind_of(fault), trial.optimizer.step, f"on rank {last()}", f"step {number}:")
             assert torch.equal(state_of(trial), before)
             trial.step(step())

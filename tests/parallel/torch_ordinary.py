@@ -342,30 +342,124 @@ def case_micro_batches_multiplied_with_their_part_of_the_rows_are_refused():
     raises_everywhere(UsageError, step, "different factors in the micro-batches of rank 0")
 
 
-def case_clipping_what_is_under_way_between_ranks_is_refused():
+def case_gradients_are_those_of_all_ranks_when_backward_returns():
+    """Clipping, noise, norms and a look at ``.grad`` between ``backward()`` and ``step()``."""
     objective = hvd.Objective("mse")
     x, y, rows, model, optimizer, one = rows_and_model(objective)
-    before = flat(model.parameters())
-    for _ in range(2):  # before and with the plan
-        for clip in (torch.nn.utils.clip_grad_norm_, _CLIP_NORM, torch.nn.utils.clip_grad_value_):
+    plain = torch.optim.SGD(one.parameters(), lr=0.1)
 
-            def step(clip=clip):
-                objective(model(x[rows]), y[rows]).backward()
-                clip((p for p in model.parameters()), 0.1)
+    def halve(parameters):
+        for p in parameters:
+            p.grad.mul_(0.5)
 
-            raises_everywhere(UsageError, step, "optimizer.synchronize()", "nothing would be clipped")
-            optimizer.synchronize()
-            optimizer.zero_grad()
-    assert torch.equal(flat(model.parameters()), before)
-    other = nn.Linear(2, 2)
-    objective(model(x[rows]), y[rows]).backward()
-    other(torch.ones(1, 2)).sum().backward()
-    torch.nn.utils.clip_grad_norm_(other.parameters(), 0.1)  # of nobody here
-    optimizer.synchronize()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
-    F.mse_loss(one(x), y).backward()
-    torch.nn.utils.clip_grad_norm_(one.parameters(), 0.1)
-    assert difference(gradients(model), gradients(one)) < 1e-12
+    def replace(parameters):
+        for p in parameters:
+            p.grad = p.grad.sign()
+
+    changes = [
+        lambda parameters: torch.nn.utils.clip_grad_norm_((p for p in parameters), 0.1),
+        lambda parameters: _CLIP_NORM(parameters, 0.1),
+        lambda parameters: torch.nn.utils.clip_grad_value_(parameters, 0.1),
+        halve,
+        replace,
+    ]
+    for change in changes * 2:
+        optimizer.zero_grad()
+        objective(model(x[rows]), y[rows]).backward()
+        plain.zero_grad()
+        F.mse_loss(one(x), y).backward()
+        assert difference(gradients(model), gradients(one)) < 1e-12
+        for trained in (model, one):
+            change(list(trained.parameters()))
+        optimizer.step()
+        plain.step()
+        assert difference(flat(model.parameters()), flat(one.parameters())) < 1e-12
+    same_on_all_ranks(flat(model.parameters()))
+
+
+def case_sharpness_aware_steps():
+    """Two backward passes a step, with the gradient of the first one used in between (Foret et al. 2021)."""
+    objective = hvd.Objective("mse")
+    x, y, rows, model, optimizer, one = rows_and_model(objective)
+    plain = torch.optim.SGD(one.parameters(), lr=0.1)
+
+    @torch.no_grad()
+    def climb(parameters):
+        norm = torch.stack([p.grad.norm() for p in parameters]).norm()
+        moves = [0.05 * p.grad / norm for p in parameters]
+        for p, move in zip(parameters, moves, strict=True):
+            p.add_(move)
+        return moves
+
+    @torch.no_grad()
+    def descend(parameters, moves):
+        for p, move in zip(parameters, moves, strict=True):
+            p.sub_(move)
+
+    for _ in range(3):
+        for some, loss in (
+            (optimizer, lambda: objective(model(x[rows]), y[rows])),
+            (plain, lambda: F.mse_loss(one(x), y)),
+        ):
+            parameters = list((model if some is optimizer else one).parameters())
+            some.zero_grad()
+            loss().backward()
+            moves = climb(parameters)
+            some.zero_grad()
+            loss().backward()
+            descend(parameters, moves)
+            some.step()
+    assert difference(flat(model.parameters()), flat(one.parameters())) < 1e-12
+
+
+def _accumulated(model, objective, x, y, passes):
+    """Make a step's backward passes: rank 0 all of them, the others one, or in every third step none."""
+    n = hvd.rank()
+    for i in range(passes):
+        objective(model(x[n + i : n + i + 2]), y[n + i : n + i + 2]).backward()
+
+
+def case_clipping_with_fewer_micro_batches_or_none():
+    """Ranks that have had all theirs, and those that wait in clip_grad_norm_, clip the same gradient."""
+    objective = hvd.Objective("mse")
+    x, y, _, model, optimizer, one = rows_and_model(objective, passes=3)
+    plain = torch.optim.SGD(one.parameters(), lr=0.1)
+    counts = [(3, 1), (3, 0), (2, 2), (1, 3)]
+    for first, others in counts:
+        optimizer.zero_grad()
+        _accumulated(model, objective, x, y, first if hvd.rank() == 0 else others)
+        clipped = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        optimizer.step()
+        plain.zero_grad()
+        parts = [(k, first if k == 0 else others) for k in range(hvd.size())]
+        rows = [j for k, n in parts for i in range(n) for j in range(k + i, k + i + 2)]
+        F.mse_loss(one(x[rows]), y[rows]).backward()
+        assert abs(clipped - torch.nn.utils.clip_grad_norm_(one.parameters(), 0.1)) < 1e-12
+        plain.step()
+        assert difference(flat(model.parameters()), flat(one.parameters())) < 1e-12
+
+
+def case_gradients_changed_where_not_all_ranks_have_them_are_refused():
+    """A rank with fewer micro-batches has no gradient before ``step()``, and cannot do the same to it."""
+    objective = hvd.Objective("mse")
+    x, y, _, model, optimizer, _ = rows_and_model(objective, passes=2)
+    fewer = hvd.rank() == hvd.size() - 1
+
+    def step(change):
+        optimizer.zero_grad()
+        _accumulated(model, objective, x, y, 1 if fewer else 2)
+        for p in model.parameters():
+            if p.grad is not None and change:
+                p.grad.mul_(0.5)
+        optimizer.step()
+
+    step(change=False)  # looked at, and not changed
+    if fewer:
+        step(change=True)
+    else:
+        with pytest.raises(UsageError, match=f"gradients were changed on rank {hvd.rank()}"):
+            step(change=True)
+    raises_everywhere(RankError, lambda: step(change=False), "gradients were changed on rank 0")
 
 
 def case_a_scaler_unscales_gradients_of_all_ranks():

@@ -203,12 +203,12 @@ def case_ranks_with_more_and_less_data():
 def case_who_is_to_leave_is_known_by_name():
     with summing():
         model, objective, optimizer = parts()
-        engine = optimizer._hvdloss
+        status = optimizer._hvdloss.state.status
         train(model, objective, optimizer, 1)
-        assert engine.wished == ()
-        engine.leaving = lambda: hvd.rank() == 1
+        assert status.wished == ()
+        status.leaving = lambda: hvd.rank() == 1
         train(model, objective, optimizer, 1)
-        assert engine.wished == (1,)
+        assert status.wished == (1,)
 
 
 def case_a_closure_is_that_of_all_ranks():

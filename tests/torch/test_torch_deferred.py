@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,7 +18,8 @@ import torch
 import hvdloss
 import hvdloss.torch as hvd
 from hvdloss.ledger import Ledger, Ledgers
-from hvdloss.torch import optimizer as module
+from hvdloss.step.phase import Event
+from hvdloss.torch import step as module
 from tests.ranks import Case, case_names, more, parallel_cases
 
 NEED_A_GPU = {
@@ -105,22 +107,23 @@ META = torch.device("meta")
 
 def step(model, objective, optimizer, passes, **call):
     """Make a step's backward passes, and all of ``step()`` but what reads the ledgers."""
-    engine = optimizer._hvdloss
+    exact = optimizer._hvdloss
     x, y = torch.empty(8, 5, device=META), torch.empty(8, 1, device=META)
     dtype = next(model.parameters()).dtype
     optimizer.zero_grad()
-    for _ in range(passes):
-        objective(model(x.to(dtype)), y.to(dtype), **call).backward()
-    if not engine._planned:
-        engine._judged = Ledgers.of(
+    with mock.patch.object(exact, "synchronize"):  # which the last backward pass ends with
+        for _ in range(passes):
+            objective(model(x.to(dtype)), y.to(dtype), **call).backward()
+    if not exact.reducer.planned:
+        ledgers = Ledgers.of(
             [Ledger(numerator=8.0, weight=8.0, denominator=8.0, elements=8.0, micro_batches=1.0)]
         )
-        engine._make_plan()
-    engine._launch()
-    for slot in (*engine.buckets, *engine.sparse):
-        slot.finish(8.0)
-    engine._hand_over()
-    engine.synchronized = False
+        exact._judged = ledgers, np.zeros((1, 0))
+        exact._make_plan(late=False)
+    exact._launch()
+    exact.reducer.finish(8.0)
+    exact._publish()
+    exact.state.phase.to(Event.UPDATE)
 
 
 @pytest.fixture
@@ -157,7 +160,7 @@ def test_nothing_is_read_before_the_ledgers(unread, monkeypatch, weight, alone, 
         for _ in range(3):
             step(model, objective, optimizer, passes, weight=WEIGHTS[weight])
         assert all(p.grad.device == META for p in model.parameters())
-        travel = optimizer._hvdloss.travel()
+        travel = optimizer._hvdloss.message_counts()
         assert travel["alone"] == (alone == "0.5")
         assert travel["buckets"] >= 1
 
@@ -167,11 +170,11 @@ def test_a_rank_without_a_batch_tells_from_the_device_of_the_others(unread):
     model = torch.nn.Linear(5, 1).to(META)
     objective = hvd.Objective("mse", terms=(hvdloss.DataSkew(bins=4),))
     optimizer = hvd.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), objective=objective)
-    engine = optimizer._hvdloss
-    row = engine._own_row(None, 0, 0.0)
-    assert row.device == META
-    assert engine._message.write(row).device == META
-    told = engine._rows_ready()  # by the term
+    exact = optimizer._hvdloss
+    own = exact._own_ledger(None, 0, 0.0)
+    assert own.device == META
+    assert exact.ledgers.message().write(own).device == META
+    told = exact.ledgers._rows()  # by the term
     assert told.device == META
     assert told.numel()
 
@@ -181,6 +184,7 @@ def test_the_meta_device_tells_a_wait(unread):
     model = torch.nn.Linear(5, 1).to(META)
     objective = hvd.Objective("mse")
     optimizer = hvd.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), objective=objective)
-    objective(model(torch.empty(8, 5, device=META)), torch.empty(8, 1, device=META)).backward()
+    loss = objective(model(torch.empty(8, 5, device=META)), torch.empty(8, 1, device=META))
     with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
-        optimizer.synchronize()
+        loss.backward()
+    assert optimizer.last_step is None
