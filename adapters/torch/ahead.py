@@ -10,10 +10,9 @@ import torch
 from hvdloss.errors import ConfigError, NonFiniteLossError, NoWeightError, WeightError
 from hvdloss.reduction import Contribution
 from hvdloss.torch._backend import hvd
-from hvdloss.torch.buckets import own_lane
+from hvdloss.torch.engines.group import EngineGroup
 from hvdloss.torch.ops import TorchOps, at_hand, put_on
 from hvdloss.torch.passes import parameters_of
-from hvdloss.torch.waiting import explaining, wait
 
 __all__ = ["Ahead"]
 
@@ -101,7 +100,7 @@ class Ahead:
 
     def __init__(self, name: str, process_set: Any, *, sums: bool = False) -> None:
         self.name, self._process_set, self._sums = name, process_set, sums
-        self._lane: Any = None
+        self._group: EngineGroup | None = None
 
     def share(self) -> float:
         """Return what the gradient of a loss of all ranks' elements is multiplied with."""
@@ -126,7 +125,6 @@ class Ahead:
         mean = part.mean(_OPS)
         if not (torch.is_grad_enabled() and part.numerator.requires_grad):
             return mean
-        group = self._process_set or hvd.global_process_set
         size = self._size()
         row = part.row(_OPS)
         sums = torch.stack([row[1], row[5] + row[6], row[7]])
@@ -134,14 +132,8 @@ class Ahead:
             sums = torch.cat([put_on(torch.as_tensor(total).double().reshape(1), row.device), sums[1:]])
         ready: Callable[[], torch.Tensor] = lambda: sums  # noqa: E731
         if size > 1 and total is None:
-            self._lane = self._lane or own_lane(group)
-            name = f"hvdloss.{self.name}.ahead"
-            with explaining():
-                handle = hvd.allreduce_async(sums, name=name, op=hvd.Sum, process_set=self._lane)
-
-            def ready() -> torch.Tensor:
-                out: torch.Tensor = wait(handle)
-                return out
+            self._group = self._group or EngineGroup(self._process_set, own_order=True, named=False)
+            ready = self._group.all_reduce(sums, f"hvdloss.{self.name}.ahead").wait
 
         graph = part.numerator.grad_fn
 

@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from hvdloss.plan import Bucket
-from hvdloss.torch._backend import hvd
 from hvdloss.torch.compression import BF16Compressor
+from hvdloss.torch.engines.group import EngineGroup
 from hvdloss.torch.ops import at_hand, put_on
-from hvdloss.torch.waiting import explaining, wait
 
 __all__ = [
     "FlatBucket",
@@ -20,7 +19,6 @@ __all__ = [
     "Wire",
     "absent",
     "beyond",
-    "own_lane",
     "weighed",
     "weighed_sparse",
 ]
@@ -460,26 +458,18 @@ class SparseSlot:
         return [ready() for ready in handles]
 
 
-def own_lane(process_set: Any) -> Any:
-    """Return a process set's ranks for the gradients of one optimizer, whose order is then nobody else's.
-
-    Horovod, which matches by name, needs no other.
-    """
-    return process_set.lane() if hasattr(process_set, "lane") else process_set
-
-
 class Wire:
-    """Sums and gathers over the engine, with compression; at size 1 nothing is sent."""
+    """Sums and gathers over a group, with compression; at size 1, or without a group, nothing is sent."""
 
-    def __init__(self, process_set: Any, compression: Any) -> None:
-        self._process_set = process_set
+    def __init__(self, group: EngineGroup | None, compression: Any) -> None:
+        self._group = group
         self._compression = compression
         self._limits: dict[tuple[torch.dtype, int], float] = {}
 
     @property
     def size(self) -> int:
-        """How many ranks take part; without a process set only this one."""
-        return 1 if self._process_set is None else self._process_set.size()
+        """How many ranks take part; without a group only this one."""
+        return 1 if self._group is None else self._group.size
 
     def _travels_as(self, dtype: torch.dtype) -> torch.dtype:
         """Return the dtype in which values of `dtype` are summed."""
@@ -512,51 +502,42 @@ class Wire:
         """Start summing `flat` over ranks in place; the result calls for the wait."""
         if flat.is_complex():
             return self.send(torch.view_as_real(flat), name)
-        if self.size == 1:
+        if self._group is None or self.size == 1:
             return lambda: None
         if self._compression is BF16Compressor and flat.dtype is not torch.bfloat16:
-            return self._send_exchanged(flat, name)
+            return self._send_exchanged(self._group, flat, name)
         wire, ctx = self._compression.compress(flat)
         decompress = self._compression.decompress
         if wire.dtype in _WIDER:
             wire = wire.to(_WIDER[wire.dtype])
-        with explaining():
-            handle = hvd.allreduce_async_(wire, name=name, op=hvd.Sum, process_set=self._process_set)
+        work = self._group.all_reduce(wire, name, in_place=True)
 
         def finish() -> None:
-            summed = wait(handle)
+            summed = work.wait()
             if summed.data_ptr() != flat.data_ptr():
                 flat.copy_(decompress(summed, ctx))
 
         return finish
 
-    def _send_exchanged(self, flat: torch.Tensor, name: str) -> Callable[[], None]:
+    def _send_exchanged(self, group: EngineGroup, flat: torch.Tensor, name: str) -> Callable[[], None]:
         """Sum in bfloat16 pieces: all-to-all, add in float32, all-gather. Twice the latency."""
         size, n = self.size, flat.numel()
         piece = -(-n // size)
         padded = torch.zeros(size * piece, dtype=torch.bfloat16, device=flat.device)
         padded[:n].copy_(flat)
-        with explaining():
-            handle = hvd.alltoall_async(
-                padded.view(torch.uint8), name=f"{name}.pieces", process_set=self._process_set
-            )
+        work = group.all_to_all(padded.view(torch.uint8), f"{name}.pieces")
 
         def finish() -> None:
-            mine = wait(handle)
+            mine = work.wait()
             mine = mine[0] if isinstance(mine, tuple) else mine
             summed = mine.view(torch.bfloat16).view(size, piece).float().sum(0).to(torch.bfloat16)
-            gathering = hvd.allgather_async(
-                summed.view(torch.uint8), name=f"{name}.sums", process_set=self._process_set
-            )
-            whole = wait(gathering)
+            whole = group.all_gather(summed.view(torch.uint8), f"{name}.sums").wait()
             flat.copy_(whole.view(torch.bfloat16)[:n])
 
         return finish
 
     def gather(self, tensor: torch.Tensor, name: str) -> Callable[[], torch.Tensor]:
         """Start gathering along the first axis, lengths may differ; the result calls for the wait."""
-        if self.size == 1:
+        if self._group is None or self.size == 1:
             return lambda: tensor
-        with explaining():
-            handle = hvd.allgather_async(tensor, name=name, process_set=self._process_set)
-        return lambda: wait(handle)
+        return self._group.all_gather(tensor, name).wait

@@ -36,7 +36,7 @@ from typing import Any, TypeVar
 import torch
 from hvdloss.collectives import At, check_root, check_rows, check_sizes, even_sizes, members, numbered
 from hvdloss.torch._backend import hvd
-from hvdloss.torch.waiting import wait
+from hvdloss.torch.engines.group import EngineGroup
 
 __all__ = [
     "HorovodGroup",
@@ -70,8 +70,7 @@ def _summed(x: torch.Tensor, at: At) -> torch.Tensor:
     if at.size == 1:
         return x.detach().clone()
     wide = x.detach().float() if x.dtype == torch.bfloat16 else x.detach()
-    handle = hvd.allreduce_async(wide.contiguous(), name=at.name, op=hvd.Sum, process_set=at.process_set)
-    out: torch.Tensor = wait(handle, at.name, at.process_set)
+    out: torch.Tensor = EngineGroup(at.process_set).all_reduce(wide.contiguous(), at.name).wait()
     return out.to(x.dtype)
 
 
@@ -79,8 +78,7 @@ def _gathered(x: torch.Tensor, at: At) -> torch.Tensor:
     """Return the rows of all ranks."""
     if at.size == 1:
         return x.detach().clone()
-    handle = hvd.allgather_async(_packed(x), name=at.name, process_set=at.process_set)
-    out: torch.Tensor = wait(handle, at.name, at.process_set)
+    out: torch.Tensor = EngineGroup(at.process_set).all_gather(_packed(x), at.name).wait()
     return out.view(x.dtype)
 
 
@@ -88,13 +86,7 @@ def _exchanged(x: torch.Tensor, splits: Sequence[int], at: At) -> tuple[torch.Te
     """Send ``splits[k]`` rows to rank k; return the rows received, and how many came from each rank."""
     if at.size == 1:
         return x.detach().clone(), list(splits)
-    handle = hvd.alltoall_async(
-        _packed(x),
-        splits=torch.tensor(splits, dtype=torch.int32),
-        name=at.name,
-        process_set=at.process_set,
-    )
-    rows, received = wait(handle, at.name, at.process_set)
+    rows, received = EngineGroup(at.process_set).all_to_all(_packed(x), at.name, splits).wait()
     return rows.view(x.dtype), received.tolist()
 
 
@@ -103,10 +95,8 @@ def _sum_of_parts(x: torch.Tensor, sizes: Sequence[int], at: At) -> torch.Tensor
     if at.size == 1:
         return x.detach().clone()
     if list(sizes) == even_sizes(len(x), at.size) and x.dtype in _REDUCE_SCATTERS and len(x) >= at.size:
-        handle = hvd.reducescatter_async(
-            x.detach().contiguous(), name=at.name, op=hvd.Sum, process_set=at.process_set
-        )
-        out: torch.Tensor = wait(handle, at.name, at.process_set)
+        whole = x.detach().contiguous()
+        out: torch.Tensor = EngineGroup(at.process_set).reduce_scatter(whole, at.name).wait()
         return out
     # As many bytes as a reduce-scatter, without rows that only pad.
     rows, _ = _exchanged(x, sizes, at)
@@ -221,10 +211,8 @@ class _Broadcast(torch.autograd.Function):
         ctx.at, ctx.root, ctx.once = at, root, once
         if at.size == 1:
             return x.detach().clone()
-        handle = hvd.broadcast_async(
-            _packed(x), root_rank=at.global_rank(root), name=at.name, process_set=at.process_set
-        )
-        out: torch.Tensor = wait(handle, at.name, at.process_set)
+        group = EngineGroup(at.process_set)
+        out: torch.Tensor = group.broadcast(_packed(x), at.global_rank(root), at.name).wait()
         return out.view(x.dtype)
 
     @staticmethod
@@ -361,12 +349,11 @@ def all_gather(
         parts = [len(x)]
     else:
         carries = torch.is_grad_enabled() and x.requires_grad
-        sizes_handle = hvd.allgather_async(
-            torch.tensor([[len(x), carries]]), name=f"{at.name}.sizes", process_set=at.process_set
-        )
-        handle = hvd.allgather_async(_packed(x), name=at.name, process_set=at.process_set)
-        table = wait(sizes_handle, at.name, at.process_set)
-        gathered = wait(handle, at.name, at.process_set).view(x.dtype)
+        group = EngineGroup(at.process_set)
+        sizes_work = group.all_gather(torch.tensor([[len(x), carries]]), f"{at.name}.sizes")
+        work = group.all_gather(_packed(x), at.name)
+        table = sizes_work.wait()
+        gathered = work.wait().view(x.dtype)
         parts = table[:, 0].tolist()
         if torch.is_grad_enabled() and not carries and bool(table[:, 1].any()):
             x = x.detach().requires_grad_()  # so that this rank takes part

@@ -16,8 +16,8 @@ from hvdloss.errors import ConfigError
 from hvdloss.hearing import hearing, parsed
 from hvdloss.torch._backend import hvd
 from hvdloss.torch.checkpoint import from_array, to_array
+from hvdloss.torch.engines.group import EngineGroup
 from hvdloss.torch.ops import communicator_of
-from hvdloss.torch.waiting import wait
 from hvdloss.training.tree import put_together, take_apart
 
 __all__ = [
@@ -74,8 +74,7 @@ class Source:
             flat.zero_()
             for place, t in zip(places, tensors, strict=True):
                 place.copy_(_bytes(t))
-        handle = hvd.broadcast_async_(flat, self.root_rank, name=name, process_set=self.group)
-        wait(handle, name, self.group)
+        EngineGroup(self.group).broadcast(flat, self.root_rank, name, in_place=True).wait()
         if not self.here:
             for place, t in zip(places, tensors, strict=True):
                 _write(t, place.view(t.dtype).view(t.shape))

@@ -11,8 +11,9 @@ import torch
 from hvdloss.controller import Controller
 from hvdloss.ledger import COLUMN, WIDTH, Ledger, Ledgers, Sums, unpack
 from hvdloss.reduction import MEASURED
-from hvdloss.torch.buckets import FlatBucket, Wire, own_lane
+from hvdloss.torch.buckets import FlatBucket, Wire
 from hvdloss.torch.compression import Compression
+from hvdloss.torch.engines.group import EngineGroup
 from hvdloss.torch.ops import at_hand, put_on
 from hvdloss.tuning import Tuning
 
@@ -109,7 +110,7 @@ class LedgerExchange:
 
     def __init__(self, name: str, process_set: Any, controller: Controller, tuning: Tuning) -> None:
         self._name, self._process_set, self._controller, self._tuning = name, process_set, controller, tuning
-        self.wire = Wire(own_lane(process_set), Compression.none)
+        self.wire = Wire(EngineGroup(process_set, own_order=True, named=False), Compression.none)
         self.own = torch.zeros(WIDTH, dtype=torch.float64)
         self.clear()
 

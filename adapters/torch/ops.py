@@ -11,16 +11,16 @@ import torch
 import torch.nn.functional as F
 from hvdloss.communicator import Communicator, OneProcess
 from hvdloss.elements import ClassOptions
+from hvdloss.engine import Group
 from hvdloss.errors import second_derivative_error
 from hvdloss.objective import loss_named
-from hvdloss.torch._backend import hvd
-from hvdloss.torch.waiting import explaining, wait
+from hvdloss.torch.engines.group import EngineGroup
 from torch.utils._pytree import tree_leaves
 
 __all__ = [
     "AT_HAND",
     "NAMED_LOSSES",
-    "HorovodCommunicator",
+    "GroupCommunicator",
     "TorchOps",
     "as_array",
     "at_hand",
@@ -346,37 +346,33 @@ NAMED_LOSSES: dict[str, Callable[..., torch.Tensor]] = {
 }
 
 
-class HorovodCommunicator:
-    """:class:`hvdloss.communicator.Communicator` over Horovod, for a process set."""
+class GroupCommunicator:
+    """:class:`hvdloss.communicator.Communicator` over a group of ranks that exchange tensors."""
 
-    def __init__(self, process_set: Any) -> None:
-        self._process_set = process_set
+    def __init__(self, group: Group[torch.Tensor]) -> None:
+        self._group = group
 
     @property
     def rank(self) -> int:
-        """This process's number in the process set."""
-        return self._process_set.rank()
+        """This process's number in the group."""
+        return self._group.rank
 
     @property
     def size(self) -> int:
-        """How many ranks the process set has."""
-        return self._process_set.size()
+        """How many ranks the group has."""
+        return self._group.size
 
     def sum(self, array: np.ndarray, name: str) -> np.ndarray:
         """Sum over ranks; one all-reduce."""
         tensor = torch.from_numpy(np.array(array, dtype=np.float64))
-        with explaining():
-            handle = hvd.allreduce_async(tensor, name=name, op=hvd.Sum, process_set=self._process_set)
-        return wait(handle, name, self._process_set).numpy()
+        return self._group.all_reduce(tensor, name).wait().numpy()
 
     def gather(self, data: bytes, name: str) -> list[bytes]:
         """Gather bytes, never pickles; two all-gathers."""
         mine = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0).byte()
 
         def gathered(tensor: torch.Tensor, what: str) -> np.ndarray:
-            with explaining():
-                handle = hvd.allgather_async(tensor, name=f"{name}.{what}", process_set=self._process_set)
-            return wait(handle, name, self._process_set).numpy()
+            return self._group.all_gather(tensor, f"{name}.{what}").wait().numpy()
 
         lengths = gathered(torch.tensor([len(data)]), "lengths")
         flat = gathered(mine, "bytes").tobytes()
@@ -394,4 +390,4 @@ def as_array(value: Any) -> Any:
 
 def communicator_of(process_set: Any) -> Communicator:
     """Return the exchange of small arrays among the ranks of a process set; one rank needs no Horovod."""
-    return HorovodCommunicator(process_set) if process_set.size() > 1 else OneProcess()
+    return GroupCommunicator(EngineGroup(process_set)) if process_set.size() > 1 else OneProcess()

@@ -18,11 +18,11 @@ from hvdloss.torch.buckets import (
     SparseSlot,
     Wire,
     beyond,
-    own_lane,
     weighed,
     weighed_sparse,
 )
 from hvdloss.torch.compression import Compression
+from hvdloss.torch.engines.group import EngineGroup
 from hvdloss.torch.parameters import OptimizerParameters
 from hvdloss.tuning import Tuning
 
@@ -119,9 +119,9 @@ class GradientReducer:
 
     def __init__(self, parameters: OptimizerParameters, options: Options, name: str) -> None:
         self._parameters, self._options, self._name = parameters, options, name
-        self._lane = own_lane(options.process_set)
+        self._group = EngineGroup(options.process_set, own_order=True, named=False)
         self._compression = options.compression
-        self.wire = Wire(self._lane, options.compression)
+        self.wire = Wire(self._group, options.compression)
         self.reset()
 
     def reset(self) -> None:
@@ -154,7 +154,7 @@ class GradientReducer:
         wanted = Compression.fp16 if on else Compression.none
         if wanted is not self._compression:
             self._compression = wanted
-            self.wire = Wire(self._lane, wanted)
+            self.wire = Wire(self._group, wanted)
             self._ledgers_moved = not self._ledgers_moved  # where they travel depends on it
 
     @property

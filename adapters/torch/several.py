@@ -33,6 +33,7 @@ from hvdloss.several import (
 )
 from hvdloss.torch.buckets import Wire
 from hvdloss.torch.compression import Compression
+from hvdloss.torch.engines.group import EngineGroup
 from hvdloss.torch.ops import TorchOps, communicator_of, put_on
 from hvdloss.torch.passes import multiplied, parameters_of, scale_of_pass
 
@@ -91,7 +92,7 @@ class LossExchange:
     ) -> None:
         self.objectives, self.process_set, self.name = objectives, process_set, name
         self._device, self._waiting = device, waiting
-        self._wire = Wire(process_set, Compression.none)
+        self._wire = Wire(EngineGroup(process_set, named=False), Compression.none)
         self._pending: list[tuple[weakref.ref[Any], weakref.ref[Call]]] = []  # nodes of calls, and those
         self._agreed = False
         for index, one in enumerate(objectives.values()):

@@ -11,7 +11,7 @@ from torch_support import before_case, difference, flat, generator, network, sam
 
 import hvdloss.torch as hvd
 from hvdloss.data import Dirichlet, Grouped, Shuffled, Stratified
-from hvdloss.torch.ops import HorovodCommunicator
+from hvdloss.torch.ops import communicator_of
 from tests.ranks import needs
 
 NEEDS = needs("gloo-2 gloo-3", more="dist-2")
@@ -47,7 +47,7 @@ def shardings():
 
 def seen_by_all(numbers):
     """Return how often each sample was seen, over all ranks."""
-    ranks = HorovodCommunicator(hvd.global_process_set)
+    ranks = communicator_of(hvd.global_process_set)
     parts = [json.loads(text) for text in ranks.gather(json.dumps(numbers).encode(), "seen")]
     return collections.Counter(i for part in parts for i in part)
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import os
+import signal
+import time
+
 import pytest
 import torch
 from torch_support import before_case, generator
@@ -221,6 +226,38 @@ def case_gradients_that_come_in_another_order_on_each_rank():
         expected = torch.autograd.grad(loss, list(layers.parameters()))
         for p, gradient in zip(layers.parameters(), expected, strict=True):
             torch.testing.assert_close(p.grad, gradient, rtol=1e-12, atol=1e-12)
+
+
+def case_a_forked_process_may_collect_connections():
+    """As a DataLoader's worker does, where a group that nobody uses is part of a cycle."""
+    process_set = hvd.add_process_set(list(range(hvd.size())))
+    hvd.allreduce(torch.ones(1), process_set=process_set)
+    lanes = [process_set.lane() for _ in range(4)]
+    for count, lane in enumerate(lanes):
+        for _ in range(count + 1):
+            hvd.allreduce(torch.ones(1), process_set=lane)
+    gc.collect()
+    gc.disable()
+    try:
+        lanes.append(lanes)
+        del lanes, lane
+        child = os.fork()
+        if child == 0:
+            gc.collect()
+            os._exit(0)
+    finally:
+        gc.enable()
+    for _ in range(600):
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            break
+        time.sleep(0.1)
+    else:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    hvd.remove_process_set(process_set)
+    assert ended, "the forked process stood still"
+    assert status == 0
 
 
 def case_without_an_objective_gradients_are_averaged():

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 import hvdloss.torch as hvd
 from hvdloss.benchmarks.common import device_of
-from hvdloss.torch.ops import AT_HAND, HorovodCommunicator
+from hvdloss.torch.ops import AT_HAND, communicator_of
 from hvdloss.world import numbers_from
 
 
@@ -156,7 +156,7 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def gathered(text: str, process_set: Any = None) -> list[str]:
     """Return every rank's text."""
-    ranks = HorovodCommunicator(process_set or hvd.global_process_set)
+    ranks = communicator_of(process_set or hvd.global_process_set)
     return [data.decode() for data in ranks.gather(text.encode(), "gathered")]
 
 

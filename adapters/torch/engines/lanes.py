@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import os
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Sequence
@@ -26,6 +27,20 @@ _TEXT = 14 * 8  # bytes of a header that say what is exchanged
 # None), then the data's, and returns its result.
 Steps = Generator[Any, None, Any]
 
+_groups: weakref.WeakSet[Any] = weakref.WeakSet()  # of torch, in this process
+_kept: list[Any] = []
+
+
+def _keep_groups() -> None:
+    """In a forked process, never let go of a group: its end waits for threads that were not forked.
+
+    One may be garbage already, which the process (a DataLoader's worker) would collect, and stand still.
+    """
+    _kept.extend(_groups)
+
+
+os.register_at_fork(after_in_child=_keep_groups)
+
 
 class Links:
     """The connections of all lanes, and the exchanges that may be under way on them.
@@ -40,7 +55,6 @@ class Links:
         self._counts: Counter[tuple[int, ...]] = Counter()
         self._sockets: dict[int, str] = {}
         self._calls: weakref.WeakSet[Call] = weakref.WeakSet()
-        self._groups: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def new_group(self, ranks: Sequence[int], over: str) -> Any:
         """Connect some ranks, which wait for each other; the n-th time on each is the same.
@@ -61,7 +75,7 @@ class Links:
         except RuntimeError as error:
             raise HorovodInternalError(f"ranks {list(ranks)} do not connect: {error}") from error
         self._sockets |= {k: v for k, v in process.sockets().items() if before.get(k) != v}
-        self._groups.add(group)
+        _groups.add(group)
         return group
 
     def add(self, call: Call) -> None:
