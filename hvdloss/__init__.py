@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from hvdloss.ledger import Ledger
     from hvdloss.reduction import REDUCTIONS
     from hvdloss.report import LossReport, RankReport, StepReport, TermReport
-    from hvdloss.term import Batch, Closed, Term
+    from hvdloss.term import Batch, StepStats, Term
     from hvdloss.terms.communication import CommunicationCost
     from hvdloss.terms.skew import DataSkew
 
@@ -59,7 +59,7 @@ _HOMES = {
     "ledger": ("Ledger",),
     "reduction": ("REDUCTIONS",),
     "report": ("LossReport", "RankReport", "StepReport", "TermReport"),
-    "term": ("Batch", "Closed", "Term"),
+    "term": ("Batch", "StepStats", "Term"),
     "terms.communication": ("CommunicationCost",),
     "terms.skew": ("DataSkew",),
 }
@@ -70,7 +70,6 @@ __all__ = [
     "AgreementError",
     "Batch",
     "CheckpointError",
-    "Closed",
     "CommunicationCost",
     "ConfigError",
     "DataError",
@@ -89,6 +88,7 @@ __all__ = [
     "SimulatedRank",
     "StallError",
     "StepReport",
+    "StepStats",
     "Term",
     "TermReport",
     "UsageError",

@@ -75,7 +75,7 @@ def numbered(what: str, process_set: Any) -> str:
     Counted per process set, for ranks need not be in the same sets. Numbers begin again after a while.
     """
     # In an elastic job ranks that have just come have made no calls.
-    kind = what, getattr(process_set, "process_set_id", 0), world.number()
+    kind = what, getattr(process_set, "process_set_id", 0), world.generation()
     return f"hvdloss.{what}.{next(_counters[kind]) % NUMBERS}"
 
 

@@ -189,7 +189,7 @@ class ObjectiveBase(Generic[Row]):
         )
         if self.options != ClassOptions():
             self._function = functools.partial(self._function, options=self.options)
-        if nonfinite == "skip" and any(act.steps_alone for _, act in self.controller.acts):
+        if nonfinite == "skip" and any(policy.takes_local_steps for _, policy in self.controller.policies):
             raise ConfigError(
                 'nonfinite="skip" with SyncPeriod: between exchanges each rank steps on its own, so no step '
                 'can be skipped on all of them; choose "drop", which leaves out that rank\'s step, or "raise"'
@@ -211,10 +211,10 @@ class ObjectiveBase(Generic[Row]):
                 f"reduction={self.reduction!r}: {self.name} is a function of all elements, and has no "
                 f"reduction of its own; leave reduction out"
             )
-        if any(act.steps_alone for _, act in self.controller.acts):
+        if any(policy.takes_local_steps for _, policy in self.controller.policies):
             raise ConfigError(
                 f"SyncPeriod: {self.name} needs all ranks in every forward pass, so no rank can step on its "
-                f"own; leave SyncPeriod out of the terms' acts"
+                f"own; leave SyncPeriod out of the terms' policies"
             )
         if self.nonfinite == "drop":
             raise ConfigError(
@@ -328,7 +328,7 @@ class ObjectiveBase(Generic[Row]):
             ShapeError: `weight` does not broadcast to `losses`.
         """
         controller = self.controller
-        controller.begin(rank, size)
+        controller.reset(rank, size)
         losses = ops.losses(losses)
         given = ops.ones_like(losses) if weight is None else weights_for(ops, weight, losses, rank)
         batches = controller.batches(
@@ -342,7 +342,7 @@ class ObjectiveBase(Generic[Row]):
             class_axis=class_axis,
             rank=rank,
         )
-        factor = controller.weigh(batches)
+        factor = controller.weight_factors(batches)
         if factor is not None:
             weight = given * factor
         return weight, controller.penalty(batches), controller.observe(batches)

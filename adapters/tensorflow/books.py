@@ -19,7 +19,7 @@ from hvdloss.communicator import rank_and_size
 from hvdloss.control.compression import AdaptiveCompression
 from hvdloss.control.period import period_of
 from hvdloss.control.weights import Proximal
-from hvdloss.controller import Controller, counts_of
+from hvdloss.controller import Controller, parse_counts
 from hvdloss.errors import UsageError
 from hvdloss.ledger import COLUMN, FAULTS, NONFINITE, WIDTH, Ledgers, judge, unpack
 from hvdloss.passes import another_error, uneven_division_error, unheard_error
@@ -29,8 +29,8 @@ from hvdloss.report.steps import Interest, LossReport
 from hvdloss.tensorflow._backend import hvd
 from hvdloss.tensorflow.ops import communicator_of
 from hvdloss.tensorflow.variables import variable
-from hvdloss.term import Travel
-from hvdloss.world import following
+from hvdloss.term import CommStats
+from hvdloss.world import register_for_reset
 
 __all__ = ["Books", "failing", "fault", "kept", "raise_fault", "translated"]
 
@@ -106,7 +106,7 @@ class Books:
         # Elements of all steps, those before a checkpoint that it goes on from among them.
         self._samples: tf.Variable | None = None
         self._variables: tuple[tf.Variable, tf.Variable, tf.Variable] | None = None
-        self._state: tf.Variable | None = None  # the terms' state, and what acts decided (see `_now`)
+        self._state: tf.Variable | None = None  # the terms' state, and what policies decided (see `_now`)
         self._bound: tuple[int, int] | None = None
         # Whether this rank cannot go on, whether it has more, whether it is to leave, and whether somebody on
         # it reads what single ranks did.
@@ -127,7 +127,7 @@ class Books:
         self.arrived: Any = 1.0  # at the losses of the passes last taken, on average
         self._passes = 1
         self._others: Sequence[str] = ()  # objectives whose losses a backward pass came from as well
-        following(self)
+        register_for_reset(self)
 
     def of_objective(self, name: str, divides: bool) -> None:
         """Have other tapes and optimizers see passes that go through this objective."""
@@ -136,7 +136,7 @@ class Books:
 
     # -- other ranks, and going on ----------------------------------------------------------------
 
-    def renew(self) -> None:
+    def reset(self) -> None:
         """Forget what was of other ranks."""
         self._bound = self._error = None
         self.silent = False  # what was traced is traced anew
@@ -152,7 +152,7 @@ class Books:
         return {
             "steps": int(self._of(2)),
             "samples": int(self._samples_now()),
-            "terms": self.controller.memory(),
+            "terms": self.controller.state_dict(),
         }
 
     def remember(self, memory: Any, *, same_ranks: bool) -> None:
@@ -161,10 +161,10 @@ class Books:
         Raises:
             ConfigError: it is none.
         """
-        steps, samples = counts_of(memory, "is not what Books.memory() gives")
+        steps, samples = parse_counts(memory, "is not what Books.memory() gives")
         if self.controller.terms:
             self.begin(*rank_and_size(hvd, self.process_set))
-            self.controller.remember(memory["terms"], same_ranks=same_ranks)
+            self.controller.load_state_dict(memory["terms"], same_ranks=same_ranks)
             assert self._state is not None
             self._state.assign(self._now())
         self._of(2).assign(steps)
@@ -175,11 +175,11 @@ class Books:
         """How many numbers a row has: the ledger's, and the terms'."""
         return WIDTH + self.controller.width
 
-    # -- what terms see, and what acts decided ----------------------------------------------------
+    # -- what terms see, and what policies decided ----------------------------------------------------
 
     def _now(self) -> np.ndarray:
         """Return the terms' state; behind it the period, the proximal strength, and whether to compress."""
-        proximal = self.controller.act(Proximal)
+        proximal = self.controller.policy(Proximal)
         compressing = self.compressing
         decided = [
             period_of(self.controller),
@@ -193,7 +193,7 @@ class Books:
         if self._bound == (rank, size):
             return
         self._bound = (rank, size)
-        self.controller.begin(rank, size, anew=True)
+        self.controller.reset(rank, size, force=True)
         with tf.init_scope(), tf.device("CPU:0"):
             if self._state is None:
                 self._state = variable(self._now(), "hvdloss_state", dtype=tf.float64)
@@ -221,7 +221,7 @@ class Books:
     @property
     def compressing(self) -> AdaptiveCompression | None:
         """The act that decides on compression, or None."""
-        return self.controller.act(AdaptiveCompression)
+        return self.controller.policy(AdaptiveCompression)
 
     @property
     def compress(self) -> tf.Tensor | None:
@@ -495,7 +495,7 @@ class Books:
     def close(
         self,
         table: tf.Tensor,
-        travel: Callable[[int], Travel],
+        travel: Callable[[int], CommStats],
         judging: Callable[[], list[tf.Operation]] = list,
     ) -> list[tf.Operation]:
         """Judge a step from all ranks' rows ``(size, width)``, let the terms see it, and keep it.
@@ -608,7 +608,7 @@ class Books:
                 listener(report)
 
     def try_close(
-        self, table: tf.Tensor, step: tf.Tensor, steps: tf.Tensor, travel: Callable[[int], Travel]
+        self, table: tf.Tensor, step: tf.Tensor, steps: tf.Tensor, travel: Callable[[int], CommStats]
     ) -> tuple[tf.Tensor, tf.Tensor]:
         """Judge so many local steps that end with `step`, and let the terms see them; do not keep them.
 
@@ -616,7 +616,9 @@ class Books:
             whether they are sound (else :func:`raise_fault` raises what is wrong), and what to keep.
         """
 
-        def closed(table: np.ndarray, step: int, steps: int, travel: Callable[[int], Travel]) -> np.ndarray:
+        def closed(
+            table: np.ndarray, step: int, steps: int, travel: Callable[[int], CommStats]
+        ) -> np.ndarray:
             try:
                 return np.concatenate([[1.0], self._closed(table, step, steps, travel)])
             except Exception as error:
@@ -627,7 +629,7 @@ class Books:
         return found[0] > 0, found[1:]
 
     def _closed(
-        self, table: np.ndarray, step: int, steps: int, travel: Callable[[int], Travel]
+        self, table: np.ndarray, step: int, steps: int, travel: Callable[[int], CommStats]
     ) -> np.ndarray | None:
         """Judge `steps` steps that end with `step`, and let the terms see them.
 
@@ -639,7 +641,7 @@ class Books:
             return None
         if self.nonfinite == "skip" and (table[:, NONFINITE] > 0).any():
             return self._now()  # a step that terms do not see
-        self.controller.close(step, table, travel(steps), self.reduction)
+        self.controller.on_step_end(step, table, travel(steps), self.reduction)
         return self._now()
 
     def _in_a_graph(
@@ -648,7 +650,7 @@ class Books:
         table: tf.Tensor,
         step: tf.Tensor,
         steps: Any,
-        travel: Callable[[int], Travel],
+        travel: Callable[[int], CommStats],
         more: int = 0,
     ) -> tf.Tensor:
         """Return what `closed` gives when the graph runs: the state, and `more` numbers before it."""

@@ -24,9 +24,9 @@ from hvdloss.tensorflow.ledgers import Message, exact_totals
 from hvdloss.tensorflow.ops import communicator_of
 from hvdloss.tensorflow.variables import variable
 from hvdloss.tensorflow.waiting import explaining, uncounted
-from hvdloss.term import Travel
+from hvdloss.term import CommStats
 from hvdloss.tuning import choose, launched
-from hvdloss.world import following
+from hvdloss.world import register_for_reset
 
 __all__ = [
     "Clock",
@@ -78,15 +78,15 @@ def check_acts(controller: Controller, compression: Any, never_local: str = "") 
     Raises:
         ConfigError: they cannot.
     """
-    if controller.act(AdaptiveCompression) is not None and compression not in (None, hvd.Compression.none):
+    if controller.policy(AdaptiveCompression) is not None and compression not in (None, hvd.Compression.none):
         raise ConfigError(
             "compression= cannot be chosen together with AdaptiveCompression, which chooses it; leave one out"
         )
-    if never_local and controller.act(SyncPeriod) is not None:
+    if never_local and controller.policy(SyncPeriod) is not None:
         raise ConfigError(
             f"SyncPeriod: {never_local}. Local steps need an optimizer of Keras made distributed by "
             f"hvdloss.keras.DistributedOptimizer or hvdloss.tensorflow.DistributedOptimizer; otherwise leave "
-            f"SyncPeriod out of the terms' acts"
+            f"SyncPeriod out of the terms' policies"
         )
 
 
@@ -111,7 +111,7 @@ class Clock:
         self._variable: tf.Variable | None = None
         self._counts: tf.Variable | None = None
 
-    def renew(self) -> None:
+    def reset(self) -> None:
         """Forget when the last exchange was: what came between is no computation."""
         if self._variable is not None:
             self._variable.assign(tf.zeros_like(self._variable))
@@ -215,13 +215,13 @@ class Exchange:
         self._agreed: dict[
             tuple[int, ...], list[weakref.ref[Any]]
         ] = {}  # variables that all ranks hold alike
-        following(self)
+        register_for_reset(self)
 
-    def renew(self) -> None:
+    def reset(self) -> None:
         """Forget what was made for other ranks, and what steps were measured in: all measure in the same."""
         self._eager.clear()
         self._agreed.clear()
-        self.clock.renew()
+        self.clock.reset()
         if self._measured is not None:
             self._measured.assign(1.0)
 
@@ -476,16 +476,16 @@ class Exchange:
         judged(table)
         return summed, table
 
-    def travel(self, compressing: AdaptiveCompression | None) -> Callable[[int], Travel]:
+    def travel(self, compressing: AdaptiveCompression | None) -> Callable[[int], CommStats]:
         """Return what tells, when the exchange is over, how its gradients travelled.
 
         To be asked for right after (or within) :meth:`reduce`; `compressing` says what travels by then.
         """
         messages, full, sent, half = self._payload
 
-        def told(steps: int) -> Travel:
+        def told(steps: int) -> CommStats:
             moved = half if compressing is not None and compressing.on else sent
-            return Travel(messages, moved, full, steps)
+            return CommStats(messages, moved, full, steps)
 
         return told
 

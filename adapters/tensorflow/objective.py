@@ -218,7 +218,7 @@ class Objective(ObjectiveBase[tf.Tensor]):
         """Let the terms measure what they need before the first step.
 
         Call it eagerly on all ranks, once, before a training loop of your own, if a term asks for it: a
-        :class:`hvdloss.CommunicationCost` that calibrates, as it does for acts that decide by the link.
+        :class:`hvdloss.CommunicationCost` that calibrates, as it does for policies that decide by the link.
         Keras's ``fit`` calls it by itself.
 
         Collectives: those of the terms' ``prepare``; for a calibration some blocking all-reduces and one
@@ -363,7 +363,7 @@ class Objective(ObjectiveBase[tf.Tensor]):
         rank, size = rank_and_size(hvd, self.process_set)
         given = prediction
         holder: list[tf.Tensor] = []
-        may_mask = self.classes or not self.named or weight is not None or self.controller.weighs
+        may_mask = self.classes or not self.named or weight is not None or self.controller.has_weights
         if may_mask and tf.is_tensor(prediction):
             prediction = _gate(prediction, holder)
         losses, weight = self._elements(prediction, target, weight, rank)

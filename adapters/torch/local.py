@@ -10,7 +10,7 @@ import torch
 from hvdloss.communicator import Communicator
 from hvdloss.control.period import OuterStep
 from hvdloss.hearing import hear
-from hvdloss.term import Travel
+from hvdloss.term import CommStats
 from hvdloss.torch.buckets import Wire
 
 __all__ = ["Stretch", "share_memory"]
@@ -65,13 +65,13 @@ class Stretch:
     @torch.no_grad()
     def send(
         self, flats: dict[str, torch.Tensor], share: float, wire: Wire
-    ) -> tuple[list[Callable[[], None]], Travel]:
+    ) -> tuple[list[Callable[[], None]], CommStats]:
         """Start summing ``share`` times the moves over ranks, in place."""
         for flat in flats.values():
             # Multiplying would make NaN of what is not finite on a rank that must not count.
             flat.mul_(share) if share else flat.zero_()
         waits = [wire.send(flat, f"{self.name}.moves.{kind}") for kind, flat in flats.items()]
-        travel = Travel(
+        travel = CommStats(
             messages=len(flats) + 1,
             bytes=sum(wire.bytes_of(flat) for flat in flats.values()),
             full_bytes=sum(flat.numel() * flat.element_size() for flat in flats.values()),
@@ -96,7 +96,7 @@ class Stretch:
             move = flats[kind][start : start + p.numel()].view(p.shape)
             if outer is not None:
                 assert self.velocity is not None
-                move, self.velocity[i] = outer.move(move, self.velocity[i])
+                move, self.velocity[i] = outer.update(move, self.velocity[i])
             anchor.add_(move)
             p.copy_(anchor)
         self.begin()

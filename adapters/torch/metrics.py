@@ -20,7 +20,7 @@ from hvdloss.torch._backend import hvd
 from hvdloss.torch.checkpoint import from_array, to_array
 from hvdloss.torch.ops import as_array, communicator_of
 from hvdloss.training.checkpoint import state_of_bytes, state_to_bytes
-from hvdloss.world import next_number
+from hvdloss.world import next_name_index
 
 __all__ = ["Metrics", "synchronized"]
 
@@ -218,7 +218,7 @@ def synchronized(metric: Metric, *, process_set: Any = None) -> Metric:
                 f"order of theirs; synchronize the metric without the window"
             )
     for one in found:
-        number = next_number(("metric", getattr(group, "process_set_id", 0)))
+        number = next_name_index(("metric", getattr(group, "process_set_id", 0)))
         one.dist_sync_fn = ranks = _Ranks(number, group, _late(one))
         one.distributed_available_fn = ranks.several
         if one._reductions:

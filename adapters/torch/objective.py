@@ -262,7 +262,7 @@ class Objective(ObjectiveBase[torch.Tensor]):
         holder: list[torch.Tensor] = []
         given = prediction
         acting = self.controller
-        may_mask = self.classes or not self.named or weight is not None or acting.weighs
+        may_mask = self.classes or not self.named or weight is not None or acting.has_weights
         if may_mask and isinstance(prediction, torch.Tensor) and prediction.requires_grad:
             prediction = _Gate.apply(prediction, holder)
         found = self._elements(prediction, target, weight, rank)

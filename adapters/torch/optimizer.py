@@ -21,7 +21,7 @@ from hvdloss.communicator import Communicator, included, ranks_of
 from hvdloss.control.compression import AdaptiveCompression
 from hvdloss.control.period import SyncPeriod
 from hvdloss.control.weights import Proximal
-from hvdloss.controller import counts_of
+from hvdloss.controller import parse_counts
 from hvdloss.errors import AgreementError, ConfigError, HvdlossError, NoWeightError, UsageError
 from hvdloss.guard import due
 from hvdloss.ledger import COLUMN, FAULTS, WIDTH, Ledger, Ledgers, agreed_factor, judge, offenders
@@ -31,7 +31,7 @@ from hvdloss.reduction import MEASURED
 from hvdloss.report import StepReport
 from hvdloss.report.steps import Interest, LossReport
 from hvdloss.several import Objectives
-from hvdloss.term import Travel
+from hvdloss.term import CommStats
 from hvdloss.torch._backend import hvd
 from hvdloss.torch.buckets import (
     FlatBucket,
@@ -63,7 +63,7 @@ from hvdloss.torch.passes import (
 )
 from hvdloss.torch.several import LossExchange
 from hvdloss.tuning import Tuning, choose, launched
-from hvdloss.world import following, next_number
+from hvdloss.world import next_name_index, register_for_reset
 
 __all__ = ["DistributedOptimizer"]
 
@@ -108,7 +108,7 @@ class _Engine:
         self.should_synchronize = True
         self.names = self._named(optimizer, named_parameters)
         # Optimizers are told apart on the wire by the order of their construction in a process set.
-        self.name = f"hvdloss.{next_number(('torch', getattr(process_set, 'process_set_id', 0)))}"
+        self.name = f"hvdloss.{next_name_index(('torch', getattr(process_set, 'process_set_id', 0)))}"
         self._plain_wire = Wire(self._lane, Compression.none)  # for ledgers
         self._held_up = self._computed = 0.0
         self._ended: float | None = None  # when the last exchange was over
@@ -116,9 +116,9 @@ class _Engine:
         self._reference = 1.0
         self._factor = 1.0  # what all ranks' losses were last multiplied with
         self.controller = objective.controller
-        self._period = self.controller.act(SyncPeriod)
-        self._compressing = self.controller.act(AdaptiveCompression)
-        self._proximal = self.controller.act(Proximal)
+        self._period = self.controller.policy(SyncPeriod)
+        self._compressing = self.controller.policy(AdaptiveCompression)
+        self._proximal = self.controller.policy(Proximal)
         self._stretch: Stretch | None = None
         self.velocity: list[torch.Tensor] | None = None  # of the outer step, for the stretch to come
         self._local = False  # whether this step's gradients stay here
@@ -172,8 +172,8 @@ class _Engine:
                 )
             else:
                 objective.exchange = None
-            self.controller.begin(process_set.rank(), process_set.size(), anew=True)
-        following(self)
+            self.controller.reset(process_set.rank(), process_set.size(), force=True)
+        register_for_reset(self)
 
     # -- those who follow -------------------------------------------------------------------------
 
@@ -219,7 +219,7 @@ class _Engine:
 
     # -- other ranks, and going on ----------------------------------------------------------------
 
-    def renew(self) -> None:
+    def reset(self) -> None:
         """Forget what was of other ranks: the plan, what was under way, and what steps were measured in."""
         self._table_ready = self._rows_ready = None
         self._forget_plan()
@@ -235,7 +235,7 @@ class _Engine:
         self.more, self.error = False, None
         self.velocity = None
         if included(hvd, self.process_set):
-            self.controller.begin(self.process_set.rank(), self.process_set.size(), anew=True)
+            self.controller.reset(self.process_set.rank(), self.process_set.size(), force=True)
 
     def memory(self) -> dict[str, Any]:
         """Return what a run that goes on needs besides the optimizer's own state; equal on all ranks.
@@ -246,7 +246,7 @@ class _Engine:
         return {
             "steps": self.step_count,
             "samples": self.samples,
-            "terms": self.controller.memory(),
+            "terms": self.controller.state_dict(),
             "velocity": velocity,
         }
 
@@ -256,8 +256,8 @@ class _Engine:
         Raises:
             ConfigError: it is none.
         """
-        counts = counts_of(memory, "is not of a DistributedOptimizer")
-        self.controller.remember(memory["terms"], same_ranks=same_ranks)
+        counts = parse_counts(memory, "is not of a DistributedOptimizer")
+        self.controller.load_state_dict(memory["terms"], same_ranks=same_ranks)
         self.step_count, self.samples = counts
         self._stretch = None
         self.velocity = memory["velocity"]
@@ -367,7 +367,7 @@ class _Engine:
         if self._planned and self._planned_size != self.process_set.size():
             self._forget_plan()  # an elastic job has other ranks now
             self._stretch = None
-            self.controller.begin(self.process_set.rank(), self.process_set.size())
+            self.controller.reset(self.process_set.rank(), self.process_set.size())
         if self._compressing is not None:
             wanted = Compression.fp16 if self._compressing.on else Compression.none
             if wanted is not self.compression:
@@ -1027,11 +1027,11 @@ class _Engine:
         self._ended = time.perf_counter()
         self._held_up, self._computed = self._ended - began, computed
 
-    def _close(self, ledgers: Ledgers, step: int, travel: Travel) -> None:
+    def _close(self, ledgers: Ledgers, step: int, travel: CommStats) -> None:
         """Let the terms look at a finished step."""
         if self.controller.terms:
             table = np.hstack([ledgers.rows, self._told])
-            self.controller.close(step, table, travel, self.objective.reduction)
+            self.controller.on_step_end(step, table, travel, self.objective.reduction)
         self._keep(ledgers, step)
 
     def _keep(self, ledgers: Ledgers, step: int) -> None:
@@ -1125,10 +1125,10 @@ class _Engine:
 
     _stretch_reference: float | None = None  # total weight of the last stretch, as in _choose_reference
 
-    def _gradients_travel(self) -> Travel:
+    def _gradients_travel(self) -> CommStats:
         """Return how this step's gradients travelled."""
         flats = [b.flat if isinstance(b, FlatBucket) else b.parameters[0] for b in self.buckets]
-        return Travel(
+        return CommStats(
             messages=self.travel()["messages"],
             bytes=sum(self.wire.bytes_of(flat) for flat in flats),
             full_bytes=sum(flat.numel() * flat.element_size() for flat in flats),
@@ -1700,7 +1700,7 @@ def DistributedOptimizer(
     process_set = process_set or ours or hvd.global_process_set
     tuning = choose(bucket_cap_mb=bucket_cap_mb, overlap=overlap)
     due(1, check_every)
-    if objective.controller.act(AdaptiveCompression) is not None and compression is not Compression.none:
+    if objective.controller.policy(AdaptiveCompression) is not None and compression is not Compression.none:
         raise ConfigError(
             "compression= cannot be chosen together with AdaptiveCompression, which chooses it; leave one out"
         )

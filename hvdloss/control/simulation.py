@@ -30,7 +30,7 @@ from hvdloss.controller import Controller
 from hvdloss.errors import ConfigError
 from hvdloss.ledger import COLUMN, WIDTH
 from hvdloss.plan import BUCKET_BYTES, FIRST_BUCKET_BYTES
-from hvdloss.term import Act, Decision, Travel
+from hvdloss.term import CommStats, Decision, Policy
 from hvdloss.terms.communication import CommunicationCost
 from hvdloss.terms.link import LinkModel, probe_sizes
 
@@ -322,7 +322,7 @@ class TrainingPlan:
         batch_size: samples of a step, over all ranks.
         bytes: of the gradients, which are as large as the parameters.
         steps: optimizer steps.
-        acts: what is done about what is measured: at most one each of
+        policies: what the measurements drive: at most one each of
             :class:`hvdloss.control.BatchShares` (of the same `batch_size`),
             :class:`hvdloss.control.SyncPeriod` and :class:`hvdloss.control.AdaptiveCompression`; none is
             plain synchronous training with equal shares.
@@ -342,7 +342,7 @@ class TrainingPlan:
     batch_size: int
     bytes: float
     steps: int = 300
-    acts: Sequence[Act] = ()
+    policies: Sequence[Policy] = ()
     compute: ComputeModel = field(default_factory=ComputeModel)
     network: NetworkModel = field(default_factory=NetworkModel)
     loss: LossModel = field(default_factory=LossModel)
@@ -356,20 +356,20 @@ class TrainingPlan:
         if self.messages is not None:
             _check_count(self, "messages", 1)
         _check(self, "bytes")
-        for act in self.acts:
-            if not isinstance(act, BatchShares | SyncPeriod | AdaptiveCompression):
+        for policy in self.policies:
+            if not isinstance(policy, BatchShares | SyncPeriod | AdaptiveCompression):
                 raise ConfigError(
-                    f"acts has {act!r}: simulated are BatchShares, SyncPeriod and AdaptiveCompression"
+                    f"policies has {policy!r}: simulated are BatchShares, SyncPeriod and AdaptiveCompression"
                 )
-            if isinstance(act, BatchShares) and act.batch_size != self.batch_size:
+            if isinstance(policy, BatchShares) and policy.batch_size != self.batch_size:
                 raise ConfigError(
-                    f"batch_size={self.batch_size} of the plan, but {act.batch_size} of its BatchShares; "
+                    f"batch_size={self.batch_size} of the plan, but {policy.batch_size} of its BatchShares; "
                     f"give both the same"
                 )
 
     def plain(self) -> TrainingPlan:
-        """Return the same training without acts: synchronous, with equal shares."""
-        return replace(self, acts=(), price=0.0)
+        """Return the same training without policies: synchronous, with equal shares."""
+        return replace(self, policies=(), price=0.0)
 
     @property
     def buckets(self) -> int:
@@ -379,8 +379,8 @@ class TrainingPlan:
         return 1 + math.ceil(max(0.0, self.bytes - FIRST_BUCKET_BYTES) / BUCKET_BYTES)
 
     def controller(self) -> Controller:
-        """Return a controller with this plan's acts, as an objective would have."""
-        return Controller((CommunicationCost(self.price, acts=self.acts),))
+        """Return a controller with this plan's policies, as an objective would have."""
+        return Controller((CommunicationCost(self.price, policies=self.policies),))
 
 
 @dataclass(frozen=True)
@@ -479,12 +479,12 @@ def simulate_training(
 ) -> Outcome:
     """Train on ranks that are not there, as `plan` says.
 
-    The acts are those that real ranks would run, and are told what real ranks would tell them: a step's
+    The policies are those of real ranks, and see what real ranks would report: a step's
     times in the ledgers of the step after. The first step, and one after compression was switched, is
     done together whatever the period, as the optimizers do it.
 
     Args:
-        plan: what to simulate; its acts start afresh.
+        plan: what to simulate; its policies are reset.
         log: file to record what the controller sees and decides (:func:`hvdloss.control.log.record`); it
             must not exist.
         progress: called as ``progress(steps done, steps)`` after every step.
@@ -544,10 +544,10 @@ class _Run:
 
     def __init__(self, plan: TrainingPlan, controller: Controller) -> None:
         self.plan, self.controller = plan, controller
-        controller.begin(0, plan.ranks)
-        self.shares = controller.act(BatchShares)
-        self.period = controller.act(SyncPeriod)
-        self.compression = controller.act(AdaptiveCompression)
+        controller.reset(0, plan.ranks)
+        self.shares = controller.policy(BatchShares)
+        self.period = controller.policy(SyncPeriod)
+        self.compression = controller.policy(AdaptiveCompression)
         self.even = apportion(plan.batch_size, np.ones(plan.ranks))
         self.factors = plan.compute.factors(plan.ranks, plan.seed)
         # A stream each, so that what one model draws does not depend on another.
@@ -575,7 +575,7 @@ class _Run:
         self.lost = np.zeros(self.plan.ranks)
 
     def prepare(self) -> None:
-        """Do what real ranks do before the first step: fit the link, if an act needs it."""
+        """Do what real ranks do before the first step: fit the link, if a policy needs it."""
         cost = self.controller.terms[0]
         assert isinstance(cost, CommunicationCost)
         plan = self.plan
@@ -586,7 +586,7 @@ class _Run:
                     seconds = plan.network.draw(size, 1, plan.ranks, self.of_network)
                     if seconds > 0:
                         link.add(seconds, size)
-            self.controller.prepared_instead = [link.state()]
+            self.controller.prepared_override = [link.state_dict()]
         self.controller.prepare(OneProcess())
 
     def step(self, step: int) -> None:
@@ -620,8 +620,8 @@ class _Run:
     def _exchange(self, step: int, parameters: bool) -> None:
         """Sum over ranks, tell the controller, and begin anew."""
         plan, network, ranks = self.plan, self.plan.network, self.plan.ranks
-        travel, more = self._travel(parameters)
-        whole = network.draw(travel.bytes + more, travel.messages, ranks, self.of_network)
+        comm_stats, more = self._comm_stats(parameters)
+        whole = network.draw(comm_stats.bytes + more, comm_stats.messages, ranks, self.of_network)
         slowest = float(self.computed.max())
         exposed = whole if parameters else whole - min(network.overlap * whole, BACKWARD * slowest)
         if ranks > 1:
@@ -643,7 +643,7 @@ class _Run:
             # Squared lengths in units of the mean move's: ranks drift as the loss model says.
             table[:, COLUMN["moved"]] = self.seen * (1.0 + plan.loss.drift)
             self.together = 1.0
-        self.controller.close(step, table, travel)
+        self.controller.on_step_end(step, table, comm_stats)
 
         self.told[0] = slowest - self.computed + exposed
         self.told[1] = self.computed
@@ -651,7 +651,7 @@ class _Run:
         self.step_seconds += [wall / self.taken] * self.taken
         self.periods += [self.taken] * self.taken
         self.exchanges += 1
-        self.bytes += travel.bytes + more
+        self.bytes += comm_stats.bytes + more
         sums = self.sums
         sums.steps, sums.wall, sums.moving = step, sums.wall + wall, sums.moving + exposed
         sums.samples += self.seen
@@ -660,18 +660,18 @@ class _Run:
             self.half = sums.copy()
         self._begin_stretch()
 
-    def _travel(self, parameters: bool) -> tuple[Travel, float]:
+    def _comm_stats(self, parameters: bool) -> tuple[CommStats, float]:
         """Return how the exchange travels, as the adapters tell it, and the bytes that they do not count."""
         ranks, full = self.plan.ranks, self.plan.bytes
         sent = full / 2 if self.compressed else full
         apart = 8.0 * ranks * WIDTH  # the ledgers, in a message of their own
         if parameters:
-            return Travel(2, int(sent), int(full), self.taken, True), apart
+            return CommStats(2, int(sent), int(full), self.taken, True), apart
         if self.compressed:
-            return Travel(self.plan.buckets + 1, int(sent), int(full)), apart
+            return CommStats(self.plan.buckets + 1, int(sent), int(full)), apart
         # In the tail of a bucket of float32, where an entry of the ledgers takes the place of four.
         riding = full + 2 * apart
-        return Travel(self.plan.buckets, int(riding), int(riding)), 0.0
+        return CommStats(self.plan.buckets, int(riding), int(riding)), 0.0
 
     def outcome(self) -> Outcome:
         """Return what it came to."""

@@ -15,7 +15,7 @@ from hvdloss.controller import Controller
 from hvdloss.errors import ConfigError
 from hvdloss.report.steps import StepReport
 from hvdloss.term import Decision
-from hvdloss.world import following, why
+from hvdloss.world import register_for_reset, reset_cause
 
 __all__ = ["Following", "Sink", "Source", "check_sink", "check_teller"]
 
@@ -28,10 +28,10 @@ class Sink(Protocol):
 
     - ``begin(about)``: once, before the first step: a dict of plain values (see
       :func:`hvdloss.report.record.about_run`): framework, ranks, objective, terms, environment.
-    - ``decision(decision)``: every :class:`hvdloss.term.Decision` of the terms' acts.
-    - ``release()``: the ranks are about to change (an elastic job): let go of what only the rank that tells
-      may hold, such as a file. The only one that is told on all ranks.
-    - ``ranks(number)``: there are so many ranks from here on, and this one still tells.
+    - ``decision(decision)``: every :class:`hvdloss.term.Decision` of the terms' policies.
+    - ``before_reset()``: the ranks are about to change (an elastic job): release what only the reporting rank
+      may hold, such as a file. The only call made on all ranks.
+    - ``ranks(number)``: the number of ranks from here on; this one still reports.
     - ``lost(error)``: after that, or after ``begin`` on a rank that tells now in place of another: why ranks
       were lost. Steps since the last commit are undone: what is told next has their numbers again.
     - ``epoch(number, metrics)``: an epoch of Keras's ``fit`` is over, counted from 1, with its logs; in loops
@@ -122,7 +122,7 @@ class Following:
         self._attach()
         # Lives as long as what it follows, also where it only waits to be the one that tells.
         vars(source).setdefault("followers", []).append(self)
-        following(self)
+        register_for_reset(self)
 
     def _attach(self) -> None:
         if not self._open or self._listening or not self._tells():
@@ -143,12 +143,12 @@ class Following:
         if self._controller is not None and self._decision in self._controller.on_decision:
             self._controller.on_decision.remove(self._decision)
 
-    def release(self) -> None:
+    def before_reset(self) -> None:
         """Have sinks let go of what only one rank may hold: it may be another one's when the ranks change."""
         if self._open:
-            self._tell("release", tuple)
+            self._tell("before_reset", tuple)
 
-    def renew(self) -> None:
+    def reset(self) -> None:
         """Follow on the rank that tells now."""
         if not self._open:
             return
@@ -163,7 +163,7 @@ class Following:
         except Exception as error:  # must not end the training of the others
             warnings.warn(f"hvdloss: steps are not followed any more: {error}", RuntimeWarning, stacklevel=2)
             return
-        if (lost := why()) is not None:
+        if (lost := reset_cause()) is not None:
             self._tell("lost", lambda: (lost,))
 
     def of(self, source: Source) -> bool:

@@ -403,7 +403,7 @@ def run_of(record: Record, prefix: str = "") -> Run:
         ("ranks", _n(summary.ranks), _hosts(record)),
         ("held up by communication", _n(summary.held_up, percent), "of all ranks' time"),
         ("averaging would be off by", _n(summary.averaging_error, percent), _worst(summary)),
-        ("decisions", _n(summary.decisions), "by the terms' acts"),
+        ("decisions", _n(summary.decisions), "by the terms' policies"),
         ("faults", _n(summary.faults), f"{number(summary.skipped)} step(s) skipped"),
     ]
     decisions, faults, epochs = decisions_table(record), faults_table(record), epochs_table(record)
@@ -448,7 +448,7 @@ def run_of(record: Record, prefix: str = "") -> Run:
         Section(
             "decisions",
             "Decisions",
-            "" if decisions else "Nothing was decided: no term has acts, or they saw no reason to.",
+            "" if decisions else "Nothing was decided: no term has policies, or they saw no reason to.",
             tables=[decisions] if decisions else (),
             open=True,
         ),

@@ -36,7 +36,7 @@ class Record:
         classes: weighted counts of classes by rank.
         travels: how gradients travelled, whenever it changed.
         epochs: with their metrics.
-        decisions: of the terms' acts.
+        decisions: of the terms' policies.
         faults: what went wrong.
         hardest: the hardest classes or samples.
         undone: which steps were undone (an elastic job went back to its last commit, or a run that was taken

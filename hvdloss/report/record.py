@@ -257,7 +257,7 @@ class Recorder:
         while self._epochs and self._epochs[-1][0] > step:
             self._epochs.pop()
 
-    def release(self) -> None:
+    def before_reset(self) -> None:
         """Let go of the file, for it may be another rank that writes it when an elastic job's ranks change.
 
         Nothing is written any more, not even an end, until :meth:`ranks` says that this rank still writes.

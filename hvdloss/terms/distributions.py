@@ -714,14 +714,10 @@ class Window:
         self._fresh: list[Array] = []  # arrays since the last renewal
         self._suffixes: list[Array] = []  # sums of the last 1, 2, ... arrays before it
 
-    def memory(self) -> dict[str, Any]:
-        """Return :meth:`state`."""
-        return self.state()
-
-    def remembered(self, state: Mapping[str, Any]) -> Window:
-        """Return a window like this one that holds what :meth:`memory` told of."""
+    def from_state_dict(self, state: Mapping[str, Any]) -> Window:
+        """Return a window of the same kind with this :meth:`state_dict`."""
         new = Window(self.steps, self.half_life)
-        new.restore(state)
+        new.load_state_dict(state)
         return new
 
     @property
@@ -773,8 +769,8 @@ class Window:
             self._suffixes.append(running)
         self._sum = None
 
-    def state(self) -> dict[str, Any]:
-        """Return all of it as plain numbers and lists, fit for JSON, for :meth:`restore`."""
+    def state_dict(self) -> dict[str, Any]:
+        """Return all of it as plain numbers and lists, ready for JSON, for :meth:`load_state_dict`."""
         return {
             "steps": self.steps,
             "half_life": self.half_life,
@@ -785,8 +781,8 @@ class Window:
             "suffixes": [one.ravel().tolist() for one in self._suffixes],
         }
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Become what :meth:`state` was taken of, to the last bit.
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore a :meth:`state_dict`, bitwise.
 
         Raises:
             ConfigError: the state is of a window with another `steps` or `half_life`, or not a state. Nothing
@@ -806,14 +802,14 @@ class Window:
             }
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(
-                f"state is not what Window.state() returns ({type(error).__name__}: {error}); "
+                f"state is not what Window.state_dict() returns ({type(error).__name__}: {error}); "
                 "start a new window if it is lost"
             ) from None
         if kind != (self.steps, self.half_life):
             raise ConfigError(
                 f"state is of a window with steps={kind[0]} and half_life={kind[1]}, but this one has "
                 f"steps={self.steps} and half_life={self.half_life}; "
-                "make the window with the same, or start it anew"
+                "make the window with the same, or start a new one"
             )
         self._shape, self._count = shape, count
         self._sum = arrays["sum"][0] if arrays["sum"] else None

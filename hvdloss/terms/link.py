@@ -233,24 +233,17 @@ class LinkModel:
         variance = var_a * m * m + 2.0 * cov * m * b + var_g * b * b
         return Prediction(alpha * m + inverse * b, math.sqrt(max(variance, 0.0)))
 
-    def state(self) -> dict[str, Any]:
-        """Return all there is to the model as plain numbers, lists and dicts, ready for JSON."""
+    def state_dict(self) -> dict[str, Any]:
+        """Return the whole model as plain numbers, lists and dicts, ready for JSON."""
         return {
             "ranks": self.ranks,
             "window": self.window,
             "samples": [[one.seconds, one.bytes, one.messages] for one in self._samples],
         }
 
-    memory = state
-
     @classmethod
-    def remembered(cls, state: Mapping[str, Any]) -> LinkModel:
-        """Return the model of a :meth:`memory`; see :meth:`restore`."""
-        return cls.restore(state)
-
-    @classmethod
-    def restore(cls, state: Mapping[str, Any]) -> LinkModel:
-        """Return the model whose :meth:`state` this is; it fits and predicts the same to the last bit.
+    def from_state_dict(cls, state: Mapping[str, Any]) -> LinkModel:
+        """Return the model of a :meth:`state_dict`; it fits and predicts bitwise the same.
 
         Raises:
             ConfigError: not such a state.
@@ -261,7 +254,7 @@ class LinkModel:
         except ConfigError:
             raise
         except (KeyError, TypeError, ValueError) as error:
-            raise ConfigError(f"state={state!r:.200} is not what LinkModel.state() returns") from error
+            raise ConfigError(f"state={state!r:.200} is not what LinkModel.state_dict() returns") from error
         if len(samples) > model.window:
             raise ConfigError(f"state has {len(samples)} samples, more than its window={model.window}")
         for sample in samples:

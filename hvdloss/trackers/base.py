@@ -14,7 +14,7 @@ from hvdloss.errors import ConfigError
 from hvdloss.extras import library
 from hvdloss.report.steps import StepReport
 from hvdloss.trackers.scalars import scalars
-from hvdloss.world import launched_as
+from hvdloss.world import launcher_rank
 
 __all__ = ["Tracker", "first_rank"]
 
@@ -26,7 +26,7 @@ def first_rank() -> bool:
         backend = sys.modules.get(f"hvdloss.{framework}._backend")
         if backend is not None and backend.hvd.is_initialized():
             return bool(backend.hvd.rank() == 0)
-    return launched_as() in (None, "0")
+    return launcher_rank() in (None, "0")
 
 
 class Tracker(ABC):

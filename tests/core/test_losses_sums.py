@@ -153,7 +153,7 @@ def test_cancellation_does_not_hurt_moments():
         (lambda: SumsLoss(mse, mse, columns=2), ["columns=2"]),
         (lambda: Base("correlation", reduction="sum"), ["reduction='sum'", "Correlation"]),
         (
-            lambda: Base(R2(), terms=(CommunicationCost(acts=(SyncPeriod(4),)),)),
+            lambda: Base(R2(), terms=(CommunicationCost(policies=(SyncPeriod(4),)),)),
             ["SyncPeriod", "R2", "every forward pass"],
         ),
         (lambda: Base("dice"), ["loss='dice'", "soft_dice", "cross_entropy"]),

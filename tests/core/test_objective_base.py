@@ -276,8 +276,8 @@ def test_policies_that_cannot_be_followed_are_refused():
         Objective("mse", nonfinite="never")
     with pytest.raises(ConfigError, match='nonfinite="drop": SoftDice'):
         Objective("soft_dice", nonfinite="drop")
-    acts = (SyncPeriod(2),)
+    policies = (SyncPeriod(2),)
     with pytest.raises(ConfigError, match='nonfinite="skip" with SyncPeriod'):
-        Objective("mse", nonfinite="skip", terms=(CommunicationCost(acts=acts),))
-    Objective("mse", nonfinite="drop", terms=(CommunicationCost(acts=acts),))
+        Objective("mse", nonfinite="skip", terms=(CommunicationCost(policies=policies),))
+    Objective("mse", nonfinite="drop", terms=(CommunicationCost(policies=policies),))
     Objective("soft_dice", nonfinite="skip")

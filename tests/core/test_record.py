@@ -534,12 +534,12 @@ def test_when_the_ranks_change_another_one_is_told(tmp_path):
     )
     source.go(1)
     first[0] = True
-    follows.renew()
+    follows.reset()
     source.go(2)
-    follows.renew()
+    follows.reset()
     source.go(3)
     first[0] = False
-    follows.renew()
+    follows.reset()
     source.go(4)
     follows.close()
     found = read(tmp_path / "a.jsonl")
@@ -626,8 +626,8 @@ def go(runs, step):
 
 def change(error=None):
     """Have the ranks of an elastic job change."""
-    world.release()
-    world.renew(because=error)
+    world.before_reset()
+    world.reset(because=error)
 
 
 @pytest.mark.parametrize("exists", ["raise", "replace", "append"])
@@ -691,7 +691,7 @@ def test_a_rank_that_is_lost_is_a_fault_and_undone_steps_do_not_count(tmp_path):
     assert [(line["error"], line["ranks"]) for line in found.faults] == [("LostRankError", [2])] * 2
     assert [line["step"] for line in found.ranks] == [7]
     assert found.status == "finished"
-    assert world.why() is None
+    assert world.reset_cause() is None
 
 
 def test_samples_are_counted_once_though_the_last_steps_of_a_killed_writer_are_missing(tmp_path):
@@ -715,9 +715,9 @@ def test_a_file_that_was_taken_away_is_begun_anew(tmp_path):
     path = tmp_path / "a.jsonl"
     runs, recorders = ranks_of_a_job(path, [0])
     go(runs, 1)
-    world.release()
+    world.before_reset()
     path.unlink()
-    world.renew()
+    world.reset()
     go(runs, 2)
     recorders[0].close()
     assert read(path).column("step").tolist() == [2]

@@ -26,7 +26,7 @@ import numpy as np
 import hvdloss
 from hvdloss.agreement import agree, agree_on_items, raise_together, together
 from hvdloss.control import AdaptiveCompression, BatchShares
-from hvdloss.control.log import decide_again, follow, read, record
+from hvdloss.control.log import read, record, replay, use_logged_times
 from hvdloss.controller import Controller
 from hvdloss.data import Csv, Epoch, NumpyFiles, Parquet, Shuffled
 from hvdloss.data.stream import LaneItems
@@ -45,7 +45,7 @@ from hvdloss.reduction import REDUCTIONS, contribution, weights_for
 from hvdloss.report import Recorder, StepReport, TermReport
 from hvdloss.report import read as read_record
 from hvdloss.report.page import run_of, table_of_runs
-from hvdloss.term import Decision, Travel
+from hvdloss.term import CommStats, Decision
 from hvdloss.terms.link import LinkModel
 from hvdloss.training import BestCheckpoint, EarlyStopping, TransformedBatches
 from hvdloss.training.checkpoint import Checkpoint, StateDict, parse_manifest, state_of_bytes, state_to_bytes
@@ -237,9 +237,9 @@ def kind_of_batch(data: bytes) -> None:
 
 
 def controlled() -> Controller:
-    term = hvdloss.CommunicationCost(acts=(BatchShares(64), AdaptiveCompression()), calibrate=False)
+    term = hvdloss.CommunicationCost(policies=(BatchShares(64), AdaptiveCompression()), calibrate=False)
     controller = Controller((term,))
-    controller.begin(0, 2)
+    controller.reset(0, 2)
     return controller
 
 
@@ -252,7 +252,7 @@ def good_log() -> bytes:
     table = pack(Ledger(numerator=1.0, denominator=2.0, computation=0.1), 0, 2)
     table += pack(Ledger(numerator=1.0, denominator=2.0, computation=0.3), 1, 2)
     for step in (1, 2):
-        controller.close(step, table, Travel(messages=2, bytes=100, full_bytes=100))
+        controller.on_step_end(step, table, CommStats(messages=2, bytes=100, full_bytes=100))
     data = path.read_bytes()
     path.unlink()
     return data
@@ -295,16 +295,16 @@ def run_record(data: bytes) -> None:
 
 def log_decided_again(data: bytes) -> None:
     with np.errstate(all="ignore"):
-        decide_again(controlled(), file_of(data, "control.log"))
+        replay(controlled(), file_of(data, "control.log"))
 
 
 def log_followed(data: bytes) -> None:
     controller = controlled()
-    follow(controller, file_of(data, "control.log"))
+    use_logged_times(controller, file_of(data, "control.log"))
     table = pack(Ledger(denominator=1.0), 0, 2) + pack(Ledger(denominator=1.0), 1, 2)
     with np.errstate(all="ignore"):
         controller.prepare(Peer(b""))
-        controller.close(1, table, Travel())
+        controller.on_step_end(1, table, CommStats())
 
 
 def source(data: bytes, make: Callable[[Path], Any], name: str) -> None:
@@ -449,7 +449,7 @@ def use_monitor(state: Any) -> None:
 
 def use_link(state: Any) -> None:
     with np.errstate(all="ignore"):
-        LinkModel.restore(state).fit()
+        LinkModel.from_state_dict(state).fit()
 
 
 LINK = {"ranks": 2, "window": 8, "samples": [[0.1, 1e6, 1.0], [0.2, 2e6, 1.0], [0.01, 10.0, 1.0]]}

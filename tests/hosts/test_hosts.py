@@ -64,7 +64,7 @@ def rank_part(folder: Path) -> None:
         "local": [hvd.local_rank(), hvd.local_size(), hvd.cross_rank(), hvd.cross_size()],
         "name": os.uname().nodename,
         "total": total.tolist(),
-        "link": model.state(),
+        "link": model.state_dict(),
         "measured": measured,
     }
     (folder / f"rank-{hvd.rank()}.json").write_text(json.dumps(mine))
@@ -120,7 +120,7 @@ def test_the_fitted_link_predicts_other_sizes_and_rates(tmp_path: Path, record_p
             assert (one["rank"], one["name"]) == (rank, f"host{rank}")
             assert one["local"] == [0, 1, rank, 2]
             assert one["link"] == ranks[0]["link"]
-        model = LinkModel.restore(ranks[0]["link"])
+        model = LinkModel.from_state_dict(ranks[0]["link"])
         fit = model.fit()
         assert fit is not None
         errors = {

@@ -205,7 +205,7 @@ def case_fit_with_local_steps():
     steps = step_batches(np.random.default_rng(5), 4)
     found = []
     for ranks in ("64", "1"):
-        loss = hvdloss.keras.Objective("mse", terms=(hvdloss.CommunicationCost(acts=(SyncPeriod(2),)),))
+        loss = hvdloss.keras.Objective("mse", terms=(hvdloss.CommunicationCost(policies=(SyncPeriod(2),)),))
         model, _ = fitted(ranks, steps, loss)
         same_on_all_ranks(model.get_weights())
         found.append(model.get_weights())

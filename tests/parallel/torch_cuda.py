@@ -323,7 +323,7 @@ def case_local_steps_on_the_cpu_and_on_the_gpu():
     """Moves of parameters are averaged device by device."""
     g = generator(6)
     model = Apart(g)
-    objective = hvd.Objective("mse", terms=(hvdloss.CommunicationCost(acts=(SyncPeriod(2),)),))
+    objective = hvd.Objective("mse", terms=(hvdloss.CommunicationCost(policies=(SyncPeriod(2),)),))
     opt = hvd.DistributedOptimizer(
         torch.optim.SGD(model.parameters(), lr=0.05), model.named_parameters(), objective
     )

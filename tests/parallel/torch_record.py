@@ -135,7 +135,7 @@ def case_a_record_is_what_all_ranks_reported():
 @needs("gloo-2", more="gloo-3 dist-2")
 def case_local_steps_are_recorded_when_ranks_meet():
     path = folder() / "run.jsonl"
-    terms = (hvdloss.CommunicationCost(acts=(SyncPeriod(3),)),)
+    terms = (hvdloss.CommunicationCost(policies=(SyncPeriod(3),)),)
     model, objective, optimizer = parts(terms, "raise")
     recorder = hvd.Recorder(path).follow(objective)
     train(model, objective, optimizer, 7)

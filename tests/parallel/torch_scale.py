@@ -149,7 +149,7 @@ def case_terms_see_every_rank_in_every_step():
     found = []
     for ranks in ("64", "1"):
         terms = (
-            hvdloss.CommunicationCost(price=0.1, acts=(BatchShares(8 * hvd.size()),)),
+            hvdloss.CommunicationCost(price=0.1, policies=(BatchShares(8 * hvd.size()),)),
             hvdloss.DataSkew(price=0.1, classes=3),
         )
         with summing(ranks):
@@ -161,7 +161,7 @@ def case_terms_see_every_rank_in_every_step():
 
 
 def case_local_steps():
-    terms = (hvdloss.CommunicationCost(acts=(SyncPeriod(2),)),)
+    terms = (hvdloss.CommunicationCost(policies=(SyncPeriod(2),)),)
     found = []
     for ranks in ("64", "1"):
         with summing(ranks):

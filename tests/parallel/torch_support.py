@@ -23,7 +23,7 @@ import torch.nn.functional as F
 import hvdloss.torch as hvd
 from hvdloss.benchmarks.common import device_of
 from hvdloss.torch.ops import AT_HAND, HorovodCommunicator
-from hvdloss.world import numbers_from
+from hvdloss.world import set_name_base
 
 
 def _device() -> torch.device:
@@ -49,7 +49,7 @@ def before_case(number: int) -> None:
     On three ranks nearly every gradient travels by itself, elsewhere in buckets: both ways see all cases.
     """
     os.environ["HVDLOSS_ALONE_MB"] = "0.0001" if hvd.size() == 3 else "4"
-    numbers_from(1000 * (number + 1))
+    set_name_base(1000 * (number + 1))
 
 
 def generator(seed: int) -> torch.Generator:
