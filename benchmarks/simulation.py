@@ -41,8 +41,8 @@ from hvdloss.benchmarks.common import environment, horovodrun, progress, write_j
 from hvdloss.benchmarks.hosts import Hosts
 from hvdloss.control import BatchShares, SharedBatches, SyncPeriod
 from hvdloss.control.simulation import ComputeModel, NetworkModel, TrainingPlan, simulate_training
-from hvdloss.hearing import hear
 from hvdloss.ledger import COLUMN
+from hvdloss.messages import decode_all
 from hvdloss.term import CommStats, Policy
 from hvdloss.terms.link import LinkModel
 
@@ -125,7 +125,10 @@ def inner(work: str, rounds: int, path: str) -> None:
                 if number:
                     times.append((time.perf_counter() - began, 4 * flat.numel()))
         model, ranks = LinkModel(size), communicator_of(hvd.global_process_set)
-        for rows in zip(*hear(ranks.gather(json.dumps(times).encode(), "link.times"), "times"), strict=True):
+        for rows in zip(
+            *decode_all(ranks.all_gather_bytes(json.dumps(times).encode(), "link.times"), "times"),
+            strict=True,
+        ):
             model.add(min(seconds for seconds, _ in rows), rows[0][1])
         return model.state_dict()
 

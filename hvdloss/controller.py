@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from hvdloss.communicator import Communicator
 from hvdloss.errors import ConfigError
-from hvdloss.ledger import WIDTH
+from hvdloss.ledger import LEDGER_WIDTH
 from hvdloss.report.steps import TermReport
 from hvdloss.term import Batch, CommStats, Decision, Policy, StepStats, Term, check_price
 
@@ -240,7 +240,7 @@ class Controller:
 
         Args:
             step: its number, from 1.
-            table: all ranks' ledgers and terms' sums, float64 ``(ranks, WIDTH + width)``.
+            table: all ranks' ledgers and terms' sums, float64 ``(ranks, LEDGER_WIDTH + width)``.
             comm_stats: of their exchange.
             reduction: of the objective.
         """
@@ -251,7 +251,7 @@ class Controller:
         for listener in self.on_step:
             listener(step, table, comm_stats)
         rank = self._bound[0] if self._bound else 0
-        ledgers, at = table[:, :WIDTH], WIDTH
+        ledgers, at = table[:, :LEDGER_WIDTH], LEDGER_WIDTH
         values: list[Array] = []
         for term in self.terms:
             sums = table[:, at : at + term.width]

@@ -15,7 +15,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from hvdloss.controller import Controller
 from hvdloss.elements import IGNORED, ClassOptions, check_object, per_element_error, reduction_of
 from hvdloss.errors import ConfigError
-from hvdloss.ledger import check_policy
+from hvdloss.ledger import check_nonfinite_mode
 from hvdloss.losses import NAMED, GlobalLoss, Group, SumsLoss
 from hvdloss.passes import unheard_warning
 from hvdloss.reduction import ArrayOps, Contribution, check_reduction, weighed, weights_for
@@ -139,7 +139,7 @@ class ObjectiveBase(Generic[Row]):
         terms: what is measured, priced and acted on (:class:`hvdloss.term.Term`).
         process_set: the Horovod process set whose ranks share the step; None for all.
         nonfinite: what happens to a step in which a loss or gradient of some rank is NaN or infinite: one of
-            :data:`hvdloss.ledger.POLICIES`.
+            :data:`hvdloss.ledger.NONFINITE_MODES`.
 
     Raises:
         ConfigError: any argument that cannot be used; "drop" with a loss of all ranks' elements, and "skip"
@@ -159,7 +159,7 @@ class ObjectiveBase(Generic[Row]):
         nonfinite: str = "raise",
     ) -> None:
         self.reduction = check_reduction("mean" if reduction is None else reduction)
-        self.nonfinite = check_policy(nonfinite)
+        self.nonfinite = check_nonfinite_mode(nonfinite)
         self.name: str
         self._function: Callable[..., Any]
         self.controller = Controller(terms)

@@ -90,7 +90,7 @@ class StepStats:
     Attributes:
         step: number of the step, from 1; of the last one, where several lie between two exchanges.
         rank: this rank.
-        table: all ranks' ledgers, float64 ``(ranks, WIDTH)`` (see :mod:`hvdloss.ledger`).
+        table: all ranks' ledgers, float64 ``(ranks, LEDGER_WIDTH)`` (see :mod:`hvdloss.ledger`).
         sums: the term's own sums, float64 ``(ranks, width)``.
         comm_stats: of their exchange.
         reduction: of the objective.

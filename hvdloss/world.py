@@ -78,7 +78,7 @@ def before_reset() -> None:
 
 
 def reset(*first: Callable[[], None], because: BaseException | None = None) -> None:
-    """Call `first`, then reset all registered objects: the ranks have changed, `because` of an error or not."""
+    """Call `first`, then reset all registered objects; `because` is the error behind it, if any."""
     global _generation, _cause
     _generation += 1
     _cause = because

@@ -13,7 +13,7 @@ from hvdloss.control.period import SyncPeriod
 from hvdloss.control.weights import Proximal
 from hvdloss.errors import ConfigError
 from hvdloss.keras._backend import hvd
-from hvdloss.ledger import COLUMN, FAULTS
+from hvdloss.ledger import COLUMN, FAULT_COLUMNS
 from hvdloss.tensorflow.books import Books, raise_fault, translated
 from hvdloss.tensorflow.exchange import Exchange, marked
 from hvdloss.tensorflow.variables import variable
@@ -21,9 +21,9 @@ from hvdloss.term import CommStats
 
 __all__ = ["Stretch"]
 
-_DENOMINATOR, _PASSES, _STRAYS = COLUMN["denominator"], COLUMN["micro_batches"], COLUMN["strays"]
+_DENOMINATOR, _PASSES, _STRAYS = COLUMN["denominator"], COLUMN["micro_batches"], COLUMN["untracked_backwards"]
 _FAILED = COLUMN["failed"]
-_TOLD_HERE = [[COLUMN["nonfinite_gradients"]], [COLUMN["moved"]], [COLUMN["together"]]]
+_TOLD_HERE = [[COLUMN["nonfinite_gradients"]], [COLUMN["drift_sqnorm"]], [COLUMN["mean_update_sqnorm"]]]
 
 
 class Stretch:
@@ -98,7 +98,7 @@ class Stretch:
         tf.cond(tf.equal(self.steps, 0), anchor_here, lambda: tf.constant(False))
         self.row.assign_add(row)
         self.steps.assign_add(1)
-        return (row[_DENOMINATOR] > 0) & ~tf.reduce_any(row[FAULTS] > 0)
+        return (row[_DENOMINATOR] > 0) & ~tf.reduce_any(row[FAULT_COLUMNS] > 0)
 
     def pulled(self, gradients: Sequence[Any], places: Sequence[int]) -> list[Any]:
         """Return the gradients with that of ``mu / 2 ||theta - anchor||^2`` added; sparse ones as they are.

@@ -20,11 +20,11 @@ from hvdloss.agreement import agree
 from hvdloss.control.period import period_of
 from hvdloss.errors import ConfigError, DataError, HvdlossError, RankError, ShapeError
 from hvdloss.guard import due
-from hvdloss.hearing import hear
 from hvdloss.keras._backend import TensorFlowTrainer, Trainer
 from hvdloss.keras.data import EpochDataset
 from hvdloss.keras.losses import ExactCompileLoss, ExactMean, Objective
 from hvdloss.keras.optimizer import as_exact_class, engine_of
+from hvdloss.messages import decode_all
 from hvdloss.plan import ParameterInfo
 from hvdloss.tensorflow.books import translated
 from hvdloss.tensorflow.exchange import empty_row
@@ -246,8 +246,10 @@ class _Begin(keras.callbacks.Callback):
         self.engine.begin()
         self.engine.books.controller.prepare(self.communicator())
         steps = self.params.get("steps")
-        told = self.communicator().gather(json.dumps([steps, self.problem]).encode(), "hvdloss.steps")
-        ranks = hear(told, "number of steps", lambda one: len(one) == 2)
+        told = self.communicator().all_gather_bytes(
+            json.dumps([steps, self.problem]).encode(), "hvdloss.steps"
+        )
+        ranks = decode_all(told, "number of steps", lambda one: len(one) == 2)
         self.counts = [count for count, _ in ranks]
         for rank, (_, problem) in enumerate(ranks):
             if problem and len(ranks) > 1:

@@ -36,8 +36,11 @@ def _from_first(told: bytes, name: str) -> bytes:
     if communicator.size == 1:
         return told
     mine = told if communicator.rank == 0 else b""
-    size = int(communicator.gather(str(len(mine)).encode(), f"{name}.size")[0])
-    pieces = [communicator.gather(mine[start : start + _PIECE], name)[0] for start in range(0, size, _PIECE)]
+    size = int(communicator.all_gather_bytes(str(len(mine)).encode(), f"{name}.size")[0])
+    pieces = [
+        communicator.all_gather_bytes(mine[start : start + _PIECE], name)[0]
+        for start in range(0, size, _PIECE)
+    ]
     return b"".join(pieces)
 
 

@@ -14,14 +14,14 @@ import numpy as np
 
 import tensorflow as tf
 from hvdloss import watch
-from hvdloss.agreement import raise_together
+from hvdloss.agreement import raise_on_all_ranks
 from hvdloss.communicator import rank_and_size
 from hvdloss.control.compression import AdaptiveCompression
 from hvdloss.control.period import period_of
 from hvdloss.control.weights import Proximal
 from hvdloss.controller import Controller, parse_counts
 from hvdloss.errors import UsageError
-from hvdloss.ledger import COLUMN, FAULTS, NONFINITE, WIDTH, Ledgers, judge, unpack
+from hvdloss.ledger import COLUMN, FAULT_COLUMNS, LEDGER_WIDTH, NONFINITE_COLUMNS, Ledgers, check_step, unpack
 from hvdloss.passes import another_error, uneven_division_error, unheard_error
 from hvdloss.reduction import MEASURED
 from hvdloss.report import StepReport
@@ -69,8 +69,8 @@ def translated(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         raise why from error
 
 
-_FAILED, _MORE, _LEAVING = COLUMN["failed"], COLUMN["more"], COLUMN["leaving"]
-_READING = COLUMN["reading"]
+_FAILED, _MORE, _LEAVING = COLUMN["failed"], COLUMN["has_next"], COLUMN["preemption_requested"]
+_READING = COLUMN["rows_requested"]
 _ELEMENTS, _PASSES = COLUMN["elements"], COLUMN["micro_batches"]
 # Sums of passes that are not told: of squared denominators, of scaled losses, and of what arrived at losses.
 _EXTRA = 3
@@ -173,7 +173,7 @@ class Books:
     @property
     def width(self) -> int:
         """How many numbers a row has: the ledger's, and the terms'."""
-        return WIDTH + self.controller.width
+        return LEDGER_WIDTH + self.controller.width
 
     # -- what terms see, and what policies decided ----------------------------------------------------
 
@@ -313,23 +313,23 @@ class Books:
         return [*map(float, self._told), float(self._leaving()), float(reading)]
 
     @property
-    def leaving(self) -> Callable[[], bool]:
-        """Whether this rank is to leave; the next step tells it after :attr:`wished` was asked for."""
+    def preemption_requested(self) -> Callable[[], bool]:
+        """Whether this rank is to leave; sent with the next step, once :attr:`preempted_ranks` was read."""
         return self._leaving
 
-    @leaving.setter
-    def leaving(self, asked: Callable[[], bool]) -> None:
+    @preemption_requested.setter
+    def preemption_requested(self, asked: Callable[[], bool]) -> None:
         self._leaving = asked
 
     @property
-    def wished(self) -> tuple[int, ...]:
+    def preempted_ranks(self) -> tuple[int, ...]:
         """Which ranks were to leave by the last step, as all know. Eager only."""
         if self._leaving():  # graphs see variables only
             self._signal_now()
         return tuple(int(rank) for rank in np.flatnonzero(self._of(1).numpy()[:, _LEAVING]))
 
     @property
-    def heard(self) -> tuple[int, bool]:
+    def sync_status(self) -> tuple[int, bool]:
         """How many steps were closed, and whether a rank had more data by the last one. Eager only."""
         table = self._of(1).numpy()
         return int(self._of(2)), bool((table[:, _MORE] > 0).any())
@@ -346,7 +346,7 @@ class Books:
 
     def _ledgers(self, table: np.ndarray) -> Ledgers:
         """Return what a step's table tells: all ranks' rows, or one of their sums."""
-        told = table[:, :WIDTH]
+        told = table[:, :LEDGER_WIDTH]
         size = self._size
         return Ledgers(told[0], size) if len(told) == 1 < size else unpack(told)
 
@@ -440,8 +440,8 @@ class Books:
         ledgers = self._ledgers(table)
         if ledgers.total("failed") and self.process_set is not None:
             mine = self._failure(ledgers[self.process_set.rank()].failed)
-            raise_together(communicator_of(self.process_set), mine, "hvdloss.failed", f"step {step}")
-        error = judge(ledgers, step, self.nonfinite)
+            raise_on_all_ranks(communicator_of(self.process_set), mine, "hvdloss.failed", f"step {step}")
+        error = check_step(ledgers, step, self.nonfinite)
         if error is not None:
             raise error
 
@@ -451,13 +451,16 @@ class Books:
         """Return whether a step that was judged is one without an update, by all ranks' rows."""
         if self.nonfinite != "skip":
             return tf.constant(False)
-        return tf.reduce_any(table[:, NONFINITE] > 0)
+        return tf.reduce_any(table[:, NONFINITE_COLUMNS] > 0)
 
     def _unsound(self, table: tf.Tensor) -> tf.Tensor:
         """Return whether a step is an error, by all ranks' rows."""
-        faults = table[:, FAULTS]
+        faults = table[:, FAULT_COLUMNS]
         if self.nonfinite != "raise":
-            others = (slice(FAULTS.start, NONFINITE.start), slice(NONFINITE.stop, FAULTS.stop))
+            others = (
+                slice(FAULT_COLUMNS.start, NONFINITE_COLUMNS.start),
+                slice(NONFINITE_COLUMNS.stop, FAULT_COLUMNS.stop),
+            )
             faults = tf.concat([table[:, some] for some in others], 1)
         total = tf.reduce_sum(table[:, 1])
         return tf.reduce_any(faults > 0) | tf.equal(total, 0.0) | ~tf.math.is_finite(total)
@@ -487,7 +490,7 @@ class Books:
         passes = one if lenient else tf.minimum(calls, 1.0)
         own = tf.stack(
             [book[0], denominator, book[2] / n, book[3] / n, passes, book[5], book[6], book[7], zero, stray]
-            + [zero] * (WIDTH - MEASURED - 2)
+            + [zero] * (LEDGER_WIDTH - MEASURED - 2)
         )
         # What terms tell of several calls adds up, as it does over passes.
         return tf.concat([own, book[MEASURED + _EXTRA :]], 0) if self.controller.width else own
@@ -538,7 +541,7 @@ class Books:
         ]
         if self.nonfinite != "raise":
             assert self._counts is not None
-            told = tf.reduce_any(table[:, NONFINITE] > 0, 1)
+            told = tf.reduce_any(table[:, NONFINITE_COLUMNS] > 0, 1)
             if self.nonfinite == "skip":
                 told = tf.reduce_any(told)[tf.newaxis]
             else:  # of the sums alone, which tell of nobody
@@ -639,7 +642,7 @@ class Books:
         self._judge(table, step)
         if not self.controller.terms:
             return None
-        if self.nonfinite == "skip" and (table[:, NONFINITE] > 0).any():
+        if self.nonfinite == "skip" and (table[:, NONFINITE_COLUMNS] > 0).any():
             return self._now()  # a step that terms do not see
         self.controller.on_step_end(step, table, travel(steps), self.reduction)
         return self._now()

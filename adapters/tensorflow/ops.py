@@ -390,14 +390,14 @@ class HorovodCommunicator:
         """How many ranks the process set has."""
         return self._process_set.size()
 
-    def sum(self, array: np.ndarray, name: str) -> np.ndarray:
+    def all_reduce(self, array: np.ndarray, name: str) -> np.ndarray:
         """Sum over ranks; one all-reduce."""
         with at_once(), explaining(name, self._process_set):
             tensor = tf.constant(np.asarray(array, dtype=np.float64))
             out = hvd.allreduce(tensor, name=name, op=hvd.Sum, process_set=self._process_set)
         return out.numpy()
 
-    def gather(self, data: bytes, name: str) -> list[bytes]:
+    def all_gather_bytes(self, data: bytes, name: str) -> list[bytes]:
         """Gather bytes, never pickles; two all-gathers."""
         with at_once(), explaining(name, self._process_set):
             mine = tf.constant(np.frombuffer(data, dtype=np.uint8))

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 import tensorflow as tf
-from hvdloss.collectives import At, members
+from hvdloss.collectives import GroupContext, resolve_group
 from hvdloss.errors import ConfigError, ShapeError
 from hvdloss.losses.shards import (
     HEADER,
@@ -173,7 +173,7 @@ def sharded_cross_entropy(
 
 
 def _losses(logits: Any, target: Any, rule: ShardedSoftmax, process_set: Any, columns: Any) -> tf.Tensor:
-    group, rank, size = members(hvd, process_set, _WHAT)
+    group, rank, size = resolve_group(hvd, process_set, _WHAT)
     logits, target = tf.convert_to_tensor(logits), tf.convert_to_tensor(target)
     if not target.dtype.is_integer:
         raise ShapeError(
@@ -187,7 +187,7 @@ def _losses(logits: Any, target: Any, rule: ShardedSoftmax, process_set: Any, co
         rule.check_shapes([*logits.shape[:-1], None], target.shape, -1, rank, size)
     else:
         rule.check_shapes(logits.shape, target.shape, None if columns is None else known, rank, size)
-    at = At(f"hvdloss.{_WHAT}", group, rank, size)
+    at = GroupContext(f"hvdloss.{_WHAT}", group, rank, size)
     labels = tf.reshape(tf.cast(target, tf.int64), [-1])
 
     @tf.custom_gradient
@@ -208,7 +208,7 @@ def _losses(logits: Any, target: Any, rule: ShardedSoftmax, process_set: Any, co
     return tf.reshape(losses(matrix), tf.shape(target))
 
 
-def _told(message: tf.Tensor, rule: ShardedSoftmax, at: At) -> tf.Tensor:
+def _told(message: tf.Tensor, rule: ShardedSoftmax, at: GroupContext) -> tf.Tensor:
     """Return the messages of all ranks, checked. One all-gather."""
     flat = _gathered(message, at)
     ranks = list(at.process_set.ranks or range(at.size))

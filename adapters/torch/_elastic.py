@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from hvdloss import watch
 from hvdloss.elastic import runner
-from hvdloss.hearing import hear
 from hvdloss.launch import init_checked
+from hvdloss.messages import decode_all
 from hvdloss.torch._backend import engine, hvd
 from hvdloss.torch.checkpoint import from_array, to_array
 from hvdloss.torch.data import ShardedLoader
@@ -38,7 +38,7 @@ watched["init"] = init_checked(hvd, **watched, others=_others)
 def _from_first(told: bytes, name: str) -> bytes:
     """Return what rank 0 tells, on every rank. Collectives: one gather."""
     communicator = communicator_of(hvd.global_process_set)
-    return communicator.gather(told if communicator.rank == 0 else b"", name)[0]
+    return communicator.all_gather_bytes(told if communicator.rank == 0 else b"", name)[0]
 
 
 def elastic() -> Any:
@@ -78,7 +78,7 @@ def elastic() -> Any:
         def sync(self) -> None:
             """Go on from where rank 0 was at its last commit. Collectives: one gather of JSON."""
             told = _from_first(json.dumps(self.saved).encode(), "hvdloss.elastic")
-            (self.saved,) = hear([told], "position")
+            (self.saved,) = decode_all([told], "position")
             self.value.load_state_dict(self.saved)
 
     class Model(state.ModelStateHandler):

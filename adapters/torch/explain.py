@@ -10,7 +10,7 @@ import numpy as np
 
 import hvdloss.explain as core
 import torch
-from hvdloss.collectives import members
+from hvdloss.collectives import resolve_group
 from hvdloss.communicator import Communicator, OneProcess
 from hvdloss.errors import ConfigError
 from hvdloss.losses import SumsLoss
@@ -27,7 +27,7 @@ _OPS = TorchOps()
 
 def _communicator(process_set: Any, what: str) -> Communicator:
     """Return who exchanges: the members of a process set, or this process before ``hvd.init()``."""
-    group, _, size = members(hvd, process_set, what)
+    group, _, size = resolve_group(hvd, process_set, what)
     return communicator_of(group) if size > 1 else OneProcess()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from hvdloss.ledger import WIDTH, Ledgers, Sums, unpack
+from hvdloss.ledger import LEDGER_WIDTH, Ledgers, Sums, unpack
 from hvdloss.torch.ops import at_hand, put_on
 
 __all__ = ["Message"]
@@ -28,14 +28,14 @@ class Message:
         if self.sums is not None:
             self.length = self.sums.length
         else:
-            self.length = size * WIDTH * (1 if dtype is None else 4)
+            self.length = size * LEDGER_WIDTH * (1 if dtype is None else 4)
 
     def carried(self, dtype: torch.dtype | None) -> Message:
         """Return the same in a bucket of this dtype, or (None) as a message of its own."""
         return Message(self.rank, self.size, dtype, self.sums is not None)
 
     def write(self, row: torch.Tensor) -> torch.Tensor:
-        """Return this rank's numbers of its ledger, float64 ``(WIDTH,)``; nobody waits for a device."""
+        """Return this rank's numbers of its ledger, float64 ``(LEDGER_WIDTH,)``; no device sync."""
         dtype = self.dtype or torch.float64
         if self.sums is not None and at_hand(row):  # in a quarter of the time
             return torch.from_numpy(self.sums.pack_row(row.numpy())).to(dtype)
@@ -52,7 +52,7 @@ class Message:
                 clip=torch.clamp,
             )
             return numbers
-        table = torch.zeros(self.size, WIDTH, dtype=torch.float64, device=row.device)
+        table = torch.zeros(self.size, LEDGER_WIDTH, dtype=torch.float64, device=row.device)
         table[self.rank] = row
         flat = table.view(-1)
         # In a bucket as numbers of 16 bits, four per entry: where all but one rank add zeros, their sum in
@@ -64,7 +64,7 @@ class Message:
         if self.sums is not None:
             return self.sums.unpack(numbers.numpy())
         whole = numbers if self.dtype is None else numbers.to(torch.int16).view(torch.float64)
-        return unpack(whole.view(self.size, WIDTH).numpy())
+        return unpack(whole.view(self.size, LEDGER_WIDTH).numpy())
 
 
 def _positions(sums: Sums, device: torch.device) -> torch.Tensor:

@@ -210,7 +210,9 @@ class HorovodStrategy(_lightning.strategies.SingleDeviceStrategy):  # type: igno
             text = json.dumps(obj, default=str)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"only plain values are broadcast, no {type(obj).__name__}: {error}") from error
-        told = communicator_of(hvd.global_process_set).gather(text.encode(), "hvdloss.lightning.broadcast")
+        told = communicator_of(hvd.global_process_set).all_gather_bytes(
+            text.encode(), "hvdloss.lightning.broadcast"
+        )
         if hvd.rank() == src:
             return obj
         try:
@@ -220,11 +222,11 @@ class HorovodStrategy(_lightning.strategies.SingleDeviceStrategy):  # type: igno
 
     def barrier(self, name: Any = None, *args: Any, **kwargs: Any) -> None:
         """Wait for all ranks."""
-        communicator_of(hvd.global_process_set).gather(b"", "hvdloss.lightning.barrier")
+        communicator_of(hvd.global_process_set).all_gather_bytes(b"", "hvdloss.lightning.barrier")
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
         """Return whether all ranks say so, or any: to stop early, say."""
-        told = communicator_of(hvd.global_process_set).gather(
+        told = communicator_of(hvd.global_process_set).all_gather_bytes(
             bytes([bool(decision)]), "hvdloss.lightning.decision"
         )
         count = sum(one == b"\x01" for one in told)

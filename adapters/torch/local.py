@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from hvdloss.communicator import Communicator
 from hvdloss.control.period import OuterStep
-from hvdloss.hearing import hear
+from hvdloss.messages import decode_all
 from hvdloss.term import CommStats
 from hvdloss.torch.buckets import Wire
 
@@ -141,8 +141,10 @@ def share_memory(
         for key, value in optimizer.state.get(p, {}).items()
         if isinstance(value, torch.Tensor) and value.is_floating_point()
     }
-    texts = communicator.gather(json.dumps(list(mine)).encode(), f"{name}.memory")
-    told = hear(texts, "state of the optimizer", lambda names: all(isinstance(one, str) for one in names))
+    texts = communicator.all_gather_bytes(json.dumps(list(mine)).encode(), f"{name}.memory")
+    told = decode_all(
+        texts, "state of the optimizer", lambda names: all(isinstance(one, str) for one in names)
+    )
     everywhere = set(told[0]).intersection(*told[1:])
     for entry in set(mine) - everywhere:
         optimizer.state.pop(mine[entry][0], None)

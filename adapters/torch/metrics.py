@@ -12,10 +12,10 @@ import numpy as np
 
 import torch
 from hvdloss import metrics as core
-from hvdloss.communicator import among, included
+from hvdloss.communicator import communicator_for, included
 from hvdloss.errors import AgreementError, ConfigError
-from hvdloss.guard import ranks_apart
-from hvdloss.hearing import hearing
+from hvdloss.guard import mismatched_ranks
+from hvdloss.messages import decode_errors
 from hvdloss.torch._backend import hvd
 from hvdloss.torch.checkpoint import from_array, to_array
 from hvdloss.torch.ops import as_array, communicator_of
@@ -50,7 +50,9 @@ class Metrics(core.Metrics):
     """
 
     def __init__(self, metrics: Any, *, process_set: Any = None) -> None:
-        super().__init__(metrics, communicator=functools.partial(among, hvd, communicator_of, process_set))
+        super().__init__(
+            metrics, communicator=functools.partial(communicator_for, hvd, communicator_of, process_set)
+        )
 
     def _arrays(self, prediction: Any, target: Any, weight: Any) -> tuple[Any, Any, Any]:
         p, t, w = map(as_array, (prediction, target, weight))
@@ -104,16 +106,16 @@ class _Ranks(NamedTuple):
             },
         ]
         communicator = communicator_of(self.process_set)
-        texts = communicator.gather(state_to_bytes(mine, to_array, name="metric"), "hvdloss.metric")
+        texts = communicator.all_gather_bytes(state_to_bytes(mine, to_array, name="metric"), "hvdloss.metric")
         told = []
         for rank, text in enumerate(texts):
-            with hearing("state of a metric", rank):
+            with decode_errors("state of a metric", rank):
                 which, updates, state, late = state_of_bytes(text, from_array)
                 if not (isinstance(updates, int) and isinstance(state, dict) and isinstance(late, dict)):
                     raise ValueError("of another form")
                 told.append((which, updates, state, late))
         which = [one[0] for one in told]
-        if apart := ranks_apart(which):
+        if apart := mismatched_ranks(which):
             raise AgreementError(
                 f"compute(): ranks compute different metrics: rank {apart[0]} has "
                 f"{which[apart[0]]}; rank 0 has {which[0]}. Make, synchronize and compute metrics in the "

@@ -362,14 +362,14 @@ class HorovodCommunicator:
         """How many ranks the process set has."""
         return self._process_set.size()
 
-    def sum(self, array: np.ndarray, name: str) -> np.ndarray:
+    def all_reduce(self, array: np.ndarray, name: str) -> np.ndarray:
         """Sum over ranks; one all-reduce."""
         tensor = torch.from_numpy(np.array(array, dtype=np.float64))
         with explaining():
             handle = hvd.allreduce_async(tensor, name=name, op=hvd.Sum, process_set=self._process_set)
         return wait(handle, name, self._process_set).numpy()
 
-    def gather(self, data: bytes, name: str) -> list[bytes]:
+    def all_gather_bytes(self, data: bytes, name: str) -> list[bytes]:
         """Gather bytes, never pickles; two all-gathers."""
         mine = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0).byte()
 

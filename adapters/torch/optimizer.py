@@ -16,15 +16,24 @@ import numpy as np
 
 import torch
 from hvdloss import watch
-from hvdloss.agreement import agree, raise_together
-from hvdloss.communicator import Communicator, included, ranks_of
+from hvdloss.agreement import check_consistency, raise_on_all_ranks
+from hvdloss.communicator import Communicator, group_ranks, included
 from hvdloss.control.compression import AdaptiveCompression
 from hvdloss.control.period import SyncPeriod
 from hvdloss.control.weights import Proximal
 from hvdloss.controller import parse_counts
 from hvdloss.errors import AgreementError, ConfigError, HvdlossError, NoWeightError, UsageError
 from hvdloss.guard import due
-from hvdloss.ledger import COLUMN, FAULTS, WIDTH, Ledger, Ledgers, agreed_factor, judge, offenders
+from hvdloss.ledger import (
+    COLUMN,
+    FAULT_COLUMNS,
+    LEDGER_WIDTH,
+    Ledger,
+    Ledgers,
+    check_step,
+    common_factor,
+    nonfinite_ranks,
+)
 from hvdloss.passes import alone_warning, another_error, bypassed_error, division_error, uneven_division_error
 from hvdloss.plan import Bucket, ParameterInfo, plan_buckets
 from hvdloss.reduction import MEASURED
@@ -123,11 +132,11 @@ class _Engine:
         self.velocity: list[torch.Tensor] | None = None  # of the outer step, for the stretch to come
         self._local = False  # whether this step's gradients stay here
         self._due = False  # an exchange of parameters
-        self.more = False  # whether this rank has more data after this step
+        self.has_next = False  # whether this rank has more data after this step
         self.error: BaseException | None = None  # why it cannot go on
-        self.heard = (0, False)  # how many tables of ledgers there were, and whether a rank had more
-        self.leaving: Callable[[], bool] = lambda: False  # whether this rank is to leave
-        self.wished: tuple[int, ...] = ()  # which ranks are, as all know
+        self.sync_status = (0, False)  # how many tables of ledgers there were, and whether a rank had more
+        self.preemption_requested: Callable[[], bool] = lambda: False  # whether this rank is to leave
+        self.preempted_ranks: tuple[int, ...] = ()  # which ranks are, as all know
         self._idle = False  # whether this rank has nothing to update with
         self.verdict: HvdlossError | str | None = None  # "skip", or an error, for the update to come
         self._alone_bad = False  # whether that of a local step has gradients that are not finite
@@ -231,8 +240,8 @@ class _Engine:
         self._reference, self._together, self._factor = 1.0, 0.0, 1.0
         self._held_up = self._computed = 0.0
         self._ended = None  # or the time without any ranks would be taken for computation
-        self.heard, self.wished = (0, False), ()
-        self.more, self.error = False, None
+        self.sync_status, self.preempted_ranks = (0, False), ()
+        self.has_next, self.error = False, None
         self.velocity = None
         if included(hvd, self.process_set):
             self.controller.reset(self.process_set.rank(), self.process_set.size(), force=True)
@@ -676,7 +685,7 @@ class _Engine:
 
     def _waiting(self) -> AbstractContextManager[None]:
         """Say, while it lasts, that this rank waits for the others in a step."""
-        return watch.waiting_in_step(self.name, ranks_of(hvd, self.process_set))
+        return watch.waiting_in_step(self.name, group_ranks(hvd, self.process_set))
 
     @property
     def _failure(self) -> BaseException | None:
@@ -774,23 +783,23 @@ class _Engine:
         return Message(self.process_set.rank(), size, dtype, self.tuning.sums(size))
 
     def _own_row(self, row: torch.Tensor | None, strays: int, bad: Any, moved: float = 0.0) -> torch.Tensor:
-        """Return this rank's ledger, float64 ``(WIDTH,)``, to be sent.
+        """Return this rank's ledger, float64 ``(LEDGER_WIDTH,)``, to be sent.
 
         What terms tell is on its way by then, as a message of its own: beside the ledgers it would move
         gradients to other places of their message, and sums of three and more ranks round by place.
         """
         own = Ledger(
             nonfinite_gradients=0.0 if isinstance(bad, torch.Tensor) else float(bad),
-            strays=float(strays),
+            untracked_backwards=float(strays),
             failed=float(self._failure is not None),
             communication=self._held_up,
             computation=self._computed,
-            moved=moved,
-            together=self._together,
-            more=float(self.more),
-            leaving=float(self.leaving()),
+            drift_sqnorm=moved,
+            mean_update_sqnorm=self._together,
+            has_next=float(self.has_next),
+            preemption_requested=float(self.preemption_requested()),
             hooks=float(sum(found.count for p in self.parameters() if (found := hooks_of(p)) is not None)),
-            reading=float(bool(self.listeners) or self.interest.on),
+            rows_requested=float(bool(self.listeners) or self.interest.on),
         )
         device, width = self._device(), self.controller.width
         self._own = put_on(torch.tensor(list(vars(own).values()), dtype=torch.float64), device)
@@ -830,19 +839,19 @@ class _Engine:
         if self._rows_ready is not None:
             ready, self._rows_ready = self._rows_ready, None
             told = ready().cpu().numpy()
-        elif ledgers.table is None and ledgers.ask:
+        elif ledgers.table is None and ledgers.needs_rows:
             told = self._gathered_rows(self._own, "rows")().cpu().numpy()
         if ledgers.table is None and told.shape[1]:
-            ledgers, told = ledgers.with_rows(told[:, :WIDTH]), told[:, WIDTH:]
+            ledgers, told = ledgers.with_rows(told[:, :LEDGER_WIDTH]), told[:, LEDGER_WIDTH:]
         self._told = told
-        self.heard = (self.heard[0] + 1, bool(ledgers.total("more")))
-        self.wished = tuple(ledgers.where("leaving"))
+        self.sync_status = (self.sync_status[0] + 1, bool(ledgers.total("has_next")))
+        self.preempted_ranks = tuple(ledgers.ranks_with("preemption_requested"))
         if ledgers.total("failed"):
             mine = self._failure
             if mine is None and ledgers[self.process_set.rank()].failed:
                 mine = division_error(self.passes_done, self.passes)
-            raise_together(self.communicator(), mine, f"{self.name}.failed", f"step {step}")
-        error = judge(ledgers, step, self.objective.nonfinite, gradients=gradients)
+            raise_on_all_ranks(self.communicator(), mine, f"{self.name}.failed", f"step {step}")
+        error = check_step(ledgers, step, self.objective.nonfinite, gradients=gradients)
         if isinstance(error, NoWeightError) and self._bypassed:
             raise bypassed_error(step)
         if error is not None:
@@ -851,7 +860,7 @@ class _Engine:
             if len(self.dropped) != len(ledgers):
                 self.dropped = np.zeros(len(ledgers), dtype=np.int64)
             self.dropped = self.dropped.copy()  # earlier reports have the one before
-            self.dropped[offenders(ledgers)] += 1
+            self.dropped[nonfinite_ranks(ledgers)] += 1
         return ledgers
 
     def _judged_ledgers(self) -> Ledgers:
@@ -921,9 +930,9 @@ class _Engine:
         except BaseException:
             self.abandon()
             raise
-        self._hand_over(apart=ledgers.differ("hooks"))
+        self._hand_over(apart=ledgers.differs("hooks"))
         self._choose_reference(ledgers)
-        self._factor = agreed_factor(ledgers, self._factor)
+        self._factor = common_factor(ledgers, self._factor)
         self._exchanged(began, computed)
 
     def _verdict(self, ledgers: Ledgers, step: int) -> HvdlossError | str | None:
@@ -940,7 +949,7 @@ class _Engine:
             for slot in (*self.buckets, *self.sparse)
         ):
             return None
-        return "skip" if self.objective.nonfinite == "skip" else judge(ledgers, step)
+        return "skip" if self.objective.nonfinite == "skip" else check_step(ledgers, step)
 
     def decide(self, scaler: bool = False) -> bool:
         """Return whether to update, by what :meth:`synchronize` found; forget gradients of a step without.
@@ -1008,7 +1017,7 @@ class _Engine:
         ]
         told = np.zeros(self.process_set.size())
         told[self.process_set.rank()] = any(changed)
-        told = self.communicator().sum(told, f"{self.name}.hooks")
+        told = self.communicator().all_reduce(told, f"{self.name}.hooks")
         if not told.any():
             return
         with torch.no_grad():
@@ -1094,13 +1103,13 @@ class _Engine:
                 row = _emptied(row)
         if self.objective.reduction == "sum":  # ranks weigh the same, as in a step
             weight = float(weight > 0)
-        own = self._own_row(row, stretch.strays, stretch.bad, moved=weight * length)
+        own = self._own_row(row, stretch.strays, stretch.bad, drift_sqnorm=weight * length)
         reference = self._stretch_reference or 1.0
         message = self._message.carried(None)
         table = message.write(own)
         told = self._plain_wire.send(table, f"{self.name}.stretch")
         waits, travel = stretch.send(flats, weight / reference, self.wire)
-        who = ranks_of(hvd, self.process_set)
+        who = group_ranks(hvd, self.process_set)
         with watch.waiting(f"{self.name}.exchange.{self.step_count}", who):
             for wait in (told, *waits):
                 wait()
@@ -1143,7 +1152,7 @@ class _Engine:
             held = self._gathered.get(id(p), p.grad)
             return held is not None and held.layout is not torch.strided
 
-        agreed = agree(
+        agreed = check_consistency(
             self.communicator(),
             [
                 ParameterInfo(
@@ -1214,7 +1223,7 @@ class _Engine:
         if self.lone:  # this step's ledgers are under way without them
             there = np.array([float(lone.there) for lone in self.lone])
             for lone, count in zip(
-                self.lone, self.communicator().sum(there, f"{self.name}.lone"), strict=True
+                self.lone, self.communicator().all_reduce(there, f"{self.name}.lone"), strict=True
             ):
                 lone.used = bool(count)
         self._planned = True
@@ -1323,7 +1332,7 @@ class _Engine:
         numerator = local * denominator if denominator else 0.0
         if self._losses is not None:  # what was added to the losses, whose own values are not averages
             numerator -= float(self._own[COLUMN["numerator"]])
-        out = self.communicator().sum(np.array([numerator, denominator]), f"{self.name}.closure")
+        out = self.communicator().all_reduce(np.array([numerator, denominator]), f"{self.name}.closure")
         out[0] += out[1] * math.fsum(one.part for one in self.losses.values())
         return torch.tensor(
             out[0] / out[1],
@@ -1340,7 +1349,7 @@ _ALL_OF_THEM = (  # what to do with several objectives
 # Fields of a ledger row that add up over several calls in one backward pass; the others are shared.
 _ADDED = [0, 5, 6, 7]
 _ADDED_OF_SEVERAL = [0, 2, 3, 5, 6, 7]  # of several objectives: weights and elements too
-FAULTS_TOLD = slice(FAULTS.start, MEASURED)  # the faults that tensors tell
+FAULTS_TOLD = slice(FAULT_COLUMNS.start, MEASURED)  # the faults that tensors tell
 _NONFINITE = COLUMN["nonfinite_losses"]
 _GRADIENTS, _FAILED = COLUMN["nonfinite_gradients"], COLUMN["failed"]
 _FACTOR, _RESCALED = COLUMN["factor"], COLUMN["rescaled"]
@@ -1457,7 +1466,7 @@ class _Exact:
                     value = closure()
                 engine.synchronize()
                 if next(evaluations) and engine.verdict == "skip":  # too late to have changed nothing
-                    engine.verdict = judge(engine.ledgers or (), engine.ledger_step)
+                    engine.verdict = check_step(engine.ledgers or (), engine.ledger_step)
                 if not engine.decide():
                     raise _Skipped(value)
                 return engine.global_value(value)

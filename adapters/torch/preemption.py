@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from hvdloss.communicator import among
+from hvdloss.communicator import communicator_for
 from hvdloss.errors import ConfigError
 from hvdloss.torch._backend import hvd
 from hvdloss.torch.ops import communicator_of
@@ -51,5 +51,5 @@ class Preemption(core.Preemption):
                 f"an objective; leave it out to have ranks tell each other in a message of their own"
             )
         group = process_set if engine is None else engine.process_set
-        ranks = functools.partial(among, hvd, communicator_of, group)
+        ranks = functools.partial(communicator_for, hvd, communicator_of, group)
         super().__init__(engine, communicator=ranks, shutdown=hvd.shutdown, **options)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 import torch
-from hvdloss.agreement import agree_on_items
+from hvdloss.agreement import check_items_consistent
 from hvdloss.errors import ConfigError, HvdlossError, UsageError
 from hvdloss.report.steps import LossReport
 from hvdloss.several import (
@@ -190,12 +190,12 @@ class LossExchange:
 
     def _send(self, numbers: list[Any]) -> None:
         if not self._agreed:
-            agree_on_items(
+            check_items_consistent(
                 communicator_of(self.process_set),
                 lambda: list(self.objectives.settings().items()),
                 name=f"{self.name}.losses.agree",
                 what="setting of the objectives",
-                way_out="Give the optimizer the same objectives, in the same order, on every rank.",
+                remedy="Give the optimizer the same objectives, in the same order, on every rank.",
             )
             self._agreed = True
         plain = [0.0 if isinstance(n, torch.Tensor) else n for n in numbers]
@@ -291,7 +291,9 @@ class LossExchange:
         sums = np.zeros((len(names), 3))
         for place, held in self._outside.items():
             sums[place] = held
-        check_outside(names, communicator_of(self.process_set).sum(sums, f"{self.name}.losses.outside"))
+        check_outside(
+            names, communicator_of(self.process_set).all_reduce(sums, f"{self.name}.losses.outside")
+        )
 
     def send_losses(self) -> None:
         """Send what the losses of this rank came to, behind its gradients."""

@@ -16,7 +16,7 @@ import numpy as np
 
 import torch
 import torch.nn.functional as F
-from hvdloss.collectives import At, members
+from hvdloss.collectives import GroupContext, resolve_group
 from hvdloss.errors import ConfigError, ShapeError
 from hvdloss.losses.shards import (
     HEADER,
@@ -128,7 +128,12 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: torch.Tensor, target: torch.Tensor, columns: Any, rule: ShardedSoftmax, at: At
+        ctx: Any,
+        logits: torch.Tensor,
+        target: torch.Tensor,
+        columns: Any,
+        rule: ShardedSoftmax,
+        at: GroupContext,
     ) -> torch.Tensor:
         part = rule.part(_OPS, logits, target, at.rank, columns)
         messages = _told(part.message, rule, at)
@@ -156,7 +161,7 @@ class _CrossEntropy(torch.autograd.Function):
         return out.to(ctx.dtype), None, None, None, None
 
 
-def _told(message: torch.Tensor, rule: ShardedSoftmax, at: At) -> torch.Tensor:
+def _told(message: torch.Tensor, rule: ShardedSoftmax, at: GroupContext) -> torch.Tensor:
     """Return the messages of all ranks, checked. One all-gather."""
     flat, length = message, len(message)
     if at.size > 1:
@@ -233,7 +238,7 @@ def _losses(
     if torch.compiler.is_compiling():
         # (As a decorator this would load the compiler, a second, for everyone.)
         return torch.compiler.disable(_losses)(logits, target, rule, process_set, columns)
-    group, rank, size = members(hvd, process_set, "sharded_cross_entropy")
+    group, rank, size = resolve_group(hvd, process_set, "sharded_cross_entropy")
     if not isinstance(target, torch.Tensor) or target.is_floating_point() or target.dtype == torch.bool:
         raise ShapeError(
             f"sharded_cross_entropy: target must be class numbers (int64), not {_kind(target)} "
@@ -242,7 +247,7 @@ def _losses(
     rule.check_shapes(
         tuple(logits.shape), tuple(target.shape), None if columns is None else len(columns), rank, size
     )
-    at = At("hvdloss.sharded_cross_entropy", group, rank, size)
+    at = GroupContext("hvdloss.sharded_cross_entropy", group, rank, size)
     if columns is not None:
         columns = columns.to(logits.device)
     flat: torch.Tensor = _CrossEntropy.apply(
@@ -341,7 +346,7 @@ class ShardedLinear(torch.nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _, self.rank, size = members(hvd, process_set, "ShardedLinear")
+        _, self.rank, size = resolve_group(hvd, process_set, "ShardedLinear")
         self.process_set = process_set
         self.shards = ClassShards(classes, size, sizes)
         self.in_features, self.normalize = in_features, normalize

@@ -29,11 +29,11 @@ class _Signals:
         return self.engine.passes * period_of(self.engine.controller)
 
     @property
-    def heard(self) -> tuple[int, bool]:
-        return self.engine.heard
+    def sync_status(self) -> tuple[int, bool]:
+        return self.engine.sync_status
 
-    def tell(self, more: bool, error: BaseException | None = None) -> None:
-        self.engine.more, self.engine.error = more, error
+    def send_status(self, more: bool, error: BaseException | None = None) -> None:
+        self.engine.has_next, self.engine.error = more, error
 
 
 def _array(value: Any) -> tuple[str, list[int]] | None:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from hvdloss import watch
-from hvdloss.communicator import process_set_ranks, ranks_of
+from hvdloss.communicator import group_ranks, ranks_of_process_set_id
 from hvdloss.torch import blocking
 from hvdloss.torch._backend import hvd
 
@@ -31,7 +31,7 @@ def wait(handle: int, name: str = "", process_set: Any = None) -> Any:
     Raises:
         RankError, LostRankError, StallError: ranks cannot go on together (:mod:`hvdloss.watch`).
     """
-    with watch.waiting(name, ranks_of(hvd, process_set)) if name else contextlib.nullcontext():
+    with watch.waiting(name, group_ranks(hvd, process_set)) if name else contextlib.nullcontext():
         return hvd.synchronize(handle)
 
 
@@ -66,7 +66,7 @@ class _Launches:
                 what = operation
             else:
                 what = f"{operation}.{name or f'noname.{handle}'}"  # as Horovod itself
-            ranks = () if operation == "join" else process_set_ranks(hvd, args[at])
+            ranks = () if operation == "join" else ranks_of_process_set_id(hvd, args[at])
             self.begun[handle] = (what, ranks, watch.begun(what, ranks))
             return handle
 

@@ -36,7 +36,7 @@ from hvdloss.control.simulation import (
     simulate_training,
 )
 from hvdloss.errors import ConfigError
-from hvdloss.hearing import parsed
+from hvdloss.messages import parse_json
 from hvdloss.term import Decision, Policy
 from hvdloss.terms.link import LinkModel
 
@@ -445,7 +445,7 @@ def _fits(paths: tuple[Path, ...]) -> dict[int, tuple[float, float]]:
     fits: dict[int, tuple[float, float]] = {}
     for path in paths:
         try:
-            found = parsed(path.read_text(encoding="utf-8"))
+            found = parse_json(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ConfigError(f"--link {str(path)!r}: cannot be read: {error}") from error
         many = found.get("results") if isinstance(found, dict) else None

@@ -19,8 +19,8 @@ import numpy.typing as npt
 
 from hvdloss.controller import Controller
 from hvdloss.errors import ConfigError
-from hvdloss.hearing import parsed
-from hvdloss.ledger import COLUMN, WIDTH
+from hvdloss.ledger import COLUMN, LEDGER_WIDTH
+from hvdloss.messages import parse_json
 from hvdloss.private import open_private
 from hvdloss.term import CommStats, Decision
 
@@ -93,7 +93,7 @@ def read(path: str | Path) -> Iterator[dict[str, Any]]:
         if number == len(lines):  # after the last newline: nothing, or half a line
             break
         try:
-            found = parsed(line)
+            found = parse_json(line)
         except ValueError as error:
             raise ConfigError(f"{path}, line {number} is no JSON: {error}") from error
         if not isinstance(found, dict) or (number == 1 and found.get("format") != FORMAT):
@@ -116,7 +116,7 @@ def _of(controller: Controller, path: str | Path) -> tuple[dict[str, Any], list[
     ranks = head.get("ranks")
     if type(ranks) is not int or ranks < 1:
         raise ConfigError(f"{path}, line 1: ranks={ranks!r} is no number of ranks")
-    width = WIDTH + controller.width
+    width = LEDGER_WIDTH + controller.width
     for number, one in enumerate(rest, start=2):
         try:
             if one["kind"] == "step":

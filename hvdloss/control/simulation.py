@@ -28,7 +28,7 @@ from hvdloss.control.period import SyncPeriod
 from hvdloss.control.shares import BatchShares
 from hvdloss.controller import Controller
 from hvdloss.errors import ConfigError
-from hvdloss.ledger import COLUMN, WIDTH
+from hvdloss.ledger import COLUMN, LEDGER_WIDTH
 from hvdloss.plan import BUCKET_BYTES, FIRST_BUCKET_BYTES
 from hvdloss.term import CommStats, Decision, Policy
 from hvdloss.terms.communication import CommunicationCost
@@ -627,7 +627,7 @@ class _Run:
         if ranks > 1:
             exposed += plan.bytes * (network.parameter_handling if parameters else network.handling)
 
-        table = np.zeros((ranks, WIDTH + self.controller.width))
+        table = np.zeros((ranks, LEDGER_WIDTH + self.controller.width))
         for name, values in (
             ("numerator", self.lost),
             ("denominator", self.seen),
@@ -636,12 +636,12 @@ class _Run:
             ("micro_batches", self.taken),
             ("communication", self.told[0]),
             ("computation", self.told[1]),
-            ("together", self.together),
+            ("mean_update_sqnorm", self.together),
         ):
             table[:, COLUMN[name]] = values
         if parameters:
             # Squared lengths in units of the mean move's: ranks drift as the loss model says.
-            table[:, COLUMN["moved"]] = self.seen * (1.0 + plan.loss.drift)
+            table[:, COLUMN["drift_sqnorm"]] = self.seen * (1.0 + plan.loss.drift)
             self.together = 1.0
         self.controller.on_step_end(step, table, comm_stats)
 
@@ -664,7 +664,7 @@ class _Run:
         """Return how the exchange travels, as the adapters tell it, and the bytes that they do not count."""
         ranks, full = self.plan.ranks, self.plan.bytes
         sent = full / 2 if self.compressed else full
-        apart = 8.0 * ranks * WIDTH  # the ledgers, in a message of their own
+        apart = 8.0 * ranks * LEDGER_WIDTH  # the ledgers, in a message of their own
         if parameters:
             return CommStats(2, int(sent), int(full), self.taken, True), apart
         if self.compressed:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from hvdloss import errors
 from hvdloss.communicator import Communicator
 from hvdloss.errors import AgreementError, HvdlossError
-from hvdloss.hearing import hearing, parsed
+from hvdloss.messages import decode_errors, parse_json
 
 __all__ = ["Told", "equal_on_all", "tell", "text_table"]
 
@@ -53,14 +53,14 @@ class Told:
         Raises:
             AgreementError: the bytes are nothing of the kind.
         """
-        with hearing("arrays"):
+        with decode_errors("arrays"):
             # A whole archive, or nothing: np.load would also take one array by itself, or a pickle.
             with zipfile.ZipFile(io.BytesIO(data)) as archive:
                 if any(one.compress_type != zipfile.ZIP_STORED for one in archive.infolist()):
                     raise ValueError("compressed, which ranks do not send")  # and may unpack to terabytes
             with _reading, np.load(io.BytesIO(data), allow_pickle=False) as found:
                 arrays = {name: found[name] for name in found.files}
-            note = parsed(arrays.pop("note").tobytes())
+            note = parse_json(arrays.pop("note").tobytes())
             return cls(note, **{name[2:]: array for name, array in arrays.items()})
 
 
@@ -88,11 +88,11 @@ def tell(ranks: Communicator, name: str, doing: str, work: Callable[[], Told]) -
         known = isinstance(error, HvdlossError) and kind in errors.__all__
         text = str(error) if known else f"{kind}: {error}"
         mine = b"-" + json.dumps([kind if known else "RankError", text]).encode()
-    parts = ranks.gather(mine, name)
+    parts = ranks.all_gather_bytes(mine, name)
     for rank, part in enumerate(parts):
         if part[:1] == b"-":
-            with hearing("error", rank):
-                kind, text = parsed(part[1:])
+            with decode_errors("error", rank):
+                kind, text = parse_json(part[1:])
                 raised = {name: getattr(errors, name) for name in errors.__all__}[kind]
             raise raised(f"rank {rank}, {doing}: {text}") from (failure if rank == ranks.rank else None)
     return [Told.unpack(part[1:]) for part in parts]

@@ -13,8 +13,8 @@ import numpy as np
 from hvdloss import errors
 from hvdloss.communicator import Communicator, OneProcess
 from hvdloss.errors import AgreementError, ConfigError, HvdlossError, NoWeightError
-from hvdloss.guard import ranks_apart
-from hvdloss.hearing import hearing, parsed
+from hvdloss.guard import mismatched_ranks
+from hvdloss.messages import decode_errors, parse_json
 from hvdloss.metrics.base import Metric, State
 
 __all__ = ["Metrics", "read", "written"]
@@ -128,10 +128,11 @@ class Metrics:
         settings = {name: metric.settings() for name, metric in self.metrics.items()}
         ranks = self._communicator()
         found = [
-            read(data) for data in ranks.gather(written(settings, self._fault, packed), "hvdloss.metrics")
+            read(data)
+            for data in ranks.all_gather_bytes(written(settings, self._fault, packed), "hvdloss.metrics")
         ]
         self._size = len(found)
-        if apart := ranks_apart([head["settings"] for head, _ in found]):
+        if apart := mismatched_ranks([head["settings"] for head, _ in found]):
             raise AgreementError(
                 f"metrics differ between ranks: rank {apart[0]} has {found[apart[0]][0]['settings']}, rank 0 "
                 f"has {found[0][0]['settings']}; make the same metrics in the same order on every rank"
@@ -141,7 +142,7 @@ class Metrics:
                 kind, text = head["fault"]
                 known = {known: getattr(errors, known) for known in errors.__all__}
                 raise known.get(kind, ConfigError)(f"metrics: rank {rank}, {text}")
-        with hearing("statistics"):
+        with decode_errors("statistics"):
             return {
                 key: functools.reduce(one.merge, [states[number] for _, states in found], one.zero())
                 for number, (key, one) in enumerate(self._makers.items())
@@ -165,13 +166,13 @@ def read(data: bytes) -> tuple[dict[str, Any], list[State]]:
     Raises:
         AgreementError: the bytes are nothing of the kind.
     """
-    with hearing("statistics"):
+    with decode_errors("statistics"):
         return _read(data)
 
 
 def _read(data: bytes) -> tuple[dict[str, Any], list[State]]:
     at = data.index(b"\n") + 1
-    head = parsed(data[:at])
+    head = parse_json(data[:at])
     if not isinstance(dict(head["settings"]), dict) or not isinstance(head["fault"], list | None):
         raise ValueError("of another form")
     states = []

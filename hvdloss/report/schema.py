@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from hvdloss.errors import ConfigError
-from hvdloss.hearing import parsed
+from hvdloss.messages import parse_json
 
 __all__ = ["FORMAT", "KINDS", "checked", "encoded", "plain", "scrubbed"]
 
@@ -189,7 +189,7 @@ def checked(text: bytes, where: str, first: bool = False) -> dict[str, Any] | No
         ConfigError: it is no such line; names the field.
     """
     try:
-        line = parsed(text)
+        line = parse_json(text)
     except ValueError as error:
         raise ConfigError(f"{where} is no JSON ({error}); the file is damaged, or no record") from error
     try:

@@ -153,9 +153,9 @@ class RankReports(Sequence[RankReport]):
         elements, micro_batches = _rounded(columns[_COUNTS])
         weight, communication, computation = columns[_NUMBERS].tolist()
         nonfinite = [""] * size
-        for rank in ledgers.where("nonfinite_gradients"):
+        for rank in ledgers.ranks_with("nonfinite_gradients"):
             nonfinite[rank] = "gradient"
-        for rank in ledgers.where("nonfinite_losses"):
+        for rank in ledgers.ranks_with("nonfinite_losses"):
             nonfinite[rank] = "loss"
         return {
             "rank": list(range(size)),
@@ -322,7 +322,7 @@ class StepReport:
         """
         ledgers = Ledgers.of(ledgers)
         # Sums that were not finite travelled as zeros: what is left is no loss of these elements.
-        lost = [] if nonfinite == "drop" else ledgers.where("nonfinite_losses")
+        lost = [] if nonfinite == "drop" else ledgers.ranks_with("nonfinite_losses")
         loss = (
             float("nan")
             if lost

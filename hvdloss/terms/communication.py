@@ -109,8 +109,8 @@ class CommunicationCost(Term):
         """
         moved, self._moved = self._moved, (math.nan, 0.0)
         if step.comm_stats.parameters:
-            self._moved = float(step.column("moved").sum()), float(step.column("denominator").sum())
-        together = float(step.column("together")[0])
+            self._moved = float(step.column("drift_sqnorm").sum()), float(step.column("denominator").sum())
+        together = float(step.column("mean_update_sqnorm")[0])
         if not moved[0] >= 0 or not moved[1] > 0 or not together > 0:
             return math.nan
         return max(0.0, moved[0] / (moved[1] * together) - 1.0)

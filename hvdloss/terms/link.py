@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from hvdloss.communicator import Communicator
 from hvdloss.errors import ConfigError, UsageError
-from hvdloss.hearing import hear, hearing
+from hvdloss.messages import decode_all, decode_errors
 
 __all__ = ["Fit", "LinkModel", "Prediction", "calibrate", "probe_sizes", "ring_beta"]
 
@@ -461,13 +461,13 @@ def calibrate(
     def timed(size: int) -> float:
         array = np.zeros(size // 8)
         began = time.perf_counter()
-        communicator.sum(array, f"{name}.{size}")
+        communicator.all_reduce(array, f"{name}.{size}")
         return time.perf_counter() - began
 
     def agreed(seconds: float) -> tuple[float, float]:
         """Return the mean over ranks of `seconds`, and of the seconds spent so far."""
         mine = np.array([seconds, time.perf_counter() - began])
-        mean = communicator.sum(mine, f"{name}.agreed") / communicator.size
+        mean = communicator.all_reduce(mine, f"{name}.agreed") / communicator.size
         return float(mean[0]), float(mean[1])
 
     began = time.perf_counter()
@@ -497,8 +497,8 @@ def calibrate(
             if len(times) < most:
                 times.append(timed(size))
         _, spent = agreed(0.0)
-    everyone = hear(communicator.gather(json.dumps(mine).encode(), f"{name}.all"), "times")
-    with hearing("times"):
+    everyone = decode_all(communicator.all_gather_bytes(json.dumps(mine).encode(), f"{name}.all"), "times")
+    with decode_errors("times"):
         for rows in zip(*everyone, strict=True):
             for seconds in zip(*(times for _, times in rows), strict=True):
                 model.add(min(seconds), rows[0][0])

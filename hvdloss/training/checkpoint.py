@@ -24,7 +24,7 @@ import numpy as np
 
 from hvdloss.communicator import Communicator, OneProcess
 from hvdloss.errors import CheckpointError, ConfigError
-from hvdloss.hearing import hear
+from hvdloss.messages import decode_all
 from hvdloss.training.files import write_atomically
 from hvdloss.training.tree import (
     FromArray,
@@ -224,7 +224,7 @@ class Checkpoint:
         self._all_well(take, "save")
         if self.random_numbers:
             mine = _as_bytes(take_apart(told[0], self.to_array, name="random numbers"))
-            ranks = communicator.gather(mine, "hvdloss.checkpoint.random")
+            ranks = communicator.all_gather_bytes(mine, "hvdloss.checkpoint.random")
             states[_RANDOM] = [np.frombuffer(one, dtype=np.uint8) for one in ranks]
         states[_VALUES] = values
 
@@ -366,8 +366,8 @@ class Checkpoint:
             blob = b"".join(data.values())
         if communicator.size == 1:
             return found
-        texts = communicator.gather(told, "hvdloss.checkpoint.manifest")
-        (heard,) = hear([texts[self.root]], "checkpoint")
+        texts = communicator.all_gather_bytes(told, "hvdloss.checkpoint.manifest")
+        (heard,) = decode_all([texts[self.root]], "checkpoint")
         if heard is None:
             return None
         manifest, sizes = heard
@@ -375,7 +375,7 @@ class Checkpoint:
         pieces = []
         for start in range(0, total, _PIECE):
             mine = blob[start : start + _PIECE]
-            pieces.append(communicator.gather(mine, "hvdloss.checkpoint.data")[self.root])
+            pieces.append(communicator.all_gather_bytes(mine, "hvdloss.checkpoint.data")[self.root])
         whole = memoryview(b"".join(pieces))
         data, at = {}, 0
         for name, size in sizes:
@@ -432,8 +432,8 @@ class Checkpoint:
         else:
             told[2] = tell[0] if tell else None
         name = f"hvdloss.checkpoint.{what}"
-        texts = self._communicator().gather(json.dumps(told).encode(), name)
-        heard = hear(texts, "checkpoint", lambda one: isinstance(one, list) and len(one) == 4)
+        texts = self._communicator().all_gather_bytes(json.dumps(told).encode(), name)
+        heard = decode_all(texts, "checkpoint", lambda one: isinstance(one, list) and len(one) == 4)
         for rank, (kind, text, _, path) in enumerate(heard):
             if not kind:
                 continue

@@ -19,7 +19,7 @@ from hvdloss.errors import (
     NoWeightError,
     WeightError,
 )
-from hvdloss.hearing import hear
+from hvdloss.messages import decode_all
 from hvdloss.training.files import write_atomically
 
 __all__ = ["BestCheckpoint", "EarlyStopping", "Monitor", "merged_value"]
@@ -52,7 +52,7 @@ def merged_value(
 
     Collectives: one gather of two numbers.
     """
-    ranks = hear(communicator.gather(_told(value, weight), name), "value", _is_value)
+    ranks = decode_all(communicator.all_gather_bytes(_told(value, weight), name), "value", _is_value)
     for rank, (_, _, fault) in enumerate(ranks):
         if fault:
             raise ConfigError(f"rank {rank}: {fault}")
@@ -314,7 +314,7 @@ class BestCheckpoint(Monitor):
             cause: Exception | None = error
         else:
             cause = None
-        told = self._communicator().gather(problem.encode(), f"hvdloss.{type(self).__name__}.done")
+        told = self._communicator().all_gather_bytes(problem.encode(), f"hvdloss.{type(self).__name__}.done")
         for rank, text in enumerate(told):
             if text:
                 raise ConfigError(f"path={str(self.path)!r}: rank {rank} {what}: {text.decode()}") from cause
@@ -354,4 +354,6 @@ class BestCheckpoint(Monitor):
                 held[0] = self.path.read_bytes()
 
         self._all_well(read, "could not read the best state")
-        return self._communicator().gather(held[0], f"hvdloss.{type(self).__name__}.read")[self.root]
+        return self._communicator().all_gather_bytes(held[0], f"hvdloss.{type(self).__name__}.read")[
+            self.root
+        ]

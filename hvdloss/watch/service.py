@@ -33,7 +33,7 @@ from hvdloss.errors import (
     NoWeightError,
     RankError,
 )
-from hvdloss.hearing import hear
+from hvdloss.messages import decode_all
 from hvdloss.watch import process
 from hvdloss.watch.activity import Activity
 from hvdloss.watch.agent import FAN_OUT, Plan
@@ -144,8 +144,8 @@ def start(communicator: Communicator, abort: Callable[[], None]) -> bool:
     host = hashlib.sha256(process.host().encode()).hexdigest()[:16]
     key = secrets.token_hex(32) if communicator.rank == 0 else ""
     mine = {"host": host, "settings": settings, "problem": problem, "key": key}
-    texts = communicator.gather(json.dumps(mine).encode(), "hvdloss.watch.settings")
-    ranks = hear(texts, "settings of the watch", lambda told: told.keys() == mine.keys())
+    texts = communicator.all_gather_bytes(json.dumps(mine).encode(), "hvdloss.watch.settings")
+    ranks = decode_all(texts, "settings of the watch", lambda told: told.keys() == mine.keys())
     for rank, told in enumerate(ranks):
         if told["problem"]:
             raise ConfigError(f"rank {rank}: {told['problem']}")
@@ -173,8 +173,8 @@ def start(communicator: Communicator, abort: Callable[[], None]) -> bool:
             offer["at"] = agent.begin()
         except (OSError, ValueError) as error:
             offer["problem"] = f"the watch's agent of rank {first}'s host did not begin: {error}"
-    texts = communicator.gather(json.dumps(offer).encode(), "hvdloss.watch.offer")
-    offers = hear(texts, "address of the watch", lambda told: told.keys() == offer.keys())
+    texts = communicator.all_gather_bytes(json.dumps(offer).encode(), "hvdloss.watch.offer")
+    offers = decode_all(texts, "address of the watch", lambda told: told.keys() == offer.keys())
     problem = next((told["problem"] for told in offers if told["problem"]), "")
     if agent is not None and not problem:
         try:
@@ -187,7 +187,9 @@ def start(communicator: Communicator, abort: Callable[[], None]) -> bool:
             member = Member(communicator.rank, offers[first]["name"], job, _activity, abort)
         except (OSError, HvdlossError) as error:
             problem = f"rank {communicator.rank} does not reach its host's agent: {error}"
-    problems = [text.decode() for text in communicator.gather(problem.encode(), "hvdloss.watch.begun")]
+    problems = [
+        text.decode() for text in communicator.all_gather_bytes(problem.encode(), "hvdloss.watch.begun")
+    ]
     with _lock:
         _member, _pid = member, os.getpid()
     if any(problems):

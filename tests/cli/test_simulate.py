@@ -23,7 +23,7 @@ from hvdloss.control.simulation import (
     TrainingPlan,
     simulate_training,
 )
-from hvdloss.ledger import WIDTH
+from hvdloss.ledger import LEDGER_WIDTH
 from hvdloss.terms.link import LinkModel
 from tests.cli.conftest import run_cli
 
@@ -69,7 +69,7 @@ def test_what_is_simulated_is_what_was_asked_for() -> None:
     assert found["settings"]["network"]["bandwidth"] == pytest.approx(12.5e6)
     four = found["results"][1]
     assert four["plan"] is None
-    payload = 4e6 + 4 * WIDTH * 16
+    payload = 4e6 + 4 * LEDGER_WIDTH * 16
     expected = 32 * 2e-3 + 3 * 6 * 1e-3 + 1.5 * payload / 12.5e6
     assert four["plain"]["whole"]["step_seconds"] == pytest.approx(expected)
     assert set(four["plain"]["settled"]) == {field.name for field in fields(Figures)}

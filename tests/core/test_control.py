@@ -15,7 +15,7 @@ from hvdloss.control import AdaptiveCompression, BatchShares, OuterStep, SharedB
 from hvdloss.control.log import FORMAT, read, record, replay, use_logged_times
 from hvdloss.controller import Controller
 from hvdloss.errors import ConfigError, UsageError
-from hvdloss.ledger import COLUMN, WIDTH
+from hvdloss.ledger import COLUMN, LEDGER_WIDTH
 from hvdloss.term import CommStats
 from hvdloss.terms.link import LinkModel
 
@@ -28,7 +28,7 @@ def controlled(*policies, size=2, rank=0, **options):
 
 
 def close(controller, step, *, computation=0.1, communication=0.01, loss=1.0, comm_stats=None):
-    table = np.zeros((controller.size, WIDTH))
+    table = np.zeros((controller.size, LEDGER_WIDTH))
     table[:, COLUMN["denominator"]] = 1.0
     table[:, COLUMN["numerator"]] = loss
     table[:, COLUMN["computation"]] = computation

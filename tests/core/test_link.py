@@ -446,17 +446,17 @@ def calibrated(monkeypatch, ranks, alpha, beta, late=None, **options):
             super().__init__(base._room, base.rank)
             self.calls = []
 
-        def sum(self, array, name):
+        def all_reduce(self, array, name):
             self.calls.append((name, array.shape))
             now.setdefault(threading.get_ident(), 0.0)
             number = [called for called, _ in self.calls].count(name)
             delay = late(self.rank, name, number) if late else 0.0
             now[threading.get_ident()] += alpha + array.nbytes / beta + delay
-            return super().sum(array, name)
+            return super().all_reduce(array, name)
 
-        def gather(self, data, name):
+        def all_gather_bytes(self, data, name):
             self.calls.append((name, ()))
-            return super().gather(data, name)
+            return super().all_gather_bytes(data, name)
 
     monkeypatch.setattr(link_module, "time", Time)
 
@@ -546,11 +546,11 @@ def test_real_waiting_ranks_hold_equal_models():
     class Late(SimulatedRank):
         calls = 0
 
-        def sum(self, array, name):
+        def all_reduce(self, array, name):
             self.calls += 1
             if self.calls % self.size == self.rank:
                 time.sleep(0.001)
-            return super().sum(array, name)
+            return super().all_reduce(array, name)
 
     def work(c):
         model = LinkModel(3)

@@ -15,7 +15,7 @@ from hypothesis.extra import numpy as hnp
 
 from hvdloss.control.period import SyncPeriod
 from hvdloss.errors import ConfigError
-from hvdloss.ledger import POLICIES
+from hvdloss.ledger import NONFINITE_MODES
 from hvdloss.objective import _ALIASES, LOSSES, ObjectiveBase, expand_mask_axes, loss_named
 from hvdloss.reduction import REDUCTIONS
 from hvdloss.terms import CommunicationCost
@@ -265,7 +265,7 @@ def test_the_places_of_the_helper():
 # What is not finite
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", NONFINITE_MODES)
 def test_the_policy_must_agree_between_ranks(policy):
     objective = Objective("mse", nonfinite=policy)
     assert objective.nonfinite == objective.settings()["nonfinite"] == policy

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from hvdloss.errors import ConfigError, NonFiniteLossError, ShapeError, WeightError
-from hvdloss.ledger import Ledger, judge, pack, unpack
+from hvdloss.ledger import Ledger, check_step, pack, unpack
 from hvdloss.numpy_ops import NumpyOps
 from hvdloss.reduction import MEASURED, REDUCTIONS, check_reduction, contribution, finish
 
@@ -193,7 +193,7 @@ def test_an_element_of_weight_zero_is_absent(dtype, reduction, bad):
     ledger = ledger_of(losses, weights, reduction)
     assert ledger == ledger_of(np.nan_to_num(losses, nan=0, posinf=0, neginf=0), weights, reduction)
     assert ledger.elements == 4
-    assert judge([ledger], 1) is None
+    assert check_step([ledger], 1) is None
     assert_close(ledger.finish(reduction), losses, weights, reduction, DTYPES[dtype])
 
 
@@ -240,7 +240,7 @@ def test_sum_and_batch_mean_scale_with_the_weights_and_mean_does_not():
 def test_the_sum_of_no_weight_is_zero_and_sound():
     ledger = ledger_of(LOSSES, 0.0, "sum")
     assert ledger.finish("sum") == 0.0
-    assert judge([ledger], 1) is None
+    assert check_step([ledger], 1) is None
 
 
 def test_sequences_count_alike_whatever_their_length_and_weight():
@@ -373,7 +373,7 @@ def test_bad_weights_and_losses_are_counted_and_the_row_stays_finite(dtype, redu
     flat = weights.ravel().tolist()
     assert ledger.negative_weights == sum(w < 0 for w in flat)
     assert ledger.nonfinite_weights == sum(not math.isfinite(w) for w in flat)
-    verdict = judge([Ledger(denominator=1.0), ledger], 1)
+    verdict = check_step([Ledger(denominator=1.0), ledger], 1)
     if ledger.negative_weights or ledger.nonfinite_weights:
         assert type(verdict) is WeightError
     elif not all(
@@ -402,7 +402,7 @@ def test_weights_whose_sum_overflows_do_not_pass_as_sound(reduction):
     """Each weight is finite; their sum is not, so the loss of the step cannot be told."""
     huge = ledger_of(np.full((1, 2), 0.5), np.full((1, 2), 1e308), reduction)
     other = ledger_of(np.ones((1, 2)), None, reduction)
-    error = judge([other, huge], 1)
+    error = check_step([other, huge], 1)
     if error is None:
         assert merged([other, huge]).finish(reduction) == pytest.approx(0.5 if reduction == "mean" else 0.75)
     else:

@@ -26,7 +26,7 @@ from hvdloss.control.simulation import (
     simulate_training,
 )
 from hvdloss.errors import ConfigError
-from hvdloss.ledger import COLUMN, WIDTH
+from hvdloss.ledger import COLUMN, LEDGER_WIDTH
 from hvdloss.terms.link import LinkModel
 
 MODEL = 8e6  # bytes
@@ -41,7 +41,7 @@ def plan(ranks: int = 4, per_rank: int = 32, **more: Any) -> TrainingPlan:
 
 def table_bytes(ranks: int) -> int:
     """What the ledgers add to a bucket of float32: four numbers for each of theirs."""
-    return ranks * WIDTH * 4 * 4
+    return ranks * LEDGER_WIDTH * 4 * 4
 
 
 # -- the formulas -------------------------------------------------------------------------------------
@@ -103,7 +103,7 @@ def test_local_steps_pay_one_exchange_a_stretch_and_wait_once() -> None:
     # The first step is done together, as by the optimizers that lay out their buckets in it.
     assert out.periods.tolist() == [1] + 20 * [5]
     assert out.exchanges == 5
-    parameters = network.seconds(MODEL + 8 * 4 * WIDTH, 2, 4)
+    parameters = network.seconds(MODEL + 8 * 4 * LEDGER_WIDTH, 2, 4)
     np.testing.assert_allclose(out.step_seconds[1:], 3 * 0.032 + parameters / 5, rtol=1e-12)
     slowdown = SyncPeriod(5).slowdown(5, 0.25)
     assert slowdown > 0

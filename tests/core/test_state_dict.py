@@ -8,7 +8,7 @@ import pytest
 from hvdloss import CommunicationCost, ConfigError, DataSkew, world
 from hvdloss.control import AdaptiveCompression, BatchShares, RankWeights, SyncPeriod
 from hvdloss.controller import Controller
-from hvdloss.ledger import COLUMN, WIDTH
+from hvdloss.ledger import COLUMN, LEDGER_WIDTH
 from hvdloss.term import CommStats
 from hvdloss.training.checkpoint import state_of_bytes, state_to_bytes
 
@@ -34,10 +34,10 @@ def controller() -> Controller:
 def tables(count: int):
     rng = np.random.default_rng(0)
     for number in range(count):
-        table = np.zeros((SIZE, WIDTH + 5))
+        table = np.zeros((SIZE, LEDGER_WIDTH + 5))
         for name in ("numerator", "denominator", "weight", "elements", "communication", "computation"):
             table[:, COLUMN[name]] = rng.uniform(0.1, 1.0, SIZE) * (1 + 5 * (number % 3))
-        table[:, WIDTH : WIDTH + 4] = rng.integers(1, 9, (SIZE, 4))
+        table[:, LEDGER_WIDTH : LEDGER_WIDTH + 4] = rng.integers(1, 9, (SIZE, 4))
         yield number + 1, table, CommStats(2, 1000 + number, 2000, 1, number % 2 == 1)
 
 

@@ -14,7 +14,7 @@ from hvdloss.communicator import OneProcess, simulate
 from hvdloss.control import ClassBalance, ImportanceWeights, Proximal, RankWeights
 from hvdloss.controller import Controller
 from hvdloss.errors import ConfigError, ShapeError, UsageError
-from hvdloss.ledger import COLUMN, WIDTH
+from hvdloss.ledger import COLUMN, LEDGER_WIDTH
 from hvdloss.numpy_ops import NumpyOps
 from hvdloss.objective import ObjectiveBase
 from hvdloss.term import Batch, CommStats, StepStats, Term
@@ -47,8 +47,8 @@ def told(objective, prediction, target, losses, weight=None, keys=None, rank=0, 
 def table_of(controller, rows, *, denominators=None, losses=None, communication=None, computation=None):
     """Return what ranks would have told together."""
     rows = np.asarray(rows, dtype=np.float64).reshape(len(rows), controller.width)
-    table = np.zeros((len(rows), WIDTH + controller.width))
-    table[:, WIDTH:] = rows
+    table = np.zeros((len(rows), LEDGER_WIDTH + controller.width))
+    table[:, LEDGER_WIDTH:] = rows
     weight = np.ones(len(rows)) if denominators is None else np.asarray(denominators)
     table[:, COLUMN["denominator"]] = table[:, COLUMN["weight"]] = weight
     table[:, COLUMN["numerator"]] = weight * (1.0 if losses is None else np.asarray(losses))
@@ -450,10 +450,10 @@ def test_the_spread_is_that_of_the_exchange_before():
     comm_stats = CommStats(messages=1, bytes=8, full_bytes=8, steps=2, parameters=True)
     # Moves (1, 0) and (0, 1) of weight 1 and 3: mean (0.25, 0.75), squared length 0.625.
     table = table_of(controller, np.zeros((2, 0)), denominators=[1.0, 3.0])
-    table[:, COLUMN["moved"]] = [1.0, 3.0]
+    table[:, COLUMN["drift_sqnorm"]] = [1.0, 3.0]
     controller.on_step_end(1, table, comm_stats)
     assert math.isnan(term.drift)
-    table[:, COLUMN["together"]] = [0.625, 99.0]  # rank 0's counts on all ranks
+    table[:, COLUMN["mean_update_sqnorm"]] = [0.625, 99.0]  # rank 0's counts on all ranks
     controller.on_step_end(2, table, comm_stats)
     assert term.drift == pytest.approx(1 / 0.625 - 1)
 
@@ -477,10 +477,10 @@ def test_calibration_is_alike_on_all_ranks_and_done_once():
 def test_closed_steps_know_their_losses():
     controller = Controller((Count(),))
     table = table_of(controller, [[1.0], [1.0]], denominators=[4.0, 0.0], losses=[0.5, 0.0])
-    step = StepStats(1, 0, table[:, :WIDTH], table[:, WIDTH:], CommStats())
+    step = StepStats(1, 0, table[:, :LEDGER_WIDTH], table[:, LEDGER_WIDTH:], CommStats())
     assert step.losses[0] == 0.5
     assert math.isnan(step.losses[1])
     assert step.loss == 0.5
-    nobody = StepStats(1, 0, np.zeros((2, WIDTH)), np.zeros((2, 1)), CommStats())
+    nobody = StepStats(1, 0, np.zeros((2, LEDGER_WIDTH)), np.zeros((2, 1)), CommStats())
     assert math.isnan(nobody.loss)
     assert nobody.size == 2

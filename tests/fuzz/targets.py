@@ -24,18 +24,18 @@ from typing import Any
 import numpy as np
 
 import hvdloss
-from hvdloss.agreement import agree, agree_on_items, raise_together, together
+from hvdloss.agreement import check_consistency, check_items_consistent, raise_on_all_ranks, run_on_all_ranks
 from hvdloss.control import AdaptiveCompression, BatchShares
 from hvdloss.control.log import read, record, replay, use_logged_times
 from hvdloss.controller import Controller
 from hvdloss.data import Csv, Epoch, NumpyFiles, Parquet, Shuffled
-from hvdloss.data.stream import LaneItems
+from hvdloss.data.stream import SharedIterable
 from hvdloss.data.uneven import Uneven
 from hvdloss.errors import AgreementError, HvdlossError
 from hvdloss.explain.exchange import Told, tell
-from hvdloss.guard import compare
-from hvdloss.hearing import parsed
-from hvdloss.ledger import WIDTH, Ledger, judge, pack, unpack
+from hvdloss.guard import assert_synchronized
+from hvdloss.ledger import LEDGER_WIDTH, Ledger, check_step, pack, unpack
+from hvdloss.messages import parse_json
 from hvdloss.metrics import MAE, Metrics
 from hvdloss.metrics.collection import written
 from hvdloss.numpy_ops import NumpyOps
@@ -86,10 +86,10 @@ class Peer:
     def __init__(self, says: bytes, name: str = "") -> None:
         self.says, self.name = says, name  # in exchanges whose name ends so; in others it agrees
 
-    def sum(self, array: Any, name: str) -> Any:
+    def all_reduce(self, array: Any, name: str) -> Any:
         return np.array(array, dtype=np.float64)
 
-    def gather(self, data: bytes, name: str) -> list[bytes]:
+    def all_gather_bytes(self, data: bytes, name: str) -> list[bytes]:
         return [data, self.says if name.endswith(self.name) else data]
 
 
@@ -111,9 +111,13 @@ def file_of(data: bytes, name: str) -> Path:
 
 def ledger_table(data: bytes) -> None:
     rows = np.frombuffer(data[: len(data) // 8 * 8])
-    table = rows[: len(rows) // WIDTH * WIDTH].reshape(-1, WIDTH) if len(rows) >= WIDTH else rows
+    table = (
+        rows[: len(rows) // LEDGER_WIDTH * LEDGER_WIDTH].reshape(-1, LEDGER_WIDTH)
+        if len(rows) >= LEDGER_WIDTH
+        else rows
+    )
     ledgers = unpack(table)
-    if ledgers and judge(ledgers, 1) is None:
+    if ledgers and check_step(ledgers, 1) is None:
         for reduction in REDUCTIONS:
             json.dumps(StepReport.of(1, ledgers, reduction).as_dict())
 
@@ -157,27 +161,27 @@ def differing() -> Iterator[None]:
 
 def items_of_ranks(data: bytes) -> None:
     with differing():
-        agree_on_items(
-            Peer(data, ".items"), lambda: [("w", [1])], name="n", what="tensor", way_out="Mend it."
+        check_items_consistent(
+            Peer(data, ".items"), lambda: [("w", [1])], name="n", what="tensor", remedy="Mend it."
         )
 
 
 def agreement(data: bytes) -> None:
     with differing():
-        agree(Peer(data), PARAMETERS, lambda: [1, 2], [1, 0], {"reduction": "mean"}, name="first")
+        check_consistency(Peer(data), PARAMETERS, lambda: [1, 2], [1, 0], {"reduction": "mean"}, name="first")
 
 
 def checksums(data: bytes) -> None:
     with differing():
-        compare(Peer(data), ["w"], [1], name="checksums", when="now")
+        assert_synchronized(Peer(data), ["w"], [1], name="checksums", when="now")
 
 
 def state_of_ranks(data: bytes) -> None:
-    raise_together(Peer(data), None, "state")
+    raise_on_all_ranks(Peer(data), None, "state")
 
 
 def equal_results(data: bytes) -> None:
-    together(Peer(data), lambda: 3, "result", "results")
+    run_on_all_ranks(Peer(data), lambda: 3, "result", "results")
 
 
 def explanation(data: bytes) -> None:
@@ -196,7 +200,7 @@ def said_statistics() -> bytes:
     said: list[bytes] = []
 
     class Listening(Peer):
-        def gather(self, data: bytes, name: str) -> list[bytes]:
+        def all_gather_bytes(self, data: bytes, name: str) -> list[bytes]:
             said.append(data)
             return [data, data]
 
@@ -211,7 +215,7 @@ class _Signals:
 
     heard = (0, True)
 
-    def tell(self, more: bool, error: BaseException | None = None) -> None:
+    def send_status(self, more: bool, error: BaseException | None = None) -> None:
         pass
 
 
@@ -219,7 +223,7 @@ def kind_of_batch(data: bytes) -> None:
     """A rank without batches learns from the other one what a batch is."""
 
     class Second(Peer):
-        def gather(self, mine: bytes, name: str) -> list[bytes]:
+        def all_gather_bytes(self, mine: bytes, name: str) -> list[bytes]:
             return [mine, self.says] if name == "hvdloss.uneven.batch" else [mine, mine]
 
     loop: Uneven[Any] = Uneven(
@@ -359,7 +363,7 @@ def watch_of_hosts(data: bytes) -> None:
     """What one host's agent says to another's."""
     told = None
     with contextlib.suppress(ValueError):  # which a channel refuses
-        told = parsed(data)
+        told = parse_json(data)
     if isinstance(told, dict):
         for key, read in WATCH_OF_HOSTS.items():
             if key in told:
@@ -432,8 +436,8 @@ SHARDS = Shuffled(12, seed=3)
 
 
 def use_epoch(state: Any) -> None:
-    epoch = Epoch.of(SHARDS, state, 2)
-    assert sum(map(len, epoch.left)) <= 12
+    epoch = Epoch.from_state_dict(SHARDS, state, 2)
+    assert sum(map(len, epoch.remaining)) <= 12
 
 
 def use_transformed(state: Any) -> None:
@@ -485,8 +489,8 @@ TARGETS = (
     Target("wheel-record", wheel_record, (b'{"wheel": "x.whl", "sha256": "00", "facts": {}}',)),
     Target("measured-links", measured_links, (text(LINK), text({"results": [LINK]}))),
     Target("link-model", of_json(use_link), (text(LINK),)),
-    Target("epoch", of_json(use_epoch), (text(Epoch(SHARDS, 3).state()),)),
-    Target("items", of_json(LaneItems.after), (text(LaneItems([[2, 2]]).state()),)),
+    Target("epoch", of_json(use_epoch), (text(Epoch(SHARDS, 3).state_dict()),)),
+    Target("items", of_json(SharedIterable.from_state_dict), (text(SharedIterable([[2, 2]]).state_dict()),)),
     Target(
         "transformed", of_json(use_transformed), (b'{"version": 1, "epoch": 1, "step": 2, "loader": null}',)
     ),

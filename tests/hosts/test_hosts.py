@@ -48,7 +48,7 @@ def rank_part(folder: Path) -> None:
 
     hvd.init()
     communicator = communicator_of(hvd.global_process_set)
-    total = communicator.sum(np.array([1.0 + hvd.rank(), 0.5]), "agree")
+    total = communicator.all_reduce(np.array([1.0 + hvd.rank(), 0.5]), "agree")
     model = LinkModel(hvd.size())
     for _ in range(3):
         calibrate(communicator, model, budget_s=0.7)
@@ -73,15 +73,15 @@ def rank_part(folder: Path) -> None:
 def median_time(hvd, communicator, size: int) -> float:
     """Return the median over repeats of the smallest time over ranks."""
     array = np.zeros(size // 8)
-    communicator.sum(array, f"size.{size}")
+    communicator.all_reduce(array, f"size.{size}")
     times = []
     for _ in range(REPEATS):
         hvd.barrier()
         began = time.perf_counter()
-        communicator.sum(array, f"size.{size}")
+        communicator.all_reduce(array, f"size.{size}")
         times.append(time.perf_counter() - began)
     return statistics.median(
-        np.min([json.loads(t) for t in communicator.gather(json.dumps(times).encode(), "t")], 0)
+        np.min([json.loads(t) for t in communicator.all_gather_bytes(json.dumps(times).encode(), "t")], 0)
     )
 
 

@@ -205,10 +205,10 @@ def case_who_is_to_leave_is_known_by_name():
         model, objective, optimizer = parts()
         engine = optimizer._hvdloss
         train(model, objective, optimizer, 1)
-        assert engine.wished == ()
-        engine.leaving = lambda: hvd.rank() == 1
+        assert engine.preempted_ranks == ()
+        engine.preemption_requested = lambda: hvd.rank() == 1
         train(model, objective, optimizer, 1)
-        assert engine.wished == (1,)
+        assert engine.preempted_ranks == (1,)
 
 
 def case_a_closure_is_that_of_all_ranks():

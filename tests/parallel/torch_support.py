@@ -157,7 +157,7 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> float:
 def gathered(text: str, process_set: Any = None) -> list[str]:
     """Return every rank's text."""
     ranks = HorovodCommunicator(process_set or hvd.global_process_set)
-    return [data.decode() for data in ranks.gather(text.encode(), "gathered")]
+    return [data.decode() for data in ranks.all_gather_bytes(text.encode(), "gathered")]
 
 
 def same_on_all_ranks(value: Any, process_set: Any = None) -> None:

@@ -28,7 +28,7 @@ NEED_A_GPU = {
 }
 AS_ON_A_GPU = [name for name in case_names("torch_cuda") if name not in NEED_A_GPU]
 # One for each place that looks at values where it can.
-NONFINITE = [
+NONFINITE_COLUMNS = [
     "drop_is_the_step_of_the_other_ranks",
     "local_steps",
     "sparse_gradients",
@@ -73,7 +73,9 @@ def test_as_on_a_gpu(case: Case, request):
     case.check(request)
 
 
-@parallel_cases("torch_nonfinite", [("gloo", 2)], slow=rest("torch_nonfinite", NONFINITE), group="deferred")
+@parallel_cases(
+    "torch_nonfinite", [("gloo", 2)], slow=rest("torch_nonfinite", NONFINITE_COLUMNS), group="deferred"
+)
 def test_nonfinite(case: Case, request):
     case.check(request)
 
