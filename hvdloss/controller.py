@@ -223,7 +223,7 @@ class Controller:
             if not term.width:
                 continue
             sums = term.observe(batch)
-            vector = batch.ops.row64(list(sums)) if isinstance(sums, list | tuple) else sums
+            vector = batch.ops.stack64(list(sums)) if isinstance(sums, list | tuple) else sums
             shape = batch.ops.shape(vector)
             if len(shape) != 1 or shape[0] not in (None, term.width):
                 raise ConfigError(

@@ -114,7 +114,7 @@ def bypassed_error(step: int) -> UsageError:
     )
 
 
-def unheard_warning(name: str) -> str:
+def no_optimizer_warning(name: str) -> str:
     """Return what to say of an objective whose gradients nobody reduces, in a job of several ranks."""
     return (
         f"the objective {name!r} belongs to no optimizer: the gradient of its loss is that of this rank's "

@@ -193,7 +193,7 @@ def loss_reports(
                 f"hvd.global_losses(...)"
             )
         every = size * one.passes
-        if one.whole is not None and calls not in (0, every):
+        if one.global_loss is not None and calls not in (0, every):
             raise UsageError(
                 f"step {step}: the loss {name!r} of all ranks' elements was called {calls:.0f} times, and "
                 f"not {every}, on {size} rank(s) with backward_passes_per_step={one.passes}. Nothing was "

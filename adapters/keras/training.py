@@ -254,16 +254,18 @@ class _Begin(keras.callbacks.Callback):
         for rank, (_, problem) in enumerate(ranks):
             if problem and len(ranks) > 1:
                 raise ConfigError(f"callbacks of rank {rank}: {problem}")
-        self._check_whole()
+        self._check_global_loss()
 
-    def _check_whole(self) -> None:
+    def _check_global_loss(self) -> None:
         """Check that ranks meet in every step, if a loss needs all of them in its forward pass.
 
         Raises:
             ConfigError: they make different numbers of steps, or nobody knows how many.
         """
         losses = keras.tree.flatten(self.model.loss)
-        whole = [x._exact.name for x in losses if isinstance(x, Objective) and x._exact.whole is not None]
+        whole = [
+            x._exact.name for x in losses if isinstance(x, Objective) and x._exact.global_loss is not None
+        ]
         if whole and len(self.counts) > 1 and (None in self.counts or len(set(self.counts)) > 1):
             known = ["unknown" if count is None else count for count in self.counts]
             raise ConfigError(

@@ -23,7 +23,7 @@ from hvdloss.controller import Controller, parse_counts
 from hvdloss.errors import UsageError
 from hvdloss.ledger import COLUMN, FAULT_COLUMNS, LEDGER_WIDTH, NONFINITE_COLUMNS, Ledgers, check_step, unpack
 from hvdloss.passes import another_error, uneven_division_error, unheard_error
-from hvdloss.reduction import MEASURED
+from hvdloss.reduction import TENSOR_FIELDS
 from hvdloss.report import StepReport
 from hvdloss.report.steps import Interest, LossReport
 from hvdloss.tensorflow._backend import hvd
@@ -260,12 +260,12 @@ class Books:
         return self._variables[which]
 
     def _nothing(self) -> tf.Tensor:
-        return tf.zeros(MEASURED + _EXTRA + self.controller.width, tf.float64)
+        return tf.zeros(TENSOR_FIELDS + _EXTRA + self.controller.width, tf.float64)
 
     def announced(self, loss: tf.Tensor, row: tf.Tensor | Callable[[], tf.Tensor]) -> tf.Tensor:
         """Return `loss`; a backward pass through it enters `row`.
 
-        float64: ``MEASURED`` sums, and those of the terms.
+        float64: ``TENSOR_FIELDS`` sums, and those of the terms.
 
         A function is called for the row in the backward pass.
         """
@@ -292,7 +292,7 @@ class Books:
         """
         arrived = tf.ones((), tf.float64) if upstream is None else tf.cast(upstream, tf.float64)
         extra = [row[1] ** 2, tf.cast(arrived > 1, tf.float64), arrived]
-        parts = [row[:MEASURED], tf.stack(extra), row[MEASURED:]]
+        parts = [row[:TENSOR_FIELDS], tf.stack(extra), row[TENSOR_FIELDS:]]
         return self._of(0).assign_add(tf.concat(parts, 0))
 
     # -- what ranks tell each other ---------------------------------------------------------------
@@ -478,11 +478,11 @@ class Books:
         """
         book = self._of(0).read_value()
         self.forget()
-        self.scaled = book[MEASURED + 1] > 0
+        self.scaled = book[TENSOR_FIELDS + 1] > 0
         calls = self._several = book[_PASSES]
         n = tf.maximum(calls, 1.0)
-        self.arrived = book[MEASURED + 2] / n
-        apart = calls * book[MEASURED] - book[1] ** 2 > 1e-9 * book[1] ** 2
+        self.arrived = book[TENSOR_FIELDS + 2] / n
+        apart = calls * book[TENSOR_FIELDS] - book[1] ** 2 > 1e-9 * book[1] ** 2
         silent = tf.equal(calls, 0.0)
         one, zero = tf.ones((), tf.float64), tf.zeros((), tf.float64)
         stray = tf.where(apart if lenient else apart | silent, one, zero)
@@ -490,10 +490,10 @@ class Books:
         passes = one if lenient else tf.minimum(calls, 1.0)
         own = tf.stack(
             [book[0], denominator, book[2] / n, book[3] / n, passes, book[5], book[6], book[7], zero, stray]
-            + [zero] * (LEDGER_WIDTH - MEASURED - 2)
+            + [zero] * (LEDGER_WIDTH - TENSOR_FIELDS - 2)
         )
         # What terms tell of several calls adds up, as it does over passes.
-        return tf.concat([own, book[MEASURED + _EXTRA :]], 0) if self.controller.width else own
+        return tf.concat([own, book[TENSOR_FIELDS + _EXTRA :]], 0) if self.controller.width else own
 
     def close(
         self,

@@ -96,8 +96,8 @@ def _measure(loss: Any) -> Metric:
         return core.measure_of(loss)
     objective = _objective(loss)
     exact = _exact(objective)
-    if isinstance(exact.whole, SumsLoss):
-        return core.OfSums(exact.whole, _OPS, tf.convert_to_tensor)
+    if isinstance(exact.global_loss, SumsLoss):
+        return core.OfSums(exact.global_loss, _OPS, tf.convert_to_tensor)
     exact.check_per_element()
     return core.MeanLoss(_elements(objective), exact.reduction, exact.name)
 

@@ -13,7 +13,7 @@ from hvdloss import several
 from hvdloss.communicator import included, rank_and_size
 from hvdloss.errors import ConfigError, UsageError
 from hvdloss.ledger import LEDGER_WIDTH
-from hvdloss.reduction import MEASURED
+from hvdloss.reduction import TENSOR_FIELDS
 from hvdloss.report import StepReport
 from hvdloss.report.steps import LossReport
 from hvdloss.several import COLUMNS, gradient_factor, loss_reports, twice_error
@@ -158,7 +158,7 @@ class Objectives(several.Objectives):
             n[5],
             zero,
             stray,
-            *[zero] * (LEDGER_WIDTH - MEASURED - 2),
+            *[zero] * (LEDGER_WIDTH - TENSOR_FIELDS - 2),
         ]
         return gradients, tf.stack(row), lambda: self._keep(last)
 

@@ -93,8 +93,8 @@ def _measure(loss: Any) -> Metric:
     if isinstance(loss, Metric) or (isinstance(loss, str) and loss == "accuracy"):
         return core.measure_of(loss)
     objective = _objective(loss)
-    if isinstance(objective.whole, SumsLoss):
-        return core.OfSums(objective.whole, _OPS, torch.as_tensor)
+    if isinstance(objective.global_loss, SumsLoss):
+        return core.OfSums(objective.global_loss, _OPS, torch.as_tensor)
     objective.check_per_element()
     return core.MeanLoss(_elements(objective), objective.reduction, objective.name)
 

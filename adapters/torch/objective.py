@@ -9,7 +9,7 @@ import torch
 from hvdloss.communicator import rank_and_size
 from hvdloss.errors import ConfigError
 from hvdloss.objective import ObjectiveBase, expand_mask_axes
-from hvdloss.reduction import Contribution, contribution, weights_for
+from hvdloss.reduction import Contribution, broadcast_weights, reduce_losses
 from hvdloss.torch._backend import hvd
 from hvdloss.torch.ahead import Ahead
 from hvdloss.torch.collectives import group_of
@@ -22,7 +22,7 @@ __all__ = ["Objective"]
 _OPS = TorchOps()
 
 
-class _Gate(torch.autograd.Function):
+class _MaskGradient(torch.autograd.Function):
     """Identity whose gradient is zero at absent elements, even where it would be NaN.
 
     The mask is set after the losses are known: only then is their shape.
@@ -180,7 +180,9 @@ class Objective(ObjectiveBase[torch.Tensor]):
         Collectives: none.
         """
         with torch.no_grad():
-            return self.own_sums(_OPS, prediction, target, weight, rank_and_size(hvd, self.process_set)[0])
+            return self.local_statistics(
+                _OPS, prediction, target, weight, rank_and_size(hvd, self.process_set)[0]
+            )
 
     def total(self, sums: torch.Tensor) -> torch.Tensor:
         """Return the sum over ranks of what :meth:`sums` gave. One small all-reduce.
@@ -191,7 +193,7 @@ class Objective(ObjectiveBase[torch.Tensor]):
             for x, y, weight in micro_batches:  # all but the last under model.no_sync()
                 objective(model(x), y, weight, total=total).backward()
         """
-        sums = torch.as_tensor(sums).double() if self.ahead is not None and self.whole is None else sums
+        sums = torch.as_tensor(sums).double() if self.ahead is not None and self.global_loss is None else sums
         return group_of(self.process_set).all_reduce(sums, f"hvdloss.{self.name}.total", replicated=True)
 
     def per_element(
@@ -216,7 +218,7 @@ class Objective(ObjectiveBase[torch.Tensor]):
             found = self._elements(prediction, target, weight, rank)
             losses = _OPS.losses(found.losses)
             w = found.weight
-            return losses, _OPS.ones_like(losses) if w is None else weights_for(_OPS, w, losses, rank)
+            return losses, _OPS.ones_like(losses) if w is None else broadcast_weights(_OPS, w, losses, rank)
 
     def _read(self, loss: Callable[..., Any]) -> tuple[Callable[..., Any], Any]:
         return loss, own_reduction(loss, self.name)
@@ -227,7 +229,7 @@ class Objective(ObjectiveBase[torch.Tensor]):
             target = with_absent_targets(target, weight, self.options.ignore_index)
             absent = target == self.options.ignore_index
             losses = self._function(prediction, target)
-            own = self._own_weights(_OPS, prediction, target, _OPS.losses(losses))
+            own = self._class_weights(_OPS, prediction, target, _OPS.losses(losses))
             if not at_hand(absent) or absent.any():
                 present = (~absent).to(_OPS.losses(losses).dtype)
                 own = present if own is None else own * present
@@ -244,7 +246,7 @@ class Objective(ObjectiveBase[torch.Tensor]):
         own = found.weight
         if own is not None:
             own = own.detach().to(_OPS.losses(found.losses).dtype)
-            weight = own if weight is None else own * weights_for(_OPS, weight, own, rank)
+            weight = own if weight is None else own * broadcast_weights(_OPS, weight, own, rank)
         return Elements(found.losses, weight, found.classes)
 
     def _measure(self, prediction: Any, target: Any, weight: Any, keys: Any, total: Any) -> torch.Tensor:
@@ -254,7 +256,7 @@ class Objective(ObjectiveBase[torch.Tensor]):
                 f"not learn from them. Pass weight.detach(), or make them part of the loss: "
                 f"Objective(lambda prediction, target: ...), or a function of sums (hvdloss.losses.SumsLoss)"
             )
-        if self.whole is not None:
+        if self.global_loss is not None:
             return self._measure_whole(prediction, target, weight, keys, total)
         if total is not None and self.ahead is None:
             raise ConfigError(f"total= is for functions of sums, which {self.name} is not; leave it out")
@@ -264,13 +266,13 @@ class Objective(ObjectiveBase[torch.Tensor]):
         acting = self.controller
         may_mask = self.classes or not self.named or weight is not None or acting.has_weights
         if may_mask and isinstance(prediction, torch.Tensor) and prediction.requires_grad:
-            prediction = _Gate.apply(prediction, holder)
+            prediction = _MaskGradient.apply(prediction, holder)
         found = self._elements(prediction, target, weight, rank)
         losses, weight = found.losses, found.weight
         class_axis = min(1, given.dim() - 1) if found.classes and isinstance(given, torch.Tensor) else None
         penalty, told = None, []
         if acting.terms:
-            weight, penalty, told = self.consult(
+            weight, penalty, told = self.apply_terms(
                 _OPS,
                 prediction=prediction,
                 target=target,
@@ -282,7 +284,7 @@ class Objective(ObjectiveBase[torch.Tensor]):
                 rank=rank,
                 size=size,
             )
-        part = contribution(
+        part = reduce_losses(
             _OPS,
             losses,
             weight,
@@ -303,8 +305,8 @@ class Objective(ObjectiveBase[torch.Tensor]):
         holder: list[torch.Tensor] = []
         given = prediction
         if isinstance(prediction, torch.Tensor) and prediction.requires_grad:
-            prediction = _Gate.apply(prediction, holder)
-        part, penalty, told, weight = self.combine(
+            prediction = _MaskGradient.apply(prediction, holder)
+        part, penalty, told, weight = self.contribute_global(
             _OPS,
             group_of(self.process_set),
             _part,
@@ -316,7 +318,7 @@ class Objective(ObjectiveBase[torch.Tensor]):
             total=total,
         )
         if weight is not None and isinstance(given, torch.Tensor):
-            classes = self.whole is not None and self.whole.classes
+            classes = self.global_loss is not None and self.global_loss.classes
             self._set_gate(holder, weight, given, weight, _OPS.class_axis(given) if classes else None)
         return self._announced(part, penalty, told)
 
@@ -344,8 +346,8 @@ class Objective(ObjectiveBase[torch.Tensor]):
                 if self._listeners:
                     weight_of_pass.begin(entry[1])
                 else:
-                    self.warn_unheard(rank_and_size(hvd, self.process_set)[1])
-                self.announce(entry, gradient, graph)
+                    self.warn_without_optimizer(rank_and_size(hvd, self.process_set)[1])
+                self.notify_backward(entry, gradient, graph)
                 if call is not None:
                     call.exchange.passed(call, gradient, graph)
 

@@ -93,15 +93,15 @@ class TorchOps:
         """Tell what is finite."""
         return torch.isfinite(x)
 
-    def total(self, x: torch.Tensor) -> torch.Tensor:
+    def sum(self, x: torch.Tensor) -> torch.Tensor:
         """Sum all."""
         return x.sum()
 
-    def total64(self, x: torch.Tensor) -> torch.Tensor:
+    def sum64(self, x: torch.Tensor) -> torch.Tensor:
         """Sum all in float64."""
         return x.detach().sum(dtype=torch.float64)
 
-    def total_rows(self, x: torch.Tensor) -> torch.Tensor:
+    def sum_rows(self, x: torch.Tensor) -> torch.Tensor:
         """Sum over all axes but the first."""
         return x.sum(dim=tuple(range(1, x.dim())))
 
@@ -113,11 +113,11 @@ class TorchOps:
         """Cast."""
         return x.to(like.dtype)
 
-    def row64(self, scalars: list[torch.Tensor]) -> torch.Tensor:
+    def stack64(self, scalars: list[torch.Tensor]) -> torch.Tensor:
         """Stack."""
         return torch.stack([torch.as_tensor(s).detach().double() for s in scalars])
 
-    def join64(self, parts: list[Any]) -> torch.Tensor:
+    def concat64(self, parts: list[Any]) -> torch.Tensor:
         """Join."""
         return torch.cat([part.detach().double().reshape(-1) for part in parts])
 
@@ -125,19 +125,19 @@ class TorchOps:
         """Return zeros."""
         return torch.zeros(length, dtype=torch.float64, device=like.device)
 
-    def integers(self, x: Any) -> torch.Tensor:
+    def to_int64(self, x: Any) -> torch.Tensor:
         """Cast."""
         return torch.as_tensor(x).long()
 
-    def spread(self, x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    def expand_trailing(self, x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         """Add trailing axes and broadcast."""
         return x.to(like.device)[(...,) + (None,) * (like.dim() - x.dim())].expand_as(like)
 
-    def last_axis(self, x: torch.Tensor, axis: int) -> torch.Tensor:
+    def move_axis_last(self, x: torch.Tensor, axis: int) -> torch.Tensor:
         """Move."""
         return x.movedim(axis, -1)
 
-    def bin_of(self, x: torch.Tensor, edges: torch.Tensor) -> torch.Tensor:
+    def bucketize(self, x: torch.Tensor, edges: torch.Tensor) -> torch.Tensor:
         """Search."""
         return torch.bucketize(x.detach().double(), edges, right=True)
 
@@ -148,7 +148,7 @@ class TorchOps:
         out = torch.zeros(bins, dtype=torch.float64, device=weight.device)
         return out.index_add_(0, index.clamp(0, bins - 1).reshape(-1), weight.reshape(-1))
 
-    def class_totals(self, labels: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def class_sums(self, labels: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Add up."""
         product = labels.detach().double() * weight.detach()
         return product.reshape(-1, product.shape[-1]).sum(0)
@@ -157,11 +157,11 @@ class TorchOps:
         """Gather."""
         return table[index.clamp(0, bins - 1)]
 
-    def blend(self, labels: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    def interpolate(self, labels: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         """Blend."""
         return 1.0 + labels.detach().double() * (table - 1.0)
 
-    def mixed(self, labels: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    def label_mean(self, labels: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         """Average."""
         labels = labels.detach().double()
         total = labels.sum(-1)
@@ -188,7 +188,7 @@ class TorchOps:
         """Cast."""
         return torch.as_tensor(x).double()
 
-    def known(self, x: torch.Tensor, value: Any) -> torch.Tensor:
+    def with_value(self, x: torch.Tensor, value: Any) -> torch.Tensor:
         """Add what changes only the gradient."""
         return torch.as_tensor(value).to(x) + (x - x.detach())
 
@@ -204,11 +204,11 @@ class TorchOps:
         """Add an axis."""
         return x.unsqueeze(-1)
 
-    def at_last(self, x: torch.Tensor, index: int) -> torch.Tensor:
+    def index_last(self, x: torch.Tensor, index: int) -> torch.Tensor:
         """Pick."""
         return x[..., index]
 
-    def total_leading(self, x: torch.Tensor, keep: int) -> torch.Tensor:
+    def sum_leading(self, x: torch.Tensor, keep: int) -> torch.Tensor:
         """Sum; an empty list of axes would mean all."""
         axes = tuple(range(x.dim() - keep))
         return x.sum(dim=axes) if axes else x
@@ -261,11 +261,11 @@ class TorchOps:
         """Transpose."""
         return x.t()
 
-    def row_numbers(self, x: torch.Tensor) -> torch.Tensor:
+    def row_indices(self, x: torch.Tensor) -> torch.Tensor:
         """Count."""
         return torch.arange(len(x), device=x.device)
 
-    def stop(self, x: torch.Tensor) -> torch.Tensor:
+    def stop_gradient(self, x: torch.Tensor) -> torch.Tensor:
         """Detach."""
         return x.detach()
 

@@ -36,7 +36,7 @@ from hvdloss.ledger import (
 )
 from hvdloss.passes import alone_warning, another_error, bypassed_error, division_error, uneven_division_error
 from hvdloss.plan import Bucket, ParameterInfo, plan_buckets
-from hvdloss.reduction import MEASURED
+from hvdloss.reduction import TENSOR_FIELDS
 from hvdloss.report import StepReport
 from hvdloss.report.steps import Interest, LossReport
 from hvdloss.several import Objectives
@@ -455,7 +455,7 @@ class _Engine:
 
     # -- a backward pass --------------------------------------------------------------------------
 
-    def backward_began(self, row: torch.Tensor, gradient: torch.Tensor, graph: Any) -> None:
+    def on_backward_begin(self, row: torch.Tensor, gradient: torch.Tensor, graph: Any) -> None:
         """A backward pass goes through a call of the objective with this ledger row."""
         if not self._active:
             self._begin_backward()
@@ -467,7 +467,7 @@ class _Engine:
             self._rows.append(row)
             self._arrived.append(gradient)
 
-    def backward_of_another(self, name: str, graph: Any) -> None:
+    def on_foreign_backward(self, name: str, graph: Any) -> None:
         """A backward pass goes through another objective, and may come to this optimizer's parameters."""
         self._others.append((name, graph))
         # Whichever callback comes first: while a pass is under way, its own end looks at them.
@@ -579,7 +579,7 @@ class _Engine:
             if (
                 self.passes > 1
                 and self._losses is None
-                and (objective.reduction != "sum" or objective.whole is not None)
+                and (objective.reduction != "sum" or objective.global_loss is not None)
             ):
                 arrived = self._arrived[0]
                 self._divisions.append((arrived, scales(arrived)))
@@ -651,7 +651,7 @@ class _Engine:
         added = _ADDED if self._losses is None else _ADDED_OF_SEVERAL
         for other in rows[1:]:
             row[added] += other[added]
-            row[MEASURED:] += other[MEASURED:]
+            row[TENSOR_FIELDS:] += other[TENSOR_FIELDS:]
         self._row_sum = row if self._row_sum is None else self._row_sum + row
         self._scale_sum = self._scale_sum + scale
         if self._planned and self.passes_done == self.passes and not self._strays and not self._local:
@@ -805,8 +805,8 @@ class _Engine:
         self._own = put_on(torch.tensor(list(vars(own).values()), dtype=torch.float64), device)
         told = torch.zeros(width, dtype=torch.float64, device=device)
         if row is not None:
-            self._own[:MEASURED] = row[:MEASURED]
-            told = row[MEASURED:]
+            self._own[:TENSOR_FIELDS] = row[:TENSOR_FIELDS]
+            told = row[TENSOR_FIELDS:]
         if isinstance(bad, torch.Tensor):
             self._own[_GRADIENTS] = bad
         if self._losses is None and not moved:
@@ -1349,11 +1349,11 @@ _ALL_OF_THEM = (  # what to do with several objectives
 # Fields of a ledger row that add up over several calls in one backward pass; the others are shared.
 _ADDED = [0, 5, 6, 7]
 _ADDED_OF_SEVERAL = [0, 2, 3, 5, 6, 7]  # of several objectives: weights and elements too
-FAULTS_TOLD = slice(FAULT_COLUMNS.start, MEASURED)  # the faults that tensors tell
+FAULTS_TOLD = slice(FAULT_COLUMNS.start, TENSOR_FIELDS)  # the faults that tensors tell
 _NONFINITE = COLUMN["nonfinite_losses"]
 _GRADIENTS, _FAILED = COLUMN["nonfinite_gradients"], COLUMN["failed"]
 _FACTOR, _RESCALED = COLUMN["factor"], COLUMN["rescaled"]
-_KEPT = slice(COLUMN["micro_batches"], MEASURED)
+_KEPT = slice(COLUMN["micro_batches"], TENSOR_FIELDS)
 
 
 def _floats(*values: Any) -> list[float]:

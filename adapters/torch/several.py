@@ -370,4 +370,4 @@ def global_losses(*losses: torch.Tensor) -> tuple[torch.Tensor, ...]:
             "DistributedOptimizer(optimizer, objective={...})"
         )
     values = calls[0].exchange.values(calls)  # type: ignore[union-attr]
-    return tuple(_OPS.known(loss, value) for loss, value in zip(losses, values, strict=True))
+    return tuple(_OPS.with_value(loss, value) for loss, value in zip(losses, values, strict=True))

@@ -447,10 +447,10 @@ class ShardedSoftmax:
             "outside": ops.count(outside),
             "example": ops.first(target, outside),
             "missing": ops.count(owned & ~here),
-            "targets": ops.total64(mixed) % _HASH,
+            "targets": ops.sum64(mixed) % _HASH,
             "settings": ops.scalar64(float(self._fingerprint()), target),
         }
-        numbers = ops.row64([header[key] for key in _FIELDS])
+        numbers = ops.stack64([header[key] for key in _FIELDS])
         message = ops.concat([ops.cast_like(numbers, highest), *told], 0)
         return Part(powers, column, here, present, slope, highest, message)
 

@@ -173,22 +173,22 @@ class DataSkew(Term):
     def _per_class(self, batch: Batch, labels: Any, axis: int) -> tuple[Any, Any]:
         """Return labels of shape ``(..., classes)``, and the elements' weights, broadcast to it."""
         ops = batch.ops
-        labels = ops.last_axis(labels, axis)
+        labels = ops.move_axis_last(labels, axis)
         if ops.shape(labels)[-1] not in (None, self.bins):
             raise ConfigError(
                 f"targets with {ops.shape(labels)[-1]} classes, but DataSkew(classes={self.bins})"
             )
         weight = batch.weight
         if len(ops.shape(weight)) < len(ops.shape(labels)):
-            weight = ops.spread(weight, labels)
+            weight = ops.expand_trailing(weight, labels)
         return labels, weight
 
     def _index(self, batch: Batch, labels: Any) -> Any:
         """Return each element's bin, in the shape of the losses; classes are not yet clipped."""
         ops = batch.ops
         if self.real:
-            return ops.bin_of(labels, batch.state[1 : self.bins])
-        return ops.spread(ops.integers(labels), batch.losses)
+            return ops.bucketize(labels, batch.state[1 : self.bins])
+        return ops.expand_trailing(ops.to_int64(labels), batch.losses)
 
     def observe(self, batch: Batch) -> Any:
         """Return the batch's weighted histogram, and the sums that quantiles are estimated from."""
@@ -197,15 +197,15 @@ class DataSkew(Term):
         axis = self._soft(batch, labels)
         if axis is not None:
             labels, weight = self._per_class(batch, labels, axis)
-            return ops.join64([ops.class_totals(labels, weight), ops.zeros64(1, batch.losses)])
+            return ops.concat64([ops.class_sums(labels, weight), ops.zeros64(1, batch.losses)])
         index, weight = self._index(batch, labels), batch.weight
         if self.real:
             known = batch.state[:1]
             sketch, size = ops.quantiles(labels, weight, _POINTS)
             histogram = ops.histogram(index, weight, self.bins) * known
-            return ops.join64([histogram, sketch * size * (1.0 - known), size * (1.0 - known)])
+            return ops.concat64([histogram, sketch * size * (1.0 - known), size * (1.0 - known)])
         outside = ((index < 0) | (index >= self.bins)) & (weight != 0)
-        return ops.join64([ops.histogram(index, weight, self.bins), ops.count(outside)])
+        return ops.concat64([ops.histogram(index, weight, self.bins), ops.count(outside)])
 
     def weights(self, batch: Batch) -> Any:
         """Return the policies' factors for the elements' weights."""
@@ -217,9 +217,9 @@ class DataSkew(Term):
         if axis is None:
             found = ops.take(table, self._index(batch, labels), self.bins)
         elif self.multilabel and len(ops.shape(labels)) == len(ops.shape(batch.losses)):
-            found = ops.blend(labels, table)  # per element: the class's factor where the label is set
+            found = ops.interpolate(labels, table)  # per element: the class's factor where the label is set
         else:
-            found = ops.mixed(ops.last_axis(labels, axis), table)
+            found = ops.label_mean(ops.move_axis_last(labels, axis), table)
         return ops.cast_like(found * factor, batch.weight)
 
     # -- a step -----------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from hvdloss.communicator import OneProcess, simulate
 from hvdloss.errors import ConfigError, HvdlossError, NoWeightError
 from hvdloss.ledger import Ledger, check_step, pack, unpack
 from hvdloss.numpy_ops import NumpyOps
-from hvdloss.reduction import REDUCTIONS, contribution
+from hvdloss.reduction import REDUCTIONS, reduce_losses
 
 OPS = NumpyOps()
 
@@ -130,7 +130,7 @@ def test_simulated_ranks_with_ledgers_equal_one_process(reduction, size, seed):
         ledger = Ledger.zero()
         for part in parts[c.rank :: c.size]:
             share = 1 / len(parts)
-            row = contribution(OPS, losses[part], weights[part], reduction, share=share).row(OPS)
+            row = reduce_losses(OPS, losses[part], weights[part], reduction, share=share).row(OPS)
             ledger = ledger.merge(Ledger.of_row(row))
         ledgers = unpack(c.all_reduce(pack(ledger, c.rank, c.size), "ledgers"))
         assert check_step(ledgers, 1) is None
@@ -142,7 +142,7 @@ def test_simulated_ranks_with_ledgers_equal_one_process(reduction, size, seed):
 
     wholes = promptly(size, work)
     assert len(set(wholes)) == 1
-    alone = Ledger.of_row(contribution(OPS, losses, weights, reduction).row(OPS))
+    alone = Ledger.of_row(reduce_losses(OPS, losses, weights, reduction).row(OPS))
     scale = np.nansum(np.abs(losses) * weights) / max(alone.denominator, 1e-9)
     assert wholes[0].finish(reduction) == pytest.approx(
         alone.finish(reduction), rel=1e-12, abs=1e-12 * max(scale, 1.0)

@@ -34,7 +34,7 @@ from hvdloss.ledger import (
     pack,
     unpack,
 )
-from hvdloss.reduction import MEASURED
+from hvdloss.reduction import TENSOR_FIELDS
 
 NAMES = [field.name for field in fields(Ledger)]
 whole_numbers = st.integers(-(2**40), 2**40).map(float)
@@ -95,7 +95,7 @@ def test_a_ledger_cannot_be_changed():
         Ledger().weight = 1.0  # type: ignore[misc]
 
 
-@given(st.lists(finite, min_size=MEASURED, max_size=MEASURED), st.floats(0, 5), st.floats(0, 5))
+@given(st.lists(finite, min_size=TENSOR_FIELDS, max_size=TENSOR_FIELDS), st.floats(0, 5), st.floats(0, 5))
 def test_a_row_becomes_the_first_fields(row, strays, communication):
     ledger = Ledger.of_row(np.array(row), untracked_backwards=strays, communication=communication)
     assert astuple(ledger) == (*row, 0.0, strays, 0.0, communication, *[0.0] * 9)

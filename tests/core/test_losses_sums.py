@@ -157,7 +157,7 @@ def test_cancellation_does_not_hurt_moments():
             ["SyncPeriod", "R2", "every forward pass"],
         ),
         (lambda: Base("dice"), ["loss='dice'", "soft_dice", "cross_entropy"]),
-        (lambda: Base("mse").own_sums(OPS, 0, 0, None, 0), ["mse is no function of sums"]),
+        (lambda: Base("mse").local_statistics(OPS, 0, 0, None, 0), ["mse is no function of sums"]),
     ],
 )
 def test_what_cannot_be_is_refused(make, words):
@@ -195,7 +195,7 @@ def test_statistics_with_columns_and_without():
 def test_names_settings_and_what_is_printed():
     for name, kind in NAMED.items():
         objective = Base(name)
-        assert isinstance(objective.whole, kind)
+        assert isinstance(objective.global_loss, kind)
         json.dumps(objective.settings())
     assert Base(Tversky(0.2, 0.8)).settings() != Base(Tversky(0.2, 0.7)).settings()
     assert "alpha=0.2" in repr(Tversky(0.2, 0.8))

@@ -34,10 +34,10 @@ class Optimizer:
     def __init__(self):
         self.told = []
 
-    def backward_began(self, row, gradient, graph):
+    def on_backward_begin(self, row, gradient, graph):
         self.told.append(row)
 
-    def backward_of_another(self, name, graph):
+    def on_foreign_backward(self, name, graph):
         self.others = [*getattr(self, "others", []), name]
 
 
@@ -156,11 +156,11 @@ def test_the_base_knows_no_framework():
 
 def test_all_listeners_are_told_of_each_pass_in_order():
     objective, first, second = Objective("mse"), Optimizer(), Optimizer()
-    objective.announce("unheard")
+    objective.notify_backward("unheard")
     objective.attach(first)
-    objective.announce("a")
+    objective.notify_backward("a")
     objective.attach(second)
-    objective.announce("b")
+    objective.notify_backward("b")
     assert (first.told, second.told) == (["a", "b"], ["b"])
 
 
@@ -171,7 +171,7 @@ def test_listeners_are_held_weakly():
     told = goes.told
     del goes
     gc.collect()
-    objective.announce("a")
+    objective.notify_backward("a")
     assert (stays.told, told) == (["a"], [])
 
 
@@ -192,7 +192,7 @@ def test_attaching_declares_the_passes_per_step():
 def test_objectives_do_not_share_listeners():
     one, other, optimizer = Objective("mse"), Objective("mse"), Optimizer()
     one.attach(optimizer)
-    other.announce("a")
+    other.notify_backward("a")
     assert optimizer.told == []
 
 

@@ -30,7 +30,7 @@ class Objective(ObjectiveBase):
 def told(objective, prediction, target, losses, weight=None, keys=None, rank=0, size=1, class_axis=None):
     """Ask an objective's terms about a batch of NumPy arrays."""
     objective.controller.reset(rank, size)
-    return objective.consult(
+    return objective.apply_terms(
         OPS,
         prediction=prediction,
         target=target,

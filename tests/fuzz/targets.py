@@ -41,7 +41,7 @@ from hvdloss.metrics.collection import written
 from hvdloss.numpy_ops import NumpyOps
 from hvdloss.objective import expand_mask_axes
 from hvdloss.plan import ParameterInfo
-from hvdloss.reduction import REDUCTIONS, contribution, weights_for
+from hvdloss.reduction import REDUCTIONS, broadcast_weights, reduce_losses
 from hvdloss.report import Recorder, StepReport, TermReport
 from hvdloss.report import read as read_record
 from hvdloss.report.page import run_of, table_of_runs
@@ -130,8 +130,8 @@ def shapes(data: bytes) -> None:
     places = expand_mask_axes(a, b)
     if places is not None:
         np.broadcast_to(np.expand_dims(np.zeros(a), places), b)
-    weights_for(NumpyOps(), np.ones(a), np.zeros(b), rank=1)
-    contribution(NumpyOps(), np.zeros(b), np.ones(a), REDUCTIONS[cut % len(REDUCTIONS)])
+    broadcast_weights(NumpyOps(), np.ones(a), np.zeros(b), rank=1)
+    reduce_losses(NumpyOps(), np.zeros(b), np.ones(a), REDUCTIONS[cut % len(REDUCTIONS)])
 
 
 def metric_batch(data: bytes) -> None:
@@ -213,7 +213,7 @@ def said_statistics() -> bytes:
 class _Signals:
     """An optimizer's signals to a loop over uneven batches, of an optimizer that never steps."""
 
-    heard = (0, True)
+    sync_status = (0, True)
 
     def send_status(self, more: bool, error: BaseException | None = None) -> None:
         pass

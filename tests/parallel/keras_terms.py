@@ -123,7 +123,7 @@ class Spread(hvdloss.Term):
 
     def observe(self, batch):
         square = tf.reduce_sum(batch.prediction**2, -1)
-        return [batch.ops.total64(square * batch.weight), batch.ops.total64(batch.weight)]
+        return [batch.ops.sum64(square * batch.weight), batch.ops.sum64(batch.weight)]
 
     def penalty(self, batch):
         square = tf.reduce_sum(batch.prediction**2, -1)

@@ -175,7 +175,7 @@ class Tempered(hvdloss.Term):
 
     def observe(self, batch):
         target = tf.cast(batch.target, tf.float64)
-        return [batch.ops.total64(batch.weight * target), batch.ops.total64(batch.weight)]
+        return [batch.ops.sum64(batch.weight * target), batch.ops.sum64(batch.weight)]
 
     def weights(self, batch):
         return batch.weight

@@ -172,7 +172,7 @@ class Tempered(hvdloss.Term):
     name, unit, width, has_weights, has_penalty = "tempered", "mean target", 2, True, True
 
     def observe(self, batch):
-        return [batch.ops.total64(batch.weight * batch.target), batch.ops.total64(batch.weight)]
+        return [batch.ops.sum64(batch.weight * batch.target), batch.ops.sum64(batch.weight)]
 
     def weights(self, batch):
         return batch.weight
