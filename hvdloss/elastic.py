@@ -76,8 +76,8 @@ def runner(
         except Exception as error:
             known = failed(str(error)) if lost(error) and not isinstance(error, failed) else error
             # Horovod's own error too: ranks that still wait must know it before this one ends its watch.
-            found = watch.explained(known)
-            if (gone := watch.given_up()) is not None:
+            found = watch.root_cause(known)
+            if (gone := watch.excluded_error()) is not None:
                 raise gone from error
             if isinstance(found, failed):
                 cause = found

@@ -225,7 +225,7 @@ class _Begin(keras.callbacks.Callback):
             self.model.optimizer.build(self.model.trainable_variables)
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        watch.did(f"begun epoch {epoch + 1}")
+        watch.record_activity(f"begun epoch {epoch + 1}")
         self.last = epoch + 1 == self.params.get("epochs")
         self.done, self.training = 0, True
         if self.agreed or not self.engine.included:
@@ -474,7 +474,7 @@ def _tell(model: Any, begin: _Begin, error: Exception, read: DataError | None) -
     if over and begin.last:
         return  # nobody waits any more
     if not begin.training or over or not model.built:  # in validation, say, or a callback after the last step
-        if (told := watch.tell_error(error)) is not None:
+        if (told := watch.report_error(error)) is not None:
             raise told from error
         return
     engine.books.tell(False, read or error)

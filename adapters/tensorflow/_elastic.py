@@ -22,7 +22,7 @@ from hvdloss.training.checkpoint import state_of_bytes, state_to_bytes
 __all__ = ["elastic", "watched"]
 
 #: ``init`` and ``shutdown``, with which the watch begins and ends.
-watched = watch.begins_with(hvd, communicator_of)
+watched = watch.wrap_init(hvd, communicator_of)
 watched["init"] = init_checked(hvd, **watched)
 
 _PIECE = 1 << 27  # bytes

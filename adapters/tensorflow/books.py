@@ -63,7 +63,7 @@ def translated(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         ours = fault()
         if ours is not None:
             raise ours from None
-        why = watch.explained(error)
+        why = watch.root_cause(error)
         if why is error:
             raise
         raise why from error

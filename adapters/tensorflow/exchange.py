@@ -208,7 +208,7 @@ class Exchange:
         self.choices: dict[str, Any] = {k: v for k, v in self.tuning.as_dict().items() if k != "overlap"}
         self._eager: dict[Any, Any] = {}
         self.clock = Clock()
-        watch.follow(self.name, self.clock, group_ranks(hvd, self.process_set), inside="tensorflow")
+        watch.track(self.name, self.clock, group_ranks(hvd, self.process_set), inside="tensorflow")
         self._payload = (0, 0, 0, 0)  # of the last exchange: messages, bytes: full, as sent, in 16 bits
         self._zero: tf.Variable | None = None
         self._measured: tf.Variable | None = None

@@ -38,7 +38,7 @@ def explaining(name: str = "", process_set: Any = None) -> Iterator[None]:
         with watch.waiting(name, group_ranks(hvd, process_set)) if name else contextlib.nullcontext():
             yield
     except tf.errors.OpError as error:
-        why = watch.explained(error)
+        why = watch.root_cause(error)
         if why is error:
             raise
         raise why from error
@@ -102,7 +102,7 @@ class _Exchanges:
         operation = getattr(self._library, name)
         kind = name.removeprefix(_PREFIX)
         if any(kind.removeprefix("grouped_").startswith(one) for one in _COLLECTIVES):
-            watch.beneath(str(inspect.unwrap(operation).__globals__["__name__"]))
+            watch.called_by_blocking(str(inspect.unwrap(operation).__globals__["__name__"]))
             operation = self._named(operation, kind)
         setattr(self, name, operation)
         return operation
@@ -113,7 +113,7 @@ class _Exchanges:
             number = options.get("process_set_id", 0)
             if tf.executing_eagerly():  # names are of graphs: here Horovod goes by the operation's kind
                 ranks = ranks_of_process_set_id(hvd, number)
-                with explaining(), watch.waiting_for(kind, ranks, watch.begun(kind, ranks)):
+                with explaining(), watch.waiting_for(kind, ranks, watch.enter_exchange(kind, ranks)):
                     return _run(operation, args, options)
             what = kind if kind == "join" else f"{kind}.{options.get('name') or 'noname'}"
             if _uncounted or not _first(tf.compat.v1.get_default_graph()):
@@ -122,7 +122,7 @@ class _Exchanges:
             if (what, ranks) not in _counts:
                 _counts[what, ranks] = _Count()
             count = _counts[what, ranks]
-            watch.follow(what, count, ranks, inside="tensorflow", steps=False)
+            watch.track(what, count, ranks, inside="tensorflow", steps=False)
             count.begin([one for one in (*args, *options.values()) if tf.is_tensor(one)])
             out = operation(*args, **options)
             count.end(out)

@@ -31,7 +31,7 @@ def _others() -> int:
 
 
 #: ``init`` and ``shutdown``, with which the watch begins and ends.
-watched = watch.begins_with(hvd, communicator_of)
+watched = watch.wrap_init(hvd, communicator_of)
 watched["init"] = init_checked(hvd, **watched, others=_others)
 
 

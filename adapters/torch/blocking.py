@@ -27,7 +27,7 @@ def explaining(gone: type[Exception]) -> Iterator[None]:
     try:
         yield
     except gone as error:
-        why = watch.explained(error)
+        why = watch.root_cause(error)
         if why is error:
             raise
         raise why from error

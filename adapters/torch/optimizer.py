@@ -1002,7 +1002,7 @@ class _Engine:
         if apart:
             self._check_hooks([p for p, _ in hooked], before)
         self.step_count += 1
-        watch.stepped(self.name)
+        watch.on_step(self.name)
         self._begin_step()
         if self._losses is not None:
             self._losses.begin_step()
@@ -1103,7 +1103,7 @@ class _Engine:
                 row = _emptied(row)
         if self.objective.reduction == "sum":  # ranks weigh the same, as in a step
             weight = float(weight > 0)
-        own = self._own_row(row, stretch.strays, stretch.bad, drift_sqnorm=weight * length)
+        own = self._own_row(row, stretch.strays, stretch.bad, moved=weight * length)
         reference = self._stretch_reference or 1.0
         message = self._message.carried(None)
         table = message.write(own)

@@ -67,7 +67,7 @@ class _Launches:
             else:
                 what = f"{operation}.{name or f'noname.{handle}'}"  # as Horovod itself
             ranks = () if operation == "join" else ranks_of_process_set_id(hvd, args[at])
-            self.begun[handle] = (what, ranks, watch.begun(what, ranks))
+            self.begun[handle] = (what, ranks, watch.enter_exchange(what, ranks))
             return handle
 
         return launch

@@ -371,10 +371,10 @@ def watch_of_hosts(data: bytes) -> None:
 
 
 WATCH_OF_HOSTS: dict[str, Callable[[Any], Any]] = {
-    "exchange": Exchange.heard,
-    "found": Found.heard,
-    "summary": Summary.heard,
-    "tally": lambda told: Tally.heard(told, 1),
+    "exchange": Exchange.from_message,
+    "found": Found.from_message,
+    "summary": Summary.from_message,
+    "tally": lambda told: Tally.from_message(told, 1),
 }
 
 
@@ -383,9 +383,9 @@ def watch_message(data: bytes) -> None:
     mac = hmac.digest(hmac.digest(KEY, NONCES, "sha256"), b"m" + struct.pack("!Q", 0) + data, "sha256")
     for message in Channel(KEY, NONCES, hub=True).feed(struct.pack("!I", len(data)) + mac + data):
         if "state" in message:
-            RankState(1).hear(message["state"])
+            RankState(1).update(message["state"])
         if "fault" in message:
-            Fault.heard(message["fault"]).error()
+            Fault.from_message(message["fault"]).error()
 
 
 def checkpoint(data: bytes) -> None:
@@ -501,10 +501,10 @@ TARGETS = (
         (
             text(
                 {
-                    "exchange": Exchange("x", 3, (0, 2, 4)).told(),
-                    "found": Found((1, 2), [RankState(1)]).told(),
-                    "summary": Summary(waiting=1, exchanges={"x": (Exchange("x"), 1, 2.0)}).told(),
-                    "tally": Tally.zero(1).told(),
+                    "exchange": Exchange("x", 3, (0, 2, 4)).as_message(),
+                    "found": Found((1, 2), [RankState(1)]).as_message(),
+                    "summary": Summary(waiting=1, exchanges={"x": (Exchange("x"), 1, 2.0)}).as_message(),
+                    "tally": Tally.zero(1).as_message(),
                 }
             ),
         ),
@@ -512,7 +512,10 @@ TARGETS = (
     Target(
         "watch-message",
         watch_message,
-        (text({"state": RankState(1).told()}), text({"fault": Fault("lost", (1,), "gone").told()})),
+        (
+            text({"state": RankState(1).as_message()}),
+            text({"fault": Fault("lost", (1,), "gone").as_message()}),
+        ),
     ),
     Target("manifest", lambda data: parse_manifest(data, 1), (manifest(),)),
     Target("state-in-bytes", state_of_bytes, (state_to_bytes({"a": [1, 2.5], "w": np.arange(3.0)}),)),

@@ -233,7 +233,7 @@ def case_a_term_that_tells_nonsense_is_refused_everywhere():
         objective = hvd.Objective("cross_entropy", terms=(Nonsense(),))
         call = both(step_of(network(12), objective))[function]
         batch = list(map(tf.constant, batch_of(hvd.rank(), 1)))
-        words = ("Nonsense.close()", "one finite value")
+        words = ("Nonsense.on_step_end()", "one finite value")
         raises_everywhere(ConfigError, lambda call=call, b=batch: call(*b), *words)
         assert objective.last_step is None
 

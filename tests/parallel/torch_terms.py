@@ -229,7 +229,9 @@ def case_a_term_that_tells_nonsense_is_refused_everywhere():
     model = network(generator(12), outputs=CLASSES)
     before = flat(model.parameters())
     steps = train(objective, model, 1)
-    raises_everywhere(hvdloss.ConfigError, lambda: next(steps), "Wrong.close()", "one finite value per rank")
+    raises_everywhere(
+        hvdloss.ConfigError, lambda: next(steps), "Wrong.on_step_end()", "one finite value per rank"
+    )
     assert torch.equal(flat(model.parameters()), before)
 
 
