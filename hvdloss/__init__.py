@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from hvdloss._version import __version__
-from hvdloss.lazy import lazily
+from hvdloss.lazy import lazy_module
 
 if TYPE_CHECKING:
     from hvdloss.communicator import OneProcess, SimulatedRank, simulate
@@ -97,4 +97,4 @@ __all__ = [
     "simulate",
 ]
 
-__getattr__, __dir__ = lazily(__name__, _HOME_OF)
+__getattr__, __dir__ = lazy_module(__name__, _HOME_OF)

@@ -1,4 +1,4 @@
-"""Choices that depend on the machine and not on the mathematics: how gradients travel.
+"""Choices that depend on the machine and not on the mathematics: how gradients are sent.
 
 Each can be given as an argument or in an environment variable; otherwise a rule decides, which
 ``docs/performance.md`` gives reasons for. What was chosen, and by what, stands in the StepReport, and
@@ -43,7 +43,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Tuning:
-    """How gradients travel.
+    """How gradients are sent.
 
     Attributes:
         bucket_cap_mb: a bucket is closed when it holds this many MiB.
@@ -120,7 +120,7 @@ def choose(
 
 
 def launched(hvd: Any, environ: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """Return what the launch decided of how gradients travel, in the form of :meth:`Tuning.as_dict`.
+    """Return what the launch decided about communication, in the form of :meth:`Tuning.as_dict`.
 
     Args:
         hvd: a Horovod module, initialised.

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 import keras
-from hvdloss.checks import whole
+from hvdloss.checks import check_int
 from hvdloss.communicator import rank_and_size
 from hvdloss.data import Epoch, Sharding
 from hvdloss.errors import ConfigError, UsageError
@@ -204,7 +204,7 @@ class ShardedDataset(EpochDataset):
                     f"arrays= have {sorted(lengths)} rows, but the sharding {sharding.samples}; make the "
                     f"sharding with their length"
                 )
-        self.arrays, self.sharding, self.batch_size = arrays, sharding, whole("batch_size", batch_size, 1)
+        self.arrays, self.sharding, self.batch_size = arrays, sharding, check_int("batch_size", batch_size, 1)
         self._process_set = process_set
         self.rank, self.ranks = rank_and_size(hvd, process_set)
         self._start(Epoch(sharding, self.ranks))

@@ -11,7 +11,7 @@ import tensorflow as tf
 
 import keras
 from hvdloss.agreement import run_on_all_ranks
-from hvdloss.checks import whole
+from hvdloss.checks import check_int
 from hvdloss.communicator import Communicator, rank_and_size
 from hvdloss.data import Epoch, Source
 from hvdloss.data.stream import OpenedSource, Rules, read_batches
@@ -72,7 +72,7 @@ class StreamDataset(EpochDataset):
                 f"arrays there is ShardedDataset"
             )
         self.data, self.collate_fn = data, collate_fn
-        self.batch_size = whole("batch_size", batch_size, 1)
+        self.batch_size = check_int("batch_size", batch_size, 1)
         self._process_set = process_set
         self.rank, self.ranks = rank_and_size(hvd, process_set)
         self._opened = OpenedSource(data, sharding, self.ranks)

@@ -555,7 +555,7 @@ class Books:
 
     # -- those who follow -------------------------------------------------------------------------
 
-    def listen(self, listener: Callable[[StepReport], None]) -> None:
+    def add_listener(self, listener: Callable[[StepReport], None]) -> None:
         """Have `listener` called with the report of every step that is finished from now on.
 
         Raises:
@@ -570,7 +570,7 @@ class Books:
         self.listeners.append(listener)
         self._reads()
 
-    def unlisten(self, listener: Callable[[StepReport], None]) -> None:
+    def remove_listener(self, listener: Callable[[StepReport], None]) -> None:
         """Call `listener` no more."""
         if listener in self.listeners:
             self.listeners.remove(listener)

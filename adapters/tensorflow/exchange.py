@@ -538,7 +538,7 @@ class Exchange:
         together = [tuple(member.index for member in layout.members) for layout in layouts]
         plan = (*together, *((i,) for i, info in enumerate(infos) if info.sparse))
         travel = self._travel(gradients, plan, choosing, telling, drop)
-        self.choices = {**self.choices, **launched(hvd), "travel": travel}
+        self.choices = {**self.choices, **launched(hvd), "comm_plan": travel}
         dense = [g for g in gradients if not isinstance(g, tf.IndexedSlices)]
         # What is sparse, or of a size known only later, is not counted, as nobody knows it beforehand.
         counts = [(g.dtype, g.shape.num_elements() or 0) for g in dense]

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from hvdloss.checks import whole
+from hvdloss.checks import check_int
 from hvdloss.communicator import rank_and_size
 from hvdloss.data import Epoch, Sharding
 from hvdloss.data.uneven import empty_like
@@ -75,7 +75,7 @@ class ShardedLoader:
                 f"the data set has {length} samples, but the sharding {sharding.samples}; make the sharding "
                 f"with len(dataset)"
             )
-        self.sharding, self.batch_size = sharding, whole("batch_size", batch_size, 1)
+        self.sharding, self.batch_size = sharding, check_int("batch_size", batch_size, 1)
         self._process_set = process_set
         self.rank, self.ranks = rank_and_size(hvd, process_set)
         self.epoch = Epoch(sharding, self.ranks)

@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 from hvdloss.errors import ConfigError, RankError
-from hvdloss.extras import library
+from hvdloss.extras import optional_import
 from hvdloss.torch._backend import hvd
 from hvdloss.torch.functions import broadcast_parameters
 from hvdloss.torch.objective import Objective
@@ -46,8 +46,8 @@ __all__ = ["HorovodStrategy", "StepLog"]
 _OLD = "pytorch_lightning" in sys.modules and "lightning.pytorch" not in sys.modules
 _NAME = "pytorch_lightning" if _OLD else "lightning.pytorch"
 _FABRIC = "lightning_fabric" if _OLD else "lightning.fabric"
-_lightning = library(_NAME, "lightning", "hvdloss.torch.lightning")
-_rank_zero = library(f"{_FABRIC}.utilities.rank_zero", "lightning", "hvdloss.torch.lightning")
+_lightning = optional_import(_NAME, "lightning", "hvdloss.torch.lightning")
+_rank_zero = optional_import(f"{_FABRIC}.utilities.rank_zero", "lightning", "hvdloss.torch.lightning")
 
 
 class HorovodStrategy(_lightning.strategies.SingleDeviceStrategy):  # type: ignore[misc]

@@ -190,7 +190,7 @@ class _Engine:
         """Return the report of the last synchronised step; None before the first."""
         if self.ledgers is None:
             return None
-        choices = {**self.tuning.as_dict(), **launched(hvd), "travel": self.travel()}
+        choices = {**self.tuning.as_dict(), **launched(hvd), "comm_plan": self.travel()}
         return StepReport.of(
             self.ledger_step,
             self.ledgers,
@@ -205,13 +205,13 @@ class _Engine:
             losses=self.losses,
         )
 
-    def listen(self, listener: Callable[[StepReport], None]) -> None:
+    def add_listener(self, listener: Callable[[StepReport], None]) -> None:
         """Have `listener` called with the report of every step that begins from now on."""
         if not self.listeners:
             self._news = False
         self.listeners.append(listener)
 
-    def unlisten(self, listener: Callable[[StepReport], None]) -> None:
+    def remove_listener(self, listener: Callable[[StepReport], None]) -> None:
         """Call `listener` no more."""
         if listener in self.listeners:
             self.listeners.remove(listener)

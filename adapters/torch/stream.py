@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from hvdloss.checks import whole
+from hvdloss.checks import check_int
 from hvdloss.communicator import Communicator, rank_and_size
 from hvdloss.data import Epoch, RowGroups, Source
 from hvdloss.data.stream import LaneSchedule, OpenedSource, Rules, SharedIterable, read_batches
@@ -78,10 +78,10 @@ class StreamLoader:
         taken = [name for name in _OURS if name in options]
         if taken:
             raise ConfigError(f"{', '.join(taken)}: StreamLoader has its own; leave it out")
-        self.batch_size = whole("batch_size", batch_size, 1)
+        self.batch_size = check_int("batch_size", batch_size, 1)
         self._process_set = process_set
         self.rank, self.ranks = rank_and_size(hvd, process_set)
-        self.lanes = max(1, whole("num_workers", options.get("num_workers", 0), 0))
+        self.lanes = max(1, check_int("num_workers", options.get("num_workers", 0), 0))
         self.data = data
         self._turns: LaneSchedule | None = None  # of files
         # Steps of this epoch, items of this rank's lanes, and whether they are through.

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any, Generic
 
-from hvdloss.checks import whole
+from hvdloss.checks import check_int
 from hvdloss.data.sharding import Rule, Samples
 from hvdloss.errors import ConfigError
 
@@ -77,7 +77,7 @@ class Epoch(Generic[Samples]):
 
     def steps(self, batch_size: int) -> int:
         """Return the number of steps until all ranks are done, with at most `batch_size` samples per rank."""
-        batch_size = whole("batch_size", batch_size, 1)
+        batch_size = check_int("batch_size", batch_size, 1)
         return max(-(-len(left) // batch_size) for left in self.remaining)
 
     def batches(self, rank: int, batch_size: int) -> Iterator[Samples]:

@@ -27,9 +27,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from hvdloss.checks import whole
+from hvdloss.checks import check_int
 from hvdloss.errors import ConfigError, DataError
-from hvdloss.extras import library
+from hvdloss.extras import optional_import
 
 __all__ = ["Csv", "NumpyFiles", "Parquet", "Part", "Source"]
 
@@ -351,7 +351,7 @@ class Parquet(Source):
         use_threads: bool = True,
         filesystem: Any = None,
     ) -> None:
-        library("pyarrow", "data", "reading Parquet files")
+        optional_import("pyarrow", "data", "reading Parquet files")
         self._metadata: dict[str, Any] = {}
         self._nulls: set[str] = set()  # columns of integers and booleans that have any
         self.paths, self.use_threads = paths, use_threads
@@ -531,12 +531,12 @@ class Csv(Source):
         names: Sequence[str] | None = None,
         part_bytes: int = 16 << 20,
     ) -> None:
-        library("pyarrow", "data", "reading CSV files")
+        optional_import("pyarrow", "data", "reading CSV files")
         self.paths, self.delimiter = paths, delimiter
         self.columns = None if columns is None else list(columns)
         self.types = dict(types or {})
         self.names = None if names is None else list(names)
-        self.part_bytes = whole("part_bytes", part_bytes, 1)
+        self.part_bytes = check_int("part_bytes", part_bytes, 1)
 
     _hint = " (a line break inside a value? a value that does not fit its column's type: types={...}?)"
 
@@ -628,7 +628,7 @@ class NumpyFiles(Source):
         self.files = {name: os.fspath(file) for name, file in files.items()}
         if not self.files:
             raise ConfigError("files={} names no array")
-        self.part_rows = None if part_rows is None else whole("part_rows", part_rows, 1)
+        self.part_rows = None if part_rows is None else check_int("part_rows", part_rows, 1)
 
     def _find(self) -> list[Part]:
         self._heads: dict[str, tuple[int, Any, tuple[int, ...]]] = {}

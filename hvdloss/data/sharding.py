@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hvdloss.apportion import apportion
-from hvdloss.checks import whole
+from hvdloss.checks import check_int
 from hvdloss.errors import ConfigError
 
 __all__ = [
@@ -63,8 +63,8 @@ class Rule(ABC, Generic[Samples]):
     """
 
     def __init__(self, samples: int, *, seed: int = 0, shares: Sequence[float] | None = None) -> None:
-        self.samples = whole("samples", samples, 0)
-        self.seed = whole("seed", seed, 0)
+        self.samples = check_int("samples", samples, 0)
+        self.seed = check_int("seed", seed, 0)
         self.shares = None if shares is None else [float(share) for share in shares]
         if self.shares is not None and not (
             all(np.isfinite(share) and share >= 0 for share in self.shares) and sum(self.shares) > 0
@@ -112,7 +112,7 @@ class Rule(ABC, Generic[Samples]):
         Raises:
             ConfigError: `ranks` below 1, or `epoch` below 0.
         """
-        ranks, epoch = whole("ranks", ranks, 1), whole("epoch", epoch, 0)
+        ranks, epoch = check_int("ranks", ranks, 1), check_int("epoch", epoch, 0)
         return self.split(self.order(epoch), ranks, epoch)
 
     def settings(self) -> dict[str, Any]:
@@ -229,7 +229,7 @@ class Weighted(Strided):
         super().__init__(len(self.weights), seed=seed, shares=shares)
         possible = int((self.weights > 0).sum())
         default = self.samples if replacement else possible
-        self.draws = default if draws is None else whole("draws", draws, 0)
+        self.draws = default if draws is None else check_int("draws", draws, 0)
         if self.draws and not possible:
             raise ConfigError("weights are all 0: nothing can be drawn")
         if not replacement and self.draws > possible:

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from hvdloss.agreement import run_on_all_ranks
-from hvdloss.checks import whole
+from hvdloss.checks import check_int
 from hvdloss.communicator import Communicator
 from hvdloss.data.epoch import Epoch
 from hvdloss.data.files import Columns, Source
@@ -278,7 +278,7 @@ class SharedIterable:
         )
         if not good:
             raise ConfigError(f"state={str(state)[:200]} is no position in an iterable")
-        return cls(state["parts"], whole("epoch", state["epoch"], 0))
+        return cls(state["parts"], check_int("epoch", state["epoch"], 0))
 
 
 def _after(items: Iterator[Item], taken: Sequence[int]) -> Iterator[Item]:

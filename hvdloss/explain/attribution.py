@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hvdloss.checks import whole
+from hvdloss.checks import check_int
 from hvdloss.communicator import Communicator, OneProcess
 from hvdloss.errors import ConfigError, HvdlossError, RankError, ShapeError
 from hvdloss.explain.exchange import Told, equal_on_all, tell, text_table
@@ -294,12 +294,12 @@ class LossAttribution:
             raise ConfigError(
                 f"loss={elements!r} is no function (prediction, target, weight) -> (losses, weights)"
             )
-        self.elements, self.k = elements, whole("k", k, 0)
+        self.elements, self.k = elements, check_int("k", k, 0)
         self.reduction = check_reduction(reduction)
         self.classes: list[Label] | None = None
         self.with_classes = classes is not False
         if isinstance(classes, int) and not isinstance(classes, bool):
-            self.classes = list(range(whole("classes", classes, 1)))
+            self.classes = list(range(check_int("classes", classes, 1)))
         elif classes is not None and not isinstance(classes, bool):
             self.classes = [str(name) for name in classes]
         self.communicator: Communicator = communicator or OneProcess()

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hvdloss.checks import whole
+from hvdloss.checks import check_int
 from hvdloss.communicator import Communicator, OneProcess
 from hvdloss.errors import ConfigError, ShapeError
 from hvdloss.explain.exchange import Told, equal_on_all, tell, text_table
@@ -93,7 +93,7 @@ def groups_of(features: Any, count: int, names: list[str] | None) -> tuple[list[
             if given not in names:
                 raise ConfigError(f"features: {given!r} is none of {', '.join(names)}")
             return names.index(given)
-        number = whole("a column of features=", given, 0)
+        number = check_int("a column of features=", given, 0)
         if number >= count:
             raise ConfigError(f"features: column {number} is not one of the {count} there are")
         return number
@@ -198,12 +198,14 @@ def permutation_importance(
             raise ShapeError(f"feature_names are {len(known)}, but x has {rows.shape[1]} features")
         held.update(
             x=rows,
-            predict=predictor(predict, None if batch_size is None else whole("batch_size", batch_size, 1)),
+            predict=predictor(
+                predict, None if batch_size is None else check_int("batch_size", batch_size, 1)
+            ),
             measure=measure_of(loss),
             weight=along("weight", weight, len(rows)),
             y=along("y", y, len(rows)),
         )
-        repeats, start = whole("n_repeats", n_repeats, 1), whole("seed", seed, 0)
+        repeats, start = check_int("n_repeats", n_repeats, 1), check_int("seed", seed, 0)
         mine = ids_of(ids, len(rows))
         kind = "counted" if ids is None else {"i": "integers", "U": "strings"}[mine.dtype.kind]
         return Told(

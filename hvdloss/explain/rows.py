@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hvdloss.checks import whole
+from hvdloss.checks import check_int
 from hvdloss.communicator import Communicator
 from hvdloss.errors import ConfigError, ShapeError
 from hvdloss.explain.exchange import Told, equal_on_all, tell
@@ -100,15 +100,15 @@ def explain_rows(
         given = here if data is None else rows_of("data", data)
         held["data"] = given
         if not fixed:
-            whole("background", background, 1)
+            check_int("background", background, 1)
         elif data is not None:
             raise ConfigError("background= is an array, so data=, to draw it from, has no use; leave one out")
         elif not np.asarray(background).size:
             raise ConfigError("background= has no rows")
         ground = rows_of("background", background) if fixed else np.zeros((0, 0))
         if rows is not None:
-            whole("rows", rows, 1)
-        whole("seed", seed, 0)
+            check_int("rows", rows, 1)
+        check_int("seed", seed, 0)
         if results not in ("all", "own"):
             raise ConfigError(f'results={results!r} must be "all" or "own"')
         if data is None and data_ids is not None:

@@ -22,7 +22,7 @@ from xml.etree import ElementTree
 import numpy as np
 import numpy.typing as npt
 
-from hvdloss.extras import library
+from hvdloss.extras import optional_import
 from hvdloss.report.reading import Record
 from hvdloss.report.summary import Hardest, bins, class_table, hardest, parts_of_time, summarize
 
@@ -173,7 +173,7 @@ class Canvas:
 
 @contextmanager
 def _style(palette: dict[str, str]) -> Iterator[None]:
-    matplotlib = library("matplotlib", "report", "a report's charts")
+    matplotlib = optional_import("matplotlib", "report", "a report's charts")
     settings = {
         "svg.fonttype": "none",
         "svg.hashsalt": "hvdloss",

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from hvdloss._version import __version__
-from hvdloss.extras import library
+from hvdloss.extras import optional_import
 from hvdloss.report.charts import DARK, LIGHT, Chart, charts_of, comparison_chart
 from hvdloss.report.reading import Record
 from hvdloss.report.summary import Summary, class_table, hardest, is_number, summarize
@@ -254,21 +254,21 @@ def faults_table(record: Record) -> Table | None:
 
 
 def settings_tables(record: Record) -> list[Table]:
-    """Return settings, terms, how gradients travel, and the environment."""
+    """Return settings, terms, the communication plan, and the environment."""
     head = record.runs[-1]
-    travel: dict[str, Any] = {}
-    if record.travels:
-        last = record.travels[-1]
-        travel = {
+    comm_plan: dict[str, Any] = {}
+    if record.comm_plans:
+        last = record.comm_plans[-1]
+        comm_plan = {
             name: one.get("value") if isinstance(one, dict) else one
             for name, one in last.get("choices", {}).items()
         }
-        travel |= last.get("travel") or {}
+        comm_plan |= last.get("comm_plan") or {}
     tables = [
         ("Settings of the run", head.get("settings", {})),
         ("Objective", head.get("objective", {})),
         *((f"Term “{name}”", term) for name, term in head.get("terms", {}).items()),
-        ("How gradients travel", travel),
+        ("Communication plan", comm_plan),
         ("Environment", {"framework": head.get("framework", "–"), **head.get("environment", {})}),
     ]
     return [
@@ -505,7 +505,7 @@ def html(records: Sequence[Record]) -> str:
     Raises:
         ConfigError: jinja2 or matplotlib is missing.
     """
-    jinja2 = library("jinja2", "report", "a report's page")
+    jinja2 = optional_import("jinja2", "report", "a report's page")
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE),
         autoescape=True,
@@ -532,7 +532,7 @@ def html(records: Sequence[Record]) -> str:
 
 def _markup(text: str) -> Any:
     """Mark as safe what was made here: the style sheet, and drawings, in which matplotlib escapes."""
-    return library("markupsafe", "report", "a report's page").Markup(text)
+    return optional_import("markupsafe", "report", "a report's page").Markup(text)
 
 
 def _style() -> str:

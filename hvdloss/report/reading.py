@@ -18,7 +18,7 @@ __all__ = ["MOST_BYTES", "Record", "Tail", "read"]
 Array = npt.NDArray[np.float64]
 MOST_BYTES = 1 << 30
 _BY_KIND = {
-    **{kind: kind + "s" for kind in ("run", "step", "travel", "epoch", "decision", "fault", "end")},
+    **{kind: kind + "s" for kind in ("run", "step", "comm_plan", "epoch", "decision", "fault", "end")},
     **{kind: kind for kind in ("ranks", "classes", "hardest", "undone")},
 }
 _UNDONE = ("steps", "epochs", "decisions", "classes", "hardest")  # faults have happened
@@ -34,7 +34,7 @@ class Record:
         steps: those that were kept, in order of time; those that were undone are not among them.
         ranks: changes of the number of ranks.
         classes: weighted counts of classes by rank.
-        travels: how gradients travelled, whenever it changed.
+        comm_plans: how gradients were sent, whenever it changed.
         epochs: with their metrics.
         decisions: of the terms' policies.
         faults: what went wrong.
@@ -51,7 +51,7 @@ class Record:
     steps: list[dict[str, Any]] = field(default_factory=list)
     ranks: list[dict[str, Any]] = field(default_factory=list)
     classes: list[dict[str, Any]] = field(default_factory=list)
-    travels: list[dict[str, Any]] = field(default_factory=list)
+    comm_plans: list[dict[str, Any]] = field(default_factory=list)
     epochs: list[dict[str, Any]] = field(default_factory=list)
     decisions: list[dict[str, Any]] = field(default_factory=list)
     faults: list[dict[str, Any]] = field(default_factory=list)

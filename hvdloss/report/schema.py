@@ -165,7 +165,7 @@ KINDS: dict[str, tuple[dict[str, Check], dict[str, Check]]] = {
         {"step": _count, "term": _text, "counts": _list_of(_NUMBERS)},
         {"names": _maybe(_list_of(_text)), "edges": _maybe(_NUMBERS), "unit": _text},
     ),
-    "travel": ({"step": _count}, {"choices": _table, "travel": _maybe(_table)}),
+    "comm_plan": ({"step": _count}, {"choices": _table, "comm_plan": _maybe(_table)}),
     "epoch": ({"step": _count, "epoch": _count, "metrics": _table}, {}),
     "decision": ({"step": _count, "what": _text, "before": _any, "after": _any, "reason": _text}, {}),
     "fault": ({"step": _count, "error": _text, "ranks": _list_of(_count), "text": _text}, {}),

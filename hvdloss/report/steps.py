@@ -275,7 +275,7 @@ class StepReport:
         elements: number of elements with a weight other than zero.
         objective_value: the loss plus the priced terms.
         ranks: one :class:`RankReport` per rank; with many ranks see :class:`RankReports`.
-        choices: how gradients travelled: value and decider of every choice of
+        choices: how gradients were sent: value and decider of every choice of
             :class:`hvdloss.tuning.Tuning` and of the launch, and as ``"travel"`` the numbers of messages,
             of buckets, and of gradients that travelled alone or sparse, as this rank has them.
         terms: by name, what the objective's terms came to (:class:`TermReport`).

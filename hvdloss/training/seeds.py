@@ -7,14 +7,14 @@ import zlib
 
 import numpy as np
 
-from hvdloss.checks import whole
+from hvdloss.checks import check_int
 
 __all__ = ["generator_for", "seed_for", "seed_process"]
 
 
 def _sequence(seed: int, rank: int, epoch: int, step: int, stream: str) -> np.random.SeedSequence:
     for name, value in (("seed", seed), ("rank", rank), ("epoch", epoch), ("step", step)):
-        whole(name, value, 0)
+        check_int(name, value, 0)
     # The length parts streams whose CRC is equal; and a key of five parts is no other sequence's spawn.
     word = stream.encode()
     return np.random.SeedSequence(

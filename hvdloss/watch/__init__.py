@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hvdloss.lazy import lazily
+from hvdloss.lazy import lazy_module
 
 if TYPE_CHECKING:
     from hvdloss.watch.activity import blocking, called_by_blocking
@@ -74,7 +74,7 @@ __all__ = [
 ]
 
 # Loaded on first use: a host's agent imports its own modules from here, and nothing heavy.
-__getattr__, __dir__ = lazily(
+__getattr__, __dir__ = lazy_module(
     __name__,
     {
         **dict.fromkeys(__all__, "service"),  # but for these:

@@ -277,7 +277,7 @@ def good_record() -> bytes:
     with Recorder(path, settings={"lr": 0.1}, classes=["a", "b"]) as recorder:
         recorder.begin({"ranks": 2, "terms": {"skew": {"unit": "nats"}}, "environment": {"hosts": 1}})
         for step in (1, 2):
-            choices = {"bucket": {"value": 1, "by": "rule"}, "travel": {"messages": 1}}
+            choices = {"bucket": {"value": 1, "by": "rule"}, "comm_plan": {"messages": 1}}
             recorder.step(StepReport.of(step, ledgers, "mean", choices, {"skew": term}, nonfinite="skip"))
         recorder.decision(Decision(2, "period", 1, [2], "why"))
         recorder.epoch(metrics={"loss": 0.5, "recall": [0.5, 1.0], "confusion": [[1, 0], [1, 2]]})

@@ -169,7 +169,7 @@ def case_terms_without_a_price_or_act_change_nothing():
         )
         model.fit(dataset(mine(steps)), epochs=2, verbose=0)
         report = model.optimizer.last_step
-        found.append((model.get_weights(), report.loss, report.choices.get("travel")))
+        found.append((model.get_weights(), report.loss, report.choices.get("comm_plan")))
     same_but_for_a_message(*found)
 
 

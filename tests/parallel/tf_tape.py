@@ -194,7 +194,7 @@ def case_large_gradients_alone_and_totals_that_come_again():
                 worst = max(worst, difference(g, expected))
                 assert worst < 1e-12, (scale, where)
         travel = {"messages": 2, "buckets": 1, "alone": 1, "sparse": 0}
-        assert objective.last_step.choices["travel"] == travel
+        assert objective.last_step.choices["comm_plan"] == travel
         return {"relative error": worst}
     finally:
         del os.environ["HVDLOSS_ALONE_MB"]

@@ -309,7 +309,7 @@ def case_terms_without_a_price_or_act_change_nothing():
             for p, g in zip(net.parameters, call(*map(tf.constant, batch_of(hvd.rank(), step))), strict=True):
                 p.assign_sub(0.1 * g)
         report = objective.last_step
-        found.append(([p.numpy() for p in net.parameters], report.loss, report.choices.get("travel")))
+        found.append(([p.numpy() for p in net.parameters], report.loss, report.choices.get("comm_plan")))
         if len(found) == 2:
             same_but_for_a_message(*found)
             found.clear()

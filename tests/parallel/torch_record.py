@@ -127,7 +127,7 @@ def case_a_record_is_what_all_ranks_reported():
     assert found.steps[-1]["skipped"] == 1
     assert found.classes[-1]["counts"] == reports[-1].terms["skew"].details["counts"]
     assert found.epochs[0]["metrics"] == {"accuracy": 0.5}
-    text = json.dumps([found.runs, found.travels])
+    text = json.dumps([found.runs, found.comm_plans])
     assert str(Path.home()) not in text
     return {"bytes a step": path.stat().st_size / 6}
 

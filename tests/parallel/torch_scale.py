@@ -67,7 +67,7 @@ def case_the_steps_are_those_of_a_table():
             assert one.pop("loss") == pytest.approx(another.pop("loss"), rel=limit)
             assert one.pop("objective_value") == pytest.approx(another.pop("objective_value"), rel=limit)
             assert one == another  # weights and elements to the last bit
-        messages = [report.choices["travel"]["messages"] for report in (table, sums)]
+        messages = [report.choices["comm_plan"]["messages"] for report in (table, sums)]
         assert messages[0] == messages[1]
 
 

@@ -242,7 +242,7 @@ def case_the_flag_costs_no_message():
             optimizer.zero_grad()
             steps.append(dict(calls - before))
     assert len(steps) == max(counts)
-    travel = optimizer.last_step.choices["travel"]["messages"]
+    travel = optimizer.last_step.choices["comm_plan"]["messages"]
     assert all(step == {"allreduce_async_": travel} for step in steps[1:]), (travel, steps)
 
 

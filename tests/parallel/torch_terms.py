@@ -313,7 +313,7 @@ def case_terms_without_a_price_or_act_change_nothing():
                     objective(model(x.float()), y, w.float()).backward()
                 opt.step()
             found.append((flat(model.parameters()), opt.last_step.loss))
-            blocking = opt.last_step.choices["travel"]["messages"]
+            blocking = opt.last_step.choices["comm_plan"]["messages"]
             found[-1] += (blocking,)
         assert torch.equal(found[0][0], found[1][0])
         assert found[0][1] == found[1][1]
