@@ -20,7 +20,7 @@ from hvdloss.communicator import Communicator, communicator_for, included
 from hvdloss.errors import AgreementError, ConfigError, UsageError
 from hvdloss.keras._backend import hvd, pythonify_logs
 from hvdloss.keras.optimizer import engine_of
-from hvdloss.metrics.collection import read, written
+from hvdloss.metrics.collection import decode_states, encode_states
 from hvdloss.tensorflow.ops import communicator_of
 
 __all__ = ["merged_results", "states", "synchronized"]
@@ -156,7 +156,10 @@ def _result(metric: Any, plain: Callable[[], Any], ranks: Communicator) -> Any:
     """Return the value of all ranks' states. Collectives: a gather, two if a rank has no states."""
     own = tuple(np.asarray(v.numpy(), dtype=np.float64) for v in metric.variables)
     name = {"metric": type(metric).__name__}
-    heard = [read(data) for data in ranks.all_gather_bytes(written(name, None, [own]), "hvdloss.metric")]
+    heard = [
+        decode_states(data)
+        for data in ranks.all_gather_bytes(encode_states(name, None, [own]), "hvdloss.metric")
+    ]
     names = [head["settings"] for head, _ in heard]
     if any(one != names[0] for one in names):
         raise AgreementError(f"metrics differ between ranks: {[one[0][1] for one in names]}, in rank order")
@@ -176,5 +179,5 @@ def _result(metric: Any, plain: Callable[[], Any], ranks: Communicator) -> Any:
     found: list[Any] = []
     if ranks.rank == full[0]:
         found = [np.asarray(_finished(metric.variables, merged, plain))]
-    told = ranks.all_gather_bytes(written({}, None, [tuple(found)]), "hvdloss.metric.value")
-    return keras.ops.convert_to_tensor(read(told[full[0]])[1][0][0])
+    told = ranks.all_gather_bytes(encode_states({}, None, [tuple(found)]), "hvdloss.metric.value")
+    return keras.ops.convert_to_tensor(decode_states(told[full[0]])[1][0][0])

@@ -11,9 +11,9 @@ from hvdloss.errors import ConfigError, NonFiniteLossError, NoWeightError, Weigh
 from hvdloss.reduction import Contribution
 from hvdloss.torch._backend import hvd
 from hvdloss.torch.buckets import own_lane
-from hvdloss.torch.ops import TorchOps, at_hand, put_on
+from hvdloss.torch.ops import TorchOps, on_host, to_device_async
 from hvdloss.torch.passes import parameters_of
-from hvdloss.torch.waiting import explaining, wait
+from hvdloss.torch.waiting import raise_root_cause, wait
 
 __all__ = ["Ahead"]
 
@@ -76,7 +76,7 @@ def _check_accelerate(name: str, grad: torch.Tensor) -> None:
         ConfigError: the gradient of the loss is one over these steps.
     """
     state = sys.modules.get("accelerate.state")
-    if state is None or not state.GradientState._shared_state or not at_hand(grad):
+    if state is None or not state.GradientState._shared_state or not on_host(grad):
         return
     steps = state.GradientState().num_steps
     if steps > 1 and torch.equal(grad, torch.ones_like(grad) / steps):
@@ -131,12 +131,14 @@ class Ahead:
         row = part.row(_OPS)
         sums = torch.stack([row[1], row[5] + row[6], row[7]])
         if total is not None:
-            sums = torch.cat([put_on(torch.as_tensor(total).double().reshape(1), row.device), sums[1:]])
+            sums = torch.cat(
+                [to_device_async(torch.as_tensor(total).double().reshape(1), row.device), sums[1:]]
+            )
         ready: Callable[[], torch.Tensor] = lambda: sums  # noqa: E731
         if size > 1 and total is None:
             self._lane = self._lane or own_lane(group)
             name = f"hvdloss.{self.name}.ahead"
-            with explaining():
+            with raise_root_cause():
                 handle = hvd.allreduce_async(sums, name=name, op=hvd.Sum, process_set=self._lane)
 
             def ready() -> torch.Tensor:
@@ -150,7 +152,7 @@ class Ahead:
             if total is not None:
                 _check_accelerate(self.name, grad)
             _check_fsdp(self.name, graph, sums=self._sums)
-            if at_hand(found):
+            if on_host(found):
                 self._check(found.tolist(), "this rank" if total is not None else "some rank")
             return (1 if self._sums else size) / (
                 torch.ones_like(found[0]) if reduction == "sum" else found[0]

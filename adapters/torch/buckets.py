@@ -10,8 +10,8 @@ import torch
 from hvdloss.plan import Bucket
 from hvdloss.torch._backend import hvd
 from hvdloss.torch.compression import BF16Compressor
-from hvdloss.torch.ops import at_hand, put_on
-from hvdloss.torch.waiting import explaining, wait
+from hvdloss.torch.ops import on_host, to_device_async
+from hvdloss.torch.waiting import raise_root_cause, wait
 
 __all__ = [
     "FlatBucket",
@@ -52,7 +52,7 @@ def beyond(x: torch.Tensor, limit: float) -> Any:
         return False
     if x.is_complex():
         x = torch.view_as_real(x).view(-1)
-    if not at_hand(x):
+    if not on_host(x):
         low, high = torch.aminmax(x)
         return ~((low >= -limit) & (high <= limit))
     if x.dtype in (torch.float32, torch.float64):
@@ -255,7 +255,9 @@ class FlatBucket(_Reduction):
             self.absorb(leftover)
         self.flags.fill_(1)
         if self.written_count < len(self.views):
-            self.flags.copy_(put_on(torch.tensor(self.written, dtype=self.flags.dtype), self.flags.device))
+            self.flags.copy_(
+                to_device_async(torch.tensor(self.written, dtype=self.flags.dtype), self.flags.device)
+            )
         self.bad = beyond(self.body, wire.limit(self.body.dtype))
         self.sealed = True
 
@@ -520,7 +522,7 @@ class Wire:
         decompress = self._compression.decompress
         if wire.dtype in _WIDER:
             wire = wire.to(_WIDER[wire.dtype])
-        with explaining():
+        with raise_root_cause():
             handle = hvd.allreduce_async_(wire, name=name, op=hvd.Sum, process_set=self._process_set)
 
         def finish() -> None:
@@ -536,7 +538,7 @@ class Wire:
         piece = -(-n // size)
         padded = torch.zeros(size * piece, dtype=torch.bfloat16, device=flat.device)
         padded[:n].copy_(flat)
-        with explaining():
+        with raise_root_cause():
             handle = hvd.alltoall_async(
                 padded.view(torch.uint8), name=f"{name}.pieces", process_set=self._process_set
             )
@@ -557,6 +559,6 @@ class Wire:
         """Start gathering along the first axis, lengths may differ; the result calls for the wait."""
         if self.size == 1:
             return lambda: tensor
-        with explaining():
+        with raise_root_cause():
             handle = hvd.allgather_async(tensor, name=name, process_set=self._process_set)
         return lambda: wait(handle)

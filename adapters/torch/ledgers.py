@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from hvdloss.ledger import LEDGER_WIDTH, Ledgers, Sums, unpack
-from hvdloss.torch.ops import at_hand, put_on
+from hvdloss.torch.ops import on_host, to_device_async
 
 __all__ = ["Message"]
 
@@ -37,7 +37,7 @@ class Message:
     def write(self, row: torch.Tensor) -> torch.Tensor:
         """Return this rank's numbers of its ledger, float64 ``(LEDGER_WIDTH,)``; no device sync."""
         dtype = self.dtype or torch.float64
-        if self.sums is not None and at_hand(row):  # in a quarter of the time
+        if self.sums is not None and on_host(row):  # in a quarter of the time
             return torch.from_numpy(self.sums.pack_row(row.numpy())).to(dtype)
         if self.sums is not None:
             numbers: torch.Tensor = self.sums.write(
@@ -71,7 +71,7 @@ def _positions(sums: Sums, device: torch.device) -> torch.Tensor:
     """Return the places of digits as a tensor, made once for each device."""
     key = (sums.digits.bits, str(device))
     if key not in _made:
-        _made[key] = put_on(torch.from_numpy(sums.positions), device)
+        _made[key] = to_device_async(torch.from_numpy(sums.positions), device)
     return _made[key]
 
 

@@ -13,7 +13,7 @@ from hvdloss.reduction import Contribution, broadcast_weights, reduce_losses
 from hvdloss.torch._backend import hvd
 from hvdloss.torch.ahead import Ahead
 from hvdloss.torch.collectives import group_of
-from hvdloss.torch.ops import NAMED_LOSSES, TorchOps, at_hand, put_on
+from hvdloss.torch.ops import NAMED_LOSSES, TorchOps, on_host, to_device_async
 from hvdloss.torch.passes import multiplied, weight_of_pass
 from hvdloss.torch.reading import Elements, own_reduction, read, with_absent_targets
 
@@ -46,13 +46,13 @@ _SECOND = (
 )
 
 
-def _part(value: torch.Tensor, factor: float) -> torch.Tensor:
-    """Return the value, whose gradient is multiplied."""
+def _scale_gradient(value: torch.Tensor, factor: float) -> torch.Tensor:
+    """Return the value, with its gradient multiplied by `factor`."""
     return multiplied(value, lambda: factor, _SECOND)
 
 
 def _device(given: Any) -> torch.device:
-    """Return where a prediction of one or several tensors lies."""
+    """Return the device of a prediction of one or several tensors."""
     tensors = [given] if isinstance(given, torch.Tensor) else list(given)
     return next((x.device for x in tensors if isinstance(x, torch.Tensor)), torch.device("cpu"))
 
@@ -230,7 +230,7 @@ class Objective(ObjectiveBase[torch.Tensor]):
             absent = target == self.options.ignore_index
             losses = self._function(prediction, target)
             own = self._class_weights(_OPS, prediction, target, _OPS.losses(losses))
-            if not at_hand(absent) or absent.any():
+            if not on_host(absent) or absent.any():
                 present = (~absent).to(_OPS.losses(losses).dtype)
                 own = present if own is None else own * present
             found = Elements(losses, own, True)
@@ -257,29 +257,29 @@ class Objective(ObjectiveBase[torch.Tensor]):
                 f"Objective(lambda prediction, target: ...), or a function of sums (hvdloss.losses.SumsLoss)"
             )
         if self.global_loss is not None:
-            return self._measure_whole(prediction, target, weight, keys, total)
+            return self._measure_global(prediction, target, weight, keys, total)
         if total is not None and self.ahead is None:
             raise ConfigError(f"total= is for functions of sums, which {self.name} is not; leave it out")
         rank, size = rank_and_size(hvd, self.process_set)
         holder: list[torch.Tensor] = []
         given = prediction
-        acting = self.controller
-        may_mask = self.classes or not self.named or weight is not None or acting.has_weights
+        controller = self.controller
+        may_mask = self.classes or not self.named or weight is not None or controller.has_weights
         if may_mask and isinstance(prediction, torch.Tensor) and prediction.requires_grad:
             prediction = _MaskGradient.apply(prediction, holder)
         found = self._elements(prediction, target, weight, rank)
         losses, weight = found.losses, found.weight
         class_axis = min(1, given.dim() - 1) if found.classes and isinstance(given, torch.Tensor) else None
-        penalty, told = None, []
-        if acting.terms:
-            weight, penalty, told = self.apply_terms(
+        penalty, term_sums = None, []
+        if controller.terms:
+            weight, penalty, term_sums = self.apply_terms(
                 _OPS,
                 prediction=prediction,
                 target=target,
                 losses=losses,
                 weight=weight,
                 keys=keys,
-                state=put_on(torch.from_numpy(acting.state), losses.device),
+                state=to_device_async(torch.from_numpy(controller.state), losses.device),
                 class_axis=class_axis,
                 rank=rank,
                 size=size,
@@ -293,12 +293,12 @@ class Objective(ObjectiveBase[torch.Tensor]):
             rank=rank,
         )
         if weight is not None and isinstance(given, torch.Tensor):
-            self._set_gate(holder, losses, given, weight, class_axis)
+            self._set_mask(holder, losses, given, weight, class_axis)
         if self.ahead is not None:
             return self.ahead.loss(part, self.reduction, total)
-        return self._announced(part, penalty, told)
+        return self._notifying_loss(part, penalty, term_sums)
 
-    def _measure_whole(
+    def _measure_global(
         self, prediction: Any, target: Any, weight: Any, keys: Any, total: Any
     ) -> torch.Tensor:
         """Return a loss of all ranks' elements."""
@@ -306,27 +306,27 @@ class Objective(ObjectiveBase[torch.Tensor]):
         given = prediction
         if isinstance(prediction, torch.Tensor) and prediction.requires_grad:
             prediction = _MaskGradient.apply(prediction, holder)
-        part, penalty, told, weight = self.contribute_global(
+        part, penalty, term_sums, weight = self.contribute_global(
             _OPS,
             group_of(self.process_set),
-            _part,
+            _scale_gradient,
             prediction=prediction,
             target=target,
             weight=weight,
             keys=keys,
-            state=lambda: put_on(torch.from_numpy(self.controller.state), _device(given)),
+            state=lambda: to_device_async(torch.from_numpy(self.controller.state), _device(given)),
             total=total,
         )
         if weight is not None and isinstance(given, torch.Tensor):
             classes = self.global_loss is not None and self.global_loss.classes
-            self._set_gate(holder, weight, given, weight, _OPS.class_axis(given) if classes else None)
-        return self._announced(part, penalty, told)
+            self._set_mask(holder, weight, given, weight, _OPS.class_axis(given) if classes else None)
+        return self._notifying_loss(part, penalty, term_sums)
 
-    def _announced(self, part: Contribution, penalty: Any, told: list[Any]) -> torch.Tensor:
-        """Return the local loss, whose backward pass tells the listeners what it weighs."""
+    def _notifying_loss(self, part: Contribution, penalty: Any, term_sums: list[Any]) -> torch.Tensor:
+        """Return the local loss, whose backward pass notifies the listeners of its ledger row."""
         loss = part.mean(_OPS)
         if self.ahead is not None:  # of all ranks' elements, whose parts may be averaged as they are
-            return _part(loss, self.ahead.share()) if loss.requires_grad else loss
+            return _scale_gradient(loss, self.ahead.share()) if loss.requires_grad else loss
         call = None
         row = part.row(_OPS) if loss.requires_grad or penalty is not None else None
         if row is not None and self.exchange is not None:
@@ -336,8 +336,8 @@ class Objective(ObjectiveBase[torch.Tensor]):
             loss = loss + penalty
         if loss.requires_grad:
             assert row is not None
-            if told:
-                row = torch.cat([row, *told])
+            if term_sums:
+                row = torch.cat([row, *term_sums])
             # What the loss was made of; the loss itself would hold itself by its hook.
             graph = [] if loss.grad_fn is None else [node for node, _ in loss.grad_fn.next_functions]
 
@@ -357,21 +357,21 @@ class Objective(ObjectiveBase[torch.Tensor]):
         return loss
 
     @staticmethod
-    def _set_gate(
+    def _set_mask(
         holder: list[torch.Tensor],
         losses: torch.Tensor,
         prediction: torch.Tensor,
         weight: Any,
         class_axis: int | None,
     ) -> None:
-        """Let the gate hold back the gradient of absent elements, where the shapes tell which they are."""
+        """Mask the gradient of absent elements, where the shapes determine them."""
         axes = expand_mask_axes(tuple(losses.shape), tuple(prediction.shape), class_axis)
         if axes is None:
             return
         if isinstance(weight, int | float) and weight:
             return
         mask = torch.as_tensor(weight, device=losses.device).detach().expand_as(losses) == 0
-        if at_hand(mask) and not mask.any():
+        if on_host(mask) and not mask.any():
             return
         for axis in axes:
             mask = mask.unsqueeze(axis)

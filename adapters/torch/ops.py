@@ -1,4 +1,4 @@
-"""PyTorch's side of the core: array operations, named losses, and exchanges over Horovod."""
+"""PyTorch's part of the core: array operations, named losses, and small collectives."""
 
 from __future__ import annotations
 
@@ -14,37 +14,36 @@ from hvdloss.elements import ClassOptions
 from hvdloss.errors import second_derivative_error
 from hvdloss.objective import loss_named
 from hvdloss.torch._backend import hvd
-from hvdloss.torch.waiting import explaining, wait
+from hvdloss.torch.waiting import raise_root_cause, wait
 from torch.utils._pytree import tree_leaves
 
 __all__ = [
-    "AT_HAND",
+    "HOST_DEVICES",
     "NAMED_LOSSES",
     "HorovodCommunicator",
     "TorchOps",
     "as_array",
-    "at_hand",
     "communicator_of",
-    "put_on",
+    "on_host",
+    "to_device_async",
 ]
 
 _NO_OPTIONS = ClassOptions()
 
-#: Kinds of devices whose values can be read at once. Without "cpu", what is for GPUs is done on the CPU's
-#: tensors, which is how it is tested where there is no GPU.
-AT_HAND = {"cpu"}
+#: Types of devices whose values can be read without a device sync. Tests remove "cpu" to run the code for
+#: GPUs on CPU tensors.
+HOST_DEVICES = {"cpu"}
 
 
-def at_hand(x: torch.Tensor) -> bool:
-    """Return whether values of `x` can be looked at without waiting for a device."""
-    return x.device.type in AT_HAND
+def on_host(x: torch.Tensor) -> bool:
+    """Return whether values of `x` can be read without waiting for a device."""
+    return x.device.type in HOST_DEVICES
 
 
-def put_on(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Return a tensor of the CPU on `device`, without waiting for it.
+def to_device_async(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy a CPU tensor to `device` without waiting for it.
 
-    From ordinary memory a copy waits for all that the device still has to compute, from pinned memory it
-    is one more thing in its queue.
+    A copy from pageable memory waits for the device's queue; one from pinned memory is queued.
     """
     if device.type != "cuda":
         return tensor.to(device)
@@ -215,7 +214,7 @@ class TorchOps:
 
     def vector64(self, values: list[float], like: torch.Tensor) -> torch.Tensor:
         """Make a tensor."""
-        return put_on(torch.tensor(values, dtype=torch.float64), like.device)
+        return to_device_async(torch.tensor(values, dtype=torch.float64), like.device)
 
     def one_hot(self, index: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         """Compare, which bears indices outside."""
@@ -311,7 +310,9 @@ def _cross_entropy(
     weights = None
     if options.class_weight is not None and (options.label_smoothing or not by_index):
         # Of each class's part of the loss; the weight of the element itself is divided out again.
-        weights = put_on(torch.tensor(options.class_weight, dtype=prediction.dtype), prediction.device)
+        weights = to_device_async(
+            torch.tensor(options.class_weight, dtype=prediction.dtype), prediction.device
+        )
     losses = F.cross_entropy(
         prediction, target, weights, reduction="none", label_smoothing=options.label_smoothing, **more
     )
@@ -359,13 +360,13 @@ class HorovodCommunicator:
 
     @property
     def size(self) -> int:
-        """How many ranks the process set has."""
+        """Number of ranks in the process set."""
         return self._process_set.size()
 
     def all_reduce(self, array: np.ndarray, name: str) -> np.ndarray:
         """Sum over ranks; one all-reduce."""
         tensor = torch.from_numpy(np.array(array, dtype=np.float64))
-        with explaining():
+        with raise_root_cause():
             handle = hvd.allreduce_async(tensor, name=name, op=hvd.Sum, process_set=self._process_set)
         return wait(handle, name, self._process_set).numpy()
 
@@ -374,7 +375,7 @@ class HorovodCommunicator:
         mine = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0).byte()
 
         def gathered(tensor: torch.Tensor, what: str) -> np.ndarray:
-            with explaining():
+            with raise_root_cause():
                 handle = hvd.allgather_async(tensor, name=f"{name}.{what}", process_set=self._process_set)
             return wait(handle, name, self._process_set).numpy()
 
@@ -385,7 +386,7 @@ class HorovodCommunicator:
 
 
 def as_array(value: Any) -> Any:
-    """Return a tensor as a NumPy array, floats in at least 32 bits; what is no tensor, as it is."""
+    """Return a tensor as a NumPy array, floats in at least 32 bits; anything else unchanged."""
     if not isinstance(value, torch.Tensor):
         return value
     value = value.detach().cpu()
@@ -393,5 +394,5 @@ def as_array(value: Any) -> Any:
 
 
 def communicator_of(process_set: Any) -> Communicator:
-    """Return the exchange of small arrays among the ranks of a process set; one rank needs no Horovod."""
+    """Return the communicator of a process set; one rank needs no Horovod."""
     return HorovodCommunicator(process_set) if process_set.size() > 1 else OneProcess()

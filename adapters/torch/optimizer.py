@@ -59,7 +59,7 @@ from hvdloss.torch.hooks import adopt, hooks_of, same
 from hvdloss.torch.ledgers import Message
 from hvdloss.torch.local import Stretch, share_memory
 from hvdloss.torch.objective import Objective
-from hvdloss.torch.ops import at_hand, communicator_of, put_on
+from hvdloss.torch.ops import communicator_of, on_host, to_device_async
 from hvdloss.torch.passes import (
     divided,
     division,
@@ -605,7 +605,7 @@ class _Engine:
             scale = self._rows[0][1]
             if self.objective.reduction != "sum":
                 scale = scale / self._reference
-            self._scale = float(scale) if at_hand(scale) else scale
+            self._scale = float(scale) if on_host(scale) else scale
         return self._scale
 
     def _end_backward(self) -> None:
@@ -759,13 +759,13 @@ class _Engine:
         there = torch.tensor([float(lone.there) for lone in self.lone], dtype=torch.float64)
         message = self._message
         if self.carrier is None:
-            self._table = torch.cat([message.write(own), put_on(there, own.device)])
+            self._table = torch.cat([message.write(own), to_device_async(there, own.device)])
             self._table_ready = self._plain_wire.send(self._table, f"{self.name}.ledger")
             return
         self._table = tail = self.carrier.tail
         tail[: message.length] = message.write(own)
         if len(there):
-            tail[message.length :] = put_on(there, tail.device)
+            tail[message.length :] = to_device_async(there, tail.device)
         self._table_ready = self.carrier.drain
 
     def _device(self) -> torch.device:
@@ -802,7 +802,7 @@ class _Engine:
             rows_requested=float(bool(self.listeners) or self.interest.on),
         )
         device, width = self._device(), self.controller.width
-        self._own = put_on(torch.tensor(list(vars(own).values()), dtype=torch.float64), device)
+        self._own = to_device_async(torch.tensor(list(vars(own).values()), dtype=torch.float64), device)
         told = torch.zeros(width, dtype=torch.float64, device=device)
         if row is not None:
             self._own[:TENSOR_FIELDS] = row[:TENSOR_FIELDS]
@@ -1362,7 +1362,9 @@ def _floats(*values: Any) -> list[float]:
         return [float(value) for value in values]
     parts = [torch.as_tensor(value, dtype=torch.float64).reshape(-1) for value in values]
     device = next((part.device for part in parts if part.device.type != "cpu"), parts[0].device)
-    return torch.cat([part if part.device == device else put_on(part, device) for part in parts]).tolist()
+    return torch.cat(
+        [part if part.device == device else to_device_async(part, device) for part in parts]
+    ).tolist()
 
 
 def _gradient_kind(p: torch.nn.Parameter) -> str:

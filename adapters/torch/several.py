@@ -33,7 +33,7 @@ from hvdloss.several import (
 )
 from hvdloss.torch.buckets import Wire
 from hvdloss.torch.compression import Compression
-from hvdloss.torch.ops import TorchOps, communicator_of, put_on
+from hvdloss.torch.ops import TorchOps, communicator_of, to_device_async
 from hvdloss.torch.passes import multiplied, parameters_of, scale_of_pass
 
 __all__ = ["Call", "LossExchange", "global_losses"]
@@ -199,7 +199,7 @@ class LossExchange:
             )
             self._agreed = True
         plain = [0.0 if isinstance(n, torch.Tensor) else n for n in numbers]
-        self._sums = put_on(torch.tensor(plain, dtype=torch.float64), self._device())
+        self._sums = to_device_async(torch.tensor(plain, dtype=torch.float64), self._device())
         for place, number in enumerate(numbers):
             if isinstance(number, torch.Tensor):
                 self._sums[place] = number

@@ -34,7 +34,7 @@ from hvdloss.losses.shards import (
 )
 from hvdloss.torch._backend import hvd
 from hvdloss.torch.collectives import all_gather, copy_to_ranks
-from hvdloss.torch.ops import TorchOps, at_hand
+from hvdloss.torch.ops import TorchOps, on_host
 
 __all__ = [
     "ArcFace",
@@ -92,7 +92,7 @@ class TorchRowOps(TorchOps):
 
     def rows_or_zero(self, x: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
         """Fill in place, if there is anything to fill."""
-        if at_hand(present) and bool(present.all()):
+        if on_host(present) and bool(present.all()):
             return x
         return x.masked_fill_(~present[:, None], 0)
 

@@ -13,11 +13,11 @@ from hvdloss.communicator import group_ranks, ranks_of_process_set_id
 from hvdloss.torch import blocking
 from hvdloss.torch._backend import hvd
 
-__all__ = ["explaining", "wait"]
+__all__ = ["raise_root_cause", "wait"]
 
 _PREFIX = "horovod_torch_"
 
-explaining = functools.partial(blocking.explaining, hvd.HorovodInternalError)
+raise_root_cause = functools.partial(blocking.raise_root_cause, hvd.HorovodInternalError)
 
 
 def wait(handle: int, name: str = "", process_set: Any = None) -> Any:
@@ -84,8 +84,8 @@ def _observe() -> None:
         begun = launches.begun.pop(handle, None)
         if begun is not None and not hvd.poll(handle):
             with watch.waiting_for(*begun):
-                blocking.until(functools.partial(hvd.poll, handle))
-        with explaining():
+                blocking.block_until(functools.partial(hvd.poll, handle))
+        with raise_root_cause():
             return plain(handle)
 
     for name, module in list(sys.modules.items()):

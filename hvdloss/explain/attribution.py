@@ -16,7 +16,7 @@ import numpy.typing as npt
 from hvdloss.checks import check_int
 from hvdloss.communicator import Communicator, OneProcess
 from hvdloss.errors import ConfigError, HvdlossError, RankError, ShapeError
-from hvdloss.explain.exchange import Told, equal_on_all, tell, text_table
+from hvdloss.explain.exchange import RankMessage, exchange_messages, require_equal, text_table
 from hvdloss.explain.measures import Array, Elements, effective
 from hvdloss.reduction import check_reduction
 
@@ -410,15 +410,18 @@ class LossAttribution:
         Collectives: one gather: some 24 bytes per label and 100 per sample kept.
         """
 
-        def mine() -> Told:
+        def mine() -> RankMessage:
             if self._fault is not None:
                 raise self._fault
             settings = [self.k, self.reduction, self.classes]
-            return Told({**self.state.note(), "ids": self._ids, "settings": settings})
+            return RankMessage({**self.state.note(), "ids": self._ids, "settings": settings})
 
-        told = [one.note for one in tell(self.communicator, "hvdloss.attribution", "loss attribution", mine)]
-        equal_on_all("LossAttribution's k, reduction and classes", [note["settings"] for note in told])
-        equal_on_all("the kind of ids=", [note["ids"] for note in told], but=None)
+        told = [
+            one.note
+            for one in exchange_messages(self.communicator, "hvdloss.attribution", "loss attribution", mine)
+        ]
+        require_equal("LossAttribution's k, reduction and classes", [note["settings"] for note in told])
+        require_equal("the kind of ids=", [note["ids"] for note in told], but=None)
         whole_state, offset = Attribution(self.k), 0
         owners: list[_Sums] = []
         for rank, note in enumerate(told):

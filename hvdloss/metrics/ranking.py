@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hvdloss.metrics.base import Array, Elements, State, choice, whole_number
+from hvdloss.checks import check_int
+from hvdloss.metrics.base import Array, Elements, State, check_choice
 from hvdloss.metrics.classification import Classes, probabilities
 from hvdloss.numpy_ops import NumpyOps
 
@@ -88,9 +89,9 @@ class _Ranking(Classes):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        choice("average", self.average, ("macro", "weighted", "micro", None))
+        check_choice("average", self.average, ("macro", "weighted", "micro", None))
         if self.bins is not None:
-            whole_number("bins", self.bins, 2)
+            check_int("bins", self.bins, 2)
 
     def key(self) -> Hashable:
         """Return what AUC and average precision share."""

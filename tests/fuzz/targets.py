@@ -32,12 +32,12 @@ from hvdloss.data import Csv, Epoch, NumpyFiles, Parquet, Shuffled
 from hvdloss.data.stream import SharedIterable
 from hvdloss.data.uneven import Uneven
 from hvdloss.errors import AgreementError, HvdlossError
-from hvdloss.explain.exchange import Told, tell
+from hvdloss.explain.exchange import RankMessage, exchange_messages
 from hvdloss.guard import assert_synchronized
 from hvdloss.ledger import LEDGER_WIDTH, Ledger, check_step, pack, unpack
 from hvdloss.messages import parse_json
 from hvdloss.metrics import MAE, Metrics
-from hvdloss.metrics.collection import written
+from hvdloss.metrics.collection import encode_states
 from hvdloss.numpy_ops import NumpyOps
 from hvdloss.objective import expand_mask_axes
 from hvdloss.plan import ParameterInfo
@@ -185,7 +185,7 @@ def equal_results(data: bytes) -> None:
 
 
 def explanation(data: bytes) -> None:
-    tell(Peer(data), "told", "explaining", lambda: Told({"rows": 3}, x=np.arange(3.0)))
+    exchange_messages(Peer(data), "told", "explaining", lambda: RankMessage({"rows": 3}, x=np.arange(3.0)))
 
 
 def statistics(data: bytes) -> None:
@@ -469,8 +469,10 @@ TARGETS = (
     Target("state-of-ranks", state_of_ranks, (b'["", "", null]', b'["DataError", "gone", null]')),
     Target("equal-results", equal_results, (b'["", "", 3]',)),
     Target("value", lambda data: merged_value(Peer(data), 1.0, 2.0), (b'["1.5", "2.0", null]',)),
-    Target("explanation", explanation, (b"+" + Told({"rows": 2}, x=np.arange(2.0)).pack(), b'-["X","y"]')),
-    Target("statistics", statistics, (said_statistics(), written({}, None, []))),
+    Target(
+        "explanation", explanation, (b"+" + RankMessage({"rows": 2}, x=np.arange(2.0)).pack(), b'-["X","y"]')
+    ),
+    Target("statistics", statistics, (said_statistics(), encode_states({}, None, []))),
     Target(
         "kind-of-batch",
         kind_of_batch,

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 import hvdloss.torch as hvd
 from hvdloss.benchmarks.common import device_of
-from hvdloss.torch.ops import AT_HAND, HorovodCommunicator
+from hvdloss.torch.ops import HOST_DEVICES, HorovodCommunicator
 from hvdloss.world import set_name_base
 
 
@@ -30,7 +30,7 @@ def _device() -> torch.device:
     """Return where this rank's models and batches lie. Called before Horovod, and NCCL, have begun."""
     kind = os.environ.get("HVDLOSS_TEST_DEVICE", "cpu")
     if kind == "deferred":
-        AT_HAND.clear()
+        HOST_DEVICES.clear()
         kind = "cpu"
     if kind == "cuda":  # convolutions would round to 10 bits otherwise
         torch.backends.cudnn.allow_tf32 = False

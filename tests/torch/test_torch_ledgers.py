@@ -10,7 +10,7 @@ import torch
 
 from hvdloss.ledger import LEDGER_WIDTH
 from hvdloss.torch.ledgers import Message
-from hvdloss.torch.ops import AT_HAND
+from hvdloss.torch.ops import HOST_DEVICES
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, None])
@@ -24,7 +24,7 @@ def test_a_device_writes_what_the_cpu_writes(dtype, size, sums, monkeypatch):
     )
     written = message.write(row)
     assert len(written) == message.length
-    monkeypatch.setattr("hvdloss.torch.ops.AT_HAND", AT_HAND - {"cpu"})
+    monkeypatch.setattr("hvdloss.torch.ops.AT_HAND", HOST_DEVICES - {"cpu"})
     elsewhere = message.write(row)
     assert elsewhere.dtype == written.dtype
     assert torch.equal(elsewhere, written)

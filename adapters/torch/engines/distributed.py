@@ -309,10 +309,10 @@ def synchronize(handle: Any) -> Any:
     """
     if isinstance(handle, list):
         return [synchronize(one) for one in handle]
-    with blocking.explaining(HorovodInternalError):
+    with blocking.raise_root_cause(HorovodInternalError):
         if not handle.done():
             with watch.waiting_for(*handle.noted):
-                blocking.until(handle.done)
+                blocking.block_until(handle.done)
         if handle.error is not None:
             raise handle.error
     return handle.result
