@@ -532,7 +532,7 @@ class Exchange:
             backwards,
             bucket_bytes=self.tuning.bucket_bytes,
             first_bytes=self.tuning.first_bytes,
-            alone_bytes=self.tuning.alone_bytes,
+            unbucketed_bytes=self.tuning.unbucketed_bytes,
             groups=groups,
         )
         together = [tuple(member.index for member in layout.members) for layout in layouts]
@@ -582,7 +582,7 @@ class Exchange:
         return {
             "messages": len(plan) + sparse + apart + (self._ahead(gradients) and not drop),
             "buckets": buckets,
-            "alone": len(plan) - buckets - sparse,
+            "unbucketed": len(plan) - buckets - sparse,
             "sparse": sparse,
         }
 

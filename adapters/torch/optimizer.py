@@ -1204,7 +1204,7 @@ class _Engine:
             [position[i] for i in agreed.order if i in position],
             bucket_bytes=self.tuning.bucket_bytes,
             first_bytes=self.tuning.first_bytes,
-            alone_bytes=self.tuning.alone_bytes,
+            unbucketed_bytes=self.tuning.unbucketed_bytes,
             groups=groups,
         )
         self._lay_out(layouts, members)
@@ -1235,13 +1235,13 @@ class _Engine:
         carriers = [
             n
             for n, layout in enumerate(layouts)
-            if not layout.alone and self.wire.is_exact(members[layout.members[0].index].dtype)
+            if not layout.unbucketed and self.wire.is_exact(members[layout.members[0].index].dtype)
         ]
-        alone = sum(layout.alone for layout in layouts)
+        alone = sum(layout.unbucketed for layout in layouts)
         self.buckets = []
         for n, layout in enumerate(layouts):
             name = f"{self.name}.bucket.{n}"
-            if layout.alone:
+            if layout.unbucketed:
                 self.lone.append(LoneGradient(layout, members, name))
                 self.buckets.append(self.lone[-1])
             elif carriers and n == carriers[-1]:
@@ -1287,7 +1287,7 @@ class _Engine:
             + bool(self.controller.width)
             + 2 * (self._losses is not None),
             "buckets": len(self.buckets) - len(self.lone),
-            "alone": len(self.lone),
+            "unbucketed": len(self.lone),
             "sparse": len(self.sparse),
         }
 

@@ -110,7 +110,7 @@ def case_nobody_waits_for_the_device():
     on_a_gpu()
     most = 0
     for alone in ("4", "0.5"):
-        os.environ["HVDLOSS_ALONE_MB"] = alone
+        os.environ["HVDLOSS_UNBUCKETED_MB"] = alone
         for kind, weight_of in WEIGHTS.items():
             for passes, terms in ((1, ()), (2, ()), (1, (hvdloss.CommunicationCost(),))):
                 model = wide()

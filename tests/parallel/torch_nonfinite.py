@@ -115,7 +115,7 @@ def trials(policy, seed, passes=(1, 2)):
     """Trials of several kinds, each with the function that makes its steps."""
     for p in passes:
         for alone in ("4", "0.0001"):  # in a bucket, and each gradient by itself
-            os.environ["HVDLOSS_ALONE_MB"] = alone
+            os.environ["HVDLOSS_UNBUCKETED_MB"] = alone
             for first in (False, True):  # nothing is planned yet, or it is
                 g = generator(seed)
                 trial = Trial(network(g), passes=p, nonfinite=policy)

@@ -48,7 +48,7 @@ def before_case(number: int) -> None:
 
     On three ranks nearly every gradient travels by itself, elsewhere in buckets: both ways see all cases.
     """
-    os.environ["HVDLOSS_ALONE_MB"] = "0.0001" if hvd.size() == 3 else "4"
+    os.environ["HVDLOSS_UNBUCKETED_MB"] = "0.0001" if hvd.size() == 3 else "4"
     set_name_base(1000 * (number + 1))
 
 

@@ -297,7 +297,7 @@ def case_robust_rank_weights():
 def case_terms_without_a_price_or_act_change_nothing():
     # Horovod fuses what comes together, and three ranks' sums round by their place in the message: one
     # bucket makes training the same from run to run.
-    os.environ["HVDLOSS_ALONE_MB"] = "inf"
+    os.environ["HVDLOSS_UNBUCKETED_MB"] = "inf"
     for period in ((), (SyncPeriod(1),)):
         found = []
         for terms in ((), (hvdloss.CommunicationCost(policies=period), hvdloss.DataSkew(classes=CLASSES))):
@@ -778,7 +778,7 @@ def case_batch_shares_follow_speed():
 def case_decisions_can_be_made_again_from_the_log():
     """A run that follows the log of another takes its decisions, and ends at its very parameters."""
 
-    os.environ["HVDLOSS_ALONE_MB"] = "inf"  # else Horovod's fusion, and so rounding, depends on timing
+    os.environ["HVDLOSS_UNBUCKETED_MB"] = "inf"  # else Horovod's fusion, and so rounding, depends on timing
 
     def run(path, following, pause=0.0):
         shares = BatchShares(8 * hvd.size(), every=3, gain=0.05)

@@ -146,7 +146,7 @@ WEIGHTS = {
 @pytest.mark.parametrize("passes", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nothing_is_read_before_the_ledgers(unread, monkeypatch, weight, alone, passes, dtype):
-    monkeypatch.setenv("HVDLOSS_ALONE_MB", alone)
+    monkeypatch.setenv("HVDLOSS_UNBUCKETED_MB", alone)
     for terms in ((), (hvdloss.CommunicationCost(), hvdloss.DataSkew(bins=4))):
         sizes = [5, 512, 512, 1]
         layers = [torch.nn.Linear(a, b) for a, b in itertools.pairwise(sizes)]
