@@ -329,7 +329,7 @@ def check_items_consistent(
         if error is not None:
             raise error
         return
-    ranks = decode_all(communicator.all_gather_bytes(data, f"{name}.told"), what, _is_failure)
+    ranks = decode_all(communicator.all_gather_bytes(data, f"{name}.failure"), what, _is_failure)
     if any(kind for kind, _ in ranks):
         raise_on_all_ranks(communicator, error, f"{name}.failed", what)
     lists = decode_all(communicator.all_gather_bytes(text, f"{name}.items"), what, _is_items)

@@ -232,7 +232,7 @@ def simulate(size: int, work: Callable[[SimulatedRank], Result]) -> list[Result]
     for thread in threads:
         thread.join()
     if errors:
-        # A rank released from a broken barrier only tells that another one failed.
+        # A rank released from a broken barrier only shows that another one failed.
         causes = [e for e in errors if not isinstance(e[1], threading.BrokenBarrierError)]
         rank, error = min(causes or errors, key=lambda one: one[0])
         if hasattr(error, "add_note"):

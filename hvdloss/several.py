@@ -120,7 +120,7 @@ class Objectives(Mapping[str, Any]):
             one.passes = value
 
     def attach(self, listener: Listener[Any], passes: int = 1) -> None:
-        """Have `listener` told of each backward pass through one of them."""
+        """Notify `listener` of each backward pass through one of them."""
         for one in self._named.values():
             one.attach(listener, passes)
 
@@ -130,7 +130,7 @@ class Objectives(Mapping[str, Any]):
             one.detach(listener)
 
     def listeners(self) -> list[Listener[Any]]:
-        """Return the optimizers that are told of a backward pass through any of them."""
+        """Return the optimizers that are notified of a backward pass through any of them."""
         every = [listener for one in self._named.values() for listener in one.listeners()]
         return list({id(listener): listener for listener in every}.values())
 

@@ -194,7 +194,7 @@ class ObjectState:
                 setattr(self, name, copy.deepcopy(saved))
 
     def commit(self) -> None:
-        """Save; no other rank is there to be heard of."""
+        """Save; there are no other ranks."""
         self.save()
 
     def sync(self) -> None:

@@ -24,7 +24,7 @@ VARIABLES = {
     "HVDLOSS_BUCKET_CAP_MB": "a bucket of gradients is closed when it holds so many MiB",
     "HVDLOSS_FIRST_BUCKET_MB": "the same for the first bucket of a step",
     "HVDLOSS_UNBUCKETED_MB": "a gradient of this many MiB is reduced in place, without a bucket; inf: none",
-    "HVDLOSS_TABLE_RANKS": "up to this number of ranks all ledgers are exchanged in every step; with more their sums",
+    "HVDLOSS_TABLE_RANKS": "up to this many ranks all ledgers are exchanged in every step; else their sums",
     "HVDLOSS_OVERLAP": "1: buckets are reduced during the backward pass; 0: after it",
 }
 

@@ -17,7 +17,7 @@ from hvdloss.launch import init_checked
 from hvdloss.tensorflow._backend import hvd
 from hvdloss.tensorflow.checkpoint import from_array, memory_of, remember, settle, to_array
 from hvdloss.tensorflow.ops import communicator_of
-from hvdloss.training.checkpoint import state_of_bytes, state_to_bytes
+from hvdloss.training.checkpoint import state_from_bytes, state_to_bytes
 
 __all__ = ["elastic", "watched"]
 
@@ -121,7 +121,7 @@ def _states(base: type) -> type:
         def sync(self) -> None:
             """Go on from rank 0's last commit. Collectives: gathers of it."""
             told = _from_first(state_to_bytes(self._kept), "hvdloss.elastic")
-            self._kept = state_of_bytes(told)
+            self._kept = state_from_bytes(told)
             self._give(same_ranks=False)
             super().sync()
 

@@ -39,7 +39,7 @@ class _Late(torch.autograd.Function):
 
 
 def _check_fsdp(name: str, graph: Any, *, sums: bool) -> None:
-    """Refuse gradients that FSDP2 reduces otherwise than the objective was told.
+    """Refuse gradients that FSDP2 reduces differently from the objective's settings.
 
     Args:
         name: of the objective.

@@ -18,7 +18,7 @@ from hvdloss.torch._backend import hvd
 from hvdloss.torch.checkpoint import from_array, to_array
 from hvdloss.torch.ops import communicator_of
 from hvdloss.torch.waiting import wait
-from hvdloss.training.tree import put_together, take_apart
+from hvdloss.training.tree import flatten_tree, unflatten_tree
 
 __all__ = [
     "Source",
@@ -50,7 +50,7 @@ class Source:
         self.here = self.rank == self.root
         self.communicator = communicator_of(self.group)
 
-    def tell(self, text: bytes, name: str) -> bytes:
+    def broadcast_bytes(self, text: bytes, name: str) -> bytes:
         """Return the root's bytes. Collectives: one gather."""
         return self.communicator.all_gather_bytes(text if self.here else b"", name)[self.root]
 
@@ -162,12 +162,12 @@ def broadcast_parameters(params: Any, root_rank: int = 0, process_set: Any = Non
     pairs = _pairs(params)
 
     def described() -> list[tuple[str, Any]]:
-        told = [_described(name, t) for name, t in pairs]
+        descriptions = [_described(name, t) for name, t in pairs]
         first: dict[Any, str] = {}  # name of each memory: what is tied on one rank only is another model
-        for (name, value), (_, t) in zip(told, pairs, strict=True):
+        for (name, value), (_, t) in zip(descriptions, pairs, strict=True):
             if t.numel():
                 value.append(first.setdefault((t.data_ptr(), t.device), name))
-        return [("root_rank", root_rank), *told]
+        return [("root_rank", root_rank), *descriptions]
 
     if source.size == 1:
         described()
@@ -201,19 +201,19 @@ def state_from(tree: Any, source: Source, name: str) -> Any:
     held: list[Any] = []
 
     def apart() -> None:
-        held.extend(take_apart(tree, to_array, name=name) if source.here else (None, {}))
+        held.extend(flatten_tree(tree, to_array, name=name) if source.here else (None, {}))
 
     run_on_all_ranks(source.communicator, apart, f"{name}.state", name)
     structure, arrays = held
     kinds = [[key, array.dtype.str, list(array.shape)] for key, array in arrays.items()]
-    told = source.tell(json.dumps([structure, kinds]).encode(), name)
+    header = source.broadcast_bytes(json.dumps([structure, kinds]).encode(), name)
     with decode_errors("state", source.root):
-        structure, kinds = parse_json(told)
+        structure, kinds = parse_json(header)
         received = {
             key: arrays[key] if source.here else np.empty(shape, dtype) for key, dtype, shape in kinds
         }
     source.send((torch.from_numpy(a.reshape(-1).view(np.uint8)) for a in received.values() if a.size), name)
-    return tree if source.here else put_together(structure, received, from_array)
+    return tree if source.here else unflatten_tree(structure, received, from_array)
 
 
 def _moved(value: Any, device: torch.device) -> Any:
@@ -289,10 +289,10 @@ def broadcast_optimizer_state(
     if source.here:
         return
     # The dicts stay the same objects: schedulers, and the optimizer that was wrapped, hold them.
-    for group, told in zip(groups, options, strict=True):
-        for key in [key for key in group if key != "params" and key not in told]:
+    for group, given in zip(groups, options, strict=True):
+        for key in [key for key in group if key != "params" and key not in given]:
             del group[key]
-        for key, value in told.items():
+        for key, value in given.items():
             mine = group.get(key)  # a learning rate may be a tensor
             group[key] = _moved(value, mine.device) if isinstance(mine, torch.Tensor) else value
     stays = {(i, key) for i, key in on_cpu}

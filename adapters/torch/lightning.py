@@ -210,13 +210,13 @@ class HorovodStrategy(_lightning.strategies.SingleDeviceStrategy):  # type: igno
             text = json.dumps(obj, default=str)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"only plain values are broadcast, no {type(obj).__name__}: {error}") from error
-        told = communicator_of(hvd.global_process_set).all_gather_bytes(
+        texts = communicator_of(hvd.global_process_set).all_gather_bytes(
             text.encode(), "hvdloss.lightning.broadcast"
         )
         if hvd.rank() == src:
             return obj
         try:
-            return json.loads(told[src])
+            return json.loads(texts[src])
         except ValueError as error:
             raise RankError(f"rank {src} broadcast what is no JSON: {error}") from error
 
@@ -226,11 +226,11 @@ class HorovodStrategy(_lightning.strategies.SingleDeviceStrategy):  # type: igno
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
         """Return whether all ranks say so, or any: to stop early, say."""
-        told = communicator_of(hvd.global_process_set).all_gather_bytes(
+        texts = communicator_of(hvd.global_process_set).all_gather_bytes(
             bytes([bool(decision)]), "hvdloss.lightning.decision"
         )
-        count = sum(one == b"\x01" for one in told)
-        return count == len(told) if all else count > 0
+        count = sum(one == b"\x01" for one in texts)
+        return count == len(texts) if all else count > 0
 
 
 def _step_once(optimizer: Any, closure: Callable[[], Any] | None = None) -> Any:

@@ -19,7 +19,7 @@ from hvdloss.messages import decode_errors
 from hvdloss.torch._backend import hvd
 from hvdloss.torch.checkpoint import from_array, to_array
 from hvdloss.torch.ops import as_array, communicator_of
-from hvdloss.training.checkpoint import state_of_bytes, state_to_bytes
+from hvdloss.training.checkpoint import state_from_bytes, state_to_bytes
 from hvdloss.world import next_name_index
 
 __all__ = ["Metrics", "synchronized"]
@@ -44,7 +44,7 @@ class Metrics(core.Metrics):
         process_set: the ranks; None for all.
 
     Raises:
-        ConfigError: no metric. What :meth:`compute` raises is told there.
+        ConfigError: not a metric. For errors of :meth:`compute` see there.
 
     Collectives: none here; :meth:`compute` makes one gather for all metrics.
     """
@@ -107,21 +107,21 @@ class _Ranks(NamedTuple):
         ]
         communicator = communicator_of(self.process_set)
         texts = communicator.all_gather_bytes(state_to_bytes(mine, to_array, name="metric"), "hvdloss.metric")
-        told = []
+        copies = []
         for rank, text in enumerate(texts):
             with decode_errors("state of a metric", rank):
-                which, updates, state, late = state_of_bytes(text, from_array)
+                which, updates, state, late = state_from_bytes(text, from_array)
                 if not (isinstance(updates, int) and isinstance(state, dict) and isinstance(late, dict)):
                     raise ValueError("of another form")
-                told.append((which, updates, state, late))
-        which = [one[0] for one in told]
+                copies.append((which, updates, state, late))
+        which = [one[0] for one in copies]
         if apart := mismatched_ranks(which):
             raise AgreementError(
                 f"compute(): ranks compute different metrics: rank {apart[0]} has "
                 f"{which[apart[0]]}; rank 0 has {which[0]}. Make, synchronize and compute metrics in the "
                 f"same order on every rank."
             )
-        updated = [one for one in told if one[1]]
+        updated = [one for one in copies if one[1]]
         for name, value in updated[0][3].items() if updated and not metric._update_count else ():
             setattr(metric, name, _received(value, metric.device))
         return [one[2] for one in updated] or [mine[2]]

@@ -30,8 +30,8 @@ class Preemption(core.Preemption):
                 leaving.leave()
 
     Args:
-        optimizer: from :func:`DistributedOptimizer` with an objective, in whose ledgers ranks tell; None to
-            tell in a small all-reduce in every call.
+        optimizer: from :func:`DistributedOptimizer` with an objective, whose ledgers carry it. None for
+            a small all-reduce in every call.
         process_set: the ranks, without an optimizer; None for all.
         options: ``signals``, ``status``: see :class:`hvdloss.training.preemption.Preemption`.
 
@@ -40,7 +40,7 @@ class Preemption(core.Preemption):
         UsageError: this is not the main thread.
 
     Collectives: none with an optimizer; else one all-reduce of a number in every call, and of one
-        per rank where a rank was told.
+        per rank where a rank received a signal.
     """
 
     def __init__(self, optimizer: Any = None, *, process_set: Any = None, **options: Any) -> None:
@@ -48,7 +48,7 @@ class Preemption(core.Preemption):
         if optimizer is not None and engine is None:
             raise ConfigError(
                 f"optimizer={type(optimizer).__name__} is not from hvdloss.torch.DistributedOptimizer with "
-                f"an objective; leave it out to have ranks tell each other in a message of their own"
+                f"an objective; leave it out for a message of its own"
             )
         group = process_set if engine is None else engine.process_set
         ranks = functools.partial(communicator_for, hvd, communicator_of, group)

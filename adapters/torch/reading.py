@@ -1,7 +1,7 @@
 """What a loss of PyTorch says of its elements: modules, functions, and functions that call those.
 
 PyTorch's losses divide a mean by more than the number of entries: by the class weights of the targets,
-without those ignored. Their ``reduction="none"`` does not tell. So a loss runs under a mode that sees each
+without those ignored. Their ``reduction="none"`` does not show it. So a loss runs under a mode that sees each
 call of a loss function of ``torch.nn.functional``, from wherever it comes, and keeps its elements and their
 weights; if the loss returns what such a call gave, they are the objective's.
 """

@@ -54,7 +54,7 @@ _CHUNK = 2**20  # entries of a weight that are drawn, or travel to a checkpoint,
 class TorchRowOps(TorchOps):
     """:class:`hvdloss.losses.shards.RowOps` for PyTorch."""
 
-    def copied(self, x: torch.Tensor, factor: float) -> torch.Tensor:
+    def scaled_copy(self, x: torch.Tensor, factor: float) -> torch.Tensor:
         """Multiply."""
         wide = self.losses(x)
         return wide * factor if wide is x else wide.mul_(factor)
@@ -63,49 +63,49 @@ class TorchRowOps(TorchOps):
         """Find."""
         return x.amax(-1)
 
-    def row_total(self, x: torch.Tensor) -> torch.Tensor:
+    def row_sum(self, x: torch.Tensor) -> torch.Tensor:
         """Sum."""
         return x.sum(-1)
 
-    def pick(self, x: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
+    def gather_columns(self, x: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
         """Gather."""
         return x.gather(1, column[:, None])[:, 0]
 
-    def replaced(
+    def scatter_columns(
         self, x: torch.Tensor, column: torch.Tensor, where: torch.Tensor, value: torch.Tensor
     ) -> torch.Tensor:
         """Scatter in place; nobody waits for a device to learn where."""
-        value = torch.where(where, value, self.pick(x, column))
+        value = torch.where(where, value, self.gather_columns(x, column))
         return x.scatter_(1, column[:, None], value[:, None])
 
-    def less_rows(self, x: torch.Tensor, row: torch.Tensor, own: bool) -> torch.Tensor:
+    def subtract_rows(self, x: torch.Tensor, row: torch.Tensor, own: bool) -> torch.Tensor:
         """Subtract."""
         return x.sub_(row[:, None]) if own else torch.sub(x, row[:, None])
 
-    def times_rows(self, x: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+    def scale_rows(self, x: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
         """Multiply in place."""
         return x.mul_(row[:, None])
 
-    def exp_over(self, x: torch.Tensor) -> torch.Tensor:
+    def exp_inplace(self, x: torch.Tensor) -> torch.Tensor:
         """Compute in place."""
         return x.exp_()
 
-    def rows_or_zero(self, x: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
+    def mask_rows(self, x: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
         """Fill in place, if there is anything to fill."""
         if on_host(present) and bool(present.all()):
             return x
         return x.masked_fill_(~present[:, None], 0)
 
-    def position(self, columns: torch.Tensor, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def find_columns(self, columns: torch.Tensor, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Search."""
         at = torch.searchsorted(columns, index).clamp(max=len(columns) - 1)
         return at, columns[at] == index
 
-    def places(self, x: torch.Tensor) -> torch.Tensor:
+    def element_indices(self, x: torch.Tensor) -> torch.Tensor:
         """Count."""
         return torch.arange(len(x), device=x.device)
 
-    def first(self, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+    def first_where(self, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
         """Find, without asking a device."""
         if not len(x):
             return self.scalar64(0.0, x)

@@ -132,13 +132,15 @@ class StreamLoader:
             reached = copy.copy(self._turns.epoch)
             reached.advance(self._turns.consumed(given))
             return self._of_files(reached.state_dict())
-        told = json.dumps([over, taken]).encode()
-        heard = decode_all(
-            self._communicator().all_gather_bytes(told, "hvdloss.stream.position"), "position", _is_position
+        message = json.dumps([over, taken]).encode()
+        positions = decode_all(
+            self._communicator().all_gather_bytes(message, "hvdloss.stream.position"),
+            "position",
+            _is_position,
         )
-        if all(over for over, _ in heard):
+        if all(over for over, _ in positions):
             return SharedIterable(epoch=self._items.number + 1).state_dict()
-        return self._items.state_dict([count for _, taken in heard for count in taken])
+        return self._items.state_dict([count for _, taken in positions for count in taken])
 
     def _of_files(self, state: dict[str, Any]) -> dict[str, Any]:
         return state if self._opened is None else self._opened.with_fingerprint(state)
@@ -155,7 +157,7 @@ class StreamLoader:
         """Go on from a position, with whatever number of ranks and workers there is now.
 
         A loop that is under way is over with it. Where this rank could not open its files the position is
-        left alone: the next loop tells all ranks why.
+        left alone: the next loop raises the reason on all ranks.
 
         Raises:
             ConfigError: no position, or one of other files or another sharding; nothing is changed then.
@@ -195,9 +197,9 @@ class StreamLoader:
             self._begin(SharedIterable(epoch=self._items.number + 1))
         elif any(self._taken):
             raise UsageError(
-                "the loop over this StreamLoader was left before its end, and where ranks stand is told by "
-                "them all: call loader.load_state_dict(loader.state_dict()) on every rank to go on with the "
-                "rest of the epoch"
+                "the loop over this StreamLoader was left before its end, and only all ranks together "
+                "know the position: call loader.load_state_dict(loader.state_dict()) on every rank to "
+                "continue with the rest of the epoch"
             )
 
     # -- batches ----------------------------------------------------------------------------------
@@ -245,12 +247,12 @@ class StreamLoader:
             turns = self._turns
             self._lane.begin(self.start_state())
             batches = iter(self._loader)
-            for told in batches:
+            for received in batches:
                 if self._running is not this:
                     raise UsageError("a position was loaded in the middle of this loop; begin another one")
-                if told is None:  # a lane that is through, while others are not
+                if received is None:  # a lane that is done, while others are not
                     continue
-                lane, count, batch = told
+                lane, count, batch = received
                 self._given += 1
                 self._taken[lane] += count
                 yield batch
@@ -315,8 +317,8 @@ class _Lane(IterableDataset[Any]):
             yield None  # DataLoader asks workers in turns only while all give something
 
 
-def _is_position(told: Any) -> bool:
-    over, taken = told
+def _is_position(message: Any) -> bool:
+    over, taken = message
     return isinstance(over, bool | int) and all(isinstance(count, int) and count >= 0 for count in taken)
 
 

@@ -2,7 +2,7 @@
 
 A model says how long ranks compute (:class:`ComputeModel`), how long sums over them take
 (:class:`NetworkModel`) and how the loss falls (:class:`LossModel`). :func:`simulate_training` makes of
-that, exchange by exchange, the table of ledgers that real ranks would have told each other, hands it to
+that, exchange by exchange, the table of ledgers that real ranks would have exchanged, passes it to
 the controller that real ranks run (:class:`hvdloss.controller.Controller`), and does what that decides:
 the shares of the batch, the synchronisation period, compression. Nothing that decides is written twice.
 
@@ -556,7 +556,7 @@ class _Run:
         )
         self.planned = False  # whether the optimizers have laid out what travels together
         self.compressed = False
-        self.told = np.zeros((2, plan.ranks))  # communication and computation of the exchange before
+        self.times = np.zeros((2, plan.ranks))  # communication and computation of the exchange before
         self.together = 0.0
         self.effective = 0.0
         self.exchanges = 0
@@ -566,9 +566,9 @@ class _Run:
         self.periods: list[int] = []
         self.sums = _Sums(0, 0.0, 0.0, np.zeros(plan.ranks), np.zeros(plan.ranks))
         self.half = self.begun = self.sums.copy()
-        self._begin_stretch()
+        self._start_local_steps()
 
-    def _begin_stretch(self) -> None:
+    def _start_local_steps(self) -> None:
         self.taken = 0
         self.computed = np.zeros(self.plan.ranks)
         self.seen = np.zeros(self.plan.ranks)
@@ -618,7 +618,7 @@ class _Run:
         return self.period.slowdown(period, self.plan.loss.drift)
 
     def _exchange(self, step: int, parameters: bool) -> None:
-        """Sum over ranks, tell the controller, and begin anew."""
+        """Sum over ranks, notify the controller, and start over."""
         plan, network, ranks = self.plan, self.plan.network, self.plan.ranks
         comm_stats, more = self._comm_stats(parameters)
         whole = network.draw(comm_stats.bytes + more, comm_stats.messages, ranks, self.of_network)
@@ -634,8 +634,8 @@ class _Run:
             ("weight", self.seen),
             ("elements", self.seen),
             ("micro_batches", self.taken),
-            ("communication", self.told[0]),
-            ("computation", self.told[1]),
+            ("communication", self.times[0]),
+            ("computation", self.times[1]),
             ("mean_update_sqnorm", self.together),
         ):
             table[:, COLUMN[name]] = values
@@ -645,8 +645,8 @@ class _Run:
             self.together = 1.0
         self.controller.on_step_end(step, table, comm_stats)
 
-        self.told[0] = slowest - self.computed + exposed
-        self.told[1] = self.computed
+        self.times[0] = slowest - self.computed + exposed
+        self.times[1] = self.computed
         wall = slowest + exposed
         self.step_seconds += [wall / self.taken] * self.taken
         self.periods += [self.taken] * self.taken
@@ -658,10 +658,10 @@ class _Run:
         sums.computing += self.computed
         if self.half is self.begun and plan.steps // 2 <= step < plan.steps:
             self.half = sums.copy()
-        self._begin_stretch()
+        self._start_local_steps()
 
     def _comm_stats(self, parameters: bool) -> tuple[CommStats, float]:
-        """Return how the exchange travels, as the adapters tell it, and the bytes that they do not count."""
+        """Return the statistics of the exchange, as adapters report it, and the bytes they leave out."""
         ranks, full = self.plan.ranks, self.plan.bytes
         sent = full / 2 if self.compressed else full
         apart = 8.0 * ranks * LEDGER_WIDTH  # the ledgers, in a message of their own

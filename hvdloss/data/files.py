@@ -70,7 +70,7 @@ class Part:
 
 
 class _Found(NamedTuple):
-    """A file, and the folder below which the names of folders (``year=2026``) tell of its rows."""
+    """A file, and the folder below which folder names (``year=2026``) are columns of its rows."""
 
     file: str
     base: str
@@ -233,9 +233,9 @@ class Source(ABC):
 
     def fingerprint(self) -> str:
         """Return what is equal for the same files: names, parts, rows and columns, not their contents."""
-        told = [[os.path.basename(part.file), part.rows, *part.place] for part in self.parts]
+        parts = [[os.path.basename(part.file), part.rows, *part.place] for part in self.parts]
         kinds = {name: [str(c.dtype), list(c.shape[1:])] for name, c in self.empty().items()}
-        return hashlib.sha256(json.dumps([told, kinds]).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps([parts, kinds]).encode()).hexdigest()[:16]
 
     def _note(self, file: str) -> None:
         """Note a file as it is now."""
@@ -396,15 +396,15 @@ class Parquet(Source):
         for base in {one.base for one in found}:
             files = [one.file for one in found if one.base == base]
             inside = [file.removeprefix(base).rpartition("/")[0] for file in files]
-            told = {folder.partition("=")[0] for one in inside for folder in one.split("/") if "=" in folder}
-            if not told:
+            keys = {folder.partition("=")[0] for one in inside for folder in one.split("/") if "=" in folder}
+            if not keys:
                 continue
             with self._of(files[0]):
                 with self._opened(files[0]) as opened:
-                    twice = sorted(told & set(opened.schema_arrow.names))
+                    twice = sorted(keys & set(opened.schema_arrow.names))
                 if twice:
                     raise DataError(
-                        f"{files[0]}: has the columns {twice}, which the names of its folders tell as well; "
+                        f"{files[0]}: has the columns {twice}, which the names of its folders have as well; "
                         f"name the folders otherwise, or write the files without these columns"
                     )
                 whole = dataset.dataset(

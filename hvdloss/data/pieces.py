@@ -69,7 +69,7 @@ class RowGroups(Rule[Pieces]):
     with small row groups.
 
     Args:
-        rows: of each part, as ``source.rows`` tells (:mod:`hvdloss.data.files`).
+        rows: of each part, as in ``source.rows`` (:mod:`hvdloss.data.files`).
         shuffle: draw the order of the parts, and of the rows in each, anew every epoch; else as they lie.
         whole: give out whole parts only.
         seed, shares: see :class:`hvdloss.data.sharding.Rule`.

@@ -107,7 +107,7 @@ class Uneven(Generic[Batch]):
                 if idle > signals.patience:
                     raise UsageError(
                         f"{idle} batches were given after this rank's own were used up, and the optimizer "
-                        f"made no step: whether other ranks have more is told in its steps. Call "
+                        f"made no step: whether other ranks have more is exchanged in its steps. Call "
                         f"optimizer.step() in the loop over hvd.uneven(...)"
                     )
         finally:

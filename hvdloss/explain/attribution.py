@@ -348,7 +348,7 @@ class LossAttribution:
         groups: npt.ArrayLike | Mapping[str, npt.ArrayLike] | None = None,
         labels: npt.ArrayLike | None = None,
     ) -> None:
-        """Add a batch whose prediction is made here, so that what that raises is told to all ranks too.
+        """Add a batch whose prediction is made here, so that its exceptions are raised on all ranks too.
 
         Args:
             predict: returns the prediction.
@@ -397,7 +397,7 @@ class LossAttribution:
         self.state = self.state.merge(Attribution.of(self.k, weighted, weights, known, found))
 
     def _labels(self, target: Any, shape: tuple[int, ...]) -> npt.NDArray[Any] | None:
-        """Return the classes that targets tell, if any."""
+        """Return the classes in the targets, if any."""
         return class_labels(target, shape)
 
     def compute(self) -> AttributionReport:
@@ -416,15 +416,15 @@ class LossAttribution:
             settings = [self.k, self.reduction, self.classes]
             return RankMessage({**self.state.note(), "ids": self._ids, "settings": settings})
 
-        told = [
+        notes = [
             one.note
             for one in exchange_messages(self.communicator, "hvdloss.attribution", "loss attribution", mine)
         ]
-        require_equal("LossAttribution's k, reduction and classes", [note["settings"] for note in told])
-        require_equal("the kind of ids=", [note["ids"] for note in told], but=None)
+        require_equal("LossAttribution's k, reduction and classes", [note["settings"] for note in notes])
+        require_equal("the kind of ids=", [note["ids"] for note in notes], but=None)
         whole_state, offset = Attribution(self.k), 0
         owners: list[_Sums] = []
-        for rank, note in enumerate(told):
+        for rank, note in enumerate(notes):
             for one in note["samples"]:
                 one["rank"] = rank
                 if note["ids"] == "counted":
@@ -501,7 +501,7 @@ def _order(item: tuple[Label, Any]) -> tuple[int, Label]:
 
 
 def class_labels(target: Any, shape: tuple[int, ...]) -> npt.NDArray[Any] | None:
-    """Return class numbers that targets tell: integers, of the losses' shape; else None."""
+    """Return the class numbers in the targets: integers, of the losses' shape; else None."""
     try:
         t = np.asarray(target)
     except Exception:  # a structure of tensors: no classes

@@ -219,8 +219,8 @@ def permutation_importance(
             ids=mine,
         )
 
-    told = exchange_messages(ranks, f"{name}.head", "permutation importance", begin)
-    notes = [one.note for one in told]
+    messages = exchange_messages(ranks, f"{name}.head", "permutation importance", begin)
+    notes = [one.note for one in messages]
     require_equal("[n_repeats, seed, loss, greater_is_better]", [one["settings"] for one in notes])
     require_equal("the number of features of x", [one["features"] for one in notes], but=None)
     found = require_equal("features=, or their names,", [one["groups"] for one in notes], but=None)
@@ -230,23 +230,23 @@ def permutation_importance(
     if not total:
         raise ConfigError("x has no rows on any rank: nothing can be permuted")
     labels, groups = found
-    counted = not any(len(one["ids"]) for one in told)
-    place = np.arange(total) if counted else where_of([one["ids"] for one in told])
+    counted = not any(len(one["ids"]) for one in messages)
+    place = np.arange(total) if counted else where_of([one["ids"] for one in messages])
     start = sum(counts[: ranks.rank])
     rows: npt.NDArray[Any] = held["x"]
 
     def as_they_are() -> RankMessage:
         return _states([judged(rows)], rows[:, groups[0]] if len(rows) else np.zeros((0, 0)))
 
-    told = exchange_messages(ranks, name, "judging the rows as they are", as_they_are)
+    messages = exchange_messages(ranks, name, "judging the rows as they are", as_they_are)
     mine = place[start : start + len(rows)]
     taken = shuffles(total, n_repeats, seed, mine)
     order = np.argsort(place)
     measure = held["measure"]
 
-    def value(told: Sequence[RankMessage], repeat: int) -> float:
+    def value(messages: Sequence[RankMessage], repeat: int) -> float:
         whole_state: State = measure.zero()
-        for one in told:
+        for one in messages:
             whole_state = measure.merge(whole_state, _state(one, repeat))
         found = measure.finish(whole_state) if whole_state else float("nan")
         found = getattr(found, "value", found)  # of an Estimate
@@ -254,12 +254,12 @@ def permutation_importance(
             raise ConfigError(f"loss={measure!r} is no single number; choose a metric that is, or an average")
         return float(found)
 
-    baseline = value(told, 0)
+    baseline = value(messages, 0)
     sign = -1.0 if direction(measure, greater_is_better) else 1.0
     importances = np.empty((len(groups), n_repeats))
     shuffled = rows.copy()
     for number, group in enumerate(groups):
-        values = np.concatenate([one["columns"] for one, has in zip(told, counts, strict=True) if has])
+        values = np.concatenate([one["columns"] for one, has in zip(messages, counts, strict=True) if has])
         values = values[order]
 
         def permuted(number: int = number, group: list[int] = group, values: Any = values) -> RankMessage:
@@ -275,20 +275,20 @@ def permutation_importance(
                 columns = np.zeros((0, 0))
             return _states(states, columns)
 
-        told = exchange_messages(ranks, name, f"permuting {labels[number]!r}", permuted)
-        importances[number] = [sign * (value(told, repeat) - baseline) for repeat in range(n_repeats)]
+        messages = exchange_messages(ranks, name, f"permuting {labels[number]!r}", permuted)
+        importances[number] = [sign * (value(messages, repeat) - baseline) for repeat in range(n_repeats)]
     return PermutationImportance(list(labels), importances, baseline, name_of(measure), total)
 
 
 def _states(states: Sequence[State], columns: npt.NDArray[Any]) -> RankMessage:
-    """Return statistics of several repeats, and a feature's values, to be told."""
+    """Return statistics of several repeats, and a feature's values, to be sent."""
     arrays = {
         f"s{repeat}.{part}": array for repeat, state in enumerate(states) for part, array in enumerate(state)
     }
     return RankMessage({"parts": [len(state) for state in states]}, columns=columns, **arrays)
 
 
-def _state(told: RankMessage, repeat: int) -> State:
+def _state(messages: RankMessage, repeat: int) -> State:
     """Return a rank's statistic of one repeat; empty if it has no rows."""
-    parts = told.note["parts"]
-    return tuple(told[f"s{repeat}.{part}"] for part in range(parts[repeat])) if parts else ()
+    parts = messages.note["parts"]
+    return tuple(messages[f"s{repeat}.{part}"] for part in range(parts[repeat])) if parts else ()

@@ -182,26 +182,26 @@ def explain_rows(
             rows=here[chosen],
         )
 
-    told = exchange_messages(ranks, f"{name}.rows", "drawing rows", drawn)
+    messages = exchange_messages(ranks, f"{name}.rows", "drawing rows", drawn)
     if fixed:
         ground = held["ground"]
     else:
-        first = smallest(_joined(told, "keys"), _joined(told, "data_ids"), int(background))  # type: ignore[arg-type]
-        ground = _joined(told, "data")[first]
+        first = smallest(_joined(messages, "keys"), _joined(messages, "data_ids"), int(background))  # type: ignore[arg-type]
+        ground = _joined(messages, "data")[first]
         if not len(ground):
             raise ConfigError("weight= is zero for every row of data=: no background can be drawn")
-    every = _joined(told, "ids")
+    every = _joined(messages, "ids")
     if rows is None:
         owner = np.repeat(np.arange(ranks.size), counts)
-        moved = dict(zip(np.flatnonzero(works != owner).tolist(), _joined(told, "rows"), strict=True))
+        moved = dict(zip(np.flatnonzero(works != owner).tolist(), _joined(messages, "rows"), strict=True))
         start = sum(counts[:me])
 
         def row(number: int) -> npt.NDArray[Any]:
             return np.asarray(moved[number] if number in moved else here[number - start])
     else:
-        chosen = smallest(_joined(told, "row_keys"), every, rows)
-        owner = np.repeat(np.arange(ranks.size), [len(one["ids"]) for one in told])[chosen]
-        every, table = every[chosen], _joined(told, "rows")[chosen]
+        chosen = smallest(_joined(messages, "row_keys"), every, rows)
+        owner = np.repeat(np.arange(ranks.size), [len(one["ids"]) for one in messages])[chosen]
+        every, table = every[chosen], _joined(messages, "rows")[chosen]
         works = np.array([number * ranks.size // len(every) for number in range(len(every))])
 
         def row(number: int) -> npt.NDArray[Any]:
@@ -227,10 +227,10 @@ def explain_rows(
             number=mine[sent], row=data, **{f"f.{k}": v[sent] for k, v in held["done"].items()}
         )
 
-    told = exchange_messages(ranks, f"{name}.found", "explaining rows", explain)
-    numbers, data_rows = _joined(told, "number"), _joined(told, "row")
-    keys = sorted({key[2:] for one in told for key in one.arrays if key.startswith("f.")})
-    found = {key: _joined(told, f"f.{key}") for key in keys}
+    messages = exchange_messages(ranks, f"{name}.found", "explaining rows", explain)
+    numbers, data_rows = _joined(messages, "number"), _joined(messages, "row")
+    keys = sorted({key[2:] for one in messages for key in one.arrays if key.startswith("f.")})
+    found = {key: _joined(messages, f"f.{key}") for key in keys}
     if results == "own":
         stay = mine[owner[mine] == me]
         numbers = np.concatenate([numbers, stay])
@@ -251,9 +251,9 @@ def explain_rows(
     )
 
 
-def _joined(told: Sequence[RankMessage], name: str) -> npt.NDArray[Any]:
+def _joined(messages: Sequence[RankMessage], name: str) -> npt.NDArray[Any]:
     """Return all ranks' rows of an array; a rank may have none, of any shape."""
-    return _stacked([one[name] for one in told if name in one.arrays])
+    return _stacked([one[name] for one in messages if name in one.arrays])
 
 
 def _stacked(parts: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:

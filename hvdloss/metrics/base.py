@@ -258,7 +258,7 @@ class Metric:
         return tuple(x + y for x, y in zip(a, b, strict=True))
 
     def pack(self, state: State) -> State:
-        """Return the statistic in as few bytes as tell it exactly, to be sent and merged."""
+        """Return the statistic in as few bytes as represent it exactly, to be sent and merged."""
         return state
 
     def finish(self, state: State) -> Any:

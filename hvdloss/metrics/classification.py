@@ -167,7 +167,7 @@ class ConfusionMatrix(Classes):
 
 @dataclasses.dataclass(frozen=True)
 class _Rate(Classes):
-    """A rate of hits among what was predicted or is there; its arguments are told at Precision."""
+    """A rate of hits among what was predicted or is there; see Precision for the arguments."""
 
     classes: int | None = None
     _: dataclasses.KW_ONLY

@@ -40,7 +40,7 @@ class Record:
         faults: what went wrong.
         hardest: the hardest classes or samples.
         undone: which steps were undone (an elastic job went back to its last commit, or a run that was taken
-            up again to its checkpoint): after `step`, up to `until`. What was told of them is in no list.
+            up again to its checkpoint): after `step`, up to `until`. Their lines are in no list.
         ends: how it ended; fewer than `runs` while it runs, and after a crash.
         unknown: lines of kinds that this version does not know.
         half: whether a half-written last line was passed over.

@@ -82,8 +82,8 @@ def run_metadata(
         },
         "environment": environment,
     }
-    told: dict[str, Any] = plain(out)
-    return told
+    metadata: dict[str, Any] = plain(out)
+    return metadata
 
 
 def _versions() -> dict[str, str]:
@@ -478,10 +478,10 @@ class Recorder:
             line |= {name: getattr(what, name) for name in ("step", "what", "before", "after", "reason")}
         else:
             line |= {**({} if kind == "run" else {"step": self._written_step}), **what}
-        told = plain(line)
+        record = plain(line)
         if kind == "epoch":  # the accuracy of tokens is no secret
-            told["metrics"] = {str(name)[:200]: plain(value) for name, value in what["metrics"].items()}
-        self._write(told)
+            record["metrics"] = {str(name)[:200]: plain(value) for name, value in what["metrics"].items()}
+        self._write(record)
 
     _written_step = 0
 
@@ -500,11 +500,11 @@ class Recorder:
         choices = dict(report.choices)
         comm_plan = choices.pop("comm_plan", None)
         if (choices or comm_plan) and (
-            told := plain({"choices": choices, "comm_plan": comm_plan})
+            plan := plain({"choices": choices, "comm_plan": comm_plan})
         ) != self._comm_plan:
-            self._comm_plan = told
+            self._comm_plan = plan
             if self._room("comm_plan"):
-                lines.append({"kind": "comm_plan", **head, **told})
+                lines.append({"kind": "comm_plan", **head, **plan})
         size = len(report.ranks)
         columns = report.ranks.columns()
         # Numbers are plain but for those that are not finite, which plain() would look for one by one.
@@ -521,20 +521,20 @@ class Recorder:
             ranks["dropped"] = columns["dropped"]
         terms = {}
         for name, term in report.terms.items():
-            terms[name] = told = {
+            terms[name] = entry = {
                 "values": plain(term.values),
                 "total": plain(term.total),
                 "priced": plain(term.priced),
             }
             for key, value in term.details.items():
-                if key in told or isinstance(value, bool | str):
+                if key in entry or isinstance(value, bool | str):
                     continue
                 if (
                     value is None
                     or isinstance(value, int | float)
                     or (isinstance(value, list) and len(value) == size and _numbers(value))
                 ):
-                    told[key] = plain(value)
+                    entry[key] = plain(value)
             lines += self._classes(name, term, head, size)
         losses = {name: plain(asdict(one)) for name, one in report.losses.items()}
         lines.append(
@@ -594,8 +594,8 @@ class Recorder:
             self._counts = line
             return []
         self._counts = None
-        told: dict[str, Any] = plain(line)
-        return [told]
+        record: dict[str, Any] = plain(line)
+        return [record]
 
     def _write_counts(self) -> None:
         """Write the last counts, if they are not."""

@@ -536,8 +536,8 @@ def q_fair(losses: npt.ArrayLike, q: float) -> Array:
 def pooled_edges(sketches: npt.ArrayLike, sizes: npt.ArrayLike, bins: int) -> Array:
     """Return inner bin edges that cut the data of all ranks into bins of nearly equal weight.
 
-    Each rank tells its data by a *sketch*: its own quantiles at evenly spaced probabilities from 0 to 1 (what
-    ``np.quantile(targets, np.linspace(0, 1, points))`` gives), read as a distribution that is uniform between
+    Each rank describes its data by a *sketch*: its own quantiles at evenly spaced probabilities from 0 to 1
+    (``np.quantile(targets, np.linspace(0, 1, points))``), read as a distribution that is uniform between
     neighbouring quantiles. The edges are the quantiles 1/bins, ..., (bins - 1)/bins of the ranks' mixture.
     For one rank, or ranks with equal sketches, they interpolate the sketch; in general they err by at most
     about half a step of the sketches, 1 / (2 (points - 1)), in probability.

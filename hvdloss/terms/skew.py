@@ -24,7 +24,7 @@ __all__ = ["DataSkew"]
 
 Array = npt.NDArray[np.float64]
 
-_POINTS = 33  # quantiles that a rank tells of its real targets
+_POINTS = 33  # quantiles that a rank sends of its real targets
 _UNITS = {"js": "nats", "tv": "share", "w1": "target units"}
 
 
@@ -291,7 +291,7 @@ class DataSkew(Term):
 
 
 def _centres(points: Array, sizes: Array, edges: Array) -> Array:
-    """Return the mean of the targets in each bin, by what the ranks' quantiles tell of them.
+    """Return the mean of the targets in each bin, estimated from the ranks' quantiles.
 
     In the outer bins most targets lie near the edge, far from the middle between it and the extreme.
     """

@@ -23,8 +23,8 @@ from hvdloss.errors import ConfigError, UsageError
 
 __all__ = ["EXIT_STATUS", "Preemption", "PreemptionChannel"]
 
-#: What a shell tells of a process that SIGTERM ended. Schedulers take it for "ended, not done": Kubernetes
-#: starts a pod again (restartPolicy OnFailure); 0 would mean that training is complete.
+#: The exit status that a shell reports for a process ended by SIGTERM. Schedulers take it for "ended, not
+#: done": Kubernetes restarts a pod (restartPolicy OnFailure); 0 would mean that training is complete.
 EXIT_STATUS = 128 + signal.SIGTERM
 
 
@@ -39,16 +39,16 @@ class PreemptionChannel(Protocol):
 
 
 class Preemption:
-    """Notices SIGTERM, and tells in the steps of an optimizer; see the adapters' for an example.
+    """Handles SIGTERM, and notifies all ranks in the steps of an optimizer; see the adapters' for an example.
 
-    A second SIGTERM changes nothing; SIGKILL ends a process at once, and costs what was done since the last
+    A second SIGTERM changes nothing; SIGKILL ends a process at once, and loses what was done since the last
     checkpoint.
 
     Args:
-        wishes: how ranks tell each other; None for a small all-reduce in every call.
-        signals: what is noticed.
+        channel: the optimizer's; None for a small all-reduce in every call.
+        signals: that are handled.
         status: with which ranks exit.
-        communicator: gives the ranks when it is asked.
+        communicator: returns the ranks when called.
         shutdown: Horovod's.
 
     Raises:

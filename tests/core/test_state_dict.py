@@ -10,7 +10,7 @@ from hvdloss.control import AdaptiveCompression, BatchShares, RankWeights, SyncP
 from hvdloss.controller import Controller
 from hvdloss.ledger import COLUMN, LEDGER_WIDTH
 from hvdloss.term import CommStats
-from hvdloss.training.checkpoint import state_of_bytes, state_to_bytes
+from hvdloss.training.checkpoint import state_from_bytes, state_to_bytes
 
 SIZE = 3
 
@@ -52,7 +52,7 @@ def test_a_state_dict_restores_bitwise():
     whole.reset(1, SIZE)
     run(whole, steps[:20])
     whole.decisions.clear()
-    state = state_of_bytes(state_to_bytes(whole.state_dict()))
+    state = state_from_bytes(state_to_bytes(whole.state_dict()))
     expected = run(whole, steps[20:])
     again = controller()
     again.reset(1, SIZE)

@@ -48,7 +48,13 @@ from hvdloss.report.page import run_of, table_of_runs
 from hvdloss.term import CommStats, Decision
 from hvdloss.terms.link import LinkModel
 from hvdloss.training import BestCheckpoint, EarlyStopping, TransformedBatches
-from hvdloss.training.checkpoint import Checkpoint, StateDict, parse_manifest, state_of_bytes, state_to_bytes
+from hvdloss.training.checkpoint import (
+    Checkpoint,
+    StateDict,
+    parse_manifest,
+    state_from_bytes,
+    state_to_bytes,
+)
 from hvdloss.training.decisions import merged_value
 from hvdloss.watch import Fault, RankState
 from hvdloss.watch.tally import Exchange, Found, Summary, Tally
@@ -520,6 +526,6 @@ TARGETS = (
         ),
     ),
     Target("manifest", lambda data: parse_manifest(data, 1), (manifest(),)),
-    Target("state-in-bytes", state_of_bytes, (state_to_bytes({"a": [1, 2.5], "w": np.arange(3.0)}),)),
+    Target("state-in-bytes", state_from_bytes, (state_to_bytes({"a": [1, 2.5], "w": np.arange(3.0)}),)),
     Target("monitor", of_json(use_monitor), (text(EarlyStopping(patience=2).state_dict()),)),
 )
