@@ -176,7 +176,7 @@ class _Rendezvous:
         self.brought[rank] = (what, value)
         self.barrier.wait()
         calls = [one for one in self.brought if one is not None]
-        self.barrier.wait()  # nobody overwrites before all have read
+        self.barrier.wait()  # no rank overwrites before all have read
         if len({call for call, _ in calls}) > 1:
             raise HvdlossError(f"ranks called different collectives: {[call for call, _ in calls]}")
         return [value for _, value in calls]

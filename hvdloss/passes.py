@@ -115,7 +115,7 @@ def bypassed_error(step: int) -> UsageError:
 
 
 def no_optimizer_warning(name: str) -> str:
-    """Return what to say of an objective whose gradients nobody reduces, in a job of several ranks."""
+    """Return the warning about an objective whose gradients no optimizer reduces, with several ranks."""
     return (
         f"the objective {name!r} belongs to no optimizer: the gradient of its loss is that of this rank's "
         f"own mean, and where it is averaged over ranks, each counts the same. Give it to the optimizer: "

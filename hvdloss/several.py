@@ -8,7 +8,7 @@ with
     W_jkm / W_j * P,     W_j = sum over ranks and micro-batches of W_jkm,  P = number of their backward passes
 
 and each pass then weighs 1 / P. The sum is c_j dN_j / W_j for each loss, and what was added to the losses (a
-penalty) counts once. The sums W_j and P are one message, which travels before the first gradient is made.
+penalty) counts once. The sums W_j and P are one message, which is sent before the first gradient is computed.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ class Objectives(Mapping[str, Any]):
 
 
 def gradient_factor(ops: ArrayOps, own: Any, total: Any, passes: Any) -> Any:
-    """Return what the gradient of a call's local mean is multiplied with; 0 where nobody has any weight.
+    """Return the factor of the gradient of a call's local mean; 0 without weight on any rank.
 
     Args:
         ops: the framework's operations.

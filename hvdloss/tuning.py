@@ -16,7 +16,7 @@ from typing import Any
 from hvdloss.errors import ConfigError
 from hvdloss.plan import BUCKET_BYTES, FIRST_BUCKET_BYTES, UNBUCKETED_BYTES
 
-__all__ = ["Choice", "Tuning", "choose", "cycle_time", "forget_accidents", "launched"]
+__all__ = ["Choice", "Tuning", "choose", "cycle_time", "launched", "remove_invalid_settings"]
 
 MIB = 2**20
 #: By environment variable: what it chooses.
@@ -142,8 +142,8 @@ def cycle_time(environ: Mapping[str, str] | None = None) -> Choice:
         return Choice(0.0, "HOROVOD_CYCLE_TIME")
 
 
-def forget_accidents(environ: MutableMapping[str, str] | None = None) -> None:
-    """Remove settings from the environment that nobody made; before Horovod is initialised.
+def remove_invalid_settings(environ: MutableMapping[str, str] | None = None) -> None:
+    """Remove settings from the environment that were not made by the user; before Horovod is initialised.
 
     ``horovod.run()`` of Horovod 0.28.1 gives its ranks a cycle time and a cache capacity of ``(None,)``,
     which Horovod reads as 0: its thread then never rests, and every step is negotiated in full.

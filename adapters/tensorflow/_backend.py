@@ -6,9 +6,9 @@ import importlib.util
 from typing import Any
 
 from hvdloss.communicator import preserve_process_sets
-from hvdloss.tuning import forget_accidents
+from hvdloss.tuning import remove_invalid_settings
 
-forget_accidents()
+remove_invalid_settings()
 hvd: Any
 if importlib.util.find_spec("horovod") is None:
     from hvdloss.tensorflow import _single as hvd

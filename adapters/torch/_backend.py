@@ -14,9 +14,9 @@ from typing import Any
 import torch.distributed
 from hvdloss.communicator import preserve_process_sets
 from hvdloss.launch import choose_engine
-from hvdloss.tuning import forget_accidents
+from hvdloss.tuning import remove_invalid_settings
 
-forget_accidents()
+remove_invalid_settings()
 hvd: Any
 engine, _why = choose_engine(
     os.environ,

@@ -47,7 +47,7 @@ __all__ = [
 Array = npt.NDArray[np.float64]
 Sizes = npt.NDArray[np.int64]
 
-# Of a step's computation, what a backward pass takes: about twice the forward pass. Buckets travel in it.
+# Of a step's computation, what a backward pass takes: about twice the forward pass; buckets overlap it.
 BACKWARD = 2 / 3
 
 
@@ -142,7 +142,7 @@ class NetworkModel:
             everybody is ready, which messages under way together share.
         slow: bytes per second of single links, by number: link k leads from rank k to the next (from host
             k, with several ranks per host).
-        overlap: share of a sum of gradients that can travel while the backward pass goes on; never more
+        overlap: share of a sum of gradients that can overlap the backward pass; never more
             than the backward pass lasts (two thirds of the computation). Sums of parameters overlap
             nothing.
         jitter: scatter of single sums: standard deviation of the logarithm of a factor of mean 1.
@@ -373,7 +373,7 @@ class TrainingPlan:
 
     @property
     def buckets(self) -> int:
-        """How many messages the gradients of a step travel in."""
+        """Number of messages for the gradients of a step."""
         if self.messages is not None:
             return self.messages
         return 1 + math.ceil(max(0.0, self.bytes - FIRST_BUCKET_BYTES) / BUCKET_BYTES)
@@ -554,7 +554,7 @@ class _Run:
         self.of_compute, self.of_network, self.of_loss = (
             np.random.default_rng([plan.seed, number]) for number in (1, 2, 3)
         )
-        self.planned = False  # whether the optimizers have laid out what travels together
+        self.planned = False  # whether the optimizers have built their buckets
         self.compressed = False
         self.times = np.zeros((2, plan.ranks))  # communication and computation of the exchange before
         self.together = 0.0

@@ -1,4 +1,4 @@
-"""Where an epoch stands, so that it can go on: after a crash, and on another number of ranks."""
+"""The position in an epoch, to resume it: after a crash, and on another number of ranks."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ class Epoch(Generic[Samples]):
                 + "; ".join(
                     f"{k}: {state['sharding'].get(k)!r} then, {settings.get(k)!r} now" for k in sorted(names)
                 )
-                + "); go on with the data set, seed and sharding that the epoch began with"
+                + "); resume with the data set, seed and sharding that the epoch began with"
             )
         epoch = cls(sharding, len(parts[0]), number)
         for place, taken in enumerate(parts):

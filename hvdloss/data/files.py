@@ -480,7 +480,7 @@ class Parquet(Source):
 
         folders = self._of_folders[part.file]
         columns = None if self.columns is None else [name for name in self.columns if name not in folders]
-        # Opened anew, since several threads may read, but without looking for the row groups again.
+        # Opened again, since several threads may read, but without searching for the row groups again.
         with self._opened(part.file, metadata=self._metadata[part.file]) as opened:
             table = opened.read_row_group(part.place[0], columns=columns, use_threads=self.use_threads)
         for name, one in folders.items():

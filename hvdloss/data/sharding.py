@@ -116,7 +116,7 @@ class Rule(ABC, Generic[Samples]):
         return self.split(self.order(epoch), ranks, epoch)
 
     def settings(self) -> dict[str, Any]:
-        """Return what must be equal wherever an epoch goes on, JSON-able; arrays by their digest."""
+        """Return what must be equal to resume an epoch, JSON-able; arrays by their digest."""
         out: dict[str, Any] = {"sharding": type(self).__name__}
         for name, value in vars(self).items():
             if isinstance(value, np.ndarray):
@@ -186,7 +186,7 @@ class Strided(Sharding):
 
 
 class Shuffled(Strided):
-    """The same permutation on all ranks, anew every epoch, dealt out in turns.
+    """The same permutation on all ranks, a new one every epoch, dealt out round-robin.
 
     The first n samples that the ranks see together are the first n of the permutation, for any number of
     ranks: with equal batches a step's global batch does not depend on how many ranks there are.
@@ -198,7 +198,7 @@ class Shuffled(Strided):
 
 
 class Weighted(Strided):
-    """Samples drawn by weight, anew every epoch, and dealt out in turns.
+    """Samples drawn by weight, again every epoch, and dealt out round-robin.
 
     Args:
         weights: one per sample, at least 0; a sample of weight 0 is never drawn.

@@ -95,7 +95,7 @@ class OpenedSource:
         self._check_shares(ranks)
         if isinstance(state, dict) and state.get("files", self.fingerprint) != self.fingerprint:
             raise ConfigError(
-                "the state is of other files: their names, order, row groups or columns differ; go on with "
+                "the state is of other files: their names, order, row groups or columns differ; resume with "
                 "the files that the epoch began with, in the same order"
             )
 

@@ -9,7 +9,7 @@ sample, m_k the largest on rank k, s_k = sum_c exp(z_c - m_k) over that rank's c
 
 so that a rank sends the others two or three numbers per sample, and none of its logits. All ranks then know
 the loss, and each knows the softmax of its own columns, which is all that its gradient needs (the scheme
-of Megatron-LM, Shoeybi et al. 2019, section 3). The numbers of all ranks travel in one all-gather, in
+of Megatron-LM, Shoeybi et al. 2019, section 3). The numbers of all ranks are exchanged in one all-gather, in
 which the ranks also find out whether they were called alike.
 """
 

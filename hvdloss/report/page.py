@@ -1,4 +1,4 @@
-"""The page of a run: one HTML file that needs nothing else, of records that nobody vouches for.
+"""The page of a run: one HTML file that needs nothing else, of untrusted records.
 
 All text goes through the template's escaping; the content security policy allows the page's own style sheet,
 by its hash, and nothing else: no script, no request. Light and dark follow the system, or a switch that works
@@ -383,7 +383,7 @@ _STATUS = {
     "finished": "The run finished.",
     "failed": "The run ended with an error; see faults.",
     "interrupted": "The run was interrupted.",
-    "running": "No end is recorded: the run goes on, or was killed.",
+    "running": "No end is recorded: the run is still going, or was killed.",
 }
 
 

@@ -492,7 +492,7 @@ class Recorder:
         self._note(str(line["kind"]), len(data))
 
     def _of_step(self, report: StepReport, at: float) -> list[dict[str, Any]]:
-        """Return the lines of a step: what changed of how it travelled, the step, what was wrong."""
+        """Return the lines of a step: a changed communication plan, the step, and errors."""
         self._count(report)
         self._written_step = report.step
         head = {"time": round(at, 3), "step": report.step}

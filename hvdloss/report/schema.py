@@ -214,7 +214,7 @@ def _checked(line: Any, where: str, first: bool) -> dict[str, Any] | None:
         )
     if not isinstance(kind, str) or kind not in KINDS:
         return None
-    if kind != "step":  # whose texts nobody shows
+    if kind != "step":  # its texts are not shown
         line = {key: _clean(one) for key, one in line.items()}
     needed, allowed = KINDS[kind]
     _check(line, {**_EVERY, **needed}, allowed, f"{where} ({kind})")

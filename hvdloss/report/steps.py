@@ -47,7 +47,7 @@ class RankReport:
 
 
 class Interest:
-    """Whether somebody on this rank reads what single ranks did; a copy is nobody's.
+    """Whether this rank reads the parts of single ranks; a copy starts without interest.
 
     Args:
         notify: called when reading begins.
@@ -276,13 +276,13 @@ class StepReport:
         objective_value: the loss plus the priced terms.
         ranks: one :class:`RankReport` per rank; with many ranks see :class:`RankReports`.
         choices: how gradients were sent: value and decider of every choice of
-            :class:`hvdloss.tuning.Tuning` and of the launch, and as ``"travel"`` the numbers of messages,
-            of buckets, and of gradients that travelled alone or sparse, as this rank has them.
+            :class:`hvdloss.tuning.Tuning` and of the launch, and as ``"comm_plan"`` the numbers of messages,
+            of buckets, and of unbucketed and sparse gradients, as this rank has them.
         terms: by name, what the objective's terms came to (:class:`TermReport`).
         skipped: steps so far in which nothing was updated, since a loss or gradient was NaN or infinite
-            (``nonfinite="skip"``); `ranks` show whose it was in this one.
+            (``nonfinite="skip"``); `ranks` show which rank it was in this one.
         samples: elements of all steps up to this one, those before a checkpoint or commit that training went
-            on from among them; None where nobody counted.
+            on from among them; None where they were not counted.
         losses: by name, what each came to (:class:`LossReport`), if the optimizer has several objectives.
     """
 
@@ -321,7 +321,7 @@ class StepReport:
         that were not gathered; `losses` what each of several came to.
         """
         ledgers = Ledgers.of(ledgers)
-        # Sums that were not finite travelled as zeros: what is left is no loss of these elements.
+        # Sums that were not finite were sent as zeros: the rest is not the loss of these elements.
         lost = [] if nonfinite == "drop" else ledgers.ranks_with("nonfinite_losses")
         loss = (
             float("nan")

@@ -22,7 +22,7 @@ class CommunicationCost(Term):
     """C(k): exposed communication, in seconds per rank and step.
 
     *Exposed* is the time a rank was blocked, from the moment its gradients were complete until those of
-    all ranks had been summed; what overlapped computation costs nothing. The last rank waited for nobody:
+    all ranks had been summed; what overlapped computation costs nothing. The last rank did not wait:
     its exposed time is what *moving* the bytes takes, and what other ranks have above it is *waiting* for
     slower ranks. No clocks are compared across machines.
 
@@ -62,7 +62,7 @@ class CommunicationCost(Term):
         self.reset(0, 1)
 
     def reset(self, rank: int, size: int) -> None:
-        """Start afresh with these ranks."""
+        """Start over with these ranks."""
         self.link = LinkModel(size)
         self._before = CommStats()
         self.exposed = np.zeros(size)

@@ -1,7 +1,7 @@
 """How ranks' data differ, and what to do about it: the formulas behind the data-skew term D(k).
 
 Everything starts from *counts*: weighted target histograms, one row per rank, shape ``(ranks, bins)``, every
-entry finite and >= 0. A row of zeros is a rank without data, a column of zeros a class that nobody saw.
+entry finite and >= 0. A row of zeros is a rank without data, a column of zeros a class that no rank saw.
 They may have any scale: what is computed from them neither overflows nor becomes NaN.
 
 ==============================  ==========================================================================

@@ -433,7 +433,7 @@ def calibrate(
     """Measure blocking sums of several sizes on all ranks, add their times to `model`, and return its fit.
 
     Every rank makes the same sums, whatever its own clock says: when to stop is decided from numbers that
-    the ranks agreed on. A sum's time is the smallest over ranks, since who came last waited for nobody;
+    the ranks agreed on. A sum's time is the smallest over ranks, since the last rank did not wait;
     all ranks add the same times, so that models which were equal before are equal after, to the last bit.
 
     Args:

@@ -17,7 +17,7 @@ class TransformedBatches:
     """Batches of a loader, each changed by a function that is given random numbers of its own.
 
     Numbers follow from the seed, the rank, the epoch and the step in it: ranks get different ones, a rerun
-    the same, and an epoch that goes on in the middle those it would have had.
+    the same, and an epoch resumed in the middle those it would have had.
 
     Args:
         loader: any iterable of batches. Iterating again is the next epoch; a loader with ``state_dict`` goes
@@ -54,7 +54,7 @@ class TransformedBatches:
     def __iter__(self) -> Iterator[Any]:
         """Give the batches of what is left of this epoch, or of the next one."""
         if self._begun and not hasattr(self.loader, "state_dict"):
-            self.epoch, self.step = self.epoch + 1, 0  # a loop that was left is not gone on with
+            self.epoch, self.step = self.epoch + 1, 0  # an interrupted loop is not continued
         self._begun = True
         for batch in self.loader:
             rng = generator_for(self.seed, rank=self.rank, epoch=self.epoch, step=self.step, stream="batch")

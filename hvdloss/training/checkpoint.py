@@ -51,7 +51,7 @@ __all__ = [
 
 FORMAT, VERSION = "hvdloss checkpoint", 1
 LARGEST_MANIFEST = 1 << 28  # bytes
-_PIECE = 1 << 27  # bytes that travel in one message
+_PIECE = 1 << 27  # bytes of one message
 _MANIFEST = re.compile(r"(\d{8})\.json")
 _TENSORS = re.compile(r"(\d{8})\.([A-Za-z_]\w{0,63})\.safetensors")
 _UNFINISHED = re.compile(r"\.unfinished-\d{8}\.(json|[A-Za-z_]\w{0,63}\.safetensors)")
@@ -135,9 +135,9 @@ class Checkpoint:
             adapter knows besides. Their states are the same on all ranks.
         keep: how many checkpoints are kept: those written last.
         root: the rank that writes and reads.
-        random_numbers: whether each rank's random numbers are saved, and go on where they were when as many
+        random_numbers: whether each rank's random state is saved, and restored when as many
             ranks load them.
-        mode, folder_mode: of the files, and of the folder if it is made: for nobody else by default.
+        mode, folder_mode: of the files, and of the folder if it is made: private by default.
         communicator: gives the ranks when it is asked.
 
     Raises:
@@ -291,7 +291,7 @@ class Checkpoint:
 
         Args:
             number: of the checkpoint; None for the newest.
-            fallback: where the newest is damaged go on from the one before, with a warning that says what
+            fallback: if the newest is damaged, use the one before, with a warning that says what
                 was passed over; False to raise instead.
 
         Returns:

@@ -31,7 +31,7 @@ def seed_for(seed: int, *, rank: int = 0, epoch: int = 0, step: int = 0, stream:
 
     Args:
         seed: of the run, any integer of at least 0.
-        rank, epoch, step: whose numbers; where they go on after an interruption they are the same.
+        rank, epoch, step: the numbers belong to; the same after an interruption.
         stream: what for: ``"dropout"``, ``"mixup"``, ...
 
     Raises:

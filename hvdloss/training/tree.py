@@ -1,4 +1,4 @@
-"""Trees of values as JSON and arrays, for files and messages that nobody has to unpickle."""
+"""Trees of values as JSON and arrays, for files and messages without pickles."""
 
 from __future__ import annotations
 

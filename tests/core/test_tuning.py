@@ -10,7 +10,7 @@ import pytest
 from hvdloss import single
 from hvdloss.errors import ConfigError
 from hvdloss.plan import BUCKET_BYTES, FIRST_BUCKET_BYTES, UNBUCKETED_BYTES
-from hvdloss.tuning import VARIABLES, Choice, choose, cycle_time, forget_accidents, launched
+from hvdloss.tuning import VARIABLES, Choice, choose, cycle_time, launched, remove_invalid_settings
 
 
 def test_the_rule_decides_where_nobody_else_does() -> None:
@@ -62,7 +62,7 @@ def test_empty_variables_are_none() -> None:
 
 def test_what_horovod_run_sets_by_accident_is_forgotten() -> None:
     environ = {"HOROVOD_CYCLE_TIME": "(None,)", "HOROVOD_CACHE_CAPACITY": "512", "OTHER": "(None,)"}
-    forget_accidents(environ)
+    remove_invalid_settings(environ)
     assert environ == {"HOROVOD_CACHE_CAPACITY": "512", "OTHER": "(None,)"}
     assert cycle_time({"HOROVOD_CYCLE_TIME": "soon"}).value == 0  # as Horovod reads it
 
