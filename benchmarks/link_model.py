@@ -67,7 +67,7 @@ def rank_part(args: argparse.Namespace) -> None:
     model = LinkModel(hvd.size())
     for _ in range(CALIBRATIONS):
         calibrate(communicator, model, budget_s=BUDGET_S)
-    out: dict[str, Any] = {"environment": environment(hvd), "link": model.state(), "sizes": {}}
+    out: dict[str, Any] = {"environment": environment(hvd), "link": model.state_dict(), "sizes": {}}
     for name in args.sizes:
         out["sizes"][name] = measure(hvd, name, args.rounds)
     if hvd.rank() == 0:
@@ -198,7 +198,7 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             command = [sys.executable, "-m", "hvdloss.benchmarks.link_model", *inner]
             hosts.run(command, timeout=args.timeout, echo=args.verbose)
             found[rate] = json.loads(file.read_text())
-    model = LinkModel.restore(found[args.fit_rate]["link"])
+    model = LinkModel.from_state_dict(found[args.fit_rate]["link"])
     points = []
     for rate in sorted(args.rates):
         for name, one in found[rate]["sizes"].items():
@@ -218,7 +218,7 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
                         "error": said["predicted_s"] / measured - 1,
                     }
                 )
-    fits = {f"{rate:g}": vars(LinkModel.restore(found[rate]["link"]).fit()) for rate in rates}
+    fits = {f"{rate:g}": vars(LinkModel.from_state_dict(found[rate]["link"]).fit()) for rate in rates}
     return {
         "environment": {**found[args.fit_rate]["environment"], "hosts": 2},
         "fit_rate_mbit": args.fit_rate,

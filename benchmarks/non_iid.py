@@ -26,7 +26,7 @@ HELD_OUT = 360
 
 
 def settings(period: int) -> dict[str, tuple[Any, Any]]:
-    """Return by name the acts on communication and on skew."""
+    """Return by name the policies on communication and on skew."""
     from hvdloss.control import ImportanceWeights, OuterStep, Proximal, SyncPeriod
 
     outer = OuterStep(lr=1.0, momentum=0.8)
@@ -69,8 +69,8 @@ def train(name: str, period: int, rounds: int, seed: int) -> dict[str, Any]:
     model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10))
     cost_acts, skew_acts = settings(period)[name]
     terms = (
-        hvdloss.CommunicationCost(acts=cost_acts),
-        hvdloss.DataSkew(classes=10, window=rounds * period, acts=skew_acts),
+        hvdloss.CommunicationCost(policies=cost_acts),
+        hvdloss.DataSkew(classes=10, window=rounds * period, policies=skew_acts),
     )
     objective = hvd.Objective("cross_entropy", terms=terms)
     opt = hvd.DistributedOptimizer(

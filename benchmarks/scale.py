@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hvdloss.agreement import agree
-from hvdloss.ledger import WIDTH, Ledger, Ledgers, Sums, judge, pack, unpack
+from hvdloss.agreement import check_consistency
+from hvdloss.ledger import LEDGER_WIDTH, Ledger, Ledgers, Sums, check_step, pack, unpack
 from hvdloss.plan import ParameterInfo
 from hvdloss.report import StepReport
 from hvdloss.tuning import TABLE_RANKS
@@ -35,12 +35,12 @@ class _AllTheSame:
     def __init__(self, size: int) -> None:
         self.size, self.bytes, self.messages = size, 0, 0
 
-    def sum(self, array: npt.NDArray[np.float64], name: str) -> npt.NDArray[np.float64]:
+    def all_reduce(self, array: npt.NDArray[np.float64], name: str) -> npt.NDArray[np.float64]:
         self.bytes += array.nbytes
         self.messages += 1
         return array * self.size
 
-    def gather(self, data: bytes, name: str) -> list[bytes]:
+    def all_gather_bytes(self, data: bytes, name: str) -> list[bytes]:
         self.bytes += len(data) * self.size
         self.messages += 2
         return [data] * self.size
@@ -60,7 +60,7 @@ def measure(size: int, *, rounds: int = 7, table_ranks: int = TABLE_RANKS) -> di
         besides those of the gradients.
     """
     rng = np.random.default_rng(0)
-    rows = np.zeros((size, WIDTH))
+    rows = np.zeros((size, LEDGER_WIDTH))
     rows[:, :3] = rng.uniform(1, 100, (size, 3))
     rows[:, 3:5] = 32, 1
     rows[:, 11:13] = rng.uniform(0, 1, (size, 2))
@@ -77,14 +77,14 @@ def measure(size: int, *, rounds: int = 7, table_ranks: int = TABLE_RANKS) -> di
 
     def step() -> StepReport:
         ledgers = told()
-        assert judge(ledgers, 1) is None
+        assert check_step(ledgers, 1) is None
         return StepReport.of(1, ledgers, "mean")
 
     def read() -> None:
         ledgers = told()
         if sums is not None:
             ledgers = ledgers.with_rows(rows)
-        assert judge(ledgers, 1) is None
+        assert check_step(ledgers, 1) is None
         StepReport.of(1, ledgers, "mean").ranks.columns()
 
     parameters = [
@@ -95,9 +95,11 @@ def measure(size: int, *, rounds: int = 7, table_ranks: int = TABLE_RANKS) -> di
 
     def agreement() -> None:
         communicators.append(_AllTheSame(size))
-        agree(communicators[-1], parameters, lambda: order, order, {"reduction": "mean"}, name="bench")
+        check_consistency(
+            communicators[-1], parameters, lambda: order, order, {"reduction": "mean"}, name="bench"
+        )
 
-    of_ledgers = size * WIDTH * 16 if sums is None else sums.length * 4  # in a float32 bucket
+    of_ledgers = size * LEDGER_WIDTH * 16 if sums is None else sums.length * 4  # in a float32 bucket
     times = {what.__name__: _seconds(what, rounds) for what in (step, read, agreement)}
     gathered = 0 if sums is None else rows.nbytes
     return {

@@ -63,7 +63,7 @@ def train(plan: str, steps: int) -> dict[str, Any]:
         :-1
     ].double()
     shares = BatchShares(BATCH, every=5, gain=PLANS[plan])
-    objective = hvd.Objective("cross_entropy", terms=(hvdloss.CommunicationCost(acts=(shares,)),))
+    objective = hvd.Objective("cross_entropy", terms=(hvdloss.CommunicationCost(policies=(shares,)),))
     opt = hvd.DistributedOptimizer(
         torch.optim.SGD(model.parameters(), lr=0.1), model.named_parameters(), objective
     )

@@ -41,9 +41,9 @@ from hvdloss.benchmarks.common import environment, horovodrun, progress, write_j
 from hvdloss.benchmarks.hosts import Hosts
 from hvdloss.control import BatchShares, SharedBatches, SyncPeriod
 from hvdloss.control.simulation import ComputeModel, NetworkModel, TrainingPlan, simulate_training
-from hvdloss.hearing import hear
 from hvdloss.ledger import COLUMN
-from hvdloss.term import Act, Travel
+from hvdloss.messages import decode_all
+from hvdloss.term import CommStats, Policy
 from hvdloss.terms.link import LinkModel
 
 PER_RANK = 24  # samples of a rank in a step, with equal shares
@@ -66,7 +66,7 @@ PHASES = {"equal": False, "slow": True, "shares": True, "period": False}
 WAYS = {"own": "own exchanges", "two": "two ranks' exchanges", "sums": "sums alone", "rate": "the rate alone"}
 
 
-def acts_of(phase: str, batch: int) -> tuple[Act, ...]:
+def acts_of(phase: str, batch: int) -> tuple[Policy, ...]:
     """Return what is done about what is measured, on real and on simulated ranks alike."""
     if phase == "shares":
         return (BatchShares(batch, every=EVERY),)
@@ -125,15 +125,18 @@ def inner(work: str, rounds: int, path: str) -> None:
                 if number:
                     times.append((time.perf_counter() - began, 4 * flat.numel()))
         model, ranks = LinkModel(size), communicator_of(hvd.global_process_set)
-        for rows in zip(*hear(ranks.gather(json.dumps(times).encode(), "link.times"), "times"), strict=True):
+        for rows in zip(
+            *decode_all(ranks.all_gather_bytes(json.dumps(times).encode(), "link.times"), "times"),
+            strict=True,
+        ):
             model.add(min(seconds for seconds, _ in rows), rows[0][1])
-        return model.state()
+        return model.state_dict()
 
     def train(
-        acts: tuple[Act, ...], steps: int = SHORT, per_rank: int = PER_RANK, slow: bool = False
+        policies: tuple[Policy, ...], steps: int = SHORT, per_rank: int = PER_RANK, slow: bool = False
     ) -> dict[str, Any]:
         """Train for so many steps; return step times, what the term told of them, and the last shares."""
-        cost = hvdloss.CommunicationCost(acts=acts)
+        cost = hvdloss.CommunicationCost(policies=policies)
         objective = hvd.Objective("mse", terms=(cost,))
         model = network()
         # Without overlap: on a processor, sums that overlap the backward pass take time from it.
@@ -141,13 +144,13 @@ def inner(work: str, rounds: int, path: str) -> None:
             torch.optim.SGD(model.parameters(), lr=1e-4), model.named_parameters(), objective, overlap=False
         )
         hvd.broadcast_parameters(model.state_dict(), root_rank=0)
-        shares = objective.controller.act(BatchShares)
+        shares = objective.controller.policy(BatchShares)
         sizes: Iterable[int] = [per_rank] * steps
         if shares is not None:
             sizes = map(len, SharedBatches(steps * per_rank * size, shares))
         told: list[tuple[list[float], float]] = []
 
-        def tell(step: int, table: Any, travel: Travel) -> None:
+        def tell(step: int, table: Any, travel: CommStats) -> None:
             told.append((table[:, COLUMN["computation"]].tolist(), table[:, COLUMN["communication"]].min()))
 
         objective.controller.on_step.append(tell)
@@ -233,7 +236,7 @@ def compute_model(one: dict[str, Any], slow: bool) -> ComputeModel:
 
 def network_model(ranks: int, one: dict[str, Any], way: str) -> NetworkModel:
     """Return a model of a round's exchanges, measured on so many ranks, in one of :data:`WAYS`."""
-    link = LinkModel.restore(one["link"])
+    link = LinkModel.from_state_dict(one["link"])
     if way == "sums":
         return NetworkModel.from_link(link)
     steps = one["computing"][str(PER_RANK)]
@@ -261,7 +264,7 @@ def predicted(ranks: int, one: dict[str, Any], phase: str, network: NetworkModel
             batch,
             measured["bytes"],
             steps=401,
-            acts=acts_of(phase, batch),
+            policies=acts_of(phase, batch),
             compute=compute_model(one, PHASES[phase]),
             network=network,
             messages=measured["messages"],

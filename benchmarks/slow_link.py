@@ -52,13 +52,13 @@ def train(plan: str, epochs: int, seed: int) -> dict[str, Any]:
         torch.nn.ReLU(),
         torch.nn.Linear(1024, 10),
     )
-    acts = ()
+    policies = ()
     if plan == "chosen":
-        acts = (
-            SyncPeriod("predicted", first=4, most=64, interval=1.0, target_loss=0.05),
+        policies = (
+            SyncPeriod("predicted", initial_period=4, max_period=64, interval=1.0, target_loss=0.05),
             AdaptiveCompression(),
         )
-    objective = hvd.Objective("cross_entropy", terms=(hvdloss.CommunicationCost(acts=acts),))
+    objective = hvd.Objective("cross_entropy", terms=(hvdloss.CommunicationCost(policies=policies),))
     opt = hvd.DistributedOptimizer(
         torch.optim.SGD(model.parameters(), lr=LR), model.named_parameters(), objective
     )
@@ -84,7 +84,7 @@ def train(plan: str, epochs: int, seed: int) -> dict[str, Any]:
             if opt.last_step.step == steps and steps - looked >= 10:  # ranks are equal here
                 looked = steps
                 curve.append((steps, seconds, training_loss()))
-                periods.append((steps, 1 if not acts else acts[0].period))
+                periods.append((steps, 1 if not policies else policies[0].period))
                 hvd.barrier()
     began = perf_counter()
     opt.exchange()

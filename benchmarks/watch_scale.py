@@ -71,7 +71,7 @@ class Hosts:
         self._ranks = {host: plan.under(host) for host in hosts}
         for host in hosts:
             link = Link(dial([tuple(address)], 30.0, silence), plan.key, listener=False)
-            link.tell({"host": host})
+            link.send({"host": host})
             self.links[host] = link
 
     def ranks(self, host: int) -> list[int]:
@@ -85,7 +85,7 @@ class Hosts:
             ranks = [rank for rank in self.ranks(host) if rank != self.plan.size - 1]
             summary = Summary(waiting=len(ranks))
             summary.put(Exchange("x", count=1), len(ranks), 0.5)
-            link.tell({"summary": summary.told()})
+            link.send({"summary": summary.as_message()})
             self.messages += 1
 
     def read(self, link: Link, host: int) -> None:
@@ -96,7 +96,7 @@ class Hosts:
                 self.fault_at = self.fault_at or time.monotonic()
             if "ask" not in message:
                 continue
-            exchanges = [Exchange.heard(one) for one in message["exchanges"]]
+            exchanges = [Exchange.from_message(one) for one in message["exchanges"]]
             ranks = self.ranks(host)
             slow = [rank for rank in ranks if rank == self.plan.size - 1]
             if message["kind"] == "count":
@@ -106,7 +106,7 @@ class Hosts:
                 answer: Any = tally
             else:
                 answer = Found(tuple(slow) if message["kind"] == "away" else ())
-            link.tell({"reply": message["ask"], "with": answer.told()})
+            link.send({"reply": message["ask"], "with": answer.as_message()})
             self.messages += 1
 
 

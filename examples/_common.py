@@ -29,7 +29,7 @@ MARK = "\x1eprogress "
 def told_by_all(communicator: Any, value: Any) -> list[Any]:
     """Return every rank's value, in rank order; as JSON, so that no rank runs what another one sent."""
     text = json.dumps(value, default=float).encode()
-    return [json.loads(told) for told in communicator.gather(text, "example.told")]
+    return [json.loads(told) for told in communicator.all_gather_bytes(text, "example.told")]
 
 
 # -- options ------------------------------------------------------------------------------------------

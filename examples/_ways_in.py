@@ -85,7 +85,10 @@ def conclude(
 ) -> int:
     """Print how far this rank's model is from one process's, and return every rank's exit status."""
     communicator = communicator_of(hvd.global_process_set)
-    errors = [json.loads(told) for told in communicator.gather(json.dumps(error).encode(), "example.errors")]
+    errors = [
+        json.loads(told)
+        for told in communicator.all_gather_bytes(json.dumps(error).encode(), "example.errors")
+    ]
     good = all(one <= TOLERANCE[dtype] for one in errors)
     if hvd.rank() == 0:
         numbers = {"name": name, "ranks": hvd.size(), "errors": errors, "exact": good, **more}

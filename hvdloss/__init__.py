@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from hvdloss._version import __version__
-from hvdloss.lazy import lazily
+from hvdloss.lazy import lazy_module
 
 if TYPE_CHECKING:
     from hvdloss.communicator import OneProcess, SimulatedRank, simulate
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from hvdloss.ledger import Ledger
     from hvdloss.reduction import REDUCTIONS
     from hvdloss.report import LossReport, RankReport, StepReport, TermReport
-    from hvdloss.term import Batch, Closed, Term
+    from hvdloss.term import Batch, StepStats, Term
     from hvdloss.terms.communication import CommunicationCost
     from hvdloss.terms.skew import DataSkew
 
@@ -59,7 +59,7 @@ _HOMES = {
     "ledger": ("Ledger",),
     "reduction": ("REDUCTIONS",),
     "report": ("LossReport", "RankReport", "StepReport", "TermReport"),
-    "term": ("Batch", "Closed", "Term"),
+    "term": ("Batch", "StepStats", "Term"),
     "terms.communication": ("CommunicationCost",),
     "terms.skew": ("DataSkew",),
 }
@@ -70,7 +70,6 @@ __all__ = [
     "AgreementError",
     "Batch",
     "CheckpointError",
-    "Closed",
     "CommunicationCost",
     "ConfigError",
     "DataError",
@@ -89,6 +88,7 @@ __all__ = [
     "SimulatedRank",
     "StallError",
     "StepReport",
+    "StepStats",
     "Term",
     "TermReport",
     "UsageError",
@@ -97,4 +97,4 @@ __all__ = [
     "simulate",
 ]
 
-__getattr__, __dir__ = lazily(__name__, _HOME_OF)
+__getattr__, __dir__ = lazy_module(__name__, _HOME_OF)

@@ -1,8 +1,8 @@
-"""The agreement of the first step: every rank checks that all hold the same parameters and settings.
+"""The consistency check of the first step: do all ranks hold the same parameters and settings?
 
-Done once per optimizer (and again when its parameters change), so that what would otherwise hang or train
-apart is an error that names the difference. What is compared first is one hash, a few numbers whatever the
-number of ranks and parameters; who holds what is asked only of what differs.
+Done once per optimizer (and again when its parameters change), so that what would otherwise hang or make the
+ranks diverge is an error that names the difference. A hash is compared first: a few numbers, whatever the
+number of ranks and parameters. Details are gathered only of what differs.
 """
 
 from __future__ import annotations
@@ -19,34 +19,40 @@ import numpy as np
 import numpy.typing as npt
 
 from hvdloss import errors
-from hvdloss.communicator import Communicator, same
+from hvdloss.communicator import Communicator, equal_on_all_ranks
 from hvdloss.errors import AgreementError, DataError, RankError
-from hvdloss.guard import ranks_apart
-from hvdloss.hearing import hear
+from hvdloss.guard import mismatched_ranks
+from hvdloss.messages import decode_all
 from hvdloss.plan import ParameterInfo
 
-__all__ = ["Agreed", "agree", "agree_on_items", "raise_together", "together"]
+__all__ = [
+    "Consistent",
+    "check_consistency",
+    "check_items_consistent",
+    "raise_on_all_ranks",
+    "run_on_all_ranks",
+]
 
 
 @dataclass(frozen=True)
-class Agreed:
-    """What all ranks hold after :func:`agree`.
+class Consistent:
+    """What is equal on all ranks after :func:`check_consistency`.
 
     Attributes:
         parameters: equal on all ranks; ``sparse`` where any rank has seen a sparse gradient.
-        order: in which gradients became ready; where ranks differ, by their mean places.
+        order: in which gradients became ready; where ranks differ, by their mean positions.
     """
 
     parameters: list[ParameterInfo]
     order: list[int]
 
 
-def _complete(told: Any) -> bool:
-    """Whether a rank's words have all that is compared here."""
-    parameters, sums, names = told["parameters"], told["checksums"], told["names"]
+def _is_description(message: Any) -> bool:
+    """Whether a rank's message has all that is compared here."""
+    parameters, sums, names = message["parameters"], message["checksums"], message["names"]
     return (
-        isinstance(told["settings"], dict)
-        and isinstance(told["count"], int)
+        isinstance(message["settings"], dict)
+        and isinstance(message["count"], int)
         and all(isinstance(held, list) for held in (parameters, sums, names))
         and all(isinstance(one, str) for one in names)
         and len(sums) == len(parameters)
@@ -64,7 +70,7 @@ def _complete(told: Any) -> bool:
     )
 
 
-#: What all ranks must have alike of a parameter, and how a message calls it.
+#: Fields of a parameter that must be equal on all ranks, and their names in messages.
 _COMPARED = {
     "name": "its name",
     "shape": "its shape",
@@ -74,8 +80,8 @@ _COMPARED = {
 }
 
 
-def _first_apart(names: Sequence[Sequence[str]]) -> str:
-    """Return which parameter is the first that some ranks lack: "; rank(s) 1 lack '0.weight'"."""
+def _first_missing(names: Sequence[Sequence[str]]) -> str:
+    """Return the first parameter that some ranks lack: "; rank(s) 1 lack '0.weight'"."""
     counts = [Counter(one) for one in names]  # names may come twice
     for name in dict.fromkeys(itertools.chain(*names)):
         most = max(count[name] for count in counts)
@@ -84,16 +90,18 @@ def _first_apart(names: Sequence[Sequence[str]]) -> str:
     return ""
 
 
-def _is_told(told: Any) -> bool:
-    return isinstance(told, list) and len(told) == 2 and all(isinstance(one, str) for one in told)
+def _is_failure(message: Any) -> bool:
+    return isinstance(message, list) and len(message) == 2 and all(isinstance(one, str) for one in message)
 
 
-def _is_items(told: Any) -> bool:
-    return isinstance(told, list) and all(isinstance(one, list) and len(one) == 2 for one in told)
+def _is_items(message: Any) -> bool:
+    return isinstance(message, list) and all(isinstance(one, list) and len(one) == 2 for one in message)
 
 
-def _is_state(told: Any) -> bool:
-    return isinstance(told, list) and len(told) == 3 and all(isinstance(part, str) for part in told[:2])
+def _is_state(message: Any) -> bool:
+    return (
+        isinstance(message, list) and len(message) == 3 and all(isinstance(part, str) for part in message[:2])
+    )
 
 
 def _differing(values: Sequence[Any]) -> str:
@@ -104,7 +112,7 @@ def _differing(values: Sequence[Any]) -> str:
     return f"rank {rank} has {values[rank]!r}, rank 0 has {values[0]!r}{tail}"
 
 
-def agree(
+def check_consistency(
     communicator: Communicator,
     parameters: Sequence[ParameterInfo],
     checksums: Callable[[], Sequence[int]],
@@ -113,18 +121,18 @@ def agree(
     *,
     name: str,
     broadcast: str = "Give all ranks rank 0's before the first step.",
-) -> Agreed:
-    """Check that all ranks agree, and return what they agree on.
+) -> Consistent:
+    """Check that all ranks hold the same parameters and settings, and return the common ones.
 
     Args:
         communicator: the ranks.
-        parameters: this rank's, in its order.
-        checksums: gives one integer per parameter, equal if and only if (nearly always) the values
+        parameters: of this rank, in its order.
+        checksums: returns one integer per parameter, equal if and only if (nearly always) the values
             are bitwise equal.
         order: indices in the order in which gradients became ready on this rank; may be empty.
         settings: what must be equal on all ranks, JSON values by argument name.
         name: of the exchange.
-        broadcast: how the framework gives all ranks rank 0's parameters, for the message.
+        broadcast: how the framework broadcasts rank 0's parameters, for the message.
 
     Raises:
         AgreementError: on every rank alike, naming the first difference and the ranks.
@@ -136,15 +144,15 @@ def agree(
     sums = list(checksums())
     sparse = [p.sparse for p in parameters]
     compared = _text([settings, [_compared(p) for p in described], sums])
-    equal, alike = same(communicator, [compared, _text([order, sparse])], name)
+    equal, alike = equal_on_all_ranks(communicator, [compared, _text([order, sparse])], name)
     if not equal:
         _raise_difference(communicator, settings, described, sums, name, broadcast)
     if alike:
-        return Agreed(list(parameters), list(order))
+        return Consistent(list(parameters), list(order))
     places, counts, sparse_on = _merged(communicator, order, sparse, name).tolist()
     found = [replace(p, sparse=count > 0) for p, count in zip(parameters, sparse_on, strict=True)]
     ready = [i for i, count in enumerate(counts) if count > 0]
-    return Agreed(found, sorted(ready, key=lambda i: (places[i] / counts[i], i)))
+    return Consistent(found, sorted(ready, key=lambda i: (places[i] / counts[i], i)))
 
 
 def _compared(parameter: dict[str, Any]) -> dict[str, Any]:
@@ -156,7 +164,7 @@ def _text(value: Any) -> bytes:
 
 
 def _canonical(value: Any) -> Any:
-    """Return a JSON value in the form that equal ones share: 64.0 is 64."""
+    """Return a JSON value in canonical form, the same for equal values: 64.0 is 64."""
     if isinstance(value, dict):
         return {key: _canonical(one) for key, one in value.items()}
     if isinstance(value, list | tuple):
@@ -167,12 +175,12 @@ def _canonical(value: Any) -> Any:
 def _merged(
     communicator: Communicator, order: Sequence[int], sparse: Sequence[bool], name: str
 ) -> npt.NDArray[np.float64]:
-    """Return by parameter: the sum of its places in ranks' orders, in how many it is, and is sparse."""
+    """Return three sums over ranks per parameter: of its position, of its presence, of its sparsity."""
     mine = np.zeros((3, len(sparse)))
     for place, i in enumerate(order):
         mine[:2, i] = place, 1
     mine[2] = sparse
-    return communicator.sum(mine, f"{name}.order")
+    return communicator.all_reduce(mine, f"{name}.order")
 
 
 def _raise_difference(
@@ -183,12 +191,14 @@ def _raise_difference(
     name: str,
     broadcast: str,
 ) -> NoReturn:
-    """Find what differs first, have all ranks tell no more than that, and raise what they told."""
-    settled, counted = same(communicator, [_text(settings), _text(len(parameters))], f"{name}.what")
+    """Find what differs first, gather no more than that, and raise it."""
+    settled, counted = equal_on_all_ranks(
+        communicator, [_text(settings), _text(len(parameters))], f"{name}.what"
+    )
     index = None
     if settled and counted:
         each = [_text([_compared(p), c]) for p, c in zip(parameters, checksums, strict=True)]
-        index = same(communicator, each, f"{name}.which").index(False)
+        index = equal_on_all_ranks(communicator, each, f"{name}.which").index(False)
     mine = {
         "settings": {} if settled else settings,
         "count": len(parameters),
@@ -196,8 +206,8 @@ def _raise_difference(
         "parameters": [] if index is None else [parameters[index]],
         "checksums": [] if index is None else [checksums[index]],
     }
-    texts = communicator.gather(json.dumps(mine).encode(), f"{name}.detail")
-    ranks = hear(texts, "parameters and settings", _complete)
+    texts = communicator.all_gather_bytes(json.dumps(mine).encode(), f"{name}.detail")
+    ranks = decode_all(texts, "parameters and settings", _is_description)
 
     for key in sorted(set().union(*(r["settings"] for r in ranks))):
         values = [r["settings"].get(key) for r in ranks]
@@ -210,13 +220,13 @@ def _raise_difference(
     if len(set(counts)) > 1:
         raise AgreementError(
             f"the number of parameters differs between ranks: {_differing(counts)}"
-            f"{_first_apart([r['names'] for r in ranks])}. Build the same model on every rank, with the same "
-            f"parameters frozen."
+            f"{_first_missing([r['names'] for r in ranks])}. Build the same model on every rank, with the "
+            f"same parameters frozen."
         )
     if not all(r["parameters"] for r in ranks):
         raise AgreementError(
-            "ranks' settings or parameters differ, but not in what they tell of them; do all ranks run the "
-            "same version of hvdloss?"
+            "ranks' settings or parameters differ, but their descriptions do not; do all ranks run the same "
+            "version of hvdloss?"
         )
     theirs = ranks[0]["parameters"][0]
     for field, words in _COMPARED.items():
@@ -226,21 +236,22 @@ def _raise_difference(
                 f"parameter {index} ({theirs['name']}): {words} differs between ranks: {_differing(values)}. "
                 f"Build the same model, in the same order and with the same parameters frozen, on every rank."
             )
-    apart = ranks_apart([r["checksums"][0] for r in ranks])
+    mismatched = mismatched_ranks([r["checksums"][0] for r in ranks])
     raise AgreementError(
-        f"parameter {index} ({theirs['name']}) has other values on rank(s) {', '.join(map(str, apart))} than "
-        f"on rank 0, so the ranks would train different models. {broadcast}"
+        f"parameter {index} ({theirs['name']}) has other values on rank(s) "
+        f"{', '.join(map(str, mismatched))} than on rank 0, so the ranks would train different models. "
+        f"{broadcast}"
     )
 
 
-def together(communicator: Communicator, work: Callable[[], Any], name: str, what: str) -> Any:
-    """Do on every rank what may fail on some, and raise what failed on all of them.
+def run_on_all_ranks(communicator: Communicator, work: Callable[[], Any], name: str, what: str) -> Any:
+    """Run `work` on every rank; if it fails on any, raise its error on all.
 
     Args:
         communicator: the ranks.
-        work: returns what must be equal on all ranks, as JSON.
+        work: returns a JSON value that must be equal on all ranks.
         name: of the exchange.
-        what: what the result tells of, for the message.
+        what: the result is, for the message.
 
     Returns:
         What `work` returned.
@@ -250,58 +261,58 @@ def together(communicator: Communicator, work: Callable[[], Any], name: str, wha
         RankError: a rank raised something else. On that rank itself its own error is the cause.
         AgreementError: the results differ.
 
-    Collectives: one sum of 16 numbers; where ranks differ, or one failed, a gather more.
+    Collectives: one sum of 16 numbers; where ranks differ, or one failed, another gather.
     """
     value, error = None, None
     try:
         value = work()
     except Exception as found:
         error = found
-    values = [told[2] for told in _exchanged(communicator, error, value, name)]
+    values = [message[2] for message in _exchange_outcomes(communicator, error, value, name)]
     if any(one != values[0] for one in values):
         raise AgreementError(f"{what} differ between ranks: {_differing(values)}")
     return value
 
 
-def raise_together(
+def raise_on_all_ranks(
     communicator: Communicator, error: BaseException | None, name: str, when: str = ""
 ) -> None:
-    """Raise on every rank what any rank brings; nothing where none brings any.
+    """Raise the error of any rank on every rank; does nothing if no rank has one.
 
     Args:
         communicator: the ranks.
-        error: what went wrong on this one; None for nothing.
+        error: of this rank, or None.
         name: of the exchange.
-        when: how the message begins: "step 3", say.
+        when: start of the message: "step 3", say.
 
     Raises:
-        DataError, RankError: see :func:`together`.
+        DataError, RankError: see :func:`run_on_all_ranks`.
 
-    Collectives: one sum of 16 numbers; where one failed, a gather more.
+    Collectives: one sum of 16 numbers; where one failed, another gather.
     """
-    _exchanged(communicator, error, None, name, when)
+    _exchange_outcomes(communicator, error, None, name, when)
 
 
-def agree_on_items(
+def check_items_consistent(
     communicator: Communicator,
     work: Callable[[], Sequence[tuple[str, Any]]],
     *,
     name: str,
     what: str,
-    way_out: str,
+    remedy: str,
 ) -> None:
-    """Check that all ranks are about to exchange the same things; what fails on all is raised as it is.
+    """Check that all ranks are about to exchange the same items; an error equal on all is raised unchanged.
 
     Args:
         communicator: the ranks.
-        work: returns this rank's things: a name and a JSON value each, equal on all ranks; may raise.
+        work: returns this rank's items: a name and a JSON value each, equal on all ranks; may raise.
         name: of the exchange.
-        what: one thing is, for the message: "parameter".
-        way_out: the end of the message.
+        what: an item is, for the message: "parameter".
+        remedy: the end of the message.
 
     Raises:
-        AgreementError: on every rank alike, naming the first thing that differs.
-        RankError: `work` failed on some ranks only, or otherwise.
+        AgreementError: on every rank alike, naming the first item that differs.
+        RankError: `work` failed on some ranks only, or in different ways.
 
     Collectives: one sum of 16 numbers; where ranks differ, gathers, at last of everything.
     """
@@ -312,51 +323,52 @@ def agree_on_items(
     except Exception as found:
         error = found
     text = json.dumps(items).encode()
-    told = ["", hashlib.sha256(text).hexdigest()] if error is None else [type(error).__name__, str(error)]
-    data = json.dumps(told).encode()
-    if same(communicator, [data], name)[0]:
+    message = ["", hashlib.sha256(text).hexdigest()] if error is None else [type(error).__name__, str(error)]
+    data = json.dumps(message).encode()
+    if equal_on_all_ranks(communicator, [data], name)[0]:
         if error is not None:
             raise error
         return
-    ranks = hear(communicator.gather(data, f"{name}.told"), what, _is_told)
+    ranks = decode_all(communicator.all_gather_bytes(data, f"{name}.failure"), what, _is_failure)
     if any(kind for kind, _ in ranks):
-        raise_together(communicator, error, f"{name}.failed", what)
-    lists = hear(communicator.gather(text, f"{name}.items"), what, _is_items)
+        raise_on_all_ranks(communicator, error, f"{name}.failed", what)
+    lists = decode_all(communicator.all_gather_bytes(text, f"{name}.items"), what, _is_items)
     for place in range(max(map(len, lists))):
         values = [one[place] if place < len(one) else None for one in lists]
-        if not (apart := ranks_apart(values)):
+        if not (mismatched := mismatched_ranks(values)):
             continue
         own = [
-            value if value is not None else ["(none)", "nothing"] for value in (values[0], values[apart[0]])
+            value if value is not None else ["(none)", "nothing"]
+            for value in (values[0], values[mismatched[0]])
         ]
-        more = f" ({len(apart) - 1} more rank(s) differ as well)" if len(apart) > 1 else ""
+        more = f" ({len(mismatched) - 1} more rank(s) differ as well)" if len(mismatched) > 1 else ""
         raise AgreementError(
-            f"{what} {place} ({own[0][0]}) differs between ranks: rank {apart[0]} has {own[1][0]}: "
-            f"{own[1][1]}, rank 0 has {own[0][0]}: {own[0][1]}{more}. {way_out}"
+            f"{what} {place} ({own[0][0]}) differs between ranks: rank {mismatched[0]} has {own[1][0]}: "
+            f"{own[1][1]}, rank 0 has {own[0][0]}: {own[0][1]}{more}. {remedy}"
         )
 
 
-def _exchanged(
+def _exchange_outcomes(
     communicator: Communicator, error: BaseException | None, value: Any, name: str, when: str = ""
 ) -> list[Any]:
-    """Return what ranks bring, ``[kind of error, its text, value]``, all or the one that all do.
+    """Return the ranks' outcomes ``[kind of error, its text, value]``; only one if all are equal.
 
-    Raise the first error.
+    Raises the first error.
     """
-    told = ["", "", value] if error is None else [type(error).__name__, str(error), None]
-    data = json.dumps(told).encode()
-    if same(communicator, [data], name)[0] and error is None:
-        return [told]
-    heard = hear(communicator.gather(data, f"{name}.detail"), "state", _is_state)
-    failed = [(rank, *one[:2]) for rank, one in enumerate(heard) if one[0]]
+    message = ["", "", value] if error is None else [type(error).__name__, str(error), None]
+    data = json.dumps(message).encode()
+    if equal_on_all_ranks(communicator, [data], name)[0] and error is None:
+        return [message]
+    messages = decode_all(communicator.all_gather_bytes(data, f"{name}.detail"), "state", _is_state)
+    failed = [(rank, *one[:2]) for rank, one in enumerate(messages) if one[0]]
     if not failed:
-        return heard
+        return messages
     rank, kind, text = failed[0]
     more = f" ({len(failed) - 1} more rank(s) failed as well)" if len(failed) > 1 else ""
     ours = kind in (DataError.__name__, RankError.__name__)
     if not ours:
         text = f"{kind}: {text}"
-        if kind not in errors.__all__:  # one of ours says by itself what to do
+        if kind not in errors.__all__:  # ours already say what to do
             text += f". {errors.WAY_OUT}"
     text = f"{f'{when}: ' if when else ''}rank {rank}: {text}{more}"
     out = DataError(text) if kind == DataError.__name__ else RankError(text)

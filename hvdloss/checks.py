@@ -1,4 +1,4 @@
-"""Checks of arguments that many take."""
+"""Checks of arguments, shared by many functions."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import numpy as np
 
 from hvdloss.errors import ConfigError
 
-__all__ = ["whole"]
+__all__ = ["check_int"]
 
 
-def whole(name: str, value: Any, least: int) -> int:
+def check_int(name: str, value: Any, least: int) -> int:
     """Return `value` if it is an integer of at least `least`, else raise ConfigError."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
         raise ConfigError(f"{name}={value!r} must be an integer of at least {least}")

@@ -1,4 +1,4 @@
-"""What differentiable collectives have in common in every framework: who takes part, names, part sizes."""
+"""What differentiable collectives share in every framework: groups, names, part sizes."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hvdloss import world
-from hvdloss.communicator import included, ranks_of
+from hvdloss.communicator import group_ranks, included
 from hvdloss.errors import ConfigError, ShapeError, UsageError
 
 __all__ = [
-    "At",
+    "GroupContext",
+    "auto_name",
     "check_known_rows",
     "check_root",
     "check_rows",
     "check_sizes",
     "even_sizes",
-    "members",
+    "group_by_bytes",
     "named_by_ordinal",
-    "numbered",
-    "rank_of_root",
-    "together_by_size",
+    "resolve_group",
+    "root_index",
 ]
 
 NUMBERS = 256  # of one kind of call; Horovod remembers the answers to 1024 names
@@ -34,25 +34,25 @@ _counters: defaultdict[Any, Iterator[int]] = defaultdict(itertools.count)
 
 
 @dataclass(frozen=True)
-class At:
-    """Where a collective takes place: its name on the wire, its ranks, and which of them this one is."""
+class GroupContext:
+    """The group of a collective: its name, its process set, and this process's rank in it."""
 
     name: str
     process_set: Any
     rank: int
     size: int
 
-    def named(self, suffix: str) -> At:
-        """Return the same ranks under a longer name."""
+    def named(self, suffix: str) -> GroupContext:
+        """Return the same group with a longer name."""
         return replace(self, name=f"{self.name}.{suffix}")
 
     def global_rank(self, rank: int) -> int:
-        """Return the number that Horovod's broadcast knows a rank of the process set by."""
+        """Return the global rank of a rank of the process set, as Horovod's broadcast takes it."""
         ranks = self.process_set.ranks
         return rank if ranks is None else list(ranks)[rank]
 
 
-def members(hvd: Any, process_set: Any, what: str) -> tuple[Any, int, int]:
+def resolve_group(hvd: Any, process_set: Any, what: str) -> tuple[Any, int, int]:
     """Return a process set, this process's number in it and its size; (.., 0, 1) before ``hvd.init()``.
 
     Raises:
@@ -69,21 +69,21 @@ def members(hvd: Any, process_set: Any, what: str) -> tuple[Any, int, int]:
     return group, group.rank(), group.size()
 
 
-def numbered(what: str, process_set: Any) -> str:
-    """Return a name for a call that was given none: the same on all ranks of a process set.
+def auto_name(what: str, process_set: Any) -> str:
+    """Return a name for an unnamed call: the same on all ranks of a process set.
 
-    Counted per process set, for ranks need not be in the same sets. Numbers begin again after a while.
+    Counted per process set, since ranks need not be in the same sets. Numbers repeat after :data:`NUMBERS`.
     """
-    # In an elastic job ranks that have just come have made no calls.
-    kind = what, getattr(process_set, "process_set_id", 0), world.number()
+    # In an elastic job, ranks that have just joined have made no calls.
+    kind = what, getattr(process_set, "process_set_id", 0), world.generation()
     return f"hvdloss.{what}.{next(_counters[kind]) % NUMBERS}"
 
 
 def named_by_ordinal(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return Horovod's ``broadcast_object`` or ``allgather_object``, named by ordinal and root.
 
-    Horovod names the exchange by the type of the object, of which ranks may have different ones: None, say,
-    on all but the root. They would then wait for each other for ever.
+    Horovod names the exchange by the type of the object, which may differ between ranks: None, say, on all
+    but the root. They would then deadlock.
     """
     signature = inspect.signature(function)
 
@@ -91,20 +91,20 @@ def named_by_ordinal(function: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(*args, **kwargs)
         if bound.arguments.get("name") is None:
-            name = numbered(function.__name__, bound.arguments.get("process_set"))
+            name = auto_name(function.__name__, bound.arguments.get("process_set"))
             bound.arguments["name"] = f"{name}.{bound.arguments.get('root_rank', 0)}"
         return function(*bound.args, **bound.kwargs)
 
     return call
 
 
-def rank_of_root(hvd: Any, group: Any, size: int, root_rank: int, what: str) -> int:
-    """Return the number within a process set of a rank that Horovod counts among all.
+def root_index(hvd: Any, group: Any, size: int, root_rank: int, what: str) -> int:
+    """Return the rank within a process set of a global rank.
 
     Raises:
         ConfigError: it is not in the set.
     """
-    ranks = ranks_of(hvd, group) or tuple(range(size))
+    ranks = group_ranks(hvd, group) or tuple(range(size))
     if root_rank not in ranks:
         raise ConfigError(
             f"{what}: root_rank={root_rank!r} is none of the ranks {list(ranks)}; it counts among all ranks"
@@ -112,10 +112,10 @@ def rank_of_root(hvd: Any, group: Any, size: int, root_rank: int, what: str) -> 
     return ranks.index(root_rank)
 
 
-def together_by_size(sizes: Iterable[int], most: int = 1 << 26) -> Iterator[list[int]]:
-    """Give the places of what travels in one message: of at most so many bytes, or of one thing.
+def group_by_bytes(sizes: Iterable[int], most: int = 1 << 26) -> Iterator[list[int]]:
+    """Yield the indices of what goes into one message: at most `most` bytes, or a single item.
 
-    >>> list(together_by_size([5, 3, 0, 4, 20, 1], most=8))
+    >>> list(group_by_bytes([5, 3, 0, 4, 20, 1], most=8))
     [[0, 1], [3], [4], [5]]
     """
     part: list[int] = []
@@ -132,7 +132,7 @@ def together_by_size(sizes: Iterable[int], most: int = 1 << 26) -> Iterator[list
 
 
 def even_sizes(rows: int, size: int) -> list[int]:
-    """Return how Horovod's reduce-scatter cuts rows into parts: the first ones get what is left over.
+    """Return how Horovod's reduce-scatter splits rows: the first parts get the remainder.
 
     >>> even_sizes(7, 3)
     [3, 2, 2]

@@ -1,9 +1,9 @@
-"""The controller: drives an objective's terms and what they do, the same on every rank.
+"""The controller: drives an objective's terms and their policies, the same on every rank.
 
-One per objective. The adapters hand it each batch (:meth:`Controller.weigh`, :meth:`Controller.observe`)
-and each finished step (:meth:`Controller.close`), and ask it what was decided: batch sizes, the
-synchronisation period, compression. It never communicates. What it decides rests on the table of all
-ranks' ledgers alone, which is the same on all ranks to the last bit, so its decisions are too.
+One per objective. The adapters pass it each batch (:meth:`Controller.weight_factors`,
+:meth:`Controller.observe`) and each finished step (:meth:`Controller.on_step_end`), and ask it what was
+decided: batch sizes, the synchronisation period, compression. It never communicates. It decides from the
+table of all ranks' ledgers alone, which is bitwise equal on all ranks, so its decisions are too.
 """
 
 from __future__ import annotations
@@ -17,27 +17,25 @@ import numpy.typing as npt
 
 from hvdloss.communicator import Communicator
 from hvdloss.errors import ConfigError
-from hvdloss.ledger import WIDTH
+from hvdloss.ledger import LEDGER_WIDTH
 from hvdloss.report.steps import TermReport
-from hvdloss.term import Act, Batch, Closed, Decision, Term, Travel, check_price
+from hvdloss.term import Batch, CommStats, Decision, Policy, StepStats, Term, check_price
 
-__all__ = ["Controller", "counts_of"]
+__all__ = ["Controller", "parse_counts"]
 
 Array = npt.NDArray[np.float64]
-Kind = TypeVar("Kind", bound=Act)
+Kind = TypeVar("Kind", bound=Policy)
 
 
-def counts_of(memory: Any, otherwise: str) -> tuple[int, int]:
-    """Return the steps and samples that an optimizer's or a tape's memory holds (older ones: no samples).
+def parse_counts(state: Any, otherwise: str) -> tuple[int, int]:
+    """Return the steps and samples in the state of an optimizer or a tape; an older state has no samples.
 
     Raises:
-        ConfigError: it is none; the text says what it is not.
+        ConfigError: not such a state; `otherwise` ends the message.
     """
-    steps, samples = (
-        (memory.get("steps"), memory.get("samples", 0)) if isinstance(memory, dict) else (None, 0)
-    )
+    steps, samples = (state.get("steps"), state.get("samples", 0)) if isinstance(state, dict) else (None, 0)
     if not isinstance(steps, int) or not isinstance(samples, int):
-        raise ConfigError(f"memory={str(memory)[:200]} {otherwise}")
+        raise ConfigError(f"state={str(state)[:200]} {otherwise}")
     return steps, samples
 
 
@@ -48,12 +46,13 @@ class Controller:
         terms: instances of :class:`hvdloss.term.Term`, each with a name of its own.
 
     Attributes:
-        terms: what it was given, as a tuple.
-        width: float64 sums that the terms tell of each batch, one after another.
+        terms: the terms, as a tuple.
+        policies: pairs of a term and one of its policies.
+        width: number of float64 sums per batch, over all terms.
         decisions: all decisions so far, oldest first.
 
     Raises:
-        ConfigError: something that is no term, a name used twice, or two acts that contradict each other.
+        ConfigError: not a term, a name used twice, or two policies of one kind.
     """
 
     def __init__(self, terms: Sequence[Term] = ()) -> None:
@@ -70,43 +69,43 @@ class Controller:
         names = [term.name for term in self.terms]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ConfigError(f"terms has two terms named {twice[0]!r}; give each its own name")
-        self.acts = tuple((term, act) for term in self.terms for act in term.acts)
-        for kind in {type(act) for _, act in self.acts}:
-            if sum(type(act) is kind for _, act in self.acts) > 1:
-                raise ConfigError(f"acts has two of {kind.__name__}; an objective can follow one only")
+        self.policies = tuple((term, policy) for term in self.terms for policy in term.policies)
+        for kind in {type(policy) for _, policy in self.policies}:
+            if sum(type(policy) is kind for _, policy in self.policies) > 1:
+                raise ConfigError(f"policies has two of {kind.__name__}; an objective can follow only one")
         self.width = sum(term.width for term in self.terms)
-        self.weighs = any(term.weighs for term in self.terms)
-        self.penalizes = any(term.penalizes for term in self.terms)
+        self.has_weights = any(term.has_weights for term in self.terms)
+        self.has_penalty = any(term.has_penalty for term in self.terms)
         self.decisions: list[Decision] = []
-        #: Called with every decision, and with every closed step's number, table and travel.
+        #: Called with every decision, and with every finished step's number, table and communication.
         self.on_decision: list[Callable[[Decision], None]] = []
-        self.on_step: list[Callable[[int, Array, Travel], None]] = []
+        self.on_step: list[Callable[[int, Array, CommStats], None]] = []
         self.on_prepare: list[Callable[[list[Any]], None]] = []
-        #: What terms measured before the first step of a run that this one follows.
-        self.prepared_instead: Sequence[Any] | None = None
-        #: Gives the table to decide by in place of what was measured (see :mod:`hvdloss.control.log`).
-        self.measured_instead: Callable[[int, Array], Array] | None = None
+        #: What terms measured before the first step of a run whose times this one replays.
+        self.prepared_override: Sequence[Any] | None = None
+        #: Returns the table to decide by in place of the measured one (see :mod:`hvdloss.control.log`).
+        self.table_override: Callable[[int, Array], Array] | None = None
         self._bound: tuple[int, int] | None = None
         self._prepared = False
-        self._values: list[Array] = []  # of the last closed step
+        self._values: list[Array] = []  # of the last finished step
 
     # -- ranks ------------------------------------------------------------------------------------
 
-    def begin(self, rank: int, size: int, *, anew: bool = False) -> None:
-        """Start afresh with these ranks; if they are the ones there were, only with `anew`."""
-        if self._bound == (rank, size) and not anew:
+    def reset(self, rank: int, size: int, *, force: bool = False) -> None:
+        """Start over with these ranks; does nothing if they have not changed, unless `force`."""
+        if self._bound == (rank, size) and not force:
             return
         self._bound = (rank, size)
         self._prepared = False
         for term in self.terms:
-            term.begin(rank, size)
-            for act in term.acts:
-                act.begin(rank, size)
-            term.settle()
+            term.reset(rank, size)
+            for policy in term.policies:
+                policy.reset(rank, size)
+            term.update_state()
 
     @property
     def size(self) -> int:
-        """How many ranks there are; 1 before the first step."""
+        """Number of ranks; 1 before the first step."""
         return self._bound[1] if self._bound else 1
 
     def prepare(self, communicator: Communicator) -> None:
@@ -114,77 +113,79 @@ class Controller:
         if self._prepared:
             return
         self._prepared = True
-        if self.prepared_instead is not None:
-            self.restore_prepared(self.prepared_instead)
+        if self.prepared_override is not None:
+            self.load_prepared_state(self.prepared_override)
         else:
             for term in self.terms:
                 term.prepare(communicator)
-        for tell in self.on_prepare:
-            tell([term.prepared() for term in self.terms])
+        for listener in self.on_prepare:
+            listener([term.prepared_state() for term in self.terms])
 
-    def restore_prepared(self, states: Sequence[Any]) -> None:
-        """Give every term what it had measured in another run's :meth:`prepare`."""
+    def load_prepared_state(self, states: Sequence[Any]) -> None:
+        """Restore what every term measured in another run's :meth:`prepare`."""
         for term, state in zip(self.terms, states, strict=True):
             if state is not None:
-                term.restore_prepared(state)
+                term.load_prepared_state(state)
 
-    # -- going on ---------------------------------------------------------------------------------
+    # -- checkpoints ------------------------------------------------------------------------------
 
-    def memory(self) -> dict[str, Any]:
-        """Return what terms and acts remember: plain values and arrays, equal on all ranks."""
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of terms and policies: plain values and arrays, equal on all ranks."""
         return {
             "ranks": self.size,
             "terms": {
                 name: {
-                    "always": {key: _plain(getattr(one, key)) for key in one.remembers},
-                    "of ranks": {key: _plain(getattr(one, key)) for key in one.remembers_of_ranks},
+                    "shared": {key: _to_plain(getattr(one, key)) for key in one.state_attrs},
+                    "per_rank": {key: _to_plain(getattr(one, key)) for key in one.per_rank_state_attrs},
                 }
-                for name, one in self._remembering()
+                for name, one in self._named_parts()
             },
         }
 
-    def remember(self, memory: Any, *, same_ranks: bool) -> None:
-        """Go on from a :meth:`memory`; after :meth:`begin`.
+    def load_state_dict(self, state: Any, *, same_ranks: bool) -> None:
+        """Restore a :meth:`state_dict`; after :meth:`reset`.
 
-        What it does not have is left as it is: terms and acts may have been added.
+        What it lacks keeps its value: terms and policies may have been added.
 
         Args:
-            memory: of a controller whose terms have these names.
-            same_ranks: whether it is of the ranks there are now, or as many: else what is of ranks starts
-                afresh.
+            state: of a controller whose terms have these names.
+            same_ranks: whether it was saved by the same ranks, or as many; if not, what is per rank is not
+                restored.
 
         Raises:
-            ConfigError: no such memory; nothing is changed then.
+            ConfigError: not such a state; nothing is changed then.
         """
         try:
-            held = memory["terms"]
-            size = int(memory["ranks"])
-            kinds = ("always", "of ranks") if same_ranks and size == self.size else ("always",)
+            held = state["terms"]
+            size = int(state["ranks"])
+            kinds = ("shared", "per_rank") if same_ranks and size == self.size else ("shared",)
             found = [
                 (one, key, held[name][kind][key])
-                for name, one in self._remembering()
+                for name, one in self._named_parts()
                 if name in held
                 for kind in kinds
-                for key in (one.remembers if kind == "always" else one.remembers_of_ranks)
+                for key in (one.state_attrs if kind == "shared" else one.per_rank_state_attrs)
                 if key in held[name][kind]
             ]
         except (KeyError, TypeError, ValueError) as error:
-            raise ConfigError(f"memory={str(memory)[:200]} is not what Controller.memory() gives") from error
+            raise ConfigError(
+                f"state={str(state)[:200]} is not what Controller.state_dict() returns"
+            ) from error
         for one, key, value in found:
-            _give(one, key, value)
+            _set_from_plain(one, key, value)
         for term in self.terms:
-            term.settle()
+            term.update_state()
 
-    def _remembering(self) -> list[tuple[str, Term | Act]]:
-        """Return terms and acts by name."""
-        terms: list[tuple[str, Term | Act]] = [(term.name, term) for term in self.terms]
-        return terms + [(f"{term.name}.{type(act).__name__}", act) for term, act in self.acts]
+    def _named_parts(self) -> list[tuple[str, Term | Policy]]:
+        """Return terms and policies by name."""
+        terms: list[tuple[str, Term | Policy]] = [(term.name, term) for term in self.terms]
+        return terms + [(f"{term.name}.{type(policy).__name__}", policy) for term, policy in self.policies]
 
     # -- a batch ----------------------------------------------------------------------------------
 
     @property
     def state(self) -> Array:
-        """What the terms want to see again in every batch: float64, one term's after another's."""
+        """The state that the terms read in every batch, concatenated: float64."""
         parts = [term.state for term in self.terms]
         return np.concatenate(parts) if parts else np.zeros(0)
 
@@ -197,11 +198,11 @@ class Controller:
             at = stop
         return views
 
-    def weigh(self, batches: Sequence[Batch]) -> Any:
+    def weight_factors(self, batches: Sequence[Batch]) -> Any:
         """Return the product of the terms' factors for the weights, or None if no term has any."""
         product = None
         for term, batch in zip(self.terms, batches, strict=True):
-            factor = term.weights(batch) if term.weighs else None
+            factor = term.weights(batch) if term.has_weights else None
             if factor is not None:
                 product = factor if product is None else product * factor
         return product
@@ -210,7 +211,7 @@ class Controller:
         """Return the sum of the terms' penalties, or None."""
         total = None
         for term, batch in zip(self.terms, batches, strict=True):
-            part = term.penalty(batch) if term.penalizes else None
+            part = term.penalty(batch) if term.has_penalty else None
             if part is not None:
                 total = part if total is None else total + part
         return total
@@ -221,8 +222,8 @@ class Controller:
         for term, batch in zip(self.terms, batches, strict=True):
             if not term.width:
                 continue
-            told = term.observe(batch)
-            vector = batch.ops.row64(list(told)) if isinstance(told, list | tuple) else told
+            sums = term.observe(batch)
+            vector = batch.ops.stack64(list(sums)) if isinstance(sums, list | tuple) else sums
             shape = batch.ops.shape(vector)
             if len(shape) != 1 or shape[0] not in (None, term.width):
                 raise ConfigError(
@@ -234,49 +235,49 @@ class Controller:
 
     # -- a step -----------------------------------------------------------------------------------
 
-    def close(self, step: int, table: Array, travel: Travel, reduction: str = "mean") -> Array:
-        """Take note of a finished step, decide, and return the new :attr:`state`.
+    def on_step_end(self, step: int, table: Array, comm_stats: CommStats, reduction: str = "mean") -> Array:
+        """Record a finished step, decide, and return the new :attr:`state`.
 
         Args:
             step: its number, from 1.
-            table: all ranks' ledgers and terms' sums, float64 ``(ranks, WIDTH + width)``.
-            travel: how they travelled.
+            table: all ranks' ledgers and terms' sums, float64 ``(ranks, LEDGER_WIDTH + width)``.
+            comm_stats: of their exchange.
             reduction: of the objective.
         """
         if not self.terms:
             return np.zeros(0)
-        if self.measured_instead is not None:
-            table = self.measured_instead(step, table)
-        for note in self.on_step:
-            note(step, table, travel)
+        if self.table_override is not None:
+            table = self.table_override(step, table)
+        for listener in self.on_step:
+            listener(step, table, comm_stats)
         rank = self._bound[0] if self._bound else 0
-        ledgers, at = table[:, :WIDTH], WIDTH
+        ledgers, at = table[:, :LEDGER_WIDTH], LEDGER_WIDTH
         values: list[Array] = []
         for term in self.terms:
-            rows = table[:, at : at + term.width]
+            sums = table[:, at : at + term.width]
             at += term.width
-            closed = Closed(step, rank, ledgers, rows, travel, reduction)
-            one = np.asarray(term.close(closed), dtype=np.float64)
+            stats = StepStats(step, rank, ledgers, sums, comm_stats, reduction)
+            one = np.asarray(term.on_step_end(stats), dtype=np.float64)
             if one.shape != (len(table),) or not np.isfinite(one).all():
                 raise ConfigError(
-                    f"{type(term).__name__}.close() must give one finite value per rank, shape "
-                    f"({len(table)},); it gave {one!r}"
+                    f"{type(term).__name__}.on_step_end() must return one finite value per rank, shape "
+                    f"({len(table)},); it returned {one!r}"
                 )
             values.append(one)
-            for act in term.acts:
-                for decision in act.close(term, closed):
-                    self._decided(decision)
-            term.settle()
+            for policy in term.policies:
+                for decision in policy.on_step_end(term, stats):
+                    self._record(decision)
+            term.update_state()
         self._values = values
         return self.state
 
-    def _decided(self, decision: Decision) -> None:
+    def _record(self, decision: Decision) -> None:
         self.decisions.append(decision)
-        for tell in self.on_decision:
-            tell(decision)
+        for listener in self.on_decision:
+            listener(decision)
 
     def reports(self) -> dict[str, TermReport]:
-        """Return what the terms came to in the last closed step, by name; empty before the first."""
+        """Return the terms' values in the last finished step, by name; empty before the first."""
         return {
             term.name: TermReport(
                 unit=term.unit,
@@ -291,21 +292,21 @@ class Controller:
 
     # -- what was decided -------------------------------------------------------------------------
 
-    def act(self, kind: type[Kind]) -> Kind | None:
-        """Return the act of this class, or None."""
-        return next((act for _, act in self.acts if isinstance(act, kind)), None)
+    def policy(self, kind: type[Kind]) -> Kind | None:
+        """Return the policy of this class, or None."""
+        return next((policy for _, policy in self.policies if isinstance(policy, kind)), None)
 
     def settings(self) -> dict[str, Any]:
-        """Return what must be equal on all ranks, for the agreement of the first step."""
+        """Return what must be equal on all ranks, for the consistency check of the first step."""
         return {f"terms.{term.name}": term.settings() for term in self.terms}
 
 
-def _plain(value: Any) -> Any:
-    """Return an attribute as plain values; what has ``memory()`` by what that gives."""
-    return value.memory() if hasattr(value, "memory") else value
+def _to_plain(value: Any) -> Any:
+    """Return an attribute as plain values; an object by its ``state_dict()``."""
+    return value.state_dict() if hasattr(value, "state_dict") else value
 
 
-def _give(one: Any, key: str, value: Any) -> None:
-    """Set an attribute from what :func:`_plain` gave."""
-    there = getattr(one, key)
-    setattr(one, key, there.remembered(value) if hasattr(there, "remembered") else value)
+def _set_from_plain(one: Any, key: str, value: Any) -> None:
+    """Set an attribute from what :func:`_to_plain` returned."""
+    current = getattr(one, key)
+    setattr(one, key, current.from_state_dict(value) if hasattr(current, "from_state_dict") else value)

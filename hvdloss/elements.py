@@ -80,8 +80,8 @@ class ClassOptions:
 
     def settings(self) -> dict[str, Any]:
         """Return what must be equal on all ranks: the options that were given."""
-        told = {k: v for k, v in vars(self).items() if v != getattr(_DEFAULT, k)}
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in told.items()}
+        changed = {k: v for k, v in vars(self).items() if v != getattr(_DEFAULT, k)}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in changed.items()}
 
     def check_classes(self, classes: int | None) -> None:
         """Raise ShapeError if there is not one weight for each of so many classes."""
@@ -151,7 +151,7 @@ def check_object(loss: Callable[..., Any], name: str) -> None:
             continue
         raise ConfigError(
             f"loss={name} has {option}={value!r}: its own mean leaves out or weighs elements in a way that "
-            f"its per-element losses do not tell. Construct it without, and give these weights in the call: "
+            f"its per-element losses do not show. Construct it without, and give these weights in the call: "
             f"objective(prediction, target, weight=...), 0 for an element that is to be ignored"
         )
 
@@ -164,7 +164,7 @@ _TARGETS = {"y_true", "target", "targets", "label", "labels", "onehot_labels", "
 def prediction_first(function: Callable[..., Any]) -> bool | None:
     """Return whether a function takes (prediction, target), by the names of its parameters.
 
-    False for (target, prediction), the order of Keras and ``tf.nn``; None if the names do not tell.
+    False for (target, prediction), the order of Keras and ``tf.nn``; None if the names do not show it.
     """
     try:
         names = list(inspect.signature(function).parameters)[:2]

@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar
 
 __all__ = ["Group", "Work"]
 
-Tensor = TypeVar("Tensor")
+Tensor = TypeVar("Tensor", contravariant=True)
 
 
 class Work(Protocol):

@@ -1,7 +1,7 @@
 """Sums of float64 numbers over any number of ranks that do not depend on the order in which they are added.
 
 A number is written in fixed point, over the whole range of float64, as digits that are whole numbers so
-small that their sums over all ranks are exact in the dtype in which they travel. An ordinary all-reduce of
+small that their sums over all ranks are exact in the dtype of the message. An ordinary all-reduce of
 the digits is then exact in whatever order and grouping it adds, and the sum of the numbers is rounded once,
 when it is read (the long accumulator of Kulisch, "Computer Arithmetic and Validity", 2nd ed. 2013).
 """

@@ -1,4 +1,4 @@
-"""Libraries that only some need: loaded where they are used, and named where they are missing."""
+"""Optional libraries: imported where they are used, with an error that names the extra."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any
 
 from hvdloss.errors import ConfigError
 
-__all__ = ["library"]
+__all__ = ["optional_import"]
 
 
-def library(name: str, extra: str, purpose: str) -> Any:
-    """Import a library that only some need.
+def optional_import(name: str, extra: str, purpose: str) -> Any:
+    """Import an optional library.
 
     Raises:
-        ConfigError: it is not installed; names the extra that has it.
+        ConfigError: it is not installed; names the extra.
     """
     try:
         return importlib.import_module(name)

@@ -16,7 +16,7 @@ ENGINES = ("horovod", "torch.distributed", "one process")
 
 
 class Launch(NamedTuple):
-    """What a launcher told this process: how many there are, and in which variable."""
+    """The number of processes by the launcher, and the variable that has it."""
 
     launcher: str
     size: int
@@ -142,7 +142,7 @@ def init_checked(
     Args:
         hvd: the Horovod module, or what stands in for it.
         init, shutdown: begin and end it.
-        others: tells how many ranks the framework itself knows of.
+        others: returns the number of ranks that the framework itself knows of.
     """
 
     @functools.wraps(init)

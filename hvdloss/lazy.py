@@ -1,4 +1,4 @@
-"""Names of a package whose modules are loaded when they are asked for (PEP 562)."""
+"""Lazy loading of a package's names (PEP 562)."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-__all__ = ["lazily"]
+__all__ = ["lazy_module"]
 
 
-def lazily(package: str, home_of: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """Return ``__getattr__`` and ``__dir__`` for a package.
+def lazy_module(
+    package: str, home_of: Mapping[str, str]
+) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """Return a ``__getattr__`` that imports on first access, and ``__dir__``, for a package.
 
     Args:
         package: its ``__name__``.
-        home_of: names, and the module within the package that each is in.
+        home_of: names, and the module of the package that defines each.
     """
 
     def getattribute(name: str) -> Any:

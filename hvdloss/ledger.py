@@ -1,13 +1,13 @@
-"""The ledger: what one rank adds to one step, and how a step is judged from all ranks' ledgers.
+"""The ledger: what one rank adds to one step, and the checks of a step against all ranks' ledgers.
 
 A ledger is a short vector of sums. Merging is adding, so the micro-batches of a rank, and the ranks of
 a step, merge in any order and grouping (a commutative monoid; the tests check the laws).
 
-Ledgers travel in one of two ways. Up to :attr:`hvdloss.tuning.Tuning.table_ranks` ranks they are one float64
-matrix with a row per rank, of which each rank fills its own: the sum over ranks is the table of all ledgers.
-With more ranks only their sums travel (:class:`Sums`), a few numbers whatever the number of ranks; the rows
-are gathered where the sums show that somebody must know whose they are (:attr:`Ledgers.ask`). Either way all
-ranks know the same.
+Ledgers are exchanged in one of two ways. Up to :attr:`hvdloss.tuning.Tuning.table_ranks` ranks they are one
+float64 matrix with a row per rank, of which each rank fills its own: the sum over ranks is the table of all
+ledgers. With more ranks only their sums are exchanged (:class:`Sums`), a few numbers whatever the number of
+ranks; the rows are gathered when the sums show that somebody needs them (:attr:`Ledgers.needs_rows`). Either
+way all ranks know the same.
 """
 
 from __future__ import annotations
@@ -37,25 +37,25 @@ from hvdloss.passes import SAME
 from hvdloss.reduction import finish
 
 __all__ = [
-    "ASKED",
     "COLUMN",
-    "FAULTS",
-    "NONFINITE",
-    "POLICIES",
-    "WIDTH",
+    "FAULT_COLUMNS",
+    "GATHER_COLUMNS",
+    "LEDGER_WIDTH",
+    "NONFINITE_COLUMNS",
+    "NONFINITE_MODES",
     "Ledger",
     "Ledgers",
     "Sums",
-    "agreed_factor",
-    "check_policy",
-    "judge",
-    "offenders",
+    "check_nonfinite_mode",
+    "check_step",
+    "common_factor",
+    "nonfinite_ranks",
     "pack",
     "unpack",
 ]
 
-#: What happens to a step in which the loss or a gradient of some rank is NaN or infinite.
-POLICIES = ("raise", "skip", "drop")
+#: What to do with a step in which the loss or a gradient of some rank is NaN or infinite.
+NONFINITE_MODES = ("raise", "skip", "drop")
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Ledger:
 
     Attributes:
         numerator: of the reduction (see :mod:`hvdloss.reduction`).
-        denominator: of the reduction; what the rank's gradient is weighted with.
+        denominator: of the reduction; the weight of the rank's gradient.
         weight: sum of the weights.
         elements: number of elements with a weight other than zero.
         micro_batches: backward passes in the step.
@@ -73,20 +73,20 @@ class Ledger:
         nonfinite_losses: micro-batches whose loss is NaN or infinite.
         nonfinite_gradients: 1 if one of the rank's gradients is NaN or infinite, or so large that the sum
             over ranks might be.
-        strays: backward passes that reached parameters without passing through the objective, or
+        untracked_backwards: backward passes that reached parameters without passing through the objective, or
             through several calls of it with different weight sums.
         failed: 1 if the rank cannot go on.
-        communication: seconds the rank was held up by communication in the step before.
+        communication: seconds the rank was blocked by communication in the step before.
         computation: seconds between the ends of the two steps before in which it was not.
-        moved: after local steps, the squared length of the rank's move times its denominator.
-        together: squared length of the mean move of the exchange before, as this rank has it.
-        factor: what the rank's loss was multiplied with, but for a division by the passes.
-        more: 1 if the rank has more data after this step (:mod:`hvdloss.data.uneven`).
+        drift_sqnorm: after local steps, the squared norm of the rank's update times its denominator.
+        mean_update_sqnorm: squared norm of the mean update of the exchange before, as computed on this rank.
+        factor: the rank's loss was multiplied with, apart from a division by the passes.
+        has_next: 1 if the rank has more data after this step (:mod:`hvdloss.data.uneven`).
         late: 1 if the rank's gradients were reduced only when it updated: it had fewer micro-batches.
-        leaving: 1 if the rank was told to leave (:mod:`hvdloss.training.preemption`).
-        hooks: how many hooks the user has set on the rank's parameters.
-        reading: 1 if somebody on the rank reads what single ranks did (:attr:`hvdloss.StepReport.ranks`).
-        rescaled: 1 if `factor` is another one than in the step before, 2 if micro-batches had different ones.
+        preemption_requested: 1 if the rank is to be preempted (:mod:`hvdloss.training.preemption`).
+        hooks: number of hooks that the user has set on the rank's parameters.
+        rows_requested: 1 if the rank reads the parts of single ranks (:attr:`hvdloss.StepReport.ranks`).
+        rescaled: 1 if `factor` differs from that of the step before, 2 if it differs between micro-batches.
     """
 
     numerator: float = 0.0
@@ -98,28 +98,28 @@ class Ledger:
     nonfinite_weights: float = 0.0
     nonfinite_losses: float = 0.0
     nonfinite_gradients: float = 0.0
-    strays: float = 0.0
+    untracked_backwards: float = 0.0
     failed: float = 0.0
     communication: float = 0.0
     computation: float = 0.0
-    moved: float = 0.0
-    together: float = 0.0
+    drift_sqnorm: float = 0.0
+    mean_update_sqnorm: float = 0.0
     factor: float = 0.0
-    more: float = 0.0
+    has_next: float = 0.0
     late: float = 0.0
-    leaving: float = 0.0
+    preemption_requested: float = 0.0
     hooks: float = 0.0
-    reading: float = 0.0
+    rows_requested: float = 0.0
     rescaled: float = 0.0
 
     @classmethod
     def zero(cls) -> Ledger:
-        """Return the ledger of a rank that saw nothing: the neutral element of merging."""
+        """Return the ledger of a rank without data: the neutral element of merging."""
         return cls()
 
     def merge(self, other: Ledger) -> Ledger:
         """Return the ledger of both parts together."""
-        # Not astuple, which copies deeply: every follower of a run has this done in every step.
+        # Not astuple, which copies deeply: with a listener this runs in every step.
         return Ledger(*map(operator.add, vars(self).values(), vars(other).values()))
 
     def finish(self, reduction: str) -> float:
@@ -128,60 +128,62 @@ class Ledger:
 
     @classmethod
     def of_row(cls, row: npt.ArrayLike, **more: float) -> Ledger:
-        """Return the ledger of a row that tensors told (:meth:`Contribution.row`), plus `more`."""
+        """Return the ledger of a row of tensors (:meth:`Contribution.row`), plus `more` fields."""
         return cls(*map(float, np.asarray(row, dtype=np.float64)), **more)
 
 
-#: By field of a ledger: its column in a table of ledgers.
+#: Column of each field in a table of ledgers.
 COLUMN = {field.name: number for number, field in enumerate(fields(Ledger))}
-WIDTH = len(COLUMN)
-# The columns in which anything above zero makes a step unsound (see `judge`); so does no denominator.
-FAULTS = slice(5, 11)
-# Those of them that a policy other than "raise" lets pass.
-NONFINITE = slice(7, 9)
-# What of a ledger is summed exactly, over the whole range of float64; and of what counts by how many ranks it
-# is above zero.
+LEDGER_WIDTH = len(COLUMN)
+# Columns in which anything above zero makes a step invalid (see `check_step`); so does no denominator.
+FAULT_COLUMNS = slice(5, 11)
+# Those of them that only raise with nonfinite="raise".
+NONFINITE_COLUMNS = slice(7, 9)
+# Fields that are summed exactly, over the whole range of float64; and fields of which the number of ranks is
+# counted on which they are above zero.
 _SUMMED = slice(0, 4)
-_COUNTED = np.array([*range(4, 11), *range(COLUMN["more"], WIDTH)])
-# Where a rank's own row must be known: what somebody is to be told of by name, or wants to read.
-ASKED = np.array([*range(FAULTS.start, FAULTS.stop), *range(COLUMN["leaving"], WIDTH)])
+_COUNTED = np.array([*range(4, 11), *range(COLUMN["has_next"], LEDGER_WIDTH)])
+# Columns that need the rows of single ranks: to name a rank in an error, or because somebody reads them.
+GATHER_COLUMNS = np.array(
+    [*range(FAULT_COLUMNS.start, FAULT_COLUMNS.stop), *range(COLUMN["preemption_requested"], LEDGER_WIDTH)]
+)
 
 
-def check_policy(nonfinite: str) -> str:
-    """Return `nonfinite` if it is one of :data:`POLICIES`, else raise ConfigError."""
-    if nonfinite not in POLICIES:
+def check_nonfinite_mode(nonfinite: str) -> str:
+    """Return `nonfinite` if it is one of :data:`NONFINITE_MODES`, else raise ConfigError."""
+    if nonfinite not in NONFINITE_MODES:
         raise ConfigError(
-            f"nonfinite={nonfinite!r} is not known; choose one of {', '.join(map(repr, POLICIES))}: raise "
-            f"the same error on every rank, skip the step on every rank, or drop what the rank adds to it"
+            f"nonfinite={nonfinite!r} is not known; choose one of {', '.join(map(repr, NONFINITE_MODES))}: "
+            f"raise the same error on every rank, skip the step on every rank, or drop the rank's part"
         )
     return nonfinite
 
 
 def pack(ledger: Ledger, rank: int, size: int, more: int = 0) -> npt.NDArray[np.float64]:
-    """Return the ``(size, WIDTH + more)`` float64 matrix whose row `rank` begins with `ledger`, else zero.
+    """Return the float64 matrix ``(size, LEDGER_WIDTH + more)``, zero but for `ledger` in row `rank`.
 
-    The `more` columns are for what terms tell (:class:`hvdloss.term.Term`).
+    The `more` columns are for the sums of terms (:class:`hvdloss.term.Term`).
 
     Raises:
         ConfigError: a rank out of range.
     """
     if not 0 <= rank < size:
         raise ConfigError(f"rank={rank} is not in 0..{size - 1}")
-    table = np.zeros((size, WIDTH + more))
-    table[rank, :WIDTH] = list(vars(ledger).values())
+    table = np.zeros((size, LEDGER_WIDTH + more))
+    table[rank, :LEDGER_WIDTH] = list(vars(ledger).values())
     return table
 
 
 class Ledgers(Sequence[Ledger]):
-    """What all ranks told of a step: their sums, and each rank's ledger where those were gathered.
+    """All ranks' ledgers of a step: their sums, and the rows of single ranks where those were gathered.
 
-    A sequence of :class:`Ledger`, each made when it is looked at.
+    A sequence of :class:`Ledger`, each made on access.
 
     Args:
-        totals: float64 ``(WIDTH,)``: the sums of what is summed, and of the rest on how many ranks it is
-            above zero; times and moves are not summed.
+        totals: float64 ``(LEDGER_WIDTH,)``: sums of the summed fields, and of the others the number of ranks
+            on which they are above zero; times and updates are not summed.
         size: number of ranks.
-        table: their rows, float64 ``(size, WIDTH)``; None where only sums travelled.
+        table: their rows, float64 ``(size, LEDGER_WIDTH)``; None where only sums were exchanged.
     """
 
     def __init__(
@@ -191,19 +193,21 @@ class Ledgers(Sequence[Ledger]):
 
     @classmethod
     def of_table(cls, table: npt.NDArray[np.float64]) -> Ledgers:
-        """Return the ledgers of these rows; a single one is rounded as all of them would be by their sums."""
-        totals = np.zeros(WIDTH)
+        """Return the ledgers of these rows, with the sums rounded once."""
+        totals = np.zeros(LEDGER_WIDTH)
         totals[_SUMMED] = [exact_sum(column) for column in table.T[_SUMMED].tolist()]
         totals[_COUNTED] = np.count_nonzero(table.T[_COUNTED] > 0, axis=1)
         return cls(totals, len(table), table)
 
     @classmethod
     def of(cls, ledgers: Sequence[Ledger]) -> Ledgers:
-        """Return `ledgers` themselves, or those of a list of every rank's."""
+        """Return `ledgers` unchanged, or those of a list of every rank's ledger."""
         if isinstance(ledgers, Ledgers):
             return ledgers
         return cls.of_table(
-            np.array([list(vars(one).values()) for one in ledgers], dtype=np.float64).reshape(-1, WIDTH)
+            np.array([list(vars(one).values()) for one in ledgers], dtype=np.float64).reshape(
+                -1, LEDGER_WIDTH
+            )
         )
 
     def __len__(self) -> int:
@@ -230,7 +234,7 @@ class Ledgers(Sequence[Ledger]):
 
     @property
     def rows(self) -> npt.NDArray[np.float64]:
-        """Every rank's row, float64 ``(size, WIDTH)``.
+        """Every rank's row, float64 ``(size, LEDGER_WIDTH)``.
 
         Raises:
             UsageError: they were not gathered.
@@ -240,10 +244,10 @@ class Ledgers(Sequence[Ledger]):
         return self.table
 
     def with_rows(self, rows: npt.NDArray[np.float64]) -> Ledgers:
-        """Return these sums with the rows that were gathered of every rank.
+        """Return these sums with the gathered rows of all ranks.
 
         Raises:
-            ConfigError: no such rows.
+            ConfigError: not such rows.
         """
         return Ledgers(self.totals, self.size, _checked_table(rows))
 
@@ -252,11 +256,11 @@ class Ledgers(Sequence[Ledger]):
         return self.rows[:, COLUMN[field]]
 
     def total(self, field: str) -> float:
-        """Return the sum of a field, rounded once; of one that counts, on how many ranks it is above 0."""
+        """Return the sum of a field, rounded once; of a counted one, the number of ranks with it above 0."""
         return float(self.totals[COLUMN[field]])
 
     def average(self) -> float:
-        """Return the mean over ranks of each one's own loss, of those with any weight; see :attr:`rows`.
+        """Return the mean of the local losses of all ranks with any weight; see :attr:`rows`.
 
         For a reduction that is a ratio. NaN without weight on any rank.
         """
@@ -266,7 +270,7 @@ class Ledgers(Sequence[Ledger]):
             own = numerator[held] / denominator[held]
         return exact_sum(own.tolist()) / len(own) if len(own) else math.nan
 
-    def where(self, *fields: str) -> list[int]:
+    def ranks_with(self, *fields: str) -> list[int]:
         """Return the ranks on which one of these fields is above zero; see :attr:`rows`."""
         if not any(self.total(field) for field in fields):
             return []
@@ -275,21 +279,21 @@ class Ledgers(Sequence[Ledger]):
         ).tolist()
         return found
 
-    def differ(self, field: str) -> bool:
-        """Return whether a field that counts, and is asked for, differs between ranks; see :attr:`rows`."""
+    def differs(self, field: str) -> bool:
+        """Return whether a counted field differs between ranks; see :attr:`rows`."""
         if not self.total(field):
             return False
         column = self.column(field)
         return bool((column != column[0]).any())
 
     @property
-    def ask(self) -> bool:
-        """Whether the rows must be gathered: the sums show something wrong, hooks, or that somebody reads."""
-        return bool(self.totals[ASKED].any())
+    def needs_rows(self) -> bool:
+        """Whether the rows must be gathered: the sums show an error, hooks, or that somebody reads them."""
+        return bool(self.totals[GATHER_COLUMNS].any())
 
     @property
     def elements(self) -> int:
-        """Elements of the step."""
+        """Number of elements in the step."""
         return round(self.total("elements"))
 
 
@@ -306,11 +310,11 @@ def exact_sum(values: Sequence[float]) -> float:
 
 
 class Sums:
-    """How ledgers travel when only their sums do: whole numbers of which an all-reduce adds up exactly.
+    """Encoding of ledgers where only their sums are exchanged: integers, which an all-reduce adds exactly.
 
     Args:
         size: number of ranks.
-        precision: bits of a whole number that the dtype of the message holds: 24 (float32) or 53 (float64).
+        precision: bits of an integer that the dtype of the message holds: 24 (float32) or 53 (float64).
 
     Attributes:
         length: of the message.
@@ -338,20 +342,20 @@ class Sums:
         flat: Callable[[Any], Any] = np.ravel,
         **ops: Any,
     ) -> Any:
-        """Return the message of a rank's ledger, `length` whole numbers, in any framework.
+        """Return the message of a rank's ledger, `length` integers, in any framework.
 
         Args:
-            row: the ledger, float64 ``(WIDTH,)``.
-            bits: ``row``'s patterns as int64.
-            positions: :attr:`positions` as the framework's.
-            join: puts vectors of the numbers behind each other in the message's dtype.
-            flags: tells where a vector is above zero.
-            flat: makes a matrix a vector.
+            row: the ledger, float64 ``(LEDGER_WIDTH,)``.
+            bits: ``row``'s bit patterns as int64.
+            positions: :attr:`positions` as a tensor of the framework.
+            join: concatenates vectors in the message's dtype.
+            flags: returns where a vector is above zero.
+            flat: flattens a matrix.
             ops: of :meth:`hvdloss.exact.Digits.write`.
         """
         digits = self.digits.write(bits[_SUMMED][:, None], positions, **ops)
-        first, last = _COUNTED[0], COLUMN["more"]
-        return join([flat(digits), flags(row[first : FAULTS.stop]), flags(row[last:])])
+        first, last = _COUNTED[0], COLUMN["has_next"]
+        return join([flat(digits), flags(row[first : FAULT_COLUMNS.stop]), flags(row[last:])])
 
     def pack(self, ledger: Ledger) -> npt.NDArray[np.float64]:
         """Return the message of a ledger as float64 numbers."""
@@ -369,7 +373,7 @@ class Sums:
         return packed
 
     def unpack(self, message: npt.NDArray[Any]) -> Ledgers:
-        """Return what the summed messages of all ranks tell.
+        """Return the ledgers of all ranks from the sum of their messages.
 
         Raises:
             ConfigError: a message of another form.
@@ -380,14 +384,14 @@ class Sums:
                 f"ranks' versions different?"
             )
         cut = self.length - len(_COUNTED)
-        totals = np.zeros(WIDTH)
+        totals = np.zeros(LEDGER_WIDTH)
         totals[_SUMMED] = self.digits.read(np.rint(message[:cut]).reshape(_SUMMED.stop, -1))
         totals[_COUNTED] = np.rint(message[cut:])
         return Ledgers(totals, self.size)
 
 
 def unpack(table: npt.ArrayLike) -> Ledgers:
-    """Return the ledgers of all ranks from the summed ``(size, WIDTH)`` matrix.
+    """Return the ledgers of all ranks from the summed ``(size, LEDGER_WIDTH)`` matrix.
 
     Raises:
         ConfigError: not a matrix of that width, or with entries that are not finite.
@@ -404,8 +408,8 @@ def _checked_table(table: npt.ArrayLike) -> npt.NDArray[np.float64]:
         array = array.astype(np.float64)
     except (TypeError, ValueError, OverflowError) as error:
         raise ConfigError(f"a ledger table is a matrix of real numbers: {error}") from error
-    if array.ndim != 2 or array.shape[1] != WIDTH:
-        raise ConfigError(f"a ledger table has shape (ranks, {WIDTH}), got {array.shape}")
+    if array.ndim != 2 or array.shape[1] != LEDGER_WIDTH:
+        raise ConfigError(f"a ledger table has shape (ranks, {LEDGER_WIDTH}), got {array.shape}")
     if not np.isfinite(array).all():
         raise ConfigError("a ledger table holds NaN or infinity; were its ranks' versions different?")
     checked: npt.NDArray[np.float64] = array
@@ -413,19 +417,19 @@ def _checked_table(table: npt.ArrayLike) -> npt.NDArray[np.float64]:
 
 
 def _named(ranks: Sequence[int]) -> str:
-    """Return "rank 1" or "ranks 0, 2"; of very many the first ones."""
+    """Return "rank 1" or "ranks 0, 2"; at most 16 of them."""
     more = f" and {len(ranks) - 16} more" if len(ranks) > 16 else ""
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks[:16]))}{more}"
 
 
-def offenders(ledgers: Sequence[Ledger], gradients: bool = True) -> list[int]:
-    """Return the ranks whose loss (or one of whose gradients, with `gradients`) is NaN or infinite."""
+def nonfinite_ranks(ledgers: Sequence[Ledger], gradients: bool = True) -> list[int]:
+    """Return the ranks whose loss (or, with `gradients`, one of whose gradients) is NaN or infinite."""
     fields = ("nonfinite_losses", "nonfinite_gradients")
-    return Ledgers.of(ledgers).where(*fields[: 1 + gradients])
+    return Ledgers.of(ledgers).ranks_with(*fields[: 1 + gradients])
 
 
-def agreed_factor(ledgers: Ledgers, before: float) -> float:
-    """Return what all ranks multiplied the loss of this step with; `before` where no rank had another."""
+def common_factor(ledgers: Ledgers, before: float) -> float:
+    """Return the factor that all ranks multiplied this step's loss with; `before` where none had another."""
     if not ledgers.total("rescaled"):
         return before
     factors = _factors(ledgers)
@@ -434,8 +438,8 @@ def agreed_factor(ledgers: Ledgers, before: float) -> float:
 
 def _factors(ledgers: Ledgers) -> npt.NDArray[np.float64]:
     """Return the factors of the ranks that have any weight, and a loss that is finite."""
-    told = (ledgers.column("denominator") > 0) & (ledgers.column("nonfinite_losses") == 0)
-    factors: npt.NDArray[np.float64] = ledgers.column("factor")[told]
+    valid = (ledgers.column("denominator") > 0) & (ledgers.column("nonfinite_losses") == 0)
+    factors: npt.NDArray[np.float64] = ledgers.column("factor")[valid]
     return factors
 
 
@@ -465,33 +469,34 @@ def _factor_error(ledgers: Ledgers, step: int) -> UsageError | None:
     )
 
 
-def judge(
+def check_step(
     ledgers: Sequence[Ledger], step: int, nonfinite: str = "raise", *, gradients: bool = True
 ) -> HvdlossError | None:
-    """Return the error that every rank raises for this step, or None for a sound step.
+    """Return the error that every rank raises for this step, or None for a valid step.
 
-    Depends on nothing but its arguments, which are equal on all ranks, so the ranks agree.
+    Depends only on its arguments, which are equal on all ranks, so the result is too.
 
     Args:
         ledgers: of all ranks.
         step: its number, for the message.
-        nonfinite: one of :data:`POLICIES`. With "skip" and "drop" a loss or gradient that is not finite is
-            no error; :func:`offenders` has those ranks. With "drop" their ledgers hold no more than that.
-        gradients: whether a gradient that is not finite is an error now, or will be judged later.
+        nonfinite: one of :data:`NONFINITE_MODES`. With "skip" and "drop" a loss or gradient that is not
+            finite is no error; :func:`nonfinite_ranks` returns those ranks. With "drop" their ledgers hold
+            nothing else.
+        gradients: whether a gradient that is not finite is an error now, or is checked later.
     """
     ledgers = Ledgers.of(ledgers)
     total = ledgers.total
 
     def where(field: str) -> str:
-        return _named(ledgers.where(field))
+        return _named(ledgers.ranks_with(field))
 
-    def blamed(field: str, kind: type[HvdlossError], text: str) -> HvdlossError:
+    def error_of(field: str, kind: type[HvdlossError], text: str) -> HvdlossError:
         error = kind(text)
-        error.ranks = tuple(ledgers.where(field))
+        error.ranks = tuple(ledgers.ranks_with(field))
         return error
 
     if total("failed"):
-        return blamed(
+        return error_of(
             "failed",
             RankError,
             f"step {step}: {where('failed')} cannot go on; its own error says why. Nothing was updated.",
@@ -501,25 +506,25 @@ def judge(
         ("nonfinite_weights", "NaN or infinite"),
     ):
         if total(field):
-            return blamed(
+            return error_of(
                 field,
                 WeightError,
                 f"step {step}: {ledgers.column(field).sum():.0f} weight(s) {what} on {where(field)}; weights "
                 f"must be finite and at least 0. Nothing was updated.",
             )
     if nonfinite == "raise" and total("nonfinite_losses"):
-        return blamed(
+        return error_of(
             "nonfinite_losses",
             NonFiniteLossError,
             f"step {step}: the loss is NaN or infinite on {where('nonfinite_losses')}. Nothing "
             f"was updated. Give elements that must not count the weight 0, lower the learning rate, or "
             f'choose Objective(..., nonfinite="skip") or "drop".',
         )
-    if total("strays"):
-        return blamed(
-            "strays",
+    if total("untracked_backwards"):
+        return error_of(
+            "untracked_backwards",
             UsageError,
-            f"step {step}: on {where('strays')} a backward pass reached this optimizer's "
+            f"step {step}: on {where('untracked_backwards')} a backward pass reached this optimizer's "
             f"parameters without passing through one call of its objective (or through several calls "
             f"with different weight sums), so its share of the step is unknown. Call the objective once "
             f"per backward pass; penalties may be added to its result. (Several losses: give each an "
@@ -528,7 +533,7 @@ def judge(
     if (error := _factor_error(ledgers, step)) is not None:
         return error
     if nonfinite == "raise" and gradients and total("nonfinite_gradients"):
-        return blamed(
+        return error_of(
             "nonfinite_gradients",
             NonFiniteGradientError,
             f"step {step}: the loss is finite, but a gradient is NaN or infinite (or too large to be summed "
@@ -537,7 +542,7 @@ def judge(
             f'rate, or choose Objective(..., nonfinite="skip") or "drop".',
         )
     if not total("denominator"):
-        dropped = offenders(ledgers) if nonfinite == "drop" else []
+        dropped = nonfinite_ranks(ledgers) if nonfinite == "drop" else []
         left = ""
         if dropped:
             left = (

@@ -51,15 +51,15 @@ class NumpyOps:
         """Tell what is finite."""
         return np.isfinite(x)
 
-    def total(self, x: Any) -> Any:
+    def sum(self, x: Any) -> Any:
         """Sum all."""
         return x.sum(dtype=x.dtype)
 
-    def total64(self, x: Any) -> Any:
+    def sum64(self, x: Any) -> Any:
         """Sum all in float64."""
         return np.asarray(x).sum(dtype=np.float64)
 
-    def total_rows(self, x: Any) -> Any:
+    def sum_rows(self, x: Any) -> Any:
         """Sum over all axes but the first."""
         return x.sum(axis=tuple(range(1, x.ndim)))
 
@@ -71,11 +71,11 @@ class NumpyOps:
         """Cast."""
         return np.asarray(x).astype(like.dtype)
 
-    def row64(self, scalars: list[Any]) -> Any:
+    def stack64(self, scalars: list[Any]) -> Any:
         """Stack."""
         return np.array(scalars, dtype=np.float64)
 
-    def join64(self, parts: list[Any]) -> Any:
+    def concat64(self, parts: list[Any]) -> Any:
         """Join."""
         return np.concatenate([np.asarray(part, dtype=np.float64).reshape(-1) for part in parts])
 
@@ -83,20 +83,20 @@ class NumpyOps:
         """Return zeros."""
         return np.zeros(length)
 
-    def integers(self, x: Any) -> Any:
+    def to_int64(self, x: Any) -> Any:
         """Cast."""
         return np.asarray(x).astype(np.int64)
 
-    def spread(self, x: Any, like: Any) -> Any:
+    def expand_trailing(self, x: Any, like: Any) -> Any:
         """Add trailing axes and broadcast."""
         x = np.asarray(x)
         return np.broadcast_to(x.reshape(x.shape + (1,) * (np.ndim(like) - x.ndim)), np.shape(like))
 
-    def last_axis(self, x: Any, axis: int) -> Any:
+    def move_axis_last(self, x: Any, axis: int) -> Any:
         """Move."""
         return np.moveaxis(np.asarray(x), axis, -1)
 
-    def bin_of(self, x: Any, edges: Any) -> Any:
+    def bucketize(self, x: Any, edges: Any) -> Any:
         """Search."""
         return np.searchsorted(edges, np.asarray(x, dtype=np.float64), side="right")
 
@@ -105,7 +105,7 @@ class NumpyOps:
         inside = (index >= 0) & (index < bins)
         return np.bincount(index[inside], weights=weight[inside].astype(np.float64), minlength=bins)
 
-    def class_totals(self, labels: Any, weight: Any) -> Any:
+    def class_sums(self, labels: Any, weight: Any) -> Any:
         """Add up."""
         product = np.asarray(labels, dtype=np.float64) * weight
         return product.reshape(-1, product.shape[-1]).sum(0)
@@ -114,11 +114,11 @@ class NumpyOps:
         """Gather."""
         return table[np.clip(index, 0, bins - 1)]
 
-    def blend(self, labels: Any, table: Any) -> Any:
+    def interpolate(self, labels: Any, table: Any) -> Any:
         """Blend."""
         return 1.0 + np.asarray(labels, dtype=np.float64) * (table - 1.0)
 
-    def mixed(self, labels: Any, table: Any) -> Any:
+    def label_mean(self, labels: Any, table: Any) -> Any:
         """Average."""
         labels = np.asarray(labels, dtype=np.float64)
         total = labels.sum(-1)
@@ -136,7 +136,7 @@ class NumpyOps:
         """Cast."""
         return np.asarray(x, dtype=np.float64)
 
-    def known(self, x: Any, value: Any) -> Any:
+    def with_value(self, x: Any, value: Any) -> Any:
         """Return the value."""
         return value
 
@@ -152,11 +152,11 @@ class NumpyOps:
         """Add an axis."""
         return np.asarray(x)[..., None]
 
-    def at_last(self, x: Any, index: int) -> Any:
+    def index_last(self, x: Any, index: int) -> Any:
         """Pick."""
         return np.asarray(x)[..., index]
 
-    def total_leading(self, x: Any, keep: int) -> Any:
+    def sum_leading(self, x: Any, keep: int) -> Any:
         """Sum."""
         return np.asarray(x).sum(axis=tuple(range(np.ndim(x) - keep)))
 
@@ -210,11 +210,11 @@ class NumpyOps:
         """Transpose."""
         return np.transpose(x)
 
-    def row_numbers(self, x: Any) -> Any:
+    def row_indices(self, x: Any) -> Any:
         """Count."""
         return np.arange(len(x), dtype=np.int64)
 
-    def stop(self, x: Any) -> Any:
+    def stop_gradient(self, x: Any) -> Any:
         """Return `x`: NumPy has no gradients."""
         return x
 

@@ -1,7 +1,7 @@
-"""The neutral half of an objective: its arguments, its reduction, and who listens to it.
+"""The framework-neutral half of an objective: its arguments, its reduction, and its listeners.
 
-An adapter's ``Objective`` adds the tensors: it computes per-element losses, hands them to
-:func:`hvdloss.reduction.contribution`, returns the local mean, and announces each backward pass.
+An adapter's ``Objective`` adds the tensors: it computes per-element losses, reduces them with
+:func:`hvdloss.reduction.reduce_losses`, returns the local mean, and notifies listeners of each backward pass.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from typing import Any, Generic, Protocol, TypeVar
 from hvdloss.controller import Controller
 from hvdloss.elements import IGNORED, ClassOptions, check_object, per_element_error, reduction_of
 from hvdloss.errors import ConfigError
-from hvdloss.ledger import check_policy
+from hvdloss.ledger import check_nonfinite_mode
 from hvdloss.losses import NAMED, GlobalLoss, Group, SumsLoss
-from hvdloss.passes import unheard_warning
-from hvdloss.reduction import ArrayOps, Contribution, check_reduction, weighed, weights_for
+from hvdloss.passes import no_optimizer_warning
+from hvdloss.reduction import ArrayOps, Contribution, broadcast_weights, check_reduction, weight_statistics
 from hvdloss.term import Term
 
 __all__ = ["CLASS_LOSSES", "IGNORED", "LOSSES", "Listener", "ObjectiveBase", "expand_mask_axes", "loss_named"]
 
-# Every loss that has a name, with its formula for one element: prediction y, target t. The adapters map
-# each name to their framework's own function; a test checks that both know all of them and agree.
+# Every named loss, with its formula for one element: prediction y, target t. The adapters map each name to
+# their framework's function; a test checks that they know all of them and agree.
 LOSSES: dict[str, str] = {
     "mse": "(y - t)^2",
     "mae": "|y - t|",
@@ -46,7 +46,7 @@ _ALIASES = {
     "bce": "binary_cross_entropy",
     "bce_with_logits": "binary_cross_entropy_with_logits",
 }
-CLASS_LOSSES = ("cross_entropy", "nll")  # their predictions have a class axis that the losses lack
+CLASS_LOSSES = ("cross_entropy", "nll")  # predictions have a class axis that the losses lack
 
 
 def loss_named(name: str) -> str:
@@ -72,8 +72,8 @@ def expand_mask_axes(
     """Return where to insert axes so that a per-element mask broadcasts to the predictions.
 
     Per-element losses often lack the predictions' class axis. Returns the axes to insert, in
-    ascending order (empty if the shapes are equal), or None if the two cannot be related, or in more
-    than one way: a mask on the wrong axis would silence elements that count.
+    ascending order (empty if the shapes are equal), or None if the two shapes do not match, or match in more
+    than one way: a mask on the wrong axis would drop elements that count.
 
     Args:
         element_shape: of the losses.
@@ -107,23 +107,23 @@ Row = TypeVar("Row", contravariant=True)
 
 
 class Listener(Protocol[Row]):
-    """An optimizer that wants to know what weight each backward pass has."""
+    """An optimizer that needs the weight of each backward pass."""
 
-    def backward_began(self, row: Row, gradient: Any, graph: Any) -> None:
-        """Take note that a backward pass goes through a call of the objective with this ledger row.
+    def on_backward_begin(self, row: Row, gradient: Any, graph: Any) -> None:
+        """Called when a backward pass goes through a call of the objective with this ledger row.
 
-        `gradient`: what arrives at the loss: 1, but where it was multiplied, as by a GradScaler. `graph`:
-        what the loss was made of, as the adapter has it.
+        `gradient`: with respect to the loss: 1, unless the loss was scaled, as by a GradScaler. `graph`: of
+        the loss, in the adapter's form.
         """
 
-    def backward_of_another(self, name: str, graph: Any) -> None:
-        """Take note that a backward pass goes through a call of an objective that it does not listen to.
+    def on_foreign_backward(self, name: str, graph: Any) -> None:
+        """Called when a backward pass goes through a call of an objective it is not attached to.
 
-        `name`: of that objective. `graph`: what its loss was made of, as the adapter has it.
+        `name`: of that objective. `graph`: of its loss, in the adapter's form.
         """
 
 
-_everybody: weakref.WeakSet[Any] = weakref.WeakSet()  # who listens to any objective
+_all_listeners: weakref.WeakSet[Any] = weakref.WeakSet()  # of any objective
 
 
 class ObjectiveBase(Generic[Row]):
@@ -132,18 +132,18 @@ class ObjectiveBase(Generic[Row]):
     Args:
         loss: a name from :data:`LOSSES`, or a callable ``(prediction, target) -> per-element losses``;
             or a loss of all ranks' elements (:class:`hvdloss.losses.GlobalLoss`, or its name).
-        reduction: see :mod:`hvdloss.reduction`; None for what the loss says of itself, or "mean". A loss of
-            all ranks' elements has none.
+        reduction: see :mod:`hvdloss.reduction`; None for the loss's own, or "mean". A loss of all ranks'
+            elements has none.
         ignore_index, label_smoothing, class_weight: of "cross_entropy"; see
             :class:`hvdloss.elements.ClassOptions`.
-        terms: what is measured, priced and acted on (:class:`hvdloss.term.Term`).
-        process_set: the Horovod process set whose ranks share the step; None for all.
-        nonfinite: what happens to a step in which a loss or gradient of some rank is NaN or infinite: one of
-            :data:`hvdloss.ledger.POLICIES`.
+        terms: what is measured and priced, and drives policies (:class:`hvdloss.term.Term`).
+        process_set: the process set whose ranks share the step; None for all.
+        nonfinite: what to do with a step in which a loss or gradient of some rank is NaN or infinite: one of
+            :data:`hvdloss.ledger.NONFINITE_MODES`.
 
     Raises:
         ConfigError: any argument that cannot be used; "drop" with a loss of all ranks' elements, and "skip"
-            with ranks that step without each other.
+            with local steps.
     """
 
     def __init__(
@@ -159,16 +159,16 @@ class ObjectiveBase(Generic[Row]):
         nonfinite: str = "raise",
     ) -> None:
         self.reduction = check_reduction("mean" if reduction is None else reduction)
-        self.nonfinite = check_policy(nonfinite)
+        self.nonfinite = check_nonfinite_mode(nonfinite)
         self.name: str
         self._function: Callable[..., Any]
         self.controller = Controller(terms)
         if isinstance(loss, str) and loss in NAMED:
             loss = NAMED[loss]()
-        self.whole = loss if isinstance(loss, GlobalLoss) else None
+        self.global_loss = loss if isinstance(loss, GlobalLoss) else None
         if isinstance(loss, GlobalLoss):
             self.name = loss.name
-            self._check_whole()
+            self._check_global_loss()
         elif isinstance(loss, str):
             self.name = loss_named(loss)
             self._function = self._named_losses()[self.name]
@@ -179,7 +179,7 @@ class ObjectiveBase(Generic[Row]):
             self.reduction = reduction_of(reduction, own, self.name)
         else:
             raise ConfigError(f"loss={loss!r} is neither the name of a loss nor a function")
-        self.named = isinstance(loss, str) and self.whole is None  # a function may be called the same
+        self.named = isinstance(loss, str) and self.global_loss is None  # a function may be called the same
         self.classes = self.named and self.name in CLASS_LOSSES
         self.options = ClassOptions.make(
             self.name if isinstance(loss, str) else f"loss={self.name}",
@@ -189,7 +189,7 @@ class ObjectiveBase(Generic[Row]):
         )
         if self.options != ClassOptions():
             self._function = functools.partial(self._function, options=self.options)
-        if nonfinite == "skip" and any(act.steps_alone for _, act in self.controller.acts):
+        if nonfinite == "skip" and any(policy.takes_local_steps for _, policy in self.controller.policies):
             raise ConfigError(
                 'nonfinite="skip" with SyncPeriod: between exchanges each rank steps on its own, so no step '
                 'can be skipped on all of them; choose "drop", which leaves out that rank\'s step, or "raise"'
@@ -198,23 +198,23 @@ class ObjectiveBase(Generic[Row]):
         self.process_set = process_set
         self._listeners: list[weakref.ref[Any]] = []
         self._warned = False  # that there are none
-        self.passes = 1  # backward passes per step, as the optimizers that listen declare
+        self.passes = 1  # backward passes per step, as declared by the attached optimizer
 
-    def _check_whole(self) -> None:
-        """Check what cannot be combined with a loss of all ranks' elements.
+    def _check_global_loss(self) -> None:
+        """Check that all arguments go with a loss of all ranks' elements.
 
         Raises:
-            ConfigError: a reduction, or ranks that would step without each other.
+            ConfigError: a reduction, or local steps.
         """
         if self.reduction != "mean":
             raise ConfigError(
                 f"reduction={self.reduction!r}: {self.name} is a function of all elements, and has no "
                 f"reduction of its own; leave reduction out"
             )
-        if any(act.steps_alone for _, act in self.controller.acts):
+        if any(policy.takes_local_steps for _, policy in self.controller.policies):
             raise ConfigError(
                 f"SyncPeriod: {self.name} needs all ranks in every forward pass, so no rank can step on its "
-                f"own; leave SyncPeriod out of the terms' acts"
+                f"own; leave SyncPeriod out of the terms' policies"
             )
         if self.nonfinite == "drop":
             raise ConfigError(
@@ -222,17 +222,17 @@ class ObjectiveBase(Generic[Row]):
                 f"seen all: no rank's part can be taken out of the others' gradients once it is known to be "
                 f'NaN; choose "skip" or "raise"'
             )
-        self.reduction = "sum"  # each call gives its share of the whole
+        self.reduction = "sum"  # each call adds its share of the loss
 
     def _named_losses(self) -> Mapping[str, Callable[..., Any]]:
         """Return the framework's functions for :data:`LOSSES`."""
         raise NotImplementedError
 
     def _read(self, loss: Callable[..., Any]) -> tuple[Callable[..., Any], Any]:
-        """Return the function of a loss that was given as one, and the reduction that it says it has.
+        """Return the per-element function of a callable loss, and its own reduction.
 
         Raises:
-            ConfigError: it has no per-element losses that could be known.
+            ConfigError: its per-element losses cannot be determined.
         """
         check_object(loss, self.name)
         return loss, None
@@ -244,7 +244,7 @@ class ObjectiveBase(Generic[Row]):
         if error is not None:
             raise error
 
-    def _own_weights(self, ops: ArrayOps, prediction: Any, target: Any, like: Any) -> Any:
+    def _class_weights(self, ops: ArrayOps, prediction: Any, target: Any, like: Any) -> Any:
         """Return the class weight of each target, in the dtype of `like`; None if all are 1.
 
         Raises:
@@ -255,43 +255,43 @@ class ObjectiveBase(Generic[Row]):
             return None
         self.options.check_classes(ops.shape(prediction)[ops.class_axis(prediction)])
         table = ops.vector64(list(weights), like)
-        return ops.cast_like(ops.take(table, ops.integers(target), len(weights)), like)
+        return ops.cast_like(ops.take(table, ops.to_int64(target), len(weights)), like)
 
     def attach(self, listener: Listener[Row], passes: int = 1) -> None:
-        """Have `listener` told of each backward pass; holds it weakly."""
+        """Notify `listener` of each backward pass; holds it weakly."""
         self._listeners = [ref for ref in self._listeners if ref() is not None]
         if all(ref() is not listener for ref in self._listeners):
             self._listeners.append(weakref.ref(listener))
-        _everybody.add(listener)
+        _all_listeners.add(listener)
         self.passes = passes
 
     def detach(self, listener: Listener[Row]) -> None:
-        """Tell `listener` no more."""
+        """Stop notifying `listener`."""
         self._listeners = [ref for ref in self._listeners if ref() is not listener]
-        _everybody.discard(listener)
+        _all_listeners.discard(listener)
 
     def listeners(self) -> list[Listener[Row]]:
-        """Return the optimizers that are told of each backward pass."""
+        """Return the attached optimizers."""
         return [one for ref in self._listeners if (one := ref()) is not None]
 
-    def announce(self, row: Row, gradient: Any = 1.0, graph: Any = None) -> None:
-        """Tell all listeners that a backward pass begins whose ledger row is `row`; and who is none."""
+    def notify_backward(self, row: Row, gradient: Any = 1.0, graph: Any = None) -> None:
+        """Notify the listeners of a backward pass with this ledger row, and all others of a foreign one."""
         ours = self.listeners()
         for listener in ours:
-            listener.backward_began(row, gradient, graph)
-        for other in list(_everybody):
+            listener.on_backward_begin(row, gradient, graph)
+        for other in list(_all_listeners):
             if all(other is not listener for listener in ours):
-                other.backward_of_another(self.name, graph)
+                other.on_foreign_backward(self.name, graph)
 
-    def warn_unheard(self, size: int) -> None:
-        """Warn, once, that nobody reduces the gradients of this objective, where there are several ranks."""
+    def warn_without_optimizer(self, size: int) -> None:
+        """Warn once, with several ranks, that no optimizer reduces the gradients of this objective."""
         if size > 1 and not self._warned:
             self._warned = True
-            warnings.warn(unheard_warning(self.name), stacklevel=2)
+            warnings.warn(no_optimizer_warning(self.name), stacklevel=2)
 
     def settings(self) -> dict[str, Any]:
-        """Return what must be equal on all ranks, for the agreement of the first step."""
-        own = {} if self.whole is None else self.whole.settings()
+        """Return what must be equal on all ranks, for the consistency check of the first step."""
+        own = {} if self.global_loss is None else self.global_loss.settings()
         return {
             "objective": self.name,
             "reduction": self.reduction,
@@ -301,7 +301,7 @@ class ObjectiveBase(Generic[Row]):
             **self.controller.settings(),
         }
 
-    def consult(
+    def apply_terms(
         self,
         ops: ArrayOps,
         *,
@@ -315,7 +315,7 @@ class ObjectiveBase(Generic[Row]):
         rank: int,
         size: int,
     ) -> tuple[Any, Any, list[Any]]:
-        """Ask the terms about a batch; return its weights, a penalty or None, and the terms' sums.
+        """Apply the terms to a batch; return its weights, a penalty or None, and the terms' sums.
 
         Args:
             ops: the framework's operations.
@@ -328,9 +328,9 @@ class ObjectiveBase(Generic[Row]):
             ShapeError: `weight` does not broadcast to `losses`.
         """
         controller = self.controller
-        controller.begin(rank, size)
+        controller.reset(rank, size)
         losses = ops.losses(losses)
-        given = ops.ones_like(losses) if weight is None else weights_for(ops, weight, losses, rank)
+        given = ops.ones_like(losses) if weight is None else broadcast_weights(ops, weight, losses, rank)
         batches = controller.batches(
             state,
             ops=ops,
@@ -342,40 +342,44 @@ class ObjectiveBase(Generic[Row]):
             class_axis=class_axis,
             rank=rank,
         )
-        factor = controller.weigh(batches)
+        factor = controller.weight_factors(batches)
         if factor is not None:
             weight = given * factor
         return weight, controller.penalty(batches), controller.observe(batches)
 
-    def _present(self, ops: ArrayOps, ones: Any, target: Any, weight: Any, rank: int) -> Any:
-        """Return the weights, 0 where the target is no class; None if there are none."""
-        if self.whole is None or not self.whole.classes or len(ops.shape(target)) != len(ops.shape(ones)):
+    def _mask_absent(self, ops: ArrayOps, ones: Any, target: Any, weight: Any, rank: int) -> Any:
+        """Return the weights, 0 where the target is not a class; None without weights."""
+        if (
+            self.global_loss is None
+            or not self.global_loss.classes
+            or len(ops.shape(target)) != len(ops.shape(ones))
+        ):
             return weight
-        present = ops.cast_like(ops.integers(target) != IGNORED, ones)
-        return present if weight is None else present * weights_for(ops, weight, ones, rank)
+        present = ops.cast_like(ops.to_int64(target) != IGNORED, ones)
+        return present if weight is None else present * broadcast_weights(ops, weight, ones, rank)
 
     def check_per_element(self) -> None:
         """Raise ConfigError if the loss has no per-element losses."""
-        if self.whole is not None:
+        if self.global_loss is not None:
             raise ConfigError(
-                f"{self.name} is a loss of all elements together, of which no single one has a part; pass a "
-                f"loss with per-element losses, as {', '.join(list(LOSSES)[:4])}, or a function"
+                f"{self.name} is a loss of all elements together and has no per-element losses; pass a loss "
+                f"that has, as {', '.join(list(LOSSES)[:4])}, or a function"
             )
 
-    def own_sums(self, ops: ArrayOps, prediction: Any, target: Any, weight: Any, rank: int) -> Any:
-        """Return the sums of a batch, for a loss that is a function of sums; float64.
+    def local_statistics(self, ops: ArrayOps, prediction: Any, target: Any, weight: Any, rank: int) -> Any:
+        """Return the local sums of a batch, for a loss that is a function of sums; float64.
 
         Raises:
-            ConfigError: the loss is none.
-            ShapeError: what does not fit.
+            ConfigError: the loss is not a function of sums.
+            ShapeError: shapes do not match.
         """
-        loss = self.whole
+        loss = self.global_loss
         if not isinstance(loss, SumsLoss):
             raise ConfigError(f"{self.name} is no function of sums; call the objective itself")
-        weight = self._present(ops, loss.elements(ops, prediction, target), target, weight, rank)
+        weight = self._mask_absent(ops, loss.elements(ops, prediction, target), target, weight, rank)
         return loss.sums(ops, prediction, target, weight, rank=rank)
 
-    def combine(
+    def contribute_global(
         self,
         ops: ArrayOps,
         group: Group,
@@ -388,34 +392,34 @@ class ObjectiveBase(Generic[Row]):
         state: Callable[[], Any],
         total: Any = None,
     ) -> tuple[Contribution, Any, list[Any], Any]:
-        """Return what a batch adds to a step's loss of all elements.
+        """Return the contribution of a batch to a step's global loss.
 
         Args:
             ops, group: the framework's.
-            part: ``(value, factor) -> value`` with its gradient multiplied, and none of its own.
+            part: ``(value, factor) -> value`` with its gradient multiplied by `factor`.
             prediction, target, weight, keys: of the batch; `weight` may be None.
-            state: gives the controller's state as a tensor, if there are terms.
+            state: returns the controller's state as a tensor, if there are terms.
             total: the sums of all the step's elements, where they are known (functions of sums only).
 
         Returns:
             the contribution, a penalty or None, the terms' sums, and the weights; None if none were given.
 
         Raises:
-            ConfigError: `total` with a loss that is no function of sums.
-            ShapeError: what does not fit.
+            ConfigError: `total` with a loss that is not a function of sums.
+            ShapeError: shapes do not match.
 
         Collectives: those of the loss, in the forward pass.
         """
-        loss = self.whole
+        loss = self.global_loss
         assert loss is not None
         if total is not None and not isinstance(loss, SumsLoss):
             raise ConfigError(f"total= is for functions of sums, which {self.name} is not; leave it out")
         ones = loss.elements(ops, prediction, target)
-        weight = self._present(ops, ones, target, weight, group.rank)
+        weight = self._mask_absent(ops, ones, target, weight, group.rank)
         penalty: Any = None
-        told: list[Any] = []
+        term_sums: list[Any] = []
         if self.controller.terms:
-            weight, penalty, told = self.consult(
+            weight, penalty, term_sums = self.apply_terms(
                 ops,
                 prediction=prediction,
                 target=target,
@@ -428,7 +432,7 @@ class ObjectiveBase(Generic[Row]):
                 size=group.size,
             )
         if weight is not None:  # which the terms may have changed
-            weight = weights_for(ops, weight, ones, group.rank)
+            weight = broadcast_weights(ops, weight, ones, group.rank)
         if isinstance(loss, SumsLoss):
             measured = loss.measure(ops, group, prediction, target, weight, total)
         else:
@@ -437,10 +441,10 @@ class ObjectiveBase(Generic[Row]):
         share = 1.0 / (group.size * self.passes)
         factor = group.size * (1 if total is None else self.passes)
         value = part(ops.cast_like(measured.value, ones), float(factor))
-        sums = weighed(ops, ones if weight is None else weight, weight is not None)
+        sums = weight_statistics(ops, ones if weight is None else weight, weight is not None)
         contribution = Contribution(value * share, ops.scalar64(share, ones), *sums, fault=measured.fault)
-        return contribution, penalty, told, weight
+        return contribution, penalty, term_sums, weight
 
     def __repr__(self) -> str:
-        """Return the call that made it, nearly."""
+        """Return the call that constructs it, roughly."""
         return f"{type(self).__name__}({self.name!r}, reduction={self.reduction!r})"

@@ -25,7 +25,7 @@ SAME = 1e-9  # relative: up to here two factors are one
 
 
 def factor_of_passes(passes: Iterable[tuple[float, float]], before: float) -> tuple[float, float]:
-    """Return what a rank tells of the factors of its losses: one of them, and whether it is news.
+    """Return the factor of a rank's losses, and whether it changed.
 
     Args:
         passes: of each backward pass what its elements weigh, and what its loss was multiplied with.
@@ -38,12 +38,12 @@ def factor_of_passes(passes: Iterable[tuple[float, float]], before: float) -> tu
     >>> factor_of_passes([(3.0, 2.0), (0.0, 9.0)], 1.0), factor_of_passes([(3.0, 2.0), (1.0, 1.0)], 1.0)
     ((2.0, 1.0), (2.0, 2.0))
     """
-    told = [factor for weight, factor in passes if weight > 0 and math.isfinite(factor)]
-    if not told:
+    factors = [factor for weight, factor in passes if weight > 0 and math.isfinite(factor)]
+    if not factors:
         return 0.0, 0.0
-    if max(told) - min(told) > SAME * max(map(abs, told)):
-        return max(told), 2.0
-    return told[0], float(abs(told[0] - before) > SAME * abs(before))
+    if max(factors) - min(factors) > SAME * max(map(abs, factors)):
+        return max(factors), 2.0
+    return factors[0], float(abs(factors[0] - before) > SAME * abs(before))
 
 
 def divided_by(gradient: float, passes: int, scales: Iterable[float] = ()) -> bool:
@@ -126,8 +126,8 @@ def late_error(step: int, rank: int) -> UsageError:
     )
 
 
-def unheard_warning(name: str) -> str:
-    """Return what to say of an objective whose gradients nobody reduces, in a job of several ranks."""
+def no_optimizer_warning(name: str) -> str:
+    """Return the warning about an objective whose gradients no optimizer reduces, with several ranks."""
     return (
         f"the objective {name!r} belongs to no optimizer: the gradient of its loss is that of this rank's "
         f"own mean, and where it is averaged over ranks, each counts the same. Give it to the optimizer: "

@@ -1,9 +1,9 @@
-"""The bucketing plan: which gradients travel together.
+"""The bucket plan: which gradients are reduced together.
 
-Gradients of one dtype and device are laid side by side in flat buffers ("buckets") and reduced one
-bucket at a time, so that a step has few messages and each starts as soon as its bucket is full. The
-plan follows the order in which gradients became ready in the first backward pass; its first bucket is
-small so that communication starts early (Li et al., "PyTorch Distributed", VLDB 2020, section 3.2).
+Gradients of one dtype and device are concatenated in flat buffers ("buckets") and reduced one bucket at a
+time, so that a step has few messages and each starts as soon as its bucket is full. The plan follows the
+order in which gradients became ready in the first backward pass; its first bucket is small so that
+communication starts early (Li et al., "PyTorch Distributed", VLDB 2020, section 3.2).
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ __all__ = ["Bucket", "Member", "ParameterInfo", "plan_buckets"]
 BUCKET_BYTES = 25 * 2**20
 FIRST_BUCKET_BYTES = 2**20
 # From this size on, a copy into a bucket costs more than a message of its own (docs/performance.md).
-ALONE_BYTES = 4 * 2**20
+UNBUCKETED_BYTES = 4 * 2**20
 
 
 @dataclass(frozen=True)
 class ParameterInfo:
-    """What a plan must know of a parameter: everything equal on all ranks.
+    """What a plan needs to know of a parameter: all of it equal on all ranks.
 
     Attributes:
         name: unique in the optimizer.
@@ -34,7 +34,7 @@ class ParameterInfo:
         itemsize: bytes of one entry.
         sparse: whether its gradients are sparse, so that no bucket can hold them.
         trained: whether it gets gradients.
-        gradient: dtype and layout of its gradients as text, where these are not the parameter's own.
+        gradient: dtype and layout of its gradients as text, where they differ from the parameter's.
     """
 
     name: str
@@ -67,24 +67,24 @@ class Member:
 class Bucket:
     """A flat buffer's layout: its members' entries, then one flag per member.
 
-    A flag counts the ranks on which that parameter had a gradient in the step, so that a parameter
-    that none of them used keeps no gradient, as in one process. A bucket that is `alone` is no buffer:
-    its one member's gradient travels as it lies, and its flag goes elsewhere.
+    A flag counts the ranks on which that parameter had a gradient in the step, so that a parameter without
+    any gets no gradient, as in one process. An `unbucketed` one has no buffer: its only member's gradient
+    is reduced in place, and its flag is sent elsewhere.
     """
 
     kind: str
     members: tuple[Member, ...]
-    alone: bool = False
+    unbucketed: bool = False
 
     @property
     def numel(self) -> int:
-        """Number of gradient entries, flags not counted."""
+        """Number of gradient entries, without flags."""
         return self.members[-1].stop
 
     @property
     def length(self) -> int:
-        """Number of entries of the buffer, flags included."""
-        return self.numel if self.alone else self.numel + len(self.members)
+        """Number of entries of the buffer, with flags."""
+        return self.numel if self.unbucketed else self.numel + len(self.members)
 
 
 def plan_buckets(
@@ -93,7 +93,7 @@ def plan_buckets(
     *,
     bucket_bytes: int = BUCKET_BYTES,
     first_bytes: int = FIRST_BUCKET_BYTES,
-    alone_bytes: int | None = None,
+    unbucketed_bytes: int | None = None,
     groups: int | Sequence[Sequence[int]] | None = None,
 ) -> list[Bucket]:
     """Return the buckets of all dense `parameters`, in the order in which they will fill.
@@ -103,17 +103,17 @@ def plan_buckets(
         order: indices into `parameters`, first ready first; those it leaves out come last.
         bucket_bytes: a bucket is closed when it holds at least this many bytes.
         first_bytes: the same for the first bucket of each kind.
-        alone_bytes: a parameter of at least this many bytes is alone in its bucket; None for not, as with
-            `groups`.
+        unbucketed_bytes: a parameter of at least this many bytes is not bucketed; None to bucket all, as
+            with `groups`.
         groups: like Horovod's: a number of buckets to aim at, or lists of indices that must share one.
 
     Raises:
         ConfigError: sizes below 1, or an index twice or out of range.
     """
-    if min(bucket_bytes, first_bytes, alone_bytes or 1) < 1:
+    if min(bucket_bytes, first_bytes, unbucketed_bytes or 1) < 1:
         raise ConfigError(
-            f"bucket_bytes={bucket_bytes}, first_bytes={first_bytes} and alone_bytes={alone_bytes} must be "
-            f"at least 1"
+            f"bucket_bytes={bucket_bytes}, first_bytes={first_bytes} and unbucketed_bytes={unbucketed_bytes} "
+            f"must be at least 1"
         )
     if len(set(order)) != len(order) or any(not 0 <= i < len(parameters) for i in order):
         raise ConfigError(f"order={list(order)} names a parameter twice or one that is not there")
@@ -136,7 +136,7 @@ def plan_buckets(
     for i in full:
         key = key_of(i)
         size = parameters[i].numel * parameters[i].itemsize
-        if alone_bytes is not None and not groups and size >= alone_bytes:
+        if unbucketed_bytes is not None and not groups and size >= unbucketed_bytes:
             begun.add(key[0])
             layouts.append((key[0], [i], True))
             continue
@@ -152,7 +152,7 @@ def plan_buckets(
     # A bucket fills when its last member is ready.
     position = {i: n for n, i in enumerate(full)}
     layouts.sort(key=lambda layout: position[layout[1][-1]])
-    return [_lay_out(kind, members, parameters, alone) for kind, members, alone in layouts]
+    return [_lay_out(kind, members, parameters, unbucketed) for kind, members, unbucketed in layouts]
 
 
 def _forced_groups(groups: int | Sequence[Sequence[int]] | None, count: int) -> dict[int, int]:
@@ -170,7 +170,7 @@ def _forced_groups(groups: int | Sequence[Sequence[int]] | None, count: int) -> 
     return {i: number for number, group in enumerate(groups or ()) for i in group}
 
 
-def _lay_out(kind: str, members: list[int], parameters: Sequence[ParameterInfo], alone: bool) -> Bucket:
+def _lay_out(kind: str, members: list[int], parameters: Sequence[ParameterInfo], unbucketed: bool) -> Bucket:
     ends = list(accumulate(parameters[i].numel for i in members))
     places = (Member(i, s, e) for i, s, e in zip(members, [0, *ends], ends, strict=False))
-    return Bucket(kind, tuple(places), alone)
+    return Bucket(kind, tuple(places), unbucketed)

@@ -1,8 +1,7 @@
-"""Files that only their owner can read, whatever the user's umask says.
+"""Files that only their owner can read, whatever the user's umask.
 
-Losses, explanations, checkpoints and logs tell of data. What hvdloss writes has mode 0600, and the folders
-it makes have 0700; whoever wants to share them says so with chmod. A file or folder that exists keeps its
-mode.
+Losses, explanations, checkpoints and logs reveal data. Files that hvdloss writes have mode 0600, and folders
+0700; use chmod to share them. An existing file or folder keeps its mode.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-__all__ = ["make_folder", "open_private", "others_excluded", "write_text"]
+__all__ = ["make_folder", "open_private", "private_umask", "write_text"]
 
 
 def open_private(path: str | os.PathLike[str], mode: str = "w", **options: Any) -> IO[Any]:
@@ -38,7 +37,7 @@ def make_folder(path: str | os.PathLike[str], mode: int = 0o700) -> Path:
     """Make a folder, and those above it, for its owner alone (or with this mode); fine if it exists.
 
     Raises:
-        OSError: it cannot be made, or is no folder.
+        OSError: it cannot be made, or is not a folder.
     """
     path = Path(path)
     if not path.is_dir():
@@ -49,10 +48,10 @@ def make_folder(path: str | os.PathLike[str], mode: int = 0o700) -> Path:
 
 
 @contextmanager
-def others_excluded() -> Iterator[None]:
-    """Have every file and folder made meanwhile, by this process and those it starts, be the owner's alone.
+def private_umask() -> Iterator[None]:
+    """Make files and folders private to their owner in the block, also those of child processes.
 
-    The umask is the whole process's: for commands, not for libraries.
+    The umask belongs to the whole process: for commands, not for libraries.
     """
     former = os.umask(0o077)
     try:

@@ -1,9 +1,9 @@
-"""How per-element losses become one number: the reductions, each written once for every framework.
+"""The reductions of per-element losses to one number, each written once for every framework.
 
 A reduction maps losses ``l`` and weights ``w`` (same shape) to two sums, a *numerator* and a
 *denominator*, such that the loss over any collection of elements is the ratio of their sums
 (:func:`finish`). Because sums merge by adding, micro-batches, ranks and steps are all the same
-operation, and no way of splitting the elements changes the result.
+operation, and the result does not depend on how the elements are split.
 
 ========================  =====================================  ==============================
 reduction                 numerator                              denominator
@@ -29,17 +29,17 @@ __all__ = [
     "REDUCTIONS",
     "ArrayOps",
     "Contribution",
+    "broadcast_weights",
     "check_reduction",
-    "contribution",
     "finish",
-    "weights_for",
+    "reduce_losses",
 ]
 
 REDUCTIONS = ("mean", "sum", "batch_mean", "sequence_mean")
 
 
 class ArrayOps(Protocol):
-    """The array operations a framework lends to the core.
+    """The array operations that the core needs from a framework.
 
     ``Any`` stands for the framework's array or tensor. All of them must be differentiable where the
     framework's own operation is, and none may wait for a device.
@@ -49,7 +49,7 @@ class ArrayOps(Protocol):
         """Return the static shape of `x` (a number's is empty); None for an axis known at run time."""
 
     def shapes(self, x: Any) -> list[tuple[int | None, ...]]:
-        """Return the shapes of all arrays in `x`, a nested structure; none for what is no array."""
+        """Return the shapes of all arrays in `x`, a nested structure; anything else has none."""
 
     def losses(self, x: Any) -> Any:
         """Return `x` in a dtype fit for sums: float64 stays, everything else becomes float32."""
@@ -64,7 +64,7 @@ class ArrayOps(Protocol):
         """Return ones of the shape and dtype of `losses`."""
 
     def where(self, condition: Any, x: Any, y: Any) -> Any:
-        """Return `x` where `condition` holds, else `y`; no gradient flows to what is not taken."""
+        """Return `x` where `condition` holds, else `y`; no gradient flows to entries not selected."""
 
     def zeros_like(self, x: Any) -> Any:
         """Return zeros of the shape and dtype of `x`."""
@@ -75,13 +75,13 @@ class ArrayOps(Protocol):
     def isfinite(self, x: Any) -> Any:
         """Return where `x` is neither NaN nor infinite."""
 
-    def total(self, x: Any) -> Any:
+    def sum(self, x: Any) -> Any:
         """Return the sum of all entries of `x`, in its dtype."""
 
-    def total64(self, x: Any) -> Any:
+    def sum64(self, x: Any) -> Any:
         """Return the sum of all entries of `x`, a float64 scalar without gradient."""
 
-    def total_rows(self, x: Any) -> Any:
+    def sum_rows(self, x: Any) -> Any:
         """Return the sum over every axis but the first, of shape ``x.shape[:1]``."""
 
     def scalar64(self, value: float, like: Any) -> Any:
@@ -90,42 +90,42 @@ class ArrayOps(Protocol):
     def cast_like(self, x: Any, like: Any) -> Any:
         """Return `x` in the dtype of `like`."""
 
-    def row64(self, scalars: list[Any]) -> Any:
+    def stack64(self, scalars: list[Any]) -> Any:
         """Return float64 scalars, without their gradient, as one vector."""
 
     # What terms need (hvdloss.term); none of it carries a gradient.
 
-    def join64(self, parts: list[Any]) -> Any:
+    def concat64(self, parts: list[Any]) -> Any:
         """Return scalars and vectors one after another as one float64 vector."""
 
     def zeros64(self, length: int, like: Any) -> Any:
         """Return float64 zeros on the device of `like`."""
 
-    def integers(self, x: Any) -> Any:
+    def to_int64(self, x: Any) -> Any:
         """Return `x` as int64."""
 
-    def spread(self, x: Any, like: Any) -> Any:
+    def expand_trailing(self, x: Any, like: Any) -> Any:
         """Return `x` broadcast to the shape of `like`, whose leading axes are those of `x`."""
 
-    def last_axis(self, x: Any, axis: int) -> Any:
+    def move_axis_last(self, x: Any, axis: int) -> Any:
         """Return `x` with `axis` moved to the end."""
 
-    def bin_of(self, x: Any, edges: Any) -> Any:
+    def bucketize(self, x: Any, edges: Any) -> Any:
         """Return how many of the ascending `edges` are at most `x`, elementwise, int64."""
 
     def histogram(self, index: Any, weight: Any, bins: int) -> Any:
         """Return the weight in each of `bins` bins, float64; indices outside are not counted."""
 
-    def class_totals(self, labels: Any, weight: Any) -> Any:
+    def class_sums(self, labels: Any, weight: Any) -> Any:
         """Return sum of ``labels * weight`` over every axis but the last, float64."""
 
     def take(self, table: Any, index: Any, bins: int) -> Any:
         """Return the entries of `table` at `index`, clipped to 0..bins-1."""
 
-    def blend(self, labels: Any, table: Any) -> Any:
+    def interpolate(self, labels: Any, table: Any) -> Any:
         """Return ``1 + labels * (table - 1)``; `table` lies along the last axis."""
 
-    def mixed(self, labels: Any, table: Any) -> Any:
+    def label_mean(self, labels: Any, table: Any) -> Any:
         """Return the mean of `table` weighted with the labels along the last axis; 1 without any."""
 
     def quantiles(self, x: Any, weight: Any, points: int) -> tuple[Any, Any]:
@@ -139,22 +139,22 @@ class ArrayOps(Protocol):
     def as64(self, x: Any) -> Any:
         """Return `x` (a number or an array) in float64."""
 
-    def known(self, x: Any, value: Any) -> Any:
+    def with_value(self, x: Any, value: Any) -> Any:
         """Return `value`, with the gradient of `x`."""
 
     def reshape(self, x: Any, shape: tuple[int, ...]) -> Any:
-        """Return `x` in another shape; -1 stands for what is left."""
+        """Return `x` in another shape; -1 for the remaining entries."""
 
     def concat(self, parts: list[Any], axis: int) -> Any:
-        """Return arrays of one dtype side by side."""
+        """Return the concatenation of arrays of one dtype along `axis`."""
 
     def unsqueeze(self, x: Any) -> Any:
         """Return `x` with a last axis of length 1."""
 
-    def at_last(self, x: Any, index: int) -> Any:
+    def index_last(self, x: Any, index: int) -> Any:
         """Return ``x[..., index]``."""
 
-    def total_leading(self, x: Any, keep: int) -> Any:
+    def sum_leading(self, x: Any, keep: int) -> Any:
         """Return the sum over all but the last `keep` axes (0 or 1) of a float64 `x`."""
 
     def vector64(self, values: list[float], like: Any) -> Any:
@@ -167,7 +167,7 @@ class ArrayOps(Protocol):
         """
 
     def class_axis(self, prediction: Any) -> int:
-        """Return where predictions have their classes: the framework's custom."""
+        """Return the class axis of predictions, by the framework's convention."""
 
     def named_loss(self, name: str) -> Any:
         """Return the function behind a name of :data:`hvdloss.objective.LOSSES`."""
@@ -196,23 +196,23 @@ class ArrayOps(Protocol):
     def transpose(self, x: Any) -> Any:
         """Return the transpose of a matrix."""
 
-    def row_numbers(self, x: Any) -> Any:
+    def row_indices(self, x: Any) -> Any:
         """Return 0, 1, ... for the rows of `x`, int64."""
 
-    def stop(self, x: Any) -> Any:
+    def stop_gradient(self, x: Any) -> Any:
         """Return `x` without its gradient."""
 
     def with_gradients(self, value: Any, inputs: list[Any], gradients: list[Any]) -> Any:
-        """Return the scalar `value`, whose gradients with respect to `inputs` are given; no second ones."""
+        """Return the scalar `value` with these gradients with respect to `inputs`; no second derivatives."""
 
 
 @dataclass(frozen=True)
 class Contribution:
-    """What the elements of one call add to a step: scalars of the framework.
+    """The contribution of one call's elements to a step: scalars of the framework.
 
     `numerator` has the dtype of the losses and carries the gradient; the others are float64 and carry
-    none. `negative` and `nonfinite` count bad weights. `fault` is above 0 if this rank is why the loss is
-    not finite; None if the sums tell.
+    none. `negative` and `nonfinite` count invalid weights. `fault` is above 0 if this rank makes the loss
+    non-finite; None if that follows from the sums.
     """
 
     numerator: Any
@@ -226,21 +226,21 @@ class Contribution:
     def mean(self, ops: ArrayOps) -> Any:
         """Return the local loss (numerator over denominator); 0, with gradient 0, without weight.
 
-        In the dtype of the losses; what the user sees and differentiates.
+        In the dtype of the losses; the value that the user sees and differentiates.
         """
         one = ops.scalar64(1.0, self.numerator)
         safe = ops.where(self.denominator != 0, self.denominator, one)
         return self.numerator / ops.cast_like(safe, self.numerator)
 
     def row(self, ops: ArrayOps) -> Any:
-        """Return this call as one micro-batch's ledger: a float64 vector of :data:`MEASURED` sums.
+        """Return this call as one micro-batch's ledger: a float64 vector of :data:`TENSOR_FIELDS` sums.
 
         In the order of the first fields of :class:`hvdloss.ledger.Ledger`. Sums that are not finite (a
-        NaN loss, weights whose sum overflows) travel as 0 and are counted, for NaN would spread.
+        NaN loss, weights whose sum overflows) are replaced by 0 and counted, since NaN would spread.
         """
-        sums = [ops.total64(self.numerator), self.denominator, self.weight]
+        sums = [ops.sum64(self.numerator), self.denominator, self.weight]
         good = ops.isfinite(sums[0]) & ops.isfinite(sums[1]) & ops.isfinite(sums[2])
-        return ops.row64(
+        return ops.stack64(
             [
                 *(ops.where(ops.isfinite(x), x, ops.zeros_like(x)) for x in sums),
                 self.elements,
@@ -252,7 +252,7 @@ class Contribution:
         )
 
 
-MEASURED = 8  # length of a row: the fields of a ledger that the tensors themselves tell
+TENSOR_FIELDS = 8  # length of a row: the fields of a ledger that are computed from tensors
 
 
 def check_reduction(reduction: str) -> str:
@@ -288,7 +288,7 @@ def broadcast_error(
     )
 
 
-def weights_for(ops: ArrayOps, weight: Any, losses: Any, rank: int) -> Any:
+def broadcast_weights(ops: ArrayOps, weight: Any, losses: Any, rank: int) -> Any:
     """Return `weight` broadcast to `losses`, without gradient.
 
     Raises:
@@ -300,22 +300,22 @@ def weights_for(ops: ArrayOps, weight: Any, losses: Any, rank: int) -> Any:
     return ops.weights_like(weight, losses)
 
 
-def weighed(ops: ArrayOps, w: Any, given: bool = True) -> tuple[Any, Any, Any, Any]:
-    """Return the sum of weights, and how many are not zero, negative, and not finite: float64 scalars.
+def weight_statistics(ops: ArrayOps, w: Any, given: bool = True) -> tuple[Any, Any, Any, Any]:
+    """Return the sum of weights, and the numbers of nonzero, negative and non-finite ones: float64 scalars.
 
-    A NaN is not zero. Without `given` weights they are all 1, and none needs looking at.
+    A NaN is not zero. Without `given` weights all are 1, and nothing is counted.
     """
     if not given:
         zero = ops.scalar64(0.0, w)
-        total = ops.total64(w)
+        total = ops.sum64(w)
         return total, total, zero, zero
-    return ops.total64(w), ops.count(w != 0), ops.count(w < 0), ops.count(~ops.isfinite(w))
+    return ops.sum64(w), ops.count(w != 0), ops.count(w < 0), ops.count(~ops.isfinite(w))
 
 
-def contribution(
+def reduce_losses(
     ops: ArrayOps, losses: Any, weight: Any, reduction: str, *, share: float = 1.0, rank: int = 0
 ) -> Contribution:
-    """Reduce per-element losses of one call to the sums that the step needs.
+    """Reduce the per-element losses of one call to the sums that a step needs.
 
     Args:
         ops: the framework's operations.
@@ -341,17 +341,17 @@ def contribution(
         w = ops.ones_like(losses)
         weighted = losses
     else:
-        w = weights_for(ops, weight, losses, rank)
+        w = broadcast_weights(ops, weight, losses, rank)
         weighted = ops.where(w != 0, losses * w, ops.zeros_like(losses))
-    total_weight, elements, negative, nonfinite = weighed(ops, w, weight is not None)
+    total_weight, elements, negative, nonfinite = weight_statistics(ops, w, weight is not None)
     if reduction == "sequence_mean":
-        rows = ops.total_rows(w)
+        rows = ops.sum_rows(w)
         counted = rows != 0
         safe = ops.where(counted, rows, ops.ones_like(rows))
-        numerator = ops.total(ops.where(counted, ops.total_rows(weighted) / safe, ops.zeros_like(rows)))
+        numerator = ops.sum(ops.where(counted, ops.sum_rows(weighted) / safe, ops.zeros_like(rows)))
         denominator = ops.count(counted)
     else:
-        numerator = ops.total(weighted)
+        numerator = ops.sum(weighted)
         denominator = {
             "mean": total_weight,
             "batch_mean": elements,

@@ -8,7 +8,7 @@ with
     W_jkm / W_j * P,     W_j = sum over ranks and micro-batches of W_jkm,  P = number of their backward passes
 
 and each pass then weighs 1 / P. The sum is c_j dN_j / W_j for each loss, and what was added to the losses (a
-penalty) counts once. The sums W_j and P are one message, which travels before the first gradient is made.
+penalty) counts once. The sums W_j and P are one message, which is sent before the first gradient is computed.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ class Objectives(Mapping[str, Any]):
             one.passes = value
 
     def attach(self, listener: Listener[Any], passes: int = 1) -> None:
-        """Have `listener` told of each backward pass through one of them."""
+        """Notify `listener` of each backward pass through one of them."""
         for one in self._named.values():
             one.attach(listener, passes)
 
@@ -130,7 +130,7 @@ class Objectives(Mapping[str, Any]):
             one.detach(listener)
 
     def listeners(self) -> list[Listener[Any]]:
-        """Return the optimizers that are told of a backward pass through any of them."""
+        """Return the optimizers that are notified of a backward pass through any of them."""
         every = [listener for one in self._named.values() for listener in one.listeners()]
         return list({id(listener): listener for listener in every}.values())
 
@@ -146,7 +146,7 @@ class Objectives(Mapping[str, Any]):
 
 
 def gradient_factor(ops: ArrayOps, own: Any, total: Any, passes: Any) -> Any:
-    """Return what the gradient of a call's local mean is multiplied with; 0 where nobody has any weight.
+    """Return the factor of the gradient of a call's local mean; 0 without weight on any rank.
 
     Args:
         ops: the framework's operations.
@@ -193,7 +193,7 @@ def loss_reports(
                 f"hvd.global_losses(...)"
             )
         every = size * one.passes
-        if one.whole is not None and calls not in (0, every):
+        if one.global_loss is not None and calls not in (0, every):
             raise UsageError(
                 f"step {step}: the loss {name!r} of all ranks' elements was called {calls:.0f} times, and "
                 f"not {every}, on {size} rank(s) with backward_passes_per_step={one.passes}. Nothing was "

@@ -148,7 +148,7 @@ def join(device: int = -1) -> int:
 
 
 def barrier(process_set: ProcessSet = global_process_set) -> None:
-    """Wait for nobody."""
+    """Return at once."""
 
 
 def start_timeline(file_path: str, mark_cycles: bool = False) -> NoReturn:
@@ -194,11 +194,11 @@ class ObjectState:
                 setattr(self, name, copy.deepcopy(saved))
 
     def commit(self) -> None:
-        """Save; no other rank is there to be heard of."""
+        """Save; there are no other ranks."""
         self.save()
 
     def sync(self) -> None:
-        """Save; there is nobody to agree with."""
+        """Save; there are no other ranks to agree with."""
         self.save()
 
     def check_host_updates(self) -> None:

@@ -1,12 +1,12 @@
-"""The protocol of a term: something measured on every rank that has a price and may act.
+"""The protocol of a term: something measured on every rank that has a price and may drive policies.
 
-A term sees each batch of the objective (:class:`Batch`), tells a few sums of it that travel with the
-step's ledgers (:meth:`Term.observe`), gets all ranks' sums back when the step is over
-(:meth:`Term.close`), and gives one value per rank: C(k), D(k), or whatever a user measures. It may also
-weigh samples (:meth:`Term.weights`) or add a penalty to the local loss (:meth:`Term.penalty`).
+A term sees each batch of the objective (:class:`Batch`), reduces it to a few sums that are all-reduced with
+the step's ledgers (:meth:`Term.observe`), gets all ranks' sums when the step is over
+(:meth:`Term.on_step_end`), and returns one value per rank: C(k), D(k), or whatever a user measures. It may
+also weight samples (:meth:`Term.weights`) or add a penalty to the local loss (:meth:`Term.penalty`).
 
-Everything a term learns of other ranks is in the table that :meth:`Term.close` gets, which is equal on
-all ranks; what it decides from that alone is therefore equal on all ranks too.
+All that a term learns about other ranks is in the table that :meth:`Term.on_step_end` gets, which is equal
+on all ranks; what it decides from that alone is therefore equal on all ranks too.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from hvdloss.communicator import Communicator
 from hvdloss.errors import ConfigError
 from hvdloss.ledger import COLUMN
 
-__all__ = ["Act", "Batch", "Closed", "Decision", "Term", "Travel", "check_price"]
+__all__ = ["Batch", "CommStats", "Decision", "Policy", "StepStats", "Term", "check_price"]
 
 Array = npt.NDArray[np.float64]
 
@@ -34,13 +34,13 @@ class Batch:
     Attributes:
         ops: operations that work in every framework (:class:`hvdloss.reduction.ArrayOps`), eagerly, in a
             graph, and on a device without waiting for it.
-        prediction: as the loss got it; carries the gradient.
-        target: as the loss got it.
+        prediction: the argument of the loss; carries the gradient.
+        target: the argument of the loss.
         losses: per element; carries the gradient.
         weight: the caller's weights in the shape of `losses`, before any term changed them.
         keys: what the caller passed as ``keys=`` (a domain, a hospital, a language), or None.
-        state: float64 vector, what the term's :attr:`Term.state` held after the last step.
-        class_axis: the axis of `prediction` that `losses` lack, for losses over classes; else None.
+        state: float64 vector, the term's :attr:`Term.state` after the last step.
+        class_axis: the axis of `prediction` that `losses` lacks, for losses over classes; else None.
         rank: this rank.
     """
 
@@ -56,15 +56,15 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Travel:
-    """How what was just summed over ranks travelled, as far as all ranks know it alike.
+class CommStats:
+    """Statistics of one exchange of gradients or parameters, equal on all ranks.
 
     Attributes:
-        messages: collectives of the exchange.
-        bytes: of payload in them, per rank, as it travelled.
+        messages: number of collectives.
+        bytes: payload per rank, as sent.
         full_bytes: the same without compression.
         steps: optimizer steps since the exchange before: 1, or the synchronisation period.
-        parameters: whether parameters travelled (after local steps) rather than gradients.
+        parameters: whether parameters were averaged (after local steps) rather than gradients.
     """
 
     messages: int = 0
@@ -73,39 +73,39 @@ class Travel:
     steps: int = 1
     parameters: bool = False
 
-    def memory(self) -> tuple[Any, ...]:
+    def state_dict(self) -> tuple[Any, ...]:
         """Return it as plain numbers."""
         return astuple(self)
 
     @classmethod
-    def remembered(cls, told: Any) -> Travel:
-        """Return what :meth:`memory` told of."""
-        return cls(*told)
+    def from_state_dict(cls, state: Any) -> CommStats:
+        """Return the statistics of a :meth:`state_dict`."""
+        return cls(*state)
 
 
 @dataclass(frozen=True)
-class Closed:
-    """A finished step, as every rank sees it: columns over ranks.
+class StepStats:
+    """Statistics of a finished step: columns over ranks, equal on all ranks but for `rank`.
 
     Attributes:
         step: number of the step, from 1; of the last one, where several lie between two exchanges.
         rank: this rank.
-        table: all ranks' ledgers, float64 ``(ranks, WIDTH)`` (see :mod:`hvdloss.ledger`).
-        rows: the term's own sums, float64 ``(ranks, width)``.
-        travel: how they travelled.
+        table: all ranks' ledgers, float64 ``(ranks, LEDGER_WIDTH)`` (see :mod:`hvdloss.ledger`).
+        sums: the term's own sums, float64 ``(ranks, width)``.
+        comm_stats: of their exchange.
         reduction: of the objective.
     """
 
     step: int
     rank: int
     table: Array
-    rows: Array
-    travel: Travel
+    sums: Array
+    comm_stats: CommStats
     reduction: str = "mean"
 
     @property
     def size(self) -> int:
-        """How many ranks there are."""
+        """Number of ranks."""
         return len(self.table)
 
     def column(self, field: str) -> Array:
@@ -114,7 +114,7 @@ class Closed:
 
     @property
     def losses(self) -> Array:
-        """Each rank's own loss; NaN where it had no weight."""
+        """Each rank's local loss; NaN where it had no weight."""
         with np.errstate(invalid="ignore", divide="ignore"):
             return np.where(
                 self.column("denominator") > 0, self.column("numerator") / self.column("denominator"), np.nan
@@ -129,14 +129,14 @@ class Closed:
 
 @dataclass(frozen=True)
 class Decision:
-    """Something a term changed about training, and why; equal on all ranks.
+    """Something a policy changed about training, and why; equal on all ranks.
 
     Attributes:
-        step: after which it holds.
+        step: after which it takes effect.
         what: "batch sizes", "period", "compression".
         before: the old value, JSON-able.
         after: the new one.
-        reason: one sentence with the numbers it rests on.
+        reason: one sentence with the numbers behind it.
     """
 
     step: int
@@ -146,24 +146,24 @@ class Decision:
     reason: str
 
 
-class Act:
-    """What a term does about what it measured; held by a term (``acts=``), driven after every step.
+class Policy:
+    """What a term's measurements drive; held by a term (``policies=``), called after every step.
 
-    The built-in ones are in :mod:`hvdloss.control` and :mod:`hvdloss.terms`.
+    The built-in ones are in :mod:`hvdloss.control`.
     """
 
-    #: whether ranks take steps without each other
-    steps_alone: bool = False
-    #: attributes that a run which goes on from a checkpoint, or with other ranks, has again; and those that
-    #: are of the ranks there were, so that only as many ranks have them again. Plain values and arrays.
-    remembers: tuple[str, ...] = ()
-    remembers_of_ranks: tuple[str, ...] = ()
+    #: Whether ranks take optimizer steps without synchronising.
+    takes_local_steps: bool = False
+    #: Names of the attributes that are saved and restored, as plain values and arrays: in checkpoints and
+    #: when an elastic job changes its ranks; the second ones only with as many ranks as saved them.
+    state_attrs: tuple[str, ...] = ()
+    per_rank_state_attrs: tuple[str, ...] = ()
 
-    def begin(self, rank: int, size: int) -> None:
-        """Start afresh with these ranks (again when an elastic job changes them)."""
+    def reset(self, rank: int, size: int) -> None:
+        """Start over with these ranks (again when an elastic job changes them)."""
 
-    def close(self, term: Any, step: Closed) -> Sequence[Decision]:
-        """Take note of a finished step; return what was decided, equal on all ranks."""
+    def on_step_end(self, term: Any, step: StepStats) -> Sequence[Decision]:
+        """Record a finished step; return the decisions, equal on all ranks."""
         return ()
 
 
@@ -174,15 +174,15 @@ class Term:
         name: key of the term in the reports; unique among an objective's terms.
         unit: of its values.
         price: what one unit costs in units of the loss, lambda in J = L + lambda * sum of values.
-        width: how many float64 sums :meth:`observe` tells.
-        weighs: True if :meth:`weights` may return something else than None.
-        penalizes: True if :meth:`penalty` may.
-        state: float64 vector handed to every batch (``batch.state``); its length never changes after
-            :meth:`begin`.
-        acts: what it does about what it measures.
-        remembers, remembers_of_ranks: names of attributes that a run which goes on from a checkpoint, or
-            with other ranks in an elastic job, has again; the second ones only with the same ranks. Their
-            values are numbers, strings, None, arrays, and lists, tuples and dicts of them.
+        width: number of float64 sums that :meth:`observe` returns.
+        has_weights: True if :meth:`weights` may return something other than None.
+        has_penalty: True if :meth:`penalty` may.
+        state: float64 vector passed to every batch (``batch.state``); its length never changes after
+            :meth:`reset`.
+        policies: what its measurements drive.
+        state_attrs, per_rank_state_attrs: names of the attributes that are saved in checkpoints and restored,
+            also when an elastic job changes its ranks; the second ones only with as many ranks. Their values
+            are numbers, strings, None, arrays, and lists, tuples and dicts of them.
 
     A term that counts tokens per rank, and reports the share of padding::
 
@@ -192,33 +192,33 @@ class Term:
             def observe(self, batch):
                 return [batch.ops.count(batch.weight == 0), batch.ops.count(batch.weight >= 0)]
 
-            def close(self, step):
-                return step.rows[:, 0] / np.maximum(step.rows[:, 1], 1)
+            def on_step_end(self, step):
+                return step.sums[:, 0] / np.maximum(step.sums[:, 1], 1)
     """
 
     name: str = ""
     unit: str = ""
     price: float = 0.0
     width: int = 0
-    weighs: bool = False
-    penalizes: bool = False
+    has_weights: bool = False
+    has_penalty: bool = False
     state: Array = np.zeros(0)
-    acts: tuple[Act, ...] = ()
-    remembers: tuple[str, ...] = ()
-    remembers_of_ranks: tuple[str, ...] = ()
+    policies: tuple[Policy, ...] = ()
+    state_attrs: tuple[str, ...] = ()
+    per_rank_state_attrs: tuple[str, ...] = ()
 
-    def begin(self, rank: int, size: int) -> None:
-        """Start afresh with these ranks."""
+    def reset(self, rank: int, size: int) -> None:
+        """Start over with these ranks."""
 
     def prepare(self, communicator: Communicator) -> None:
-        """Measure what is needed before the first step; all ranks call, and blocking collectives may run."""
+        """Measure what is needed before the first step; called on all ranks, may block in collectives."""
 
-    def prepared(self) -> Any:
+    def prepared_state(self) -> Any:
         """Return what :meth:`prepare` measured, JSON-able, or None; for the log."""
         return None
 
-    def restore_prepared(self, state: Any) -> None:
-        """Take what :meth:`prepared` gave in a run that this one repeats."""
+    def load_prepared_state(self, state: Any) -> None:
+        """Restore the :meth:`prepared_state` of a run that this one replays."""
 
     def observe(self, batch: Batch) -> Any:
         """Return `width` sums over the batch: a list of float64 scalars, or one vector.
@@ -236,12 +236,12 @@ class Term:
         """Return a scalar to add to the local loss, or None. It counts once, not once per rank."""
         return None
 
-    def close(self, step: Closed) -> npt.ArrayLike:
-        """Take note of a finished step; return one value per rank, the same on all ranks."""
+    def on_step_end(self, step: StepStats) -> npt.ArrayLike:
+        """Record a finished step; return one value per rank, equal on all ranks."""
         return np.zeros(step.size)
 
-    def settle(self) -> None:
-        """Make :attr:`state` what the next batches should see; called after the acts have decided."""
+    def update_state(self) -> None:
+        """Set :attr:`state` to what the next batches read; called after the policies have decided."""
 
     def details(self) -> dict[str, Any]:
         """Return more of the last step for the report: JSON-able, equal on all ranks."""
@@ -249,7 +249,7 @@ class Term:
 
     def settings(self) -> dict[str, Any]:
         """Return what must be equal on all ranks, JSON-able; compared before the first step."""
-        return {"price": self.price, "acts": [type(act).__name__ for act in self.acts]}
+        return {"price": self.price, "policies": [type(policy).__name__ for policy in self.policies]}
 
 
 def check_price(price: Any, name: str) -> float:

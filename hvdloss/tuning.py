@@ -1,4 +1,4 @@
-"""Choices that depend on the machine and not on the mathematics: how gradients travel.
+"""Choices that depend on the machine and not on the mathematics: how gradients are sent.
 
 Each can be given as an argument or in an environment variable; otherwise a rule decides, which
 ``docs/performance.md`` gives reasons for. What was chosen, and by what, stands in the StepReport, and
@@ -14,18 +14,18 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from hvdloss.errors import ConfigError
-from hvdloss.plan import ALONE_BYTES, BUCKET_BYTES, FIRST_BUCKET_BYTES
+from hvdloss.plan import BUCKET_BYTES, FIRST_BUCKET_BYTES, UNBUCKETED_BYTES
 
-__all__ = ["Choice", "Tuning", "choose", "cycle_time", "forget_accidents", "launched"]
+__all__ = ["Choice", "Tuning", "choose", "cycle_time", "launched", "remove_invalid_settings"]
 
 MIB = 2**20
 #: By environment variable: what it chooses.
 VARIABLES = {
     "HVDLOSS_BUCKET_CAP_MB": "a bucket of gradients is closed when it holds so many MiB",
     "HVDLOSS_FIRST_BUCKET_MB": "the same for the first bucket of a step",
-    "HVDLOSS_ALONE_MB": "a gradient of so many MiB travels as it lies, not in a bucket; inf: none does",
-    "HVDLOSS_TABLE_RANKS": "up to so many ranks all their ledgers travel in every step; with more their sums",
-    "HVDLOSS_OVERLAP": "1: a bucket travels while the backward pass goes on; 0: after it",
+    "HVDLOSS_UNBUCKETED_MB": "a gradient of this many MiB is reduced in place, without a bucket; inf: none",
+    "HVDLOSS_TABLE_RANKS": "up to this many ranks all ledgers are exchanged in every step; else their sums",
+    "HVDLOSS_OVERLAP": "1: buckets are reduced during the backward pass; 0: after it",
 }
 
 
@@ -43,26 +43,26 @@ class Choice:
 
 @dataclass(frozen=True)
 class Tuning:
-    """How gradients travel.
+    """How gradients are sent.
 
     Attributes:
         bucket_cap_mb: a bucket is closed when it holds this many MiB.
         first_bucket_mb: the same for the first bucket of a step, so that communication starts early.
-        alone_mb: a gradient of this many MiB is sent as it lies: a copy into a bucket would cost more than
-            a message of its own.
-        overlap: 1 if buckets travel while the backward pass goes on, 0 if after it.
-        table_ranks: up to so many ranks every rank's ledger travels in every step, so that reports of single
-            ranks cost nothing; with more only the ledgers' sums do (:mod:`hvdloss.ledger`).
+        unbucketed_mb: a gradient of this many MiB is reduced in place: a copy into a bucket would cost more
+            than a message of its own.
+        overlap: 1 to reduce buckets during the backward pass, 0 after it.
+        table_ranks: up to this number of ranks every rank's ledger is exchanged in every step, so that
+            reports of single ranks cost nothing; with more only the ledgers' sums (:mod:`hvdloss.ledger`).
     """
 
     bucket_cap_mb: Choice
     first_bucket_mb: Choice
-    alone_mb: Choice
+    unbucketed_mb: Choice
     overlap: Choice
     table_ranks: Choice
 
     def sums(self, size: int) -> bool:
-        """Return whether of so many ranks only the sums of their ledgers travel."""
+        """Return whether only the sums of ledgers are exchanged, with `size` ranks."""
         return size > self.table_ranks.value
 
     @property
@@ -76,13 +76,13 @@ class Tuning:
         return max(1, round(self.first_bucket_mb.value * MIB))
 
     @property
-    def alone_bytes(self) -> int | None:
-        """The size in bytes from which a gradient travels alone; None for never."""
-        return None if math.isinf(self.alone_mb.value) else max(1, round(self.alone_mb.value * MIB))
+    def unbucketed_bytes(self) -> int | None:
+        """The size in bytes from which a gradient is not bucketed; None for never."""
+        return None if math.isinf(self.unbucketed_mb.value) else max(1, round(self.unbucketed_mb.value * MIB))
 
     def shared(self) -> dict[str, float]:
-        """Return what must be equal on all ranks, for the agreement of the first step."""
-        names = ("bucket_cap_mb", "first_bucket_mb", "alone_mb", "table_ranks")
+        """Return what must be equal on all ranks, for the consistency check of the first step."""
+        names = ("bucket_cap_mb", "first_bucket_mb", "unbucketed_mb", "table_ranks")
         return {name: getattr(self, name).value for name in names}
 
     def as_dict(self) -> dict[str, Any]:
@@ -112,7 +112,7 @@ def choose(
     environ = os.environ if environ is None else environ
     bucket = _choice(bucket_cap_mb, "bucket_cap_mb", "HVDLOSS_BUCKET_CAP_MB", BUCKET_BYTES / MIB, environ)
     first = _choice(None, "", "HVDLOSS_FIRST_BUCKET_MB", min(FIRST_BUCKET_BYTES / MIB, bucket.value), environ)
-    alone = _choice(None, "", "HVDLOSS_ALONE_MB", ALONE_BYTES / MIB, environ, most=math.inf)
+    alone = _choice(None, "", "HVDLOSS_UNBUCKETED_MB", UNBUCKETED_BYTES / MIB, environ, most=math.inf)
     asked = None if overlap is None else float(overlap)
     overlapping = _choice(asked, "overlap", "HVDLOSS_OVERLAP", 1.0, environ, switch=True)
     table = _choice(None, "", "HVDLOSS_TABLE_RANKS", TABLE_RANKS, environ, what="ranks above 0")
@@ -120,7 +120,7 @@ def choose(
 
 
 def launched(hvd: Any, environ: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """Return what the launch decided of how gradients travel, in the form of :meth:`Tuning.as_dict`.
+    """Return what the launch decided about communication, in the form of :meth:`Tuning.as_dict`.
 
     Args:
         hvd: a Horovod module, initialised.
@@ -142,8 +142,8 @@ def cycle_time(environ: Mapping[str, str] | None = None) -> Choice:
         return Choice(0.0, "HOROVOD_CYCLE_TIME")
 
 
-def forget_accidents(environ: MutableMapping[str, str] | None = None) -> None:
-    """Remove settings from the environment that nobody made; before Horovod is initialised.
+def remove_invalid_settings(environ: MutableMapping[str, str] | None = None) -> None:
+    """Remove settings from the environment that were not made by the user; before Horovod is initialised.
 
     ``horovod.run()`` of Horovod 0.28.1 gives its ranks a cycle time and a cache capacity of ``(None,)``,
     which Horovod reads as 0: its thread then never rests, and every step is negotiated in full.

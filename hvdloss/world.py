@@ -1,8 +1,7 @@
-"""The ranks there are, which in an elastic job change while it runs: who wants to know, and how many times.
+"""The set of ranks, which an elastic job changes while it runs: who is notified, and the names of messages.
 
-What is made once and used in many steps (plans, traced functions, names of messages) is good for the ranks
-that there were when it was made. Ranks that stay must forget it when the others change, or they would talk
-past those that have just come and made theirs.
+Buckets, traced functions and message names are made once and used in many steps, for one set of ranks. Ranks
+that stay must drop them when the set changes, or they would not match those of the ranks that join.
 """
 
 from __future__ import annotations
@@ -14,108 +13,108 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 __all__ = [
-    "Renewed",
-    "following",
-    "launched_as",
-    "next_number",
-    "number",
-    "numbers_again",
-    "numbers_from",
-    "release",
-    "renew",
-    "why",
+    "Resettable",
+    "before_reset",
+    "generation",
+    "launcher_rank",
+    "next_name_index",
+    "register_for_reset",
+    "replay_names",
+    "reset",
+    "reset_cause",
+    "set_name_base",
 ]
 
 _RANKS = ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "RANK")
 
 
-class Renewed(Protocol):
-    """What is told of other ranks."""
+class Resettable(Protocol):
+    """An object with state tied to the set of ranks."""
 
-    def renew(self) -> None:
-        """Forget what was of the ranks there were; no collective, as not all may be here yet."""
-
-
-# In the order of their making: what rests on another one is told after it.
-_following: weakref.WeakKeyDictionary[Any, None] = weakref.WeakKeyDictionary()
-_number = 0
-_why: BaseException | None = None
-_counts: dict[Any, int] = {}
-_first = 0
+    def reset(self) -> None:
+        """Drop state tied to the old ranks; no collectives, as not all ranks may be here yet."""
 
 
-def launched_as() -> str | None:
-    """Return the rank that a launcher started this process as; None if none did."""
+# In the order of registration: an object is reset after those it depends on.
+_registered: weakref.WeakKeyDictionary[Any, None] = weakref.WeakKeyDictionary()
+_generation = 0
+_cause: BaseException | None = None
+_name_indices: dict[Any, int] = {}
+_name_base = 0
+
+
+def launcher_rank() -> str | None:
+    """Return the rank that a launcher gave this process; None without a launcher."""
     return next((os.environ[name] for name in _RANKS if name in os.environ), None)
 
 
-def number() -> int:
-    """Return how many times the ranks have changed."""
-    return _number
+def generation() -> int:
+    """Return how many times the set of ranks has changed."""
+    return _generation
 
 
-def why() -> BaseException | None:
-    """Return, while :func:`renew` tells it, the error of those that are left; None if all had agreed."""
-    return _why
+def reset_cause() -> BaseException | None:
+    """Return the error that caused the current :func:`reset`; None outside of one, and if there was none."""
+    return _cause
 
 
-def following(one: Renewed) -> None:
-    """Have `one` told when the ranks have changed, as long as it lives, after those that follow already.
+def register_for_reset(one: Resettable) -> None:
+    """Have ``one.reset()`` called when the ranks change, as long as `one` lives, in order of registration.
 
-    One with a method ``release()`` is told before as well: see :func:`release`.
+    Its method ``before_reset()``, if it has one, is called before: see :func:`before_reset`.
     """
-    _following[one] = None
+    _registered[one] = None
 
 
-def release() -> None:
-    """Tell all that follow: the ranks will be others.
+def before_reset() -> None:
+    """Notify all registered objects that the ranks are about to change.
 
-    What only one rank may hold, such as a file that it writes, is let go of now: when the others are here
-    it may be another rank's. No collective, as some may be gone.
+    They release what only one rank may hold, such as an open file: afterwards it may be another rank's. No
+    collectives, as some ranks may be gone.
     """
-    for one in list(_following):
-        if hasattr(one, "release"):
-            one.release()
+    for one in list(_registered):
+        if hasattr(one, "before_reset"):
+            one.before_reset()
 
 
-def renew(*first: Callable[[], None], because: BaseException | None = None) -> None:
-    """Tell all that follow: the ranks are others now, `because` of an error if it was one."""
-    global _number, _why
-    _number += 1
-    _why = because
+def reset(*first: Callable[[], None], because: BaseException | None = None) -> None:
+    """Call `first`, then reset all registered objects; `because` is the error behind it, if any."""
+    global _generation, _cause
+    _generation += 1
+    _cause = because
     for call in first:
         call()
     try:
-        for one in list(_following):
-            one.renew()
+        for one in list(_registered):
+            one.reset()
     finally:
-        _why = None  # or its traceback would keep what training held
+        _cause = None  # its traceback would keep objects of the training alive
 
 
-def next_number(kind: Any) -> int:
-    """Return 0, 1, 2, ...: things of a kind are told apart on the wire by the order of their making."""
-    count = _counts.get(kind, _first)
-    _counts[kind] = count + 1
+def next_name_index(kind: Any) -> int:
+    """Return 0, 1, 2, ...: objects of a kind are named in their messages by their order of creation."""
+    count = _name_indices.get(kind, _name_base)
+    _name_indices[kind] = count + 1
     return count
 
 
-def numbers_from(first: int) -> None:
-    """Have all numbers begin here, on every rank: for who wants names that nobody had before."""
-    global _first
-    _first = first
-    _counts.clear()
+def set_name_base(first: int) -> None:
+    """Let all indices start at `first`, on every rank, to get names that were not used before."""
+    global _name_base
+    _name_base = first
+    _name_indices.clear()
 
 
 @contextmanager
-def numbers_again() -> Iterator[Callable[[], None]]:
-    """Give a function that has numbers begin again where they are now.
+def replay_names() -> Iterator[Callable[[], None]]:
+    """Yield a function that sets the indices back to their current values.
 
-    What is made anew for other ranks has then the numbers it has on ranks that have just come.
+    Objects recreated after a reset then have the same names as on ranks that have just joined.
     """
-    before = dict(_counts)
+    before = dict(_name_indices)
 
-    def again() -> None:
-        _counts.clear()
-        _counts.update(before)
+    def rewind() -> None:
+        _name_indices.clear()
+        _name_indices.update(before)
 
-    yield again
+    yield rewind

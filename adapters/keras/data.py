@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 import keras
-from hvdloss.checks import whole
+from hvdloss.checks import check_int
 from hvdloss.communicator import rank_and_size
 from hvdloss.data import Epoch, Sharding
 from hvdloss.errors import ConfigError, UsageError
@@ -41,7 +41,7 @@ class EpochDataset(keras.utils.PyDataset):
         self.epoch = epoch
         self._steps = epoch.steps(self.batch_size)
         # The steps of this epoch that were made before, by whatever number of ranks.
-        self._done = sum(-(-max(taken) // self.batch_size) for taken in epoch.state()["parts"])
+        self._done = sum(-(-max(taken) // self.batch_size) for taken in epoch.state_dict()["parts"])
         self._begun = False
         self.made = None
 
@@ -106,7 +106,7 @@ class EpochDataset(keras.utils.PyDataset):
         """
         if self._begun:
             self.next_epoch()
-        if epochs > 1 and not self.epoch.untouched:
+        if epochs > 1 and not self.epoch.is_fresh:
             raise ConfigError(
                 f"epochs: the data goes on inside epoch {self.epoch.number}, of which {len(self)} steps are "
                 f"left, and Keras would take as few of the epochs after it; fit the rest of this one by "
@@ -129,8 +129,8 @@ class EpochDataset(keras.utils.PyDataset):
         if steps is None:
             steps = self.made if self.made is not None else len(self) if self._begun else 0
         reached = copy.copy(self.epoch)  # which notes what is taken anew
-        reached.took(steps, self.batch_size)
-        return reached.state()
+        reached.advance_steps(steps, self.batch_size)
+        return reached.state_dict()
 
     def load_state_dict(self, state: Any) -> None:
         """Go on from a position, with whatever number of ranks there is now.
@@ -139,9 +139,9 @@ class EpochDataset(keras.utils.PyDataset):
             ConfigError: no position, or one of other data or another sharding; nothing is changed then.
         """
         rank, ranks = rank_and_size(hvd, self._process_set)  # in an elastic job there are others now
-        epoch = Epoch.of(self.sharding, state, ranks)
+        epoch = Epoch.from_state_dict(self.sharding, state, ranks)
         self.rank, self.ranks = rank, ranks
-        self._start(Epoch(self.sharding, ranks, epoch.number + 1) if epoch.over else epoch)
+        self._start(Epoch(self.sharding, ranks, epoch.number + 1) if epoch.exhausted else epoch)
 
 
 class ShardedDataset(EpochDataset):
@@ -204,7 +204,7 @@ class ShardedDataset(EpochDataset):
                     f"arrays= have {sorted(lengths)} rows, but the sharding {sharding.samples}; make the "
                     f"sharding with their length"
                 )
-        self.arrays, self.sharding, self.batch_size = arrays, sharding, whole("batch_size", batch_size, 1)
+        self.arrays, self.sharding, self.batch_size = arrays, sharding, check_int("batch_size", batch_size, 1)
         self._process_set = process_set
         self.rank, self.ranks = rank_and_size(hvd, process_set)
         self._start(Epoch(sharding, self.ranks))

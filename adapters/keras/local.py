@@ -13,17 +13,17 @@ from hvdloss.control.period import SyncPeriod
 from hvdloss.control.weights import Proximal
 from hvdloss.errors import ConfigError
 from hvdloss.keras._backend import hvd
-from hvdloss.ledger import COLUMN, FAULTS
+from hvdloss.ledger import COLUMN, FAULT_COLUMNS
 from hvdloss.tensorflow.books import Books, raise_fault, translated
 from hvdloss.tensorflow.exchange import Exchange, marked
 from hvdloss.tensorflow.variables import variable
-from hvdloss.term import Travel
+from hvdloss.term import CommStats
 
 __all__ = ["Stretch"]
 
-_DENOMINATOR, _PASSES, _STRAYS = COLUMN["denominator"], COLUMN["micro_batches"], COLUMN["strays"]
+_DENOMINATOR, _PASSES, _STRAYS = COLUMN["denominator"], COLUMN["micro_batches"], COLUMN["untracked_backwards"]
 _FAILED = COLUMN["failed"]
-_TOLD_HERE = [[COLUMN["nonfinite_gradients"]], [COLUMN["moved"]], [COLUMN["together"]]]
+_TOLD_HERE = [[COLUMN["nonfinite_gradients"]], [COLUMN["drift_sqnorm"]], [COLUMN["mean_update_sqnorm"]]]
 
 
 class Stretch:
@@ -39,11 +39,11 @@ class Stretch:
     """
 
     def __init__(self, books: Books, exchange: Exchange, passes: int) -> None:
-        period = books.controller.act(SyncPeriod)
+        period = books.controller.policy(SyncPeriod)
         assert period is not None
         self.books, self.wire, self.passes = books, exchange, passes
         self.outer = period.outer
-        self.pulls = books.controller.act(Proximal) is not None
+        self.pulls = books.controller.policy(Proximal) is not None
         self.built = False
 
     def build(self, optimizer: Any) -> None:
@@ -98,7 +98,7 @@ class Stretch:
         tf.cond(tf.equal(self.steps, 0), anchor_here, lambda: tf.constant(False))
         self.row.assign_add(row)
         self.steps.assign_add(1)
-        return (row[_DENOMINATOR] > 0) & ~tf.reduce_any(row[FAULTS] > 0)
+        return (row[_DENOMINATOR] > 0) & ~tf.reduce_any(row[FAULT_COLUMNS] > 0)
 
     def pulled(self, gradients: Sequence[Any], places: Sequence[int]) -> list[Any]:
         """Return the gradients with that of ``mu / 2 ||theta - anchor||^2`` added; sparse ones as they are.
@@ -208,7 +208,7 @@ class Stretch:
         """Move parameters of one dtype from the anchor by the ranks' mean move."""
         for i, move in zip(group, _split(mean, [self.parameters[i] for i in group]), strict=True):
             if self.outer is not None:
-                move, velocity = self.outer.move(move, self.velocity[i])
+                move, velocity = self.outer.update(move, self.velocity[i])
                 self.velocity[i].assign(velocity)
             self.parameters[i].assign(self.anchor[i] + move)
 
@@ -219,7 +219,7 @@ class Stretch:
             self.steps.assign(0, read_value=False),
         ]
 
-    def renew(self) -> None:
+    def reset(self) -> None:
         """Forget what was of other ranks. Eager only."""
         self.forget()
         self.length.assign(0.0)
@@ -242,9 +242,9 @@ class Stretch:
         sizes = [(flat.dtype, flat.shape.num_elements()) for flat in flats]
         compressing = self.books.compressing
 
-        def told(steps: int) -> Travel:
+        def told(steps: int) -> CommStats:
             half = compressing is not None and compressing.on
-            return Travel(
+            return CommStats(
                 messages=len(sizes) + 1,
                 bytes=sum(self.wire.bytes_of(dtype, n, half) for dtype, n in sizes),
                 full_bytes=sum(dtype.size * n for dtype, n in sizes),
@@ -273,7 +273,7 @@ def check_local(optimizer: Any, local: set[int]) -> None:
     elif optimizer.use_ema:
         why = "use_ema=True averages each rank's own parameters, which differ between exchanges"
     if why is not None:
-        raise ConfigError(f"SyncPeriod: {why}. Leave SyncPeriod out of the terms' acts, or the other out")
+        raise ConfigError(f"SyncPeriod: {why}. Leave SyncPeriod out of the terms' policies, or the other out")
 
 
 def _raw(variable: Any) -> tf.Variable:

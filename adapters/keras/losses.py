@@ -204,7 +204,7 @@ class Objective(keras.losses.Loss):
     def contribute(self, y_true: Any, y_pred: Any, sample_weight: Any = None, *, keys: Any = None) -> Told:
         """Return what these elements add to a step, without telling anybody; see calling it."""
         weight = _with_mask(sample_weight, y_pred)
-        whole = self._exact.whole
+        whole = self._exact.global_loss
         if whole is None or (tf.is_tensor(y_pred) and y_true is not None):  # else several, or no target
             y_true, y_pred = self._fitting(y_true, y_pred)
         return self._exact.contribute(y_pred, y_true, weight, keys=keys)
@@ -221,7 +221,7 @@ class Objective(keras.losses.Loss):
 
     def _fitting(self, y_true: Any, y_pred: Any) -> tuple[tf.Tensor, tf.Tensor]:
         """Return target and prediction as tensors whose shapes and dtypes fit, as Keras makes them."""
-        whole = self._exact.whole
+        whole = self._exact.global_loss
         y_pred, y_true = tf.convert_to_tensor(y_pred), tf.convert_to_tensor(y_true)
         y_pred = _OPS.losses(y_pred)
         if hasattr(self._given, "absent"):
@@ -239,7 +239,7 @@ class Objective(keras.losses.Loss):
         """Return a loss of Keras that says nearly the same, for saved models, or None."""
         if not isinstance(self._given, str):
             return self._given
-        if self._exact.whole is not None:
+        if self._exact.global_loss is not None:
             return None
         reduction = {"mean": "mean_with_sample_weight", "sum": "sum"}.get(self.reduction)
         if self._exact.name == "cross_entropy":

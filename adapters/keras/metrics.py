@@ -16,11 +16,11 @@ import numpy as np
 import tensorflow as tf
 
 import keras
-from hvdloss.communicator import Communicator, among, included
+from hvdloss.communicator import Communicator, communicator_for, included
 from hvdloss.errors import AgreementError, ConfigError, UsageError
 from hvdloss.keras._backend import hvd, pythonify_logs
 from hvdloss.keras.optimizer import engine_of
-from hvdloss.metrics.collection import read, written
+from hvdloss.metrics.collection import decode_states, encode_states
 from hvdloss.tensorflow.ops import communicator_of
 
 __all__ = ["merged_results", "states", "synchronized"]
@@ -52,7 +52,7 @@ def merged_results(model: Any, local: list[np.ndarray] | None = None) -> dict[st
     if len(local) != len(variables) or not included(hvd, group):
         return pythonify_logs(model.get_metrics_result())
     flat = np.concatenate([x.reshape(-1) for x in local]) if local else np.zeros(0)
-    summed = communicator_of(group).sum(flat, "hvdloss.metrics")
+    summed = communicator_of(group).all_reduce(flat, "hvdloss.metrics")
     ends = np.cumsum([x.size for x in local])[:-1]
     parts = [part.reshape(x.shape) for part, x in zip(np.split(summed, ends), local, strict=True)]
     return _finished(variables, parts, lambda: pythonify_logs(model.get_metrics_result()))
@@ -112,7 +112,7 @@ def synchronized(metric: Any, *, process_set: Any = None) -> Any:
                 f"result() of the synchronized metric {metric.name!r} inside a tf.function, or in compile; "
                 f"call it outside, or compile the plain metric and use MetricAverageCallback"
             )
-        return _result(metric, plain, among(hvd, communicator_of, process_set))
+        return _result(metric, plain, communicator_for(hvd, communicator_of, process_set))
 
     result._hvdloss = True  # type: ignore[attr-defined]
     metric.result = result
@@ -156,7 +156,10 @@ def _result(metric: Any, plain: Callable[[], Any], ranks: Communicator) -> Any:
     """Return the value of all ranks' states. Collectives: a gather, two if a rank has no states."""
     own = tuple(np.asarray(v.numpy(), dtype=np.float64) for v in metric.variables)
     name = {"metric": type(metric).__name__}
-    heard = [read(data) for data in ranks.gather(written(name, None, [own]), "hvdloss.metric")]
+    heard = [
+        decode_states(data)
+        for data in ranks.all_gather_bytes(encode_states(name, None, [own]), "hvdloss.metric")
+    ]
     names = [head["settings"] for head, _ in heard]
     if any(one != names[0] for one in names):
         raise AgreementError(f"metrics differ between ranks: {[one[0][1] for one in names]}, in rank order")
@@ -176,5 +179,5 @@ def _result(metric: Any, plain: Callable[[], Any], ranks: Communicator) -> Any:
     found: list[Any] = []
     if ranks.rank == full[0]:
         found = [np.asarray(_finished(metric.variables, merged, plain))]
-    told = ranks.gather(written({}, None, [tuple(found)]), "hvdloss.metric.value")
-    return keras.ops.convert_to_tensor(read(told[full[0]])[1][0][0])
+    told = ranks.all_gather_bytes(encode_states({}, None, [tuple(found)]), "hvdloss.metric.value")
+    return keras.ops.convert_to_tensor(decode_states(told[full[0]])[1][0][0])

@@ -28,7 +28,7 @@ from hvdloss.tensorflow.exchange import (
 )
 from hvdloss.tensorflow.objective import Objective as TensorFlowObjective
 from hvdloss.tensorflow.variables import variable
-from hvdloss.world import following, next_number
+from hvdloss.world import next_name_index, register_for_reset
 
 __all__ = ["DistributedOptimizer", "PartialDistributedOptimizer", "engine_of"]
 
@@ -76,9 +76,9 @@ class _Engine:
         self.reduced: Any = None
         self.done = 0
         self.after_idle: Callable[[], None] = lambda: None  # what to do after an idle step
-        following(self)
+        register_for_reset(self)
 
-    def renew(self) -> None:
+    def reset(self) -> None:
         """Forget what was of other ranks."""
         self.idle_steps = {}
         self.row = self.factor = self.reduced = None
@@ -86,7 +86,7 @@ class _Engine:
         if self.window is not None:
             self.window.assign(tf.zeros_like(self.window))
         if self.stretch is not None and self.stretch.built:
-            self.stretch.renew()
+            self.stretch.reset()
 
     def listen(self, compile_loss: ExactCompileLoss, optimizer: Any) -> None:
         """Have the compiled loss of a model tell the weight of each backward pass.
@@ -125,7 +125,7 @@ class _Engine:
                 'rank is infinite, and must see it to lower its scale; choose "skip" or "raise"'
             )
         self.stretch = None
-        if controller.act(SyncPeriod) is not None:
+        if controller.policy(SyncPeriod) is not None:
             check_local(optimizer, self.local)
             self.stretch = Stretch(self.books, self.exchange, optimizer.gradient_accumulation_steps or 1)
 
@@ -515,7 +515,7 @@ def DistributedOptimizer(
         ``isinstance`` see it, are what they were. It has ``last_step``, a :class:`hvdloss.StepReport`.
 
     Raises:
-        ConfigError: an argument that cannot be used; terms whose acts cannot be followed here:
+        ConfigError: an argument that cannot be used; terms whose policies cannot be followed here:
             :class:`hvdloss.control.SyncPeriod` with a ``LossScaleOptimizer``, with ``use_ema``, or with
             local variables, and ``AdaptiveCompression`` with `compression`.
 
@@ -567,7 +567,7 @@ def DistributedOptimizer(
         exact.passes = inner.gradient_accumulation_steps or 1
     exchange = Exchange(
         # Optimizers are told apart on the wire by the order of their construction.
-        f"hvdloss.keras.{name or next_number('keras')}",
+        f"hvdloss.keras.{name or next_name_index('keras')}",
         process_set=process_set or ours,
         compression=compression,
         sparse_as_dense=sparse_as_dense,

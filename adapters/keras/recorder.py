@@ -8,7 +8,7 @@ from typing import Any
 import keras
 from hvdloss.errors import ConfigError, UsageError
 from hvdloss.keras.optimizer import engine_of
-from hvdloss.report.following import Following, check_sink
+from hvdloss.report.subscription import Subscription, check_sink
 from hvdloss.tensorflow import recorder
 from hvdloss.tensorflow.recorder import follow
 
@@ -41,7 +41,7 @@ class FollowCallback(keras.callbacks.Callback):
         super().__init__()
         self.rank = rank
         self.sinks = tuple(check_sink(sink) for sink in sinks)
-        self._following: Following | None = None
+        self._following: Subscription | None = None
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Begin to follow; have the training step traced anew if it was traced without."""
@@ -101,7 +101,7 @@ class RecorderCallback(FollowCallback):
                 f"hvd.Recorder(...) and its follow(optimizer)"
             )
         engine = engine_of(self.model.optimizer)
-        if engine is not None and recorder.tells(self.rank, engine.books):
+        if engine is not None and recorder.is_reporting_rank(self.rank, engine.books):
             self.recorder.open()
         super().on_train_begin(logs)
 

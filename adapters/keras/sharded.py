@@ -10,7 +10,7 @@ import numpy.typing as npt
 import tensorflow as tf
 
 import keras
-from hvdloss.collectives import members
+from hvdloss.collectives import resolve_group
 from hvdloss.errors import ConfigError, ShapeError
 from hvdloss.keras.losses import class_numbers
 from hvdloss.losses.shards import ClassShards, Margin
@@ -113,7 +113,7 @@ class ShardedDense(keras.layers.Layer):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        _, self.rank, size = members(hvd, process_set, "ShardedDense")
+        _, self.rank, size = resolve_group(hvd, process_set, "ShardedDense")
         self.process_set = process_set
         self.shards = ClassShards(classes, size, sizes)
         self.use_bias, self.normalize = use_bias, normalize

@@ -10,11 +10,11 @@ import numpy as np
 import tensorflow as tf
 
 import keras
-from hvdloss.agreement import together
-from hvdloss.checks import whole
+from hvdloss.agreement import run_on_all_ranks
+from hvdloss.checks import check_int
 from hvdloss.communicator import Communicator, rank_and_size
 from hvdloss.data import Epoch, Source
-from hvdloss.data.stream import Opened, Rules, read_batches
+from hvdloss.data.stream import OpenedSource, Rules, read_batches
 from hvdloss.errors import ConfigError, DataError
 from hvdloss.keras._backend import hvd
 from hvdloss.keras.data import EpochDataset
@@ -72,10 +72,10 @@ class StreamDataset(EpochDataset):
                 f"arrays there is ShardedDataset"
             )
         self.data, self.collate_fn = data, collate_fn
-        self.batch_size = whole("batch_size", batch_size, 1)
+        self.batch_size = check_int("batch_size", batch_size, 1)
         self._process_set = process_set
         self.rank, self.ranks = rank_and_size(hvd, process_set)
-        self._opened = Opened(data, sharding, self.ranks)
+        self._opened = OpenedSource(data, sharding, self.ranks)
         self.sharding = self._opened.rule
         self.error: DataError | None = None  # which Keras's threads turn into another
         self._lock = threading.Lock()
@@ -88,7 +88,7 @@ class StreamDataset(EpochDataset):
     def _start(self, epoch: Epoch[Any]) -> None:
         with self._lock:
             super()._start(epoch)
-            self._mine = epoch.left[self.rank]
+            self._mine = epoch.remaining[self.rank]
             self._next, self._reading = 0, iter(())
 
     def enter(self, epochs: int) -> None:
@@ -101,17 +101,17 @@ class StreamDataset(EpochDataset):
 
         Collectives: two gathers.
         """
-        self._opened.agree(self._ranks)
+        self._opened.check_consistency(self._ranks)
         super().enter(epochs)
         self.error = None
-        together(self._ranks, self._try, "hvdloss.stream.first", "what first batches tell")
+        run_on_all_ranks(self._ranks, self._try, "hvdloss.stream.first", "what first batches tell")
 
     def _try(self) -> None:
         self[0]
 
     def state_dict(self, steps: int | None = None) -> dict[str, Any]:
         """Return the position, as :meth:`ShardedDataset.state_dict`, with which files it is of."""
-        return self._opened.signed(super().state_dict(steps))
+        return self._opened.with_fingerprint(super().state_dict(steps))
 
     def load_state_dict(self, state: Any) -> None:
         """Go on from a position, with whatever number of ranks there is now.
@@ -161,7 +161,7 @@ class StreamDataset(EpochDataset):
 
         Collectives: one gather.
         """
-        self._opened.agree(self._ranks)
+        self._opened.check_consistency(self._ranks)
         empty = self.data.empty()
         template = empty if self.collate_fn is None else self.collate_fn(empty)
         spec = keras.tree.map_structure(

@@ -20,11 +20,11 @@ from hvdloss.agreement import agree
 from hvdloss.control.period import period_of
 from hvdloss.errors import ConfigError, DataError, HvdlossError, RankError, ShapeError
 from hvdloss.guard import due
-from hvdloss.hearing import hear
 from hvdloss.keras._backend import TensorFlowTrainer, Trainer
 from hvdloss.keras.data import EpochDataset
 from hvdloss.keras.losses import ExactCompileLoss, ExactMean, Objective
 from hvdloss.keras.optimizer import as_exact_class, engine_of
+from hvdloss.messages import decode_all
 from hvdloss.plan import ParameterInfo
 from hvdloss.tensorflow.books import translated
 from hvdloss.tensorflow.exchange import empty_row
@@ -225,7 +225,7 @@ class _Begin(keras.callbacks.Callback):
             self.model.optimizer.build(self.model.trainable_variables)
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        watch.did(f"begun epoch {epoch + 1}")
+        watch.record_activity(f"begun epoch {epoch + 1}")
         self.last = epoch + 1 == self.params.get("epochs")
         self.done, self.training = 0, True
         if self.agreed or not self.engine.included:
@@ -246,22 +246,26 @@ class _Begin(keras.callbacks.Callback):
         self.engine.begin()
         self.engine.books.controller.prepare(self.communicator())
         steps = self.params.get("steps")
-        told = self.communicator().gather(json.dumps([steps, self.problem]).encode(), "hvdloss.steps")
-        ranks = hear(told, "number of steps", lambda one: len(one) == 2)
+        told = self.communicator().all_gather_bytes(
+            json.dumps([steps, self.problem]).encode(), "hvdloss.steps"
+        )
+        ranks = decode_all(told, "number of steps", lambda one: len(one) == 2)
         self.counts = [count for count, _ in ranks]
         for rank, (_, problem) in enumerate(ranks):
             if problem and len(ranks) > 1:
                 raise ConfigError(f"callbacks of rank {rank}: {problem}")
-        self._check_whole()
+        self._check_global_loss()
 
-    def _check_whole(self) -> None:
+    def _check_global_loss(self) -> None:
         """Check that ranks meet in every step, if a loss needs all of them in its forward pass.
 
         Raises:
             ConfigError: they make different numbers of steps, or nobody knows how many.
         """
         losses = keras.tree.flatten(self.model.loss)
-        whole = [x._exact.name for x in losses if isinstance(x, Objective) and x._exact.whole is not None]
+        whole = [
+            x._exact.name for x in losses if isinstance(x, Objective) and x._exact.global_loss is not None
+        ]
         if whole and len(self.counts) > 1 and (None in self.counts or len(set(self.counts)) > 1):
             known = ["unknown" if count is None else count for count in self.counts]
             raise ConfigError(
@@ -470,7 +474,7 @@ def _tell(model: Any, begin: _Begin, error: Exception, read: DataError | None) -
     if over and begin.last:
         return  # nobody waits any more
     if not begin.training or over or not model.built:  # in validation, say, or a callback after the last step
-        if (told := watch.tell_error(error)) is not None:
+        if (told := watch.report_error(error)) is not None:
             raise told from error
         return
     engine.books.tell(False, read or error)

@@ -5,15 +5,15 @@ from __future__ import annotations
 import importlib.util
 from typing import Any
 
-from hvdloss.communicator import process_sets_kept
-from hvdloss.tuning import forget_accidents
+from hvdloss.communicator import preserve_process_sets
+from hvdloss.tuning import remove_invalid_settings
 
-forget_accidents()
+remove_invalid_settings()
 hvd: Any
 if importlib.util.find_spec("horovod") is None:
     from hvdloss.tensorflow import _single as hvd
 else:
-    with process_sets_kept():
+    with preserve_process_sets():
         import horovod.tensorflow as hvd
 
     if not hasattr(hvd, "init"):  # Horovod prints why, and leaves its names out

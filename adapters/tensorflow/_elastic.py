@@ -17,12 +17,12 @@ from hvdloss.launch import init_checked
 from hvdloss.tensorflow._backend import hvd
 from hvdloss.tensorflow.checkpoint import from_array, memory_of, remember, settle, to_array
 from hvdloss.tensorflow.ops import communicator_of
-from hvdloss.training.checkpoint import state_of_bytes, state_to_bytes
+from hvdloss.training.checkpoint import state_from_bytes, state_to_bytes
 
 __all__ = ["elastic", "watched"]
 
 #: ``init`` and ``shutdown``, with which the watch begins and ends.
-watched = watch.begins_with(hvd, communicator_of)
+watched = watch.wrap_init(hvd, communicator_of)
 watched["init"] = init_checked(hvd, **watched)
 
 _PIECE = 1 << 27  # bytes
@@ -36,8 +36,11 @@ def _from_first(told: bytes, name: str) -> bytes:
     if communicator.size == 1:
         return told
     mine = told if communicator.rank == 0 else b""
-    size = int(communicator.gather(str(len(mine)).encode(), f"{name}.size")[0])
-    pieces = [communicator.gather(mine[start : start + _PIECE], name)[0] for start in range(0, size, _PIECE)]
+    size = int(communicator.all_gather_bytes(str(len(mine)).encode(), f"{name}.size")[0])
+    pieces = [
+        communicator.all_gather_bytes(mine[start : start + _PIECE], name)[0]
+        for start in range(0, size, _PIECE)
+    ]
     return b"".join(pieces)
 
 
@@ -118,7 +121,7 @@ def _states(base: type) -> type:
         def sync(self) -> None:
             """Go on from rank 0's last commit. Collectives: gathers of it."""
             told = _from_first(state_to_bytes(self._kept), "hvdloss.elastic")
-            self._kept = state_of_bytes(told)
+            self._kept = state_from_bytes(told)
             self._give(same_ranks=False)
             super().sync()
 

@@ -7,7 +7,7 @@ import weakref
 from typing import Any
 
 import tensorflow as tf
-from hvdloss.world import following
+from hvdloss.world import register_for_reset
 
 __all__ = ["noted"]
 
@@ -19,7 +19,7 @@ class _Traces:
 
     def __init__(self) -> None:
         self._functions: weakref.WeakSet[Any] = weakref.WeakSet()
-        following(self)
+        register_for_reset(self)
 
     def note(self) -> None:
         """Take note of all functions that are being traced by now."""
@@ -31,7 +31,7 @@ class _Traces:
                     self._functions.add(one)
             frame = frame.f_back  # type: ignore[assignment]
 
-    def renew(self) -> None:
+    def reset(self) -> None:
         """Forget the traces."""
         for one in list(self._functions):
             one._function_cache.clear()

@@ -14,23 +14,23 @@ import numpy as np
 
 import tensorflow as tf
 from hvdloss import watch
-from hvdloss.agreement import raise_together
+from hvdloss.agreement import raise_on_all_ranks
 from hvdloss.communicator import rank_and_size
 from hvdloss.control.compression import AdaptiveCompression
 from hvdloss.control.period import period_of
 from hvdloss.control.weights import Proximal
-from hvdloss.controller import Controller, counts_of
+from hvdloss.controller import Controller, parse_counts
 from hvdloss.errors import UsageError
-from hvdloss.ledger import COLUMN, FAULTS, NONFINITE, WIDTH, Ledgers, judge, unpack
+from hvdloss.ledger import COLUMN, FAULT_COLUMNS, LEDGER_WIDTH, NONFINITE_COLUMNS, Ledgers, check_step, unpack
 from hvdloss.passes import another_error, uneven_division_error, unheard_error
-from hvdloss.reduction import MEASURED
+from hvdloss.reduction import TENSOR_FIELDS
 from hvdloss.report import StepReport
 from hvdloss.report.steps import Interest, LossReport
 from hvdloss.tensorflow._backend import hvd
 from hvdloss.tensorflow.ops import communicator_of
 from hvdloss.tensorflow.variables import variable
-from hvdloss.term import Travel
-from hvdloss.world import following
+from hvdloss.term import CommStats
+from hvdloss.world import register_for_reset
 
 __all__ = ["Books", "failing", "fault", "kept", "raise_fault", "translated"]
 
@@ -63,14 +63,14 @@ def translated(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         ours = fault()
         if ours is not None:
             raise ours from None
-        why = watch.explained(error)
+        why = watch.root_cause(error)
         if why is error:
             raise
         raise why from error
 
 
-_FAILED, _MORE, _LEAVING = COLUMN["failed"], COLUMN["more"], COLUMN["leaving"]
-_READING = COLUMN["reading"]
+_FAILED, _MORE, _LEAVING = COLUMN["failed"], COLUMN["has_next"], COLUMN["preemption_requested"]
+_READING = COLUMN["rows_requested"]
 _ELEMENTS, _PASSES = COLUMN["elements"], COLUMN["micro_batches"]
 # Sums of passes that are not told: of squared denominators, of scaled losses, and of what arrived at losses.
 _EXTRA = 3
@@ -106,7 +106,7 @@ class Books:
         # Elements of all steps, those before a checkpoint that it goes on from among them.
         self._samples: tf.Variable | None = None
         self._variables: tuple[tf.Variable, tf.Variable, tf.Variable] | None = None
-        self._state: tf.Variable | None = None  # the terms' state, and what acts decided (see `_now`)
+        self._state: tf.Variable | None = None  # the terms' state, and what policies decided (see `_now`)
         self._bound: tuple[int, int] | None = None
         # Whether this rank cannot go on, whether it has more, whether it is to leave, and whether somebody on
         # it reads what single ranks did.
@@ -127,7 +127,7 @@ class Books:
         self.arrived: Any = 1.0  # at the losses of the passes last taken, on average
         self._passes = 1
         self._others: Sequence[str] = ()  # objectives whose losses a backward pass came from as well
-        following(self)
+        register_for_reset(self)
 
     def of_objective(self, name: str, divides: bool) -> None:
         """Have other tapes and optimizers see passes that go through this objective."""
@@ -136,7 +136,7 @@ class Books:
 
     # -- other ranks, and going on ----------------------------------------------------------------
 
-    def renew(self) -> None:
+    def reset(self) -> None:
         """Forget what was of other ranks."""
         self._bound = self._error = None
         self.silent = False  # what was traced is traced anew
@@ -152,7 +152,7 @@ class Books:
         return {
             "steps": int(self._of(2)),
             "samples": int(self._samples_now()),
-            "terms": self.controller.memory(),
+            "terms": self.controller.state_dict(),
         }
 
     def remember(self, memory: Any, *, same_ranks: bool) -> None:
@@ -161,10 +161,10 @@ class Books:
         Raises:
             ConfigError: it is none.
         """
-        steps, samples = counts_of(memory, "is not what Books.memory() gives")
+        steps, samples = parse_counts(memory, "is not what Books.memory() gives")
         if self.controller.terms:
             self.begin(*rank_and_size(hvd, self.process_set))
-            self.controller.remember(memory["terms"], same_ranks=same_ranks)
+            self.controller.load_state_dict(memory["terms"], same_ranks=same_ranks)
             assert self._state is not None
             self._state.assign(self._now())
         self._of(2).assign(steps)
@@ -173,13 +173,13 @@ class Books:
     @property
     def width(self) -> int:
         """How many numbers a row has: the ledger's, and the terms'."""
-        return WIDTH + self.controller.width
+        return LEDGER_WIDTH + self.controller.width
 
-    # -- what terms see, and what acts decided ----------------------------------------------------
+    # -- what terms see, and what policies decided ----------------------------------------------------
 
     def _now(self) -> np.ndarray:
         """Return the terms' state; behind it the period, the proximal strength, and whether to compress."""
-        proximal = self.controller.act(Proximal)
+        proximal = self.controller.policy(Proximal)
         compressing = self.compressing
         decided = [
             period_of(self.controller),
@@ -193,7 +193,7 @@ class Books:
         if self._bound == (rank, size):
             return
         self._bound = (rank, size)
-        self.controller.begin(rank, size, anew=True)
+        self.controller.reset(rank, size, force=True)
         with tf.init_scope(), tf.device("CPU:0"):
             if self._state is None:
                 self._state = variable(self._now(), "hvdloss_state", dtype=tf.float64)
@@ -221,7 +221,7 @@ class Books:
     @property
     def compressing(self) -> AdaptiveCompression | None:
         """The act that decides on compression, or None."""
-        return self.controller.act(AdaptiveCompression)
+        return self.controller.policy(AdaptiveCompression)
 
     @property
     def compress(self) -> tf.Tensor | None:
@@ -260,12 +260,12 @@ class Books:
         return self._variables[which]
 
     def _nothing(self) -> tf.Tensor:
-        return tf.zeros(MEASURED + _EXTRA + self.controller.width, tf.float64)
+        return tf.zeros(TENSOR_FIELDS + _EXTRA + self.controller.width, tf.float64)
 
     def announced(self, loss: tf.Tensor, row: tf.Tensor | Callable[[], tf.Tensor]) -> tf.Tensor:
         """Return `loss`; a backward pass through it enters `row`.
 
-        float64: ``MEASURED`` sums, and those of the terms.
+        float64: ``TENSOR_FIELDS`` sums, and those of the terms.
 
         A function is called for the row in the backward pass.
         """
@@ -292,7 +292,7 @@ class Books:
         """
         arrived = tf.ones((), tf.float64) if upstream is None else tf.cast(upstream, tf.float64)
         extra = [row[1] ** 2, tf.cast(arrived > 1, tf.float64), arrived]
-        parts = [row[:MEASURED], tf.stack(extra), row[MEASURED:]]
+        parts = [row[:TENSOR_FIELDS], tf.stack(extra), row[TENSOR_FIELDS:]]
         return self._of(0).assign_add(tf.concat(parts, 0))
 
     # -- what ranks tell each other ---------------------------------------------------------------
@@ -313,23 +313,23 @@ class Books:
         return [*map(float, self._told), float(self._leaving()), float(reading)]
 
     @property
-    def leaving(self) -> Callable[[], bool]:
-        """Whether this rank is to leave; the next step tells it after :attr:`wished` was asked for."""
+    def preemption_requested(self) -> Callable[[], bool]:
+        """Whether this rank is to leave; sent with the next step, once :attr:`preempted_ranks` was read."""
         return self._leaving
 
-    @leaving.setter
-    def leaving(self, asked: Callable[[], bool]) -> None:
+    @preemption_requested.setter
+    def preemption_requested(self, asked: Callable[[], bool]) -> None:
         self._leaving = asked
 
     @property
-    def wished(self) -> tuple[int, ...]:
+    def preempted_ranks(self) -> tuple[int, ...]:
         """Which ranks were to leave by the last step, as all know. Eager only."""
         if self._leaving():  # graphs see variables only
             self._signal_now()
         return tuple(int(rank) for rank in np.flatnonzero(self._of(1).numpy()[:, _LEAVING]))
 
     @property
-    def heard(self) -> tuple[int, bool]:
+    def sync_status(self) -> tuple[int, bool]:
         """How many steps were closed, and whether a rank had more data by the last one. Eager only."""
         table = self._of(1).numpy()
         return int(self._of(2)), bool((table[:, _MORE] > 0).any())
@@ -346,7 +346,7 @@ class Books:
 
     def _ledgers(self, table: np.ndarray) -> Ledgers:
         """Return what a step's table tells: all ranks' rows, or one of their sums."""
-        told = table[:, :WIDTH]
+        told = table[:, :LEDGER_WIDTH]
         size = self._size
         return Ledgers(told[0], size) if len(told) == 1 < size else unpack(told)
 
@@ -440,8 +440,8 @@ class Books:
         ledgers = self._ledgers(table)
         if ledgers.total("failed") and self.process_set is not None:
             mine = self._failure(ledgers[self.process_set.rank()].failed)
-            raise_together(communicator_of(self.process_set), mine, "hvdloss.failed", f"step {step}")
-        error = judge(ledgers, step, self.nonfinite)
+            raise_on_all_ranks(communicator_of(self.process_set), mine, "hvdloss.failed", f"step {step}")
+        error = check_step(ledgers, step, self.nonfinite)
         if error is not None:
             raise error
 
@@ -451,13 +451,16 @@ class Books:
         """Return whether a step that was judged is one without an update, by all ranks' rows."""
         if self.nonfinite != "skip":
             return tf.constant(False)
-        return tf.reduce_any(table[:, NONFINITE] > 0)
+        return tf.reduce_any(table[:, NONFINITE_COLUMNS] > 0)
 
     def _unsound(self, table: tf.Tensor) -> tf.Tensor:
         """Return whether a step is an error, by all ranks' rows."""
-        faults = table[:, FAULTS]
+        faults = table[:, FAULT_COLUMNS]
         if self.nonfinite != "raise":
-            others = (slice(FAULTS.start, NONFINITE.start), slice(NONFINITE.stop, FAULTS.stop))
+            others = (
+                slice(FAULT_COLUMNS.start, NONFINITE_COLUMNS.start),
+                slice(NONFINITE_COLUMNS.stop, FAULT_COLUMNS.stop),
+            )
             faults = tf.concat([table[:, some] for some in others], 1)
         total = tf.reduce_sum(table[:, 1])
         return tf.reduce_any(faults > 0) | tf.equal(total, 0.0) | ~tf.math.is_finite(total)
@@ -475,11 +478,11 @@ class Books:
         """
         book = self._of(0).read_value()
         self.forget()
-        self.scaled = book[MEASURED + 1] > 0
+        self.scaled = book[TENSOR_FIELDS + 1] > 0
         calls = self._several = book[_PASSES]
         n = tf.maximum(calls, 1.0)
-        self.arrived = book[MEASURED + 2] / n
-        apart = calls * book[MEASURED] - book[1] ** 2 > 1e-9 * book[1] ** 2
+        self.arrived = book[TENSOR_FIELDS + 2] / n
+        apart = calls * book[TENSOR_FIELDS] - book[1] ** 2 > 1e-9 * book[1] ** 2
         silent = tf.equal(calls, 0.0)
         one, zero = tf.ones((), tf.float64), tf.zeros((), tf.float64)
         stray = tf.where(apart if lenient else apart | silent, one, zero)
@@ -487,15 +490,15 @@ class Books:
         passes = one if lenient else tf.minimum(calls, 1.0)
         own = tf.stack(
             [book[0], denominator, book[2] / n, book[3] / n, passes, book[5], book[6], book[7], zero, stray]
-            + [zero] * (WIDTH - MEASURED - 2)
+            + [zero] * (LEDGER_WIDTH - TENSOR_FIELDS - 2)
         )
         # What terms tell of several calls adds up, as it does over passes.
-        return tf.concat([own, book[MEASURED + _EXTRA :]], 0) if self.controller.width else own
+        return tf.concat([own, book[TENSOR_FIELDS + _EXTRA :]], 0) if self.controller.width else own
 
     def close(
         self,
         table: tf.Tensor,
-        travel: Callable[[int], Travel],
+        travel: Callable[[int], CommStats],
         judging: Callable[[], list[tf.Operation]] = list,
     ) -> list[tf.Operation]:
         """Judge a step from all ranks' rows ``(size, width)``, let the terms see it, and keep it.
@@ -538,7 +541,7 @@ class Books:
         ]
         if self.nonfinite != "raise":
             assert self._counts is not None
-            told = tf.reduce_any(table[:, NONFINITE] > 0, 1)
+            told = tf.reduce_any(table[:, NONFINITE_COLUMNS] > 0, 1)
             if self.nonfinite == "skip":
                 told = tf.reduce_any(told)[tf.newaxis]
             else:  # of the sums alone, which tell of nobody
@@ -552,7 +555,7 @@ class Books:
 
     # -- those who follow -------------------------------------------------------------------------
 
-    def listen(self, listener: Callable[[StepReport], None]) -> None:
+    def add_listener(self, listener: Callable[[StepReport], None]) -> None:
         """Have `listener` called with the report of every step that is finished from now on.
 
         Raises:
@@ -567,7 +570,7 @@ class Books:
         self.listeners.append(listener)
         self._reads()
 
-    def unlisten(self, listener: Callable[[StepReport], None]) -> None:
+    def remove_listener(self, listener: Callable[[StepReport], None]) -> None:
         """Call `listener` no more."""
         if listener in self.listeners:
             self.listeners.remove(listener)
@@ -608,7 +611,7 @@ class Books:
                 listener(report)
 
     def try_close(
-        self, table: tf.Tensor, step: tf.Tensor, steps: tf.Tensor, travel: Callable[[int], Travel]
+        self, table: tf.Tensor, step: tf.Tensor, steps: tf.Tensor, travel: Callable[[int], CommStats]
     ) -> tuple[tf.Tensor, tf.Tensor]:
         """Judge so many local steps that end with `step`, and let the terms see them; do not keep them.
 
@@ -616,7 +619,9 @@ class Books:
             whether they are sound (else :func:`raise_fault` raises what is wrong), and what to keep.
         """
 
-        def closed(table: np.ndarray, step: int, steps: int, travel: Callable[[int], Travel]) -> np.ndarray:
+        def closed(
+            table: np.ndarray, step: int, steps: int, travel: Callable[[int], CommStats]
+        ) -> np.ndarray:
             try:
                 return np.concatenate([[1.0], self._closed(table, step, steps, travel)])
             except Exception as error:
@@ -627,7 +632,7 @@ class Books:
         return found[0] > 0, found[1:]
 
     def _closed(
-        self, table: np.ndarray, step: int, steps: int, travel: Callable[[int], Travel]
+        self, table: np.ndarray, step: int, steps: int, travel: Callable[[int], CommStats]
     ) -> np.ndarray | None:
         """Judge `steps` steps that end with `step`, and let the terms see them.
 
@@ -637,9 +642,9 @@ class Books:
         self._judge(table, step)
         if not self.controller.terms:
             return None
-        if self.nonfinite == "skip" and (table[:, NONFINITE] > 0).any():
+        if self.nonfinite == "skip" and (table[:, NONFINITE_COLUMNS] > 0).any():
             return self._now()  # a step that terms do not see
-        self.controller.close(step, table, travel(steps), self.reduction)
+        self.controller.on_step_end(step, table, travel(steps), self.reduction)
         return self._now()
 
     def _in_a_graph(
@@ -648,7 +653,7 @@ class Books:
         table: tf.Tensor,
         step: tf.Tensor,
         steps: Any,
-        travel: Callable[[int], Travel],
+        travel: Callable[[int], CommStats],
         more: int = 0,
     ) -> tf.Tensor:
         """Return what `closed` gives when the graph runs: the state, and `more` numbers before it."""

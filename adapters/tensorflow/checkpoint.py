@@ -11,7 +11,7 @@ import keras
 import numpy as np
 
 import tensorflow as tf
-from hvdloss.communicator import among
+from hvdloss.communicator import communicator_for
 from hvdloss.errors import CheckpointError, ConfigError
 from hvdloss.tensorflow._backend import hvd
 from hvdloss.tensorflow.ops import communicator_of
@@ -284,7 +284,7 @@ class Checkpoint(core.Checkpoint):
             random_numbers=random_numbers,
             mode=mode,
             folder_mode=folder_mode,
-            communicator=functools.partial(among, hvd, communicator_of, process_set),
+            communicator=functools.partial(communicator_for, hvd, communicator_of, process_set),
         )
 
     def to_array(self, value: Any) -> Any:

@@ -36,7 +36,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import tensorflow as tf
-from hvdloss.collectives import At, check_known_rows, check_root, check_rows, check_sizes, even_sizes, members
+from hvdloss.collectives import (
+    GroupContext,
+    check_known_rows,
+    check_root,
+    check_rows,
+    check_sizes,
+    even_sizes,
+    resolve_group,
+)
 from hvdloss.tensorflow._backend import hvd
 from hvdloss.tensorflow.exchange import wire_name
 from hvdloss.tensorflow.variables import variable
@@ -64,7 +72,7 @@ _sinks: dict[tf.DType, tf.Variable] = {}
 # -- what travels: no gradients here ------------------------------------------------------------------
 
 
-def _call(at: At) -> dict[str, Any]:
+def _call(at: GroupContext) -> dict[str, Any]:
     """Return what every operation of Horovod is told.
 
     Operations of one graph run side by side, so each has a name of its own, counted within the graph:
@@ -132,7 +140,7 @@ def _unpacked(x: tf.Tensor, like: tf.Tensor) -> tf.Tensor:
     return tf.ensure_shape(x, [None, *like.shape[1:]])
 
 
-def _summed(x: tf.Tensor, at: At) -> tf.Tensor:
+def _summed(x: tf.Tensor, at: GroupContext) -> tf.Tensor:
     """Return the sum over ranks."""
     if at.size == 1:
         return tf.identity(x)
@@ -140,14 +148,14 @@ def _summed(x: tf.Tensor, at: At) -> tf.Tensor:
     return tf.cast(_came(hvd.allreduce(_sent(wide), op=hvd.Sum, **_call(at))), x.dtype)
 
 
-def _gathered(x: tf.Tensor, at: At) -> tf.Tensor:
+def _gathered(x: tf.Tensor, at: GroupContext) -> tf.Tensor:
     """Return the rows of all ranks."""
     if at.size == 1:
         return tf.identity(x)
     return _unpacked(_came(hvd.allgather(_packed(x), **_call(at))), x)
 
 
-def _exchanged(x: tf.Tensor, splits: Parts, at: At) -> tuple[tf.Tensor, tf.Tensor]:
+def _exchanged(x: tf.Tensor, splits: Parts, at: GroupContext) -> tuple[tf.Tensor, tf.Tensor]:
     """Send ``splits[k]`` rows to rank k; return the rows received, and how many came from each rank."""
     splits = tf.cast(splits, tf.int32)
     if at.size == 1:
@@ -158,7 +166,7 @@ def _exchanged(x: tf.Tensor, splits: Parts, at: At) -> tuple[tf.Tensor, tf.Tenso
     return _unpacked(_came(rows), x), received
 
 
-def _sum_of_parts(x: tf.Tensor, sizes: Parts, at: At) -> tf.Tensor:
+def _sum_of_parts(x: tf.Tensor, sizes: Parts, at: GroupContext) -> tf.Tensor:
     """Return this rank's part of the sum over ranks of `x`, whose rows are cut into `sizes`."""
     if at.size == 1:
         return tf.identity(x)
@@ -190,39 +198,39 @@ def _with_gradient(
     return call(x)
 
 
-def _all_reduce(x: tf.Tensor, at: At) -> tf.Tensor:
+def _all_reduce(x: tf.Tensor, at: GroupContext) -> tf.Tensor:
     """Sum; backward: sum."""
     return _with_gradient(x, lambda x: (_summed(x, at), lambda g: _all_reduce(g, at.named("backward"))))
 
 
-def _sum_once(x: tf.Tensor, at: At) -> tf.Tensor:
+def _sum_once(x: tf.Tensor, at: GroupContext) -> tf.Tensor:
     """Sum, used alike on all ranks; backward: identity."""
     return _with_gradient(x, lambda x: (_summed(x, at), lambda g: _copy(g, at.named("backward"))))
 
 
-def _copy(x: tf.Tensor, at: At) -> tf.Tensor:
+def _copy(x: tf.Tensor, at: GroupContext) -> tf.Tensor:
     """Identity; backward: sum, the same on all ranks."""
     return _with_gradient(x, lambda x: (tf.identity(x), lambda g: _sum_once(g, at.named("backward"))))
 
 
-def _all_gather(x: tf.Tensor, sizes: Parts, at: At) -> tf.Tensor:
+def _all_gather(x: tf.Tensor, sizes: Parts, at: GroupContext) -> tf.Tensor:
     """All ranks' rows; backward: this rank's part of the sum."""
     return _with_gradient(x, lambda x: (_gathered(x, at), lambda g: _scatter(g, sizes, at.named("backward"))))
 
 
-def _scatter(x: tf.Tensor, sizes: Parts, at: At) -> tf.Tensor:
+def _scatter(x: tf.Tensor, sizes: Parts, at: GroupContext) -> tf.Tensor:
     """This rank's part of the sum; backward: all ranks' rows."""
     return _with_gradient(
         x, lambda x: (_sum_of_parts(x, sizes, at), lambda g: _all_gather(g, sizes, at.named("backward")))
     )
 
 
-def _gather_once(x: tf.Tensor, sizes: Parts, at: At) -> tf.Tensor:
+def _gather_once(x: tf.Tensor, sizes: Parts, at: GroupContext) -> tf.Tensor:
     """All ranks' rows, used alike on all ranks; backward: this rank's slice."""
     return _with_gradient(x, lambda x: (_gathered(x, at), lambda g: _slice(g, sizes, at.named("backward"))))
 
 
-def _slice(x: tf.Tensor, sizes: Parts, at: At) -> tf.Tensor:
+def _slice(x: tf.Tensor, sizes: Parts, at: GroupContext) -> tf.Tensor:
     """This rank's rows of what all ranks have; backward: all ranks' rows."""
 
     def forward(x: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor], tf.Tensor]]:
@@ -232,7 +240,7 @@ def _slice(x: tf.Tensor, sizes: Parts, at: At) -> tf.Tensor:
     return _with_gradient(x, forward)
 
 
-def _broadcast(x: tf.Tensor, root: int, once: bool, at: At) -> tf.Tensor:
+def _broadcast(x: tf.Tensor, root: int, once: bool, at: GroupContext) -> tf.Tensor:
     """The root's; backward: the sum at the root, or (`once`) what the root has; zero elsewhere."""
 
     def forward(x: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor], tf.Tensor]]:
@@ -246,7 +254,7 @@ def _broadcast(x: tf.Tensor, root: int, once: bool, at: At) -> tf.Tensor:
     return _with_gradient(x, forward)
 
 
-def _at_root(x: tf.Tensor, root: int, once: bool, at: At) -> tf.Tensor:
+def _at_root(x: tf.Tensor, root: int, once: bool, at: GroupContext) -> tf.Tensor:
     """The sum (`once`: the root's own) at the root, zeros elsewhere; backward: the root's."""
 
     def forward(x: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor], tf.Tensor]]:
@@ -257,7 +265,7 @@ def _at_root(x: tf.Tensor, root: int, once: bool, at: At) -> tf.Tensor:
     return _with_gradient(x, forward)
 
 
-def _exchange(x: tf.Tensor, splits: Parts, at: At) -> tf.Tensor:
+def _exchange(x: tf.Tensor, splits: Parts, at: GroupContext) -> tf.Tensor:
     """Rows sent by splits; backward: they go back where they came from."""
 
     def forward(x: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor], tf.Tensor]]:
@@ -275,9 +283,9 @@ def _shape(x: tf.Tensor) -> tuple[int | None, ...]:
     return (None,) if x.shape.rank is None else tuple(x.shape)
 
 
-def _at(what: str, name: str | None, process_set: Any) -> At:
-    group, rank, size = members(hvd, process_set, what)
-    return At(name or f"hvdloss.{what}", group, rank, size)
+def _at(what: str, name: str | None, process_set: Any) -> GroupContext:
+    group, rank, size = resolve_group(hvd, process_set, what)
+    return GroupContext(name or f"hvdloss.{what}", group, rank, size)
 
 
 def all_reduce(
@@ -466,7 +474,7 @@ class HorovodGroup:
     """
 
     def __init__(self, process_set: Any = None) -> None:
-        self.process_set, self.rank, self.size = members(hvd, process_set, "group_of")
+        self.process_set, self.rank, self.size = resolve_group(hvd, process_set, "group_of")
 
     def all_reduce(self, x: tf.Tensor, name: str, *, replicated: bool = False) -> tf.Tensor:
         """Return the sum of `x` over ranks; see :func:`all_reduce`."""

@@ -9,13 +9,13 @@ from typing import Any
 
 import tensorflow as tf
 from hvdloss import watch
-from hvdloss.agreement import agree
-from hvdloss.communicator import included, ranks_of
+from hvdloss.agreement import check_consistency
+from hvdloss.communicator import group_ranks, included
 from hvdloss.control.compression import AdaptiveCompression
 from hvdloss.control.period import SyncPeriod
 from hvdloss.controller import Controller
 from hvdloss.errors import ConfigError
-from hvdloss.ledger import ASKED, COLUMN, WIDTH
+from hvdloss.ledger import COLUMN, GATHER_COLUMNS, LEDGER_WIDTH
 from hvdloss.plan import ParameterInfo, plan_buckets
 from hvdloss.tensorflow._backend import hvd
 from hvdloss.tensorflow._traces import noted
@@ -24,9 +24,9 @@ from hvdloss.tensorflow.ledgers import Message, exact_totals
 from hvdloss.tensorflow.ops import communicator_of
 from hvdloss.tensorflow.variables import variable
 from hvdloss.tensorflow.waiting import explaining, uncounted
-from hvdloss.term import Travel
+from hvdloss.term import CommStats
 from hvdloss.tuning import choose, launched
-from hvdloss.world import following
+from hvdloss.world import register_for_reset
 
 __all__ = [
     "Clock",
@@ -78,15 +78,15 @@ def check_acts(controller: Controller, compression: Any, never_local: str = "") 
     Raises:
         ConfigError: they cannot.
     """
-    if controller.act(AdaptiveCompression) is not None and compression not in (None, hvd.Compression.none):
+    if controller.policy(AdaptiveCompression) is not None and compression not in (None, hvd.Compression.none):
         raise ConfigError(
             "compression= cannot be chosen together with AdaptiveCompression, which chooses it; leave one out"
         )
-    if never_local and controller.act(SyncPeriod) is not None:
+    if never_local and controller.policy(SyncPeriod) is not None:
         raise ConfigError(
             f"SyncPeriod: {never_local}. Local steps need an optimizer of Keras made distributed by "
             f"hvdloss.keras.DistributedOptimizer or hvdloss.tensorflow.DistributedOptimizer; otherwise leave "
-            f"SyncPeriod out of the terms' acts"
+            f"SyncPeriod out of the terms' policies"
         )
 
 
@@ -111,7 +111,7 @@ class Clock:
         self._variable: tf.Variable | None = None
         self._counts: tf.Variable | None = None
 
-    def renew(self) -> None:
+    def reset(self) -> None:
         """Forget when the last exchange was: what came between is no computation."""
         if self._variable is not None:
             self._variable.assign(tf.zeros_like(self._variable))
@@ -208,20 +208,20 @@ class Exchange:
         self.choices: dict[str, Any] = {k: v for k, v in self.tuning.as_dict().items() if k != "overlap"}
         self._eager: dict[Any, Any] = {}
         self.clock = Clock()
-        watch.follow(self.name, self.clock, ranks_of(hvd, self.process_set), inside="tensorflow")
+        watch.track(self.name, self.clock, group_ranks(hvd, self.process_set), inside="tensorflow")
         self._payload = (0, 0, 0, 0)  # of the last exchange: messages, bytes: full, as sent, in 16 bits
         self._zero: tf.Variable | None = None
         self._measured: tf.Variable | None = None
         self._agreed: dict[
             tuple[int, ...], list[weakref.ref[Any]]
         ] = {}  # variables that all ranks hold alike
-        following(self)
+        register_for_reset(self)
 
-    def renew(self) -> None:
+    def reset(self) -> None:
         """Forget what was made for other ranks, and what steps were measured in: all measure in the same."""
         self._eager.clear()
         self._agreed.clear()
-        self.clock.renew()
+        self.clock.reset()
         if self._measured is not None:
             self._measured.assign(1.0)
 
@@ -266,7 +266,7 @@ class Exchange:
         if before is not None and all(one() is v for one, v in zip(before, known, strict=True)):
             return
         with tf.init_scope():
-            agree(
+            check_consistency(
                 communicator_of(self.process_set),
                 [
                     ParameterInfo(
@@ -328,7 +328,7 @@ class Exchange:
         """Return all ranks' rows where they must be known, or `always`, else the sums as one row."""
         if always:
             return self._gather_rows(row, "rows")
-        asked = tf.reduce_any(tf.gather(totals, ASKED) > 0)
+        asked = tf.reduce_any(tf.gather(totals, GATHER_COLUMNS) > 0)
         return tf.cond(asked, lambda: self._gather_rows(row, "rows"), lambda: totals[tf.newaxis])
 
     def _measure(self) -> tf.Tensor:
@@ -384,7 +384,7 @@ class Exchange:
         Args:
             gradients: this rank's, dense or sparse; none of them None.
             variables: theirs, which know the gradients' shapes; `groups` may name them.
-            row: this rank's ledger, ``WIDTH`` float64, and what its terms tell behind it; the ledger's
+            row: this rank's ledger, ``LEDGER_WIDTH`` float64, and what its terms tell behind it; the ledger's
                 denominator scales the gradients.
             factor: what scales them instead, for gradients that were summed already.
             compress: whether dense gradients travel as float16 in this step, equal on all ranks; None to
@@ -433,7 +433,7 @@ class Exchange:
             gradients = [tf.convert_to_tensor(g) for g in gradients]
         gradients = [_of_shape(g, v) for g, v in zip(gradients, variables, strict=True)]
         if not tf.executing_eagerly():
-            plan = self._plan(gradients, variables, compress is not None, row.shape[0] > WIDTH, drop)
+            plan = self._plan(gradients, variables, compress is not None, row.shape[0] > LEDGER_WIDTH, drop)
             return self._reduce(
                 list(gradients),
                 row,
@@ -454,7 +454,7 @@ class Exchange:
         who = (self.size, self.process_set.process_set_id)
         key = (shapes, whose, *who, row.shape[0], compress is not None, drop, len(local), rows)
         if key not in self._eager:
-            plan = self._plan(gradients, variables, compress is not None, row.shape[0] > WIDTH, drop)
+            plan = self._plan(gradients, variables, compress is not None, row.shape[0] > LEDGER_WIDTH, drop)
 
             def together(
                 gradients: list[Gradient],
@@ -476,16 +476,16 @@ class Exchange:
         judged(table)
         return summed, table
 
-    def travel(self, compressing: AdaptiveCompression | None) -> Callable[[int], Travel]:
+    def travel(self, compressing: AdaptiveCompression | None) -> Callable[[int], CommStats]:
         """Return what tells, when the exchange is over, how its gradients travelled.
 
         To be asked for right after (or within) :meth:`reduce`; `compressing` says what travels by then.
         """
         messages, full, sent, half = self._payload
 
-        def told(steps: int) -> Travel:
+        def told(steps: int) -> CommStats:
             moved = half if compressing is not None and compressing.on else sent
-            return Travel(messages, moved, full, steps)
+            return CommStats(messages, moved, full, steps)
 
         return told
 
@@ -532,13 +532,13 @@ class Exchange:
             backwards,
             bucket_bytes=self.tuning.bucket_bytes,
             first_bytes=self.tuning.first_bytes,
-            alone_bytes=self.tuning.alone_bytes,
+            unbucketed_bytes=self.tuning.unbucketed_bytes,
             groups=groups,
         )
         together = [tuple(member.index for member in layout.members) for layout in layouts]
         plan = (*together, *((i,) for i, info in enumerate(infos) if info.sparse))
         travel = self._travel(gradients, plan, choosing, telling, drop)
-        self.choices = {**self.choices, **launched(hvd), "travel": travel}
+        self.choices = {**self.choices, **launched(hvd), "comm_plan": travel}
         dense = [g for g in gradients if not isinstance(g, tf.IndexedSlices)]
         # What is sparse, or of a size known only later, is not counted, as nobody knows it beforehand.
         counts = [(g.dtype, g.shape.num_elements() or 0) for g in dense]
@@ -582,7 +582,7 @@ class Exchange:
         return {
             "messages": len(plan) + sparse + apart + (self._ahead(gradients) and not drop),
             "buckets": buckets,
-            "alone": len(plan) - buckets - sparse,
+            "unbucketed": len(plan) - buckets - sparse,
             "sparse": sparse,
         }
 
@@ -623,7 +623,7 @@ class Exchange:
         own = self._variable(row)
         table = total = None
         if carrier is None and self.summing:
-            numbers = message.write(own[:WIDTH], tf.float64)
+            numbers = message.write(own[:LEDGER_WIDTH], tf.float64)
             totals = message.totals(self._sum(numbers, f"{self.name}.ledger"))
         elif carrier is None:
             table = self._sum(self._own_row(row), f"{self.name}.ledger")
@@ -640,17 +640,17 @@ class Exchange:
             elif number != carrier:
                 sums[number] = self.sum_scaled(part, scale, name, compress)
             else:
-                numbers = message.write(own[:WIDTH], part.dtype)
+                numbers = message.write(own[:LEDGER_WIDTH], part.dtype)
                 flat = self._sum(tf.concat([scaled(part, scale), numbers], 0), name, self.predivide)
                 sums[number], numbers = tf.split(flat, [-1, numbers.shape[0]])
                 if self.summing:
                     totals = message.totals(numbers)
                     continue
                 table = message.table(tf.round(numbers))
-                if row.shape[0] > WIDTH:
+                if row.shape[0] > LEDGER_WIDTH:
                     # What terms tell travels apart: here it would move gradients to other places of the
                     # message, and sums of three and more ranks round by place.
-                    told = self._sum(self._own_row(row[WIDTH:]), f"{self.name}.terms")
+                    told = self._sum(self._own_row(row[LEDGER_WIDTH:]), f"{self.name}.terms")
                     table = tf.concat([table, told], 1)
         if ahead and not drop:  # the ledgers have gone, before gradients could be looked at
             if self.summing:
@@ -782,7 +782,7 @@ def marked(row: tf.Tensor, bad: tf.Tensor, drop: bool) -> tf.Tensor:
     if not drop:
         return row
     nothing = tf.zeros_like(row)
-    emptied = tf.concat([nothing[:_FIRST_KEPT], row[_FIRST_KEPT:WIDTH], nothing[WIDTH:]], 0)
+    emptied = tf.concat([nothing[:_FIRST_KEPT], row[_FIRST_KEPT:LEDGER_WIDTH], nothing[LEDGER_WIDTH:]], 0)
     return tf.where((row[_GRADIENTS] > 0) | (row[_LOSSES] > 0), emptied, row)
 
 
@@ -832,4 +832,4 @@ def tied(gradients: Sequence[Gradient], after: Sequence[tf.Operation]) -> list[G
 
 def empty_row(more: int = 0) -> tf.Tensor:
     """Return the row of a rank that adds nothing to a step, with `more` numbers of terms."""
-    return tf.zeros(WIDTH + more, tf.float64)
+    return tf.zeros(LEDGER_WIDTH + more, tf.float64)

@@ -9,7 +9,7 @@ import numpy as np
 
 import hvdloss.explain as core
 import tensorflow as tf
-from hvdloss.collectives import members
+from hvdloss.collectives import resolve_group
 from hvdloss.communicator import Communicator, OneProcess
 from hvdloss.errors import ConfigError
 from hvdloss.losses import SumsLoss
@@ -26,7 +26,7 @@ _OPS = TensorFlowOps()
 
 def _communicator(process_set: Any, what: str) -> Communicator:
     """Return who exchanges: the members of a process set, or this process before ``hvd.init()``."""
-    group, _, size = members(hvd, process_set, what)
+    group, _, size = resolve_group(hvd, process_set, what)
     return communicator_of(group) if size > 1 else OneProcess()
 
 
@@ -96,8 +96,8 @@ def _measure(loss: Any) -> Metric:
         return core.measure_of(loss)
     objective = _objective(loss)
     exact = _exact(objective)
-    if isinstance(exact.whole, SumsLoss):
-        return core.OfSums(exact.whole, _OPS, tf.convert_to_tensor)
+    if isinstance(exact.global_loss, SumsLoss):
+        return core.OfSums(exact.global_loss, _OPS, tf.convert_to_tensor)
     exact.check_per_element()
     return core.MeanLoss(_elements(objective), exact.reduction, exact.name)
 

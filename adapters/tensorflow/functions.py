@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 import tensorflow as tf
-from hvdloss.agreement import agree_on_items
-from hvdloss.collectives import members, named_by_ordinal, rank_of_root, together_by_size
+from hvdloss.agreement import check_items_consistent
+from hvdloss.collectives import group_by_bytes, named_by_ordinal, resolve_group, root_index
 from hvdloss.errors import ConfigError
 from hvdloss.tensorflow._backend import hvd
 from hvdloss.tensorflow.guard import parameter_name
@@ -57,22 +57,22 @@ def broadcast_variables(
 
     Collectives: one gather of a few bytes, and one broadcast per 64 MiB.
     """
-    group, rank, size = members(hvd, process_set, "broadcast_variables")
-    root = rank_of_root(hvd, group, size, root_rank, "broadcast_variables")
+    group, rank, size = resolve_group(hvd, process_set, "broadcast_variables")
+    root = root_index(hvd, group, size, root_rank, "broadcast_variables")
     if not tf.executing_eagerly():
         return hvd.broadcast_variables(variables, root_rank, process_set=group, inplace=inplace)
     held = list(variables)
     if size == 1:
         return None
-    agree_on_items(
+    check_items_consistent(
         communicator_of(group),
         lambda: [("root_rank", root_rank), *map(_described, held)],
         name="hvdloss.broadcast_variables",
         what="broadcast_variables: variable",
-        way_out="Build the same model on every rank, and pass the same variables and root_rank.",
+        remedy="Build the same model on every rank, and pass the same variables and root_rank.",
     )
     values = [np.asarray(v.numpy()) for v in held]
-    for number, places in enumerate(together_by_size([value.nbytes for value in values])):
+    for number, places in enumerate(group_by_bytes([value.nbytes for value in values])):
         flat = np.concatenate([np.ascontiguousarray(values[i]).reshape(-1).view(np.uint8) for i in places])
         with at_once(), explaining("broadcast_variables", group):
             got = hvd.broadcast(

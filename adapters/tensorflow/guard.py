@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from hvdloss.communicator import included
-from hvdloss.guard import checksum, compare
+from hvdloss.guard import assert_synchronized, checksum
 from hvdloss.tensorflow._backend import hvd
 from hvdloss.tensorflow.ops import communicator_of
 
@@ -54,4 +54,4 @@ def check_synchronized(
     if not included(hvd, group):
         return
     names = [parameter_name(v) for v in variables]
-    compare(communicator_of(group), names, checksums(variables), name="hvdloss.guard", when=when)
+    assert_synchronized(communicator_of(group), names, checksums(variables), name="hvdloss.guard", when=when)

@@ -9,7 +9,7 @@ import numpy as np
 
 import tensorflow as tf
 from hvdloss.exact import digits_for
-from hvdloss.ledger import WIDTH, Sums
+from hvdloss.ledger import LEDGER_WIDTH, Sums
 
 __all__ = ["Message", "exact_totals"]
 
@@ -33,9 +33,9 @@ class Message:
         self.rank, self.size, self.sums = rank, size, sums
 
     def write(self, row: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
-        """Return this rank's numbers of its ledger, float64 ``(WIDTH,)``, as a vector of this dtype."""
+        """Return this rank's ledger, float64 ``(LEDGER_WIDTH,)``, as a vector of this dtype."""
         if not self.sums:
-            table = tf.scatter_nd([[self.rank]], row[tf.newaxis], [self.size, WIDTH])
+            table = tf.scatter_nd([[self.rank]], row[tf.newaxis], [self.size, LEDGER_WIDTH])
             # Numbers of 16 bits, four per entry: where all but one rank add zeros, their sum in float32 is
             # exact, which that of the entries is not.
             return tf.reshape(tf.cast(tf.bitcast(table, tf.uint16), dtype), [-1])
@@ -52,7 +52,7 @@ class Message:
 
     def table(self, numbers: tf.Tensor) -> tf.Tensor:
         """Return the table of all ranks that the summed numbers are."""
-        return tf.bitcast(tf.reshape(tf.cast(numbers, tf.uint16), [self.size, WIDTH, 4]), tf.float64)
+        return tf.bitcast(tf.reshape(tf.cast(numbers, tf.uint16), [self.size, LEDGER_WIDTH, 4]), tf.float64)
 
     def totals(self, numbers: tf.Tensor) -> tf.Tensor:
         """Return what the summed numbers come to: :attr:`hvdloss.ledger.Ledgers.totals`."""
@@ -61,7 +61,9 @@ class Message:
         def read(numbers: np.ndarray) -> Any:
             return sums.unpack(numbers).totals
 
-        return tf.ensure_shape(tf.numpy_function(read, [numbers], tf.float64, stateful=False), (WIDTH,))
+        return tf.ensure_shape(
+            tf.numpy_function(read, [numbers], tf.float64, stateful=False), (LEDGER_WIDTH,)
+        )
 
 
 def exact_totals(size: int, x: tf.Tensor, summed: Callable[[tf.Tensor], tf.Tensor]) -> tf.Tensor:

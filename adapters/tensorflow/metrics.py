@@ -6,7 +6,7 @@ import functools
 from typing import Any
 
 from hvdloss import metrics as core
-from hvdloss.communicator import among
+from hvdloss.communicator import communicator_for
 from hvdloss.tensorflow._backend import hvd
 from hvdloss.tensorflow.ops import communicator_of
 
@@ -36,4 +36,6 @@ class Metrics(core.Metrics):
     """
 
     def __init__(self, metrics: Any, *, process_set: Any = None) -> None:
-        super().__init__(metrics, communicator=functools.partial(among, hvd, communicator_of, process_set))
+        super().__init__(
+            metrics, communicator=functools.partial(communicator_for, hvd, communicator_of, process_set)
+        )

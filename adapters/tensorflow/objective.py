@@ -14,7 +14,7 @@ from hvdloss.elements import prediction_first
 from hvdloss.errors import ConfigError
 from hvdloss.losses.base import Group, OneRank
 from hvdloss.objective import ObjectiveBase, expand_mask_axes
-from hvdloss.reduction import Contribution, broadcast_error, contribution, weights_for
+from hvdloss.reduction import Contribution, broadcast_error, broadcast_weights, reduce_losses
 from hvdloss.report import StepReport
 from hvdloss.tensorflow._backend import hvd
 from hvdloss.tensorflow._compat import as_the_caller_would
@@ -202,7 +202,7 @@ class Objective(ObjectiveBase[tf.Tensor]):
             nonfinite=nonfinite,
         )
         self.books = Books(self.controller, self.reduction, nonfinite)
-        self.books.of_objective(self.name, self.reduction != "sum" or self.whole is not None)
+        self.books.of_objective(self.name, self.reduction != "sum" or self.global_loss is not None)
         self.several: tuple[Any, int] | None = None  # those that it is one of, and which
         self.alone = False  # while a rank evaluates a loss of all ranks' elements on its own
 
@@ -218,7 +218,7 @@ class Objective(ObjectiveBase[tf.Tensor]):
         """Let the terms measure what they need before the first step.
 
         Call it eagerly on all ranks, once, before a training loop of your own, if a term asks for it: a
-        :class:`hvdloss.CommunicationCost` that calibrates, as it does for acts that decide by the link.
+        :class:`hvdloss.CommunicationCost` that calibrates, as it does for policies that decide by the link.
         Keras's ``fit`` calls it by itself.
 
         Collectives: those of the terms' ``prepare``; for a calibration some blocking all-reduces and one
@@ -271,7 +271,7 @@ class Objective(ObjectiveBase[tf.Tensor]):
         Collectives: none.
         """
         rank, _ = rank_and_size(hvd, self.process_set)
-        return tf.stop_gradient(self.own_sums(_OPS, prediction, target, weight, rank))
+        return tf.stop_gradient(self.local_statistics(_OPS, prediction, target, weight, rank))
 
     def total(self, sums: tf.Tensor) -> tf.Tensor:
         """Return the sum over ranks of what :meth:`sums` gave. One small all-reduce."""
@@ -295,7 +295,7 @@ class Objective(ObjectiveBase[tf.Tensor]):
         rank, _ = rank_and_size(hvd, self.process_set)
         losses, w = self._elements(prediction, target, weight, rank)
         losses = _OPS.losses(tf.stop_gradient(losses))
-        return losses, _OPS.ones_like(losses) if w is None else weights_for(_OPS, w, losses, rank)
+        return losses, _OPS.ones_like(losses) if w is None else broadcast_weights(_OPS, w, losses, rank)
 
     def _read(self, loss: Callable[..., Any]) -> tuple[Callable[..., Any], Any]:
         own = None
@@ -317,7 +317,7 @@ class Objective(ObjectiveBase[tf.Tensor]):
             losses = as_the_caller_would(self._function)(prediction, target)
             like = _OPS.losses(losses)
             own = tf.cast(target != self.options.ignore_index, like.dtype)
-            if (by_class := self._own_weights(_OPS, prediction, target, like)) is not None:
+            if (by_class := self._class_weights(_OPS, prediction, target, like)) is not None:
                 own *= by_class
         else:
             losses = as_the_caller_would(self._function)(prediction, target)
@@ -330,7 +330,7 @@ class Objective(ObjectiveBase[tf.Tensor]):
         weight = self._fit(weight, losses)
         if own is not None:
             own = tf.cast(own, _OPS.losses(losses).dtype)
-            weight = own if weight is None else own * weights_for(_OPS, weight, own, rank)
+            weight = own if weight is None else own * broadcast_weights(_OPS, weight, own, rank)
         return losses, weight
 
     def _mask_of(self, losses: Any) -> Any:
@@ -355,7 +355,7 @@ class Objective(ObjectiveBase[tf.Tensor]):
         For callers that combine several losses before they announce one backward pass. The arguments,
         errors and collectives are those of calling the objective.
         """
-        if self.whole is not None:
+        if self.global_loss is not None:
             return self._contribute_whole(prediction, target, weight, keys, total)
         if total is not None:
             raise ConfigError(f"total= is for functions of sums, which {self.name} is not; leave it out")
@@ -363,14 +363,14 @@ class Objective(ObjectiveBase[tf.Tensor]):
         rank, size = rank_and_size(hvd, self.process_set)
         given = prediction
         holder: list[tf.Tensor] = []
-        may_mask = self.classes or not self.named or weight is not None or self.controller.weighs
+        may_mask = self.classes or not self.named or weight is not None or self.controller.has_weights
         if may_mask and tf.is_tensor(prediction):
             prediction = _gate(prediction, holder)
         losses, weight = self._elements(prediction, target, weight, rank)
         penalty, sums = None, []
         if self.controller.terms:
             self.books.begin(rank, size)
-            weight, penalty, sums = self.consult(
+            weight, penalty, sums = self.apply_terms(
                 _OPS,
                 prediction=prediction,
                 target=target,
@@ -382,14 +382,16 @@ class Objective(ObjectiveBase[tf.Tensor]):
                 rank=rank,
                 size=size,
             )
-        part = contribution(_OPS, losses, weight, self.reduction, share=1.0 / (size * self.passes), rank=rank)
+        part = reduce_losses(
+            _OPS, losses, weight, self.reduction, share=1.0 / (size * self.passes), rank=rank
+        )
         if weight is not None and tf.is_tensor(given):
             self._set_gate(holder, losses, given, weight)
         return Told(part, penalty, tuple(sums))
 
     def _contribute_whole(self, prediction: Any, target: Any, weight: Any, keys: Any, total: Any) -> Told:
         """Return what these elements add to a step's loss of all ranks' elements."""
-        assert self.whole is not None
+        assert self.global_loss is not None
         noted()
         group: Group = OneRank() if self.alone else group_of(self.process_set)
         holder: list[tf.Tensor] = []
@@ -397,10 +399,10 @@ class Objective(ObjectiveBase[tf.Tensor]):
         if tf.is_tensor(prediction):
             prediction = _gate(prediction, holder)
         if weight is not None:
-            weight = self._fit(weight, self.whole.elements(_OPS, given, target))
+            weight = self._fit(weight, self.global_loss.elements(_OPS, given, target))
         if self.controller.terms:
             self.books.begin(group.rank, group.size)
-        part, penalty, sums, weight = self.combine(
+        part, penalty, sums, weight = self.contribute_global(
             _OPS,
             group,
             _part,
@@ -423,7 +425,7 @@ class Objective(ObjectiveBase[tf.Tensor]):
         self, holder: list[tf.Tensor], losses: tf.Tensor, prediction: tf.Tensor, weight: Any
     ) -> None:
         """Let the gate hold back the gradient of absent elements, where the shapes tell which they are."""
-        classes = self.classes if self.whole is None else self.whole.classes
+        classes = self.classes if self.global_loss is None else self.global_loss.classes
         class_axis = -1 if classes else None
         axes = expand_mask_axes(tuple(losses.shape), tuple(prediction.shape), class_axis)
         if axes is None:

@@ -65,15 +65,15 @@ class TensorFlowOps:
         """Tell what is finite."""
         return tf.math.is_finite(x)
 
-    def total(self, x: tf.Tensor) -> tf.Tensor:
+    def sum(self, x: tf.Tensor) -> tf.Tensor:
         """Sum all."""
         return tf.reduce_sum(x)
 
-    def total64(self, x: tf.Tensor) -> tf.Tensor:
+    def sum64(self, x: tf.Tensor) -> tf.Tensor:
         """Sum all in float64."""
         return tf.reduce_sum(tf.cast(tf.stop_gradient(x), tf.float64))
 
-    def total_rows(self, x: tf.Tensor) -> tf.Tensor:
+    def sum_rows(self, x: tf.Tensor) -> tf.Tensor:
         """Sum over all axes but the first."""
         return tf.reduce_sum(x, axis=list(range(1, len(x.shape))))
 
@@ -85,11 +85,11 @@ class TensorFlowOps:
         """Cast."""
         return tf.cast(x, like.dtype)
 
-    def row64(self, scalars: list[tf.Tensor]) -> tf.Tensor:
+    def stack64(self, scalars: list[tf.Tensor]) -> tf.Tensor:
         """Stack."""
         return tf.stack([_float64(s) for s in scalars])
 
-    def join64(self, parts: list[Any]) -> tf.Tensor:
+    def concat64(self, parts: list[Any]) -> tf.Tensor:
         """Join."""
         return tf.concat([tf.reshape(_float64(part), [-1]) for part in parts], 0)
 
@@ -97,23 +97,23 @@ class TensorFlowOps:
         """Return zeros."""
         return tf.zeros(length, tf.float64)
 
-    def integers(self, x: Any) -> tf.Tensor:
+    def to_int64(self, x: Any) -> tf.Tensor:
         """Cast."""
         return tf.cast(x, tf.int64)
 
-    def spread(self, x: tf.Tensor, like: tf.Tensor) -> tf.Tensor:
+    def expand_trailing(self, x: tf.Tensor, like: tf.Tensor) -> tf.Tensor:
         """Add trailing axes and broadcast."""
         for _ in range(len(like.shape) - len(x.shape)):
             x = tf.expand_dims(x, -1)
         return tf.broadcast_to(x, tf.shape(like))
 
-    def last_axis(self, x: tf.Tensor, axis: int) -> tf.Tensor:
+    def move_axis_last(self, x: tf.Tensor, axis: int) -> tf.Tensor:
         """Move."""
         rank = len(x.shape)
         axes = [i for i in range(rank) if i != axis % rank]
         return tf.transpose(x, [*axes, axis % rank]) if axis % rank != rank - 1 else x
 
-    def bin_of(self, x: tf.Tensor, edges: tf.Tensor) -> tf.Tensor:
+    def bucketize(self, x: tf.Tensor, edges: tf.Tensor) -> tf.Tensor:
         """Search."""
         flat = tf.reshape(_float64(x), [-1])
         found = tf.searchsorted(edges, flat, side="right", out_type=tf.int64)
@@ -125,7 +125,7 @@ class TensorFlowOps:
         flat = tf.reshape(tf.where(inside, index, tf.constant(-1, index.dtype)), [-1])
         return tf.math.unsorted_segment_sum(tf.reshape(_float64(weight), [-1]), flat, bins)
 
-    def class_totals(self, labels: tf.Tensor, weight: tf.Tensor) -> tf.Tensor:
+    def class_sums(self, labels: tf.Tensor, weight: tf.Tensor) -> tf.Tensor:
         """Add up."""
         product = _float64(labels) * _float64(weight)
         return tf.reduce_sum(product, axis=list(range(len(product.shape) - 1)))
@@ -134,11 +134,11 @@ class TensorFlowOps:
         """Gather."""
         return tf.gather(table, tf.clip_by_value(index, 0, bins - 1))
 
-    def blend(self, labels: tf.Tensor, table: tf.Tensor) -> tf.Tensor:
+    def interpolate(self, labels: tf.Tensor, table: tf.Tensor) -> tf.Tensor:
         """Blend."""
         return 1.0 + _float64(labels) * (table - 1.0)
 
-    def mixed(self, labels: tf.Tensor, table: tf.Tensor) -> tf.Tensor:
+    def label_mean(self, labels: tf.Tensor, table: tf.Tensor) -> tf.Tensor:
         """Average."""
         labels = _float64(labels)
         total = tf.reduce_sum(labels, -1)
@@ -161,7 +161,7 @@ class TensorFlowOps:
         """Cast."""
         return tf.cast(x, tf.float64)
 
-    def known(self, x: tf.Tensor, value: Any) -> tf.Tensor:
+    def with_value(self, x: tf.Tensor, value: Any) -> tf.Tensor:
         """Add what changes only the gradient."""
         return tf.cast(value, x.dtype) + (x - tf.stop_gradient(x))
 
@@ -177,11 +177,11 @@ class TensorFlowOps:
         """Add an axis."""
         return tf.expand_dims(x, -1)
 
-    def at_last(self, x: tf.Tensor, index: int) -> tf.Tensor:
+    def index_last(self, x: tf.Tensor, index: int) -> tf.Tensor:
         """Pick."""
         return x[..., index]
 
-    def total_leading(self, x: tf.Tensor, keep: int) -> tf.Tensor:
+    def sum_leading(self, x: tf.Tensor, keep: int) -> tf.Tensor:
         """Sum; an empty list of axes means none."""
         return tf.reduce_sum(x, axis=list(range(len(x.shape) - keep)))
 
@@ -233,11 +233,11 @@ class TensorFlowOps:
         """Transpose."""
         return tf.transpose(x)
 
-    def row_numbers(self, x: tf.Tensor) -> tf.Tensor:
+    def row_indices(self, x: tf.Tensor) -> tf.Tensor:
         """Count."""
         return tf.range(tf.shape(x, tf.int64)[0], dtype=tf.int64)
 
-    def stop(self, x: tf.Tensor) -> tf.Tensor:
+    def stop_gradient(self, x: tf.Tensor) -> tf.Tensor:
         """Stop the gradient."""
         return tf.stop_gradient(x)
 
@@ -390,14 +390,14 @@ class HorovodCommunicator:
         """How many ranks the process set has."""
         return self._process_set.size()
 
-    def sum(self, array: np.ndarray, name: str) -> np.ndarray:
+    def all_reduce(self, array: np.ndarray, name: str) -> np.ndarray:
         """Sum over ranks; one all-reduce."""
         with at_once(), explaining(name, self._process_set):
             tensor = tf.constant(np.asarray(array, dtype=np.float64))
             out = hvd.allreduce(tensor, name=name, op=hvd.Sum, process_set=self._process_set)
         return out.numpy()
 
-    def gather(self, data: bytes, name: str) -> list[bytes]:
+    def all_gather_bytes(self, data: bytes, name: str) -> list[bytes]:
         """Gather bytes, never pickles; two all-gathers."""
         with at_once(), explaining(name, self._process_set):
             mine = tf.constant(np.frombuffer(data, dtype=np.uint8))

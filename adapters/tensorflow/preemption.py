@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from hvdloss.communicator import among
+from hvdloss.communicator import communicator_for
 from hvdloss.errors import ConfigError
 from hvdloss.tensorflow._backend import hvd
 from hvdloss.tensorflow.checkpoint import books_of
@@ -54,5 +54,5 @@ class Preemption(core.Preemption):
                 f"message of their own"
             )
         group = process_set if books is None else books.process_set
-        ranks = functools.partial(among, hvd, communicator_of, group)
+        ranks = functools.partial(communicator_for, hvd, communicator_of, group)
         super().__init__(books, communicator=ranks, shutdown=hvd.shutdown, **options)

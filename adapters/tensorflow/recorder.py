@@ -8,11 +8,11 @@ from typing import Any
 from hvdloss.communicator import included
 from hvdloss.errors import ConfigError
 from hvdloss.report import record
-from hvdloss.report.following import Following, check_teller
+from hvdloss.report.subscription import Subscription, check_reporting_rank
 from hvdloss.tensorflow._backend import hvd
 from hvdloss.tensorflow.checkpoint import books_of
 
-__all__ = ["Recorder", "follow", "following", "tells"]
+__all__ = ["Recorder", "follow", "following", "is_reporting_rank"]
 
 
 def _books(steps: Any) -> Any:
@@ -30,35 +30,35 @@ def _group(books: Any) -> Any:
     return books.process_set or hvd.global_process_set
 
 
-def tells(rank: int, books: Any) -> bool:
+def is_reporting_rank(rank: int, books: Any) -> bool:
     """Return whether this rank is the one that tells of the steps of some books."""
     return hvd.rank() == rank and included(hvd, _group(books))
 
 
 def following(
     steps: Any, sinks: tuple[Any, ...], rank: int, closes: bool, framework: str = "tensorflow"
-) -> Following:
+) -> Subscription:
     """Return what follows; see :func:`follow`."""
     books = _books(steps)
-    check_teller(rank)
+    check_reporting_rank(rank)
     own = getattr(steps, "settings", None)
 
-    def about() -> dict[str, Any]:
+    def metadata() -> dict[str, Any]:
         settings = own() if own is not None else {"reduction": books.reduction, "nonfinite": books.nonfinite}
-        return record.about_run(hvd, framework, settings, books.controller, _group(books).size())
+        return record.run_metadata(hvd, framework, settings, books.controller, _group(books).size())
 
-    return Following(
+    return Subscription(
         books,
         books.controller,
         sinks,
-        about=about,
-        tells=functools.partial(tells, rank, books),
+        metadata=metadata,
+        is_reporting_rank=functools.partial(is_reporting_rank, rank, books),
         size=lambda: int(_group(books).size()),
         closes=closes,
     )
 
 
-def follow(steps: Any, *sinks: Any, rank: int = 0) -> Following:
+def follow(steps: Any, *sinks: Any, rank: int = 0) -> Subscription:
     """Have sinks told, on one rank, of every step that is finished from now on.
 
     ::
@@ -102,8 +102,8 @@ class Recorder(record.Recorder):  # noqa: D101 - the core's words
 
         Collectives: none. On the rank that tells a traced step gets one operation that calls Python.
         """
-        self._begin_following(
-            lambda: tells(self.rank, _books(steps)),
+        self._subscribe(
+            lambda: is_reporting_rank(self.rank, _books(steps)),
             lambda: following(steps, (self,), self.rank, False, self._framework),
         )
         return self

@@ -12,8 +12,8 @@ import tensorflow as tf
 from hvdloss import several
 from hvdloss.communicator import included, rank_and_size
 from hvdloss.errors import ConfigError, UsageError
-from hvdloss.ledger import WIDTH
-from hvdloss.reduction import MEASURED
+from hvdloss.ledger import LEDGER_WIDTH
+from hvdloss.reduction import TENSOR_FIELDS
 from hvdloss.report import StepReport
 from hvdloss.report.steps import LossReport
 from hvdloss.several import COLUMNS, gradient_factor, loss_reports, twice_error
@@ -147,7 +147,19 @@ class Objectives(several.Objectives):
         self.books.scaled = tf.reduce_all(tf.stack(factors) > 1) if factors else tf.constant(False)
         n = tf.add_n(rows) if rows else tf.zeros(6, tf.float64)
         stray = zero if rows else one
-        row = [n[0], one, n[1], n[2], one, n[3], n[4], n[5], zero, stray, *[zero] * (WIDTH - MEASURED - 2)]
+        row = [
+            n[0],
+            one,
+            n[1],
+            n[2],
+            one,
+            n[3],
+            n[4],
+            n[5],
+            zero,
+            stray,
+            *[zero] * (LEDGER_WIDTH - TENSOR_FIELDS - 2),
+        ]
         return gradients, tf.stack(row), lambda: self._keep(last)
 
     def _summed(self, x: tf.Tensor, what: str) -> tf.Tensor:

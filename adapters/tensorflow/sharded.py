@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 import tensorflow as tf
-from hvdloss.collectives import At, members
+from hvdloss.collectives import GroupContext, resolve_group
 from hvdloss.errors import ConfigError, ShapeError
 from hvdloss.losses.shards import (
     HEADER,
@@ -48,7 +48,7 @@ __all__ = [
 class TensorFlowRowOps(TensorFlowOps):
     """:class:`hvdloss.losses.shards.RowOps` for TensorFlow, which overwrites nothing."""
 
-    def copied(self, x: tf.Tensor, factor: float) -> tf.Tensor:
+    def scaled_copy(self, x: tf.Tensor, factor: float) -> tf.Tensor:
         """Multiply."""
         return self.losses(x) * factor
 
@@ -56,32 +56,34 @@ class TensorFlowRowOps(TensorFlowOps):
         """Find."""
         return tf.reduce_max(x, -1)
 
-    def row_total(self, x: tf.Tensor) -> tf.Tensor:
+    def row_sum(self, x: tf.Tensor) -> tf.Tensor:
         """Sum."""
         return tf.reduce_sum(x, -1)
 
-    def pick(self, x: tf.Tensor, column: tf.Tensor) -> tf.Tensor:
+    def gather_columns(self, x: tf.Tensor, column: tf.Tensor) -> tf.Tensor:
         """Gather."""
         return tf.gather(x, column, axis=1, batch_dims=1)
 
-    def replaced(self, x: tf.Tensor, column: tf.Tensor, where: tf.Tensor, value: tf.Tensor) -> tf.Tensor:
+    def scatter_columns(
+        self, x: tf.Tensor, column: tf.Tensor, where: tf.Tensor, value: tf.Tensor
+    ) -> tf.Tensor:
         """Scatter."""
-        value = tf.where(where, value, self.pick(x, column))
-        return tf.tensor_scatter_nd_update(x, tf.stack([self.places(column), column], 1), value)
+        value = tf.where(where, value, self.gather_columns(x, column))
+        return tf.tensor_scatter_nd_update(x, tf.stack([self.element_indices(column), column], 1), value)
 
-    def less_rows(self, x: tf.Tensor, row: tf.Tensor, own: bool) -> tf.Tensor:
+    def subtract_rows(self, x: tf.Tensor, row: tf.Tensor, own: bool) -> tf.Tensor:
         """Subtract."""
         return tf.cast(x, row.dtype) - row[:, tf.newaxis]
 
-    def times_rows(self, x: tf.Tensor, row: tf.Tensor) -> tf.Tensor:
+    def scale_rows(self, x: tf.Tensor, row: tf.Tensor) -> tf.Tensor:
         """Multiply."""
         return x * row[:, tf.newaxis]
 
-    def exp_over(self, x: tf.Tensor) -> tf.Tensor:
+    def exp_inplace(self, x: tf.Tensor) -> tf.Tensor:
         """Compute."""
         return tf.exp(x)
 
-    def rows_or_zero(self, x: tf.Tensor, present: tf.Tensor) -> tf.Tensor:
+    def mask_rows(self, x: tf.Tensor, present: tf.Tensor) -> tf.Tensor:
         """Choose, if there is anything to leave out."""
         return tf.cond(
             tf.reduce_all(present),
@@ -89,17 +91,17 @@ class TensorFlowRowOps(TensorFlowOps):
             lambda: tf.where(present[:, tf.newaxis], x, tf.zeros((), x.dtype)),
         )
 
-    def position(self, columns: tf.Tensor, index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    def find_columns(self, columns: tf.Tensor, index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """Search."""
         at = tf.searchsorted(columns, index, out_type=tf.int64)
         at = tf.minimum(at, tf.size(columns, tf.int64) - 1)
         return at, tf.gather(columns, at) == index
 
-    def places(self, x: tf.Tensor) -> tf.Tensor:
+    def element_indices(self, x: tf.Tensor) -> tf.Tensor:
         """Count."""
         return tf.range(tf.size(x, tf.int64))
 
-    def first(self, x: tf.Tensor, condition: tf.Tensor) -> tf.Tensor:
+    def first_where(self, x: tf.Tensor, condition: tf.Tensor) -> tf.Tensor:
         """Find."""
         found = tf.concat([tf.boolean_mask(x, condition)[:1], tf.zeros(1, x.dtype)], 0)
         return tf.cast(found[0], tf.float64)
@@ -173,7 +175,7 @@ def sharded_cross_entropy(
 
 
 def _losses(logits: Any, target: Any, rule: ShardedSoftmax, process_set: Any, columns: Any) -> tf.Tensor:
-    group, rank, size = members(hvd, process_set, _WHAT)
+    group, rank, size = resolve_group(hvd, process_set, _WHAT)
     logits, target = tf.convert_to_tensor(logits), tf.convert_to_tensor(target)
     if not target.dtype.is_integer:
         raise ShapeError(
@@ -187,7 +189,7 @@ def _losses(logits: Any, target: Any, rule: ShardedSoftmax, process_set: Any, co
         rule.check_shapes([*logits.shape[:-1], None], target.shape, -1, rank, size)
     else:
         rule.check_shapes(logits.shape, target.shape, None if columns is None else known, rank, size)
-    at = At(f"hvdloss.{_WHAT}", group, rank, size)
+    at = GroupContext(f"hvdloss.{_WHAT}", group, rank, size)
     labels = tf.reshape(tf.cast(target, tf.int64), [-1])
 
     @tf.custom_gradient
@@ -208,7 +210,7 @@ def _losses(logits: Any, target: Any, rule: ShardedSoftmax, process_set: Any, co
     return tf.reshape(losses(matrix), tf.shape(target))
 
 
-def _told(message: tf.Tensor, rule: ShardedSoftmax, at: At) -> tf.Tensor:
+def _told(message: tf.Tensor, rule: ShardedSoftmax, at: GroupContext) -> tf.Tensor:
     """Return the messages of all ranks, checked. One all-gather."""
     flat = _gathered(message, at)
     ranks = list(at.process_set.ranks or range(at.size))

@@ -9,7 +9,7 @@ import numpy as np
 
 import tensorflow as tf
 from hvdloss import training as core
-from hvdloss.communicator import among, rank_and_size
+from hvdloss.communicator import communicator_for, rank_and_size
 from hvdloss.tensorflow._backend import hvd
 from hvdloss.tensorflow.ops import communicator_of
 
@@ -26,7 +26,7 @@ def merged_value(value: Any, weight: Any = None, *, process_set: Any = None) -> 
 
     Collectives: one gather of two numbers.
     """
-    return core.merged_value(among(hvd, communicator_of, process_set), value, weight)
+    return core.merged_value(communicator_for(hvd, communicator_of, process_set), value, weight)
 
 
 class EarlyStopping(core.EarlyStopping):
@@ -38,7 +38,7 @@ class EarlyStopping(core.EarlyStopping):
     """
 
     def __init__(self, patience: int = 0, *, process_set: Any = None, **options: Any) -> None:
-        ranks = functools.partial(among, hvd, communicator_of, process_set)
+        ranks = functools.partial(communicator_for, hvd, communicator_of, process_set)
         super().__init__(patience, communicator=ranks, **options)
 
 
@@ -57,7 +57,7 @@ class BestCheckpoint(core.BestCheckpoint):
     """
 
     def __init__(self, path: Any, *, process_set: Any = None, **options: Any) -> None:
-        ranks = functools.partial(among, hvd, communicator_of, process_set)
+        ranks = functools.partial(communicator_for, hvd, communicator_of, process_set)
         super().__init__(path, communicator=ranks, **options)
 
     def write(self, file: Any, state: Any) -> None:

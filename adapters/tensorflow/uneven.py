@@ -25,15 +25,15 @@ class _Signals:
 
     def __init__(self, books: Books, passes: int) -> None:
         self.books, self.passes = books, passes
-        self.tell = books.tell
+        self.send_status = books.tell
 
     @property
     def patience(self) -> int:
         return self.passes * period_of(self.books.controller)
 
     @property
-    def heard(self) -> tuple[int, bool]:
-        return self.books.heard
+    def sync_status(self) -> tuple[int, bool]:
+        return self.books.sync_status
 
 
 def _array(value: Any) -> tuple[str, list[int]] | None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import tensorflow as tf
 from hvdloss import watch
-from hvdloss.communicator import process_set_ranks, ranks_of
+from hvdloss.communicator import group_ranks, ranks_of_process_set_id
 from hvdloss.tensorflow._backend import hvd
 from hvdloss.tensorflow.variables import variable
 
@@ -35,10 +35,10 @@ def explaining(name: str = "", process_set: Any = None) -> Iterator[None]:
     if tf.executing_eagerly():
         watch.check()
     try:
-        with watch.waiting(name, ranks_of(hvd, process_set)) if name else contextlib.nullcontext():
+        with watch.waiting(name, group_ranks(hvd, process_set)) if name else contextlib.nullcontext():
             yield
     except tf.errors.OpError as error:
-        why = watch.explained(error)
+        why = watch.root_cause(error)
         if why is error:
             raise
         raise why from error
@@ -102,7 +102,7 @@ class _Exchanges:
         operation = getattr(self._library, name)
         kind = name.removeprefix(_PREFIX)
         if any(kind.removeprefix("grouped_").startswith(one) for one in _COLLECTIVES):
-            watch.beneath(str(inspect.unwrap(operation).__globals__["__name__"]))
+            watch.called_by_blocking(str(inspect.unwrap(operation).__globals__["__name__"]))
             operation = self._named(operation, kind)
         setattr(self, name, operation)
         return operation
@@ -112,17 +112,17 @@ class _Exchanges:
         def run(*args: Any, **options: Any) -> Any:
             number = options.get("process_set_id", 0)
             if tf.executing_eagerly():  # names are of graphs: here Horovod goes by the operation's kind
-                ranks = process_set_ranks(hvd, number)
-                with explaining(), watch.waiting_for(kind, ranks, watch.begun(kind, ranks)):
+                ranks = ranks_of_process_set_id(hvd, number)
+                with explaining(), watch.waiting_for(kind, ranks, watch.enter_exchange(kind, ranks)):
                     return _run(operation, args, options)
             what = kind if kind == "join" else f"{kind}.{options.get('name') or 'noname'}"
             if _uncounted or not _first(tf.compat.v1.get_default_graph()):
                 return operation(*args, **options)
-            ranks = process_set_ranks(hvd, number)
+            ranks = ranks_of_process_set_id(hvd, number)
             if (what, ranks) not in _counts:
                 _counts[what, ranks] = _Count()
             count = _counts[what, ranks]
-            watch.follow(what, count, ranks, inside="tensorflow", steps=False)
+            watch.track(what, count, ranks, inside="tensorflow", steps=False)
             count.begin([one for one in (*args, *options.values()) if tf.is_tensor(one)])
             out = operation(*args, **options)
             count.end(out)

@@ -12,11 +12,11 @@ import os
 from typing import Any
 
 import torch.distributed
-from hvdloss.communicator import process_sets_kept
+from hvdloss.communicator import preserve_process_sets
 from hvdloss.launch import choose_engine
-from hvdloss.tuning import forget_accidents
+from hvdloss.tuning import remove_invalid_settings
 
-forget_accidents()
+remove_invalid_settings()
 hvd: Any
 engine, _why = choose_engine(
     os.environ,
@@ -30,7 +30,7 @@ if engine == "one process":
 elif engine == "torch.distributed":
     from hvdloss.torch.engines import distributed as hvd
 else:
-    with process_sets_kept():
+    with preserve_process_sets():
         import horovod.torch as hvd
 
     if not hasattr(hvd, "init"):  # Horovod prints why, and leaves its names out

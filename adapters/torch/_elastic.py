@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from hvdloss import watch
 from hvdloss.elastic import runner
-from hvdloss.hearing import hear
 from hvdloss.launch import init_checked
+from hvdloss.messages import decode_all
 from hvdloss.torch._backend import engine, hvd
 from hvdloss.torch.checkpoint import from_array, to_array
 from hvdloss.torch.data import ShardedLoader
@@ -19,7 +19,7 @@ from hvdloss.torch.functions import Source, state_from
 from hvdloss.torch.ops import communicator_of
 from hvdloss.torch.stream import StreamLoader
 from hvdloss.torch.uneven import Uneven
-from hvdloss.training.checkpoint import state_of_bytes, state_to_bytes
+from hvdloss.training.checkpoint import state_from_bytes, state_to_bytes
 
 __all__ = ["elastic", "watched"]
 
@@ -31,14 +31,14 @@ def _others() -> int:
 
 
 #: ``init`` and ``shutdown``, with which the watch begins and ends.
-watched = watch.begins_with(hvd, communicator_of)
+watched = watch.wrap_init(hvd, communicator_of)
 watched["init"] = init_checked(hvd, **watched, others=_others)
 
 
-def _from_first(told: bytes, name: str) -> bytes:
-    """Return what rank 0 tells, on every rank. Collectives: one gather."""
+def _from_first(data: bytes, name: str) -> bytes:
+    """Return rank 0's bytes, on every rank. Collectives: one gather."""
     communicator = communicator_of(hvd.global_process_set)
-    return communicator.gather(told if communicator.rank == 0 else b"", name)[0]
+    return communicator.all_gather_bytes(data if communicator.rank == 0 else b"", name)[0]
 
 
 def elastic() -> Any:
@@ -77,8 +77,8 @@ def elastic() -> Any:
 
         def sync(self) -> None:
             """Go on from where rank 0 was at its last commit. Collectives: one gather of JSON."""
-            told = _from_first(json.dumps(self.saved).encode(), "hvdloss.elastic")
-            (self.saved,) = hear([told], "position")
+            data = _from_first(json.dumps(self.saved).encode(), "hvdloss.elastic")
+            (self.saved,) = decode_all([data], "position")
             self.value.load_state_dict(self.saved)
 
     class Model(state.ModelStateHandler):
@@ -116,12 +116,12 @@ def elastic() -> Any:
             """Collectives: five gathers, and one broadcast per 64 MiB."""
             memory = b"" if self.memory is None else state_to_bytes(self.memory, to_array)
             source = Source(0, None, "elastic optimizer state")
-            told = source.tell(memory, "hvdloss.elastic.memory")
+            data = source.broadcast_bytes(memory, "hvdloss.elastic.memory")
             self.value.load_state_dict(
                 state_from(self._saved_optimizer_state, source, "hvdloss.elastic.optimizer")
             )
-            if told and hasattr(self.value, "_hvdloss"):
-                memory = state_of_bytes(told, from_array)
+            if data and hasattr(self.value, "_hvdloss"):
+                memory = state_from_bytes(data, from_array)
                 # Ranks have come or gone, or this is the beginning.
                 self.value._hvdloss.remember(memory, same_ranks=False)
             self.save()

@@ -11,7 +11,7 @@ from hvdloss.errors import ConfigError, NonFiniteLossError, NoWeightError, Weigh
 from hvdloss.reduction import Contribution
 from hvdloss.torch._backend import hvd
 from hvdloss.torch.engines.group import EngineGroup
-from hvdloss.torch.ops import TorchOps, at_hand, put_on
+from hvdloss.torch.ops import TorchOps, on_host, to_device_async
 from hvdloss.torch.passes import parameters_of
 
 __all__ = ["Ahead"]
@@ -38,7 +38,7 @@ class _Late(torch.autograd.Function):
 
 
 def _check_fsdp(name: str, graph: Any, *, sums: bool) -> None:
-    """Refuse gradients that FSDP2 reduces otherwise than the objective was told.
+    """Refuse gradients that FSDP2 reduces differently from the objective's settings.
 
     Args:
         name: of the objective.
@@ -75,7 +75,7 @@ def _check_accelerate(name: str, grad: torch.Tensor) -> None:
         ConfigError: the gradient of the loss is one over these steps.
     """
     state = sys.modules.get("accelerate.state")
-    if state is None or not state.GradientState._shared_state or not at_hand(grad):
+    if state is None or not state.GradientState._shared_state or not on_host(grad):
         return
     steps = state.GradientState().num_steps
     if steps > 1 and torch.equal(grad, torch.ones_like(grad) / steps):
@@ -129,7 +129,9 @@ class Ahead:
         row = part.row(_OPS)
         sums = torch.stack([row[1], row[5] + row[6], row[7]])
         if total is not None:
-            sums = torch.cat([put_on(torch.as_tensor(total).double().reshape(1), row.device), sums[1:]])
+            sums = torch.cat(
+                [to_device_async(torch.as_tensor(total).double().reshape(1), row.device), sums[1:]]
+            )
         ready: Callable[[], torch.Tensor] = lambda: sums  # noqa: E731
         if size > 1 and total is None:
             self._group = self._group or EngineGroup(self._process_set, own_order=True, named=False)
@@ -142,7 +144,7 @@ class Ahead:
             if total is not None:
                 _check_accelerate(self.name, grad)
             _check_fsdp(self.name, graph, sums=self._sums)
-            if at_hand(found):
+            if on_host(found):
                 self._check(found.tolist(), "this rank" if total is not None else "some rank")
             return (1 if self._sums else size) / (
                 torch.ones_like(found[0]) if reduction == "sum" else found[0]

@@ -11,14 +11,14 @@ import torch
 from hvdloss import watch
 from hvdloss.errors import HvdlossError, UsageError
 from hvdloss.passes import alone_warning, another_error, uneven_division_error
-from hvdloss.reduction import MEASURED
+from hvdloss.reduction import TENSOR_FIELDS
 from hvdloss.step.phase import Event
 from hvdloss.step.scale import WeightScale
 from hvdloss.step.state import StepState
 from hvdloss.step.sums import PassSums
 from hvdloss.torch.buckets import FlatBucket, LoneGradient
 from hvdloss.torch.hooks import StepHooks
-from hvdloss.torch.ops import at_hand
+from hvdloss.torch.ops import on_host
 from hvdloss.torch.parameters import OptimizerParameters
 from hvdloss.torch.passes import divided, division, leads_to, not_reduced, scales, told_factor
 from hvdloss.torch.reducer import GradientReducer
@@ -78,7 +78,7 @@ class BackwardPass:
         """
         if self._scale is None:
             scale = self._unit.relative(self.rows[0][1])
-            self._scale = float(scale) if at_hand(scale) else scale
+            self._scale = float(scale) if on_host(scale) else scale
         return self._scale
 
     @property
@@ -86,9 +86,9 @@ class BackwardPass:
         """What undoes a division of the loss by the passes: the weights divide already."""
         if self._undone is None:
             objective = self._objective
-            averages = not self._several and (objective.reduction != "sum" or objective.whole is not None)
+            is_mean = objective.reduction != "sum" or objective.global_loss is not None
             self._undone = 1.0
-            if self._passes > 1 and averages:
+            if self._passes > 1 and is_mean and not self._several:
                 arrived = self._arrived[0]
                 self._division = (arrived, scales(arrived))
                 self._undone = division(arrived, self._passes, self._division[1])
@@ -117,7 +117,7 @@ class BackwardPass:
         added = _ADDED_OF_SEVERAL if self._several else _ADDED
         for other in self.rows[1:]:
             row[added] += other[added]
-            row[MEASURED:] += other[MEASURED:]
+            row[TENSOR_FIELDS:] += other[TENSOR_FIELDS:]
         sums.add(row, self.scale, (self.rows[0][1], arrived * self.undone), self._division)
 
 
@@ -214,7 +214,7 @@ class PassCollector:
 
     # -- what is told -----------------------------------------------------------------------------
 
-    def backward_began(self, row: torch.Tensor, gradient: torch.Tensor, graph: Any) -> None:
+    def on_backward_begin(self, row: torch.Tensor, gradient: torch.Tensor, graph: Any) -> None:
         """Note that a backward pass goes through a call of the objective with this ledger row."""
         current = self.current
         if current is None:
@@ -226,7 +226,7 @@ class PassCollector:
         self._together.members.add(id(self))
         current.enter(row, gradient)
 
-    def backward_of_another(self, name: str, graph: Any) -> None:
+    def on_foreign_backward(self, name: str, graph: Any) -> None:
         """Note that a backward pass goes through another objective; it may come to these parameters."""
         self._others.add(name, graph)
         # Whichever callback comes first: while a pass is under way, its own end looks at them.

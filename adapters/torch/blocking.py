@@ -1,4 +1,4 @@
-"""Blocking until other ranks have done their part, so that the watch sees it and can end it."""
+"""Blocking on other ranks, in a way that the watch sees and can interrupt."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from contextlib import contextmanager
 
 from hvdloss import watch
 
-__all__ = ["explaining", "until"]
+__all__ = ["block_until", "raise_root_cause"]
 
 _FIRST_LOOK, _LAST_LOOK = 5e-5, 1e-3  # seconds
 
 
 @contextmanager
-def explaining(gone: type[Exception]) -> Iterator[None]:
-    """Raise, for what an engine says of a collective that failed, what the ranks know to be wrong.
+def raise_root_cause(gone: type[Exception]) -> Iterator[None]:
+    """Replace the engine's error of a failed collective by its root cause, if the ranks know it.
 
     Args:
-        gone: what the engine raises where another rank is gone.
+        gone: the engine's exception if another rank is gone.
 
     Raises:
         RankError, LostRankError, StallError: ranks cannot go on together (:mod:`hvdloss.watch`).
@@ -27,17 +27,17 @@ def explaining(gone: type[Exception]) -> Iterator[None]:
     try:
         yield
     except gone as error:
-        why = watch.explained(error)
-        if why is error:
+        cause = watch.root_cause(error)
+        if cause is error:
             raise
-        raise why from error
+        raise cause from error
 
 
 @watch.blocking
-def until(done: Callable[[], bool]) -> None:
+def block_until(done: Callable[[], bool]) -> None:
     """Return once ``done()`` is true.
 
-    Looks soon at first, then less and less often, since ranks that share cores need them more than this one.
+    Polls often at first, then less often, since ranks that share its cores need them more than this one.
     """
     delay = _FIRST_LOOK
     while not done():

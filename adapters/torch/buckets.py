@@ -10,7 +10,7 @@ import torch
 from hvdloss.plan import Bucket
 from hvdloss.torch.compression import BF16Compressor
 from hvdloss.torch.engines.group import EngineGroup
-from hvdloss.torch.ops import at_hand, put_on
+from hvdloss.torch.ops import on_host, to_device_async
 
 __all__ = [
     "FlatBucket",
@@ -50,7 +50,7 @@ def beyond(x: torch.Tensor, limit: float) -> Any:
         return False
     if x.is_complex():
         x = torch.view_as_real(x).view(-1)
-    if not at_hand(x):
+    if not on_host(x):
         low, high = torch.aminmax(x)
         return ~((low >= -limit) & (high <= limit))
     if x.dtype in (torch.float32, torch.float64):
@@ -253,7 +253,9 @@ class FlatBucket(_Reduction):
             self.absorb(leftover)
         self.flags.fill_(1)
         if self.written_count < len(self.views):
-            self.flags.copy_(put_on(torch.tensor(self.written, dtype=self.flags.dtype), self.flags.device))
+            self.flags.copy_(
+                to_device_async(torch.tensor(self.written, dtype=self.flags.dtype), self.flags.device)
+            )
         self.bad = beyond(self.body, wire.limit(self.body.dtype))
         self.sealed = True
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 import torch
-from hvdloss.communicator import among
+from hvdloss.communicator import communicator_for
 from hvdloss.errors import CheckpointError, ConfigError
 from hvdloss.torch._backend import hvd
 from hvdloss.torch.ops import communicator_of
@@ -158,7 +158,7 @@ class Checkpoint(core.Checkpoint):
             random_numbers=random_numbers,
             mode=mode,
             folder_mode=folder_mode,
-            communicator=functools.partial(among, hvd, communicator_of, process_set),
+            communicator=functools.partial(communicator_for, hvd, communicator_of, process_set),
         )
 
     def to_array(self, value: Any) -> Any:

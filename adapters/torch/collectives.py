@@ -34,7 +34,15 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
-from hvdloss.collectives import At, check_root, check_rows, check_sizes, even_sizes, members, numbered
+from hvdloss.collectives import (
+    GroupContext,
+    auto_name,
+    check_root,
+    check_rows,
+    check_sizes,
+    even_sizes,
+    resolve_group,
+)
 from hvdloss.torch._backend import hvd
 from hvdloss.torch.engines.group import EngineGroup
 
@@ -65,7 +73,7 @@ def _packed(x: torch.Tensor) -> torch.Tensor:
     return x.view(_SAME_BITS[x.dtype]) if x.dtype in _SAME_BITS else x
 
 
-def _summed(x: torch.Tensor, at: At) -> torch.Tensor:
+def _summed(x: torch.Tensor, at: GroupContext) -> torch.Tensor:
     """Return the sum over ranks."""
     if at.size == 1:
         return x.detach().clone()
@@ -74,7 +82,7 @@ def _summed(x: torch.Tensor, at: At) -> torch.Tensor:
     return out.to(x.dtype)
 
 
-def _gathered(x: torch.Tensor, at: At) -> torch.Tensor:
+def _gathered(x: torch.Tensor, at: GroupContext) -> torch.Tensor:
     """Return the rows of all ranks."""
     if at.size == 1:
         return x.detach().clone()
@@ -82,7 +90,7 @@ def _gathered(x: torch.Tensor, at: At) -> torch.Tensor:
     return out.view(x.dtype)
 
 
-def _exchanged(x: torch.Tensor, splits: Sequence[int], at: At) -> tuple[torch.Tensor, list[int]]:
+def _exchanged(x: torch.Tensor, splits: Sequence[int], at: GroupContext) -> tuple[torch.Tensor, list[int]]:
     """Send ``splits[k]`` rows to rank k; return the rows received, and how many came from each rank."""
     if at.size == 1:
         return x.detach().clone(), list(splits)
@@ -90,7 +98,7 @@ def _exchanged(x: torch.Tensor, splits: Sequence[int], at: At) -> tuple[torch.Te
     return rows.view(x.dtype), received.tolist()
 
 
-def _sum_of_parts(x: torch.Tensor, sizes: Sequence[int], at: At) -> torch.Tensor:
+def _sum_of_parts(x: torch.Tensor, sizes: Sequence[int], at: GroupContext) -> torch.Tensor:
     """Return this rank's part of the sum over ranks of `x`, whose rows are cut into `sizes`."""
     if at.size == 1:
         return x.detach().clone()
@@ -116,7 +124,7 @@ class _AllReduce(torch.autograd.Function):
     """Sum; backward: sum."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, at: At) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, at: GroupContext) -> torch.Tensor:
         ctx.at = at
         return _summed(x, at)
 
@@ -129,7 +137,7 @@ class _SumOnce(torch.autograd.Function):
     """Sum, used alike on all ranks; backward: identity."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, at: At) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, at: GroupContext) -> torch.Tensor:
         ctx.at = at
         return _summed(x, at)
 
@@ -142,7 +150,7 @@ class _Copy(torch.autograd.Function):
     """Identity; backward: sum, the same on all ranks."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, at: At) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, at: GroupContext) -> torch.Tensor:
         ctx.at = at
         return x.view_as(x)
 
@@ -155,7 +163,9 @@ class _Gather(torch.autograd.Function):
     """All ranks' rows; backward: this rank's part of the sum."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, gathered: torch.Tensor | None, sizes: list[int], at: At) -> Any:
+    def forward(
+        ctx: Any, x: torch.Tensor, gathered: torch.Tensor | None, sizes: list[int], at: GroupContext
+    ) -> Any:
         ctx.at, ctx.sizes = at, sizes
         return _gathered(x, at) if gathered is None else gathered
 
@@ -168,7 +178,7 @@ class _Scatter(torch.autograd.Function):
     """This rank's part of the sum; backward: all ranks' rows."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, sizes: list[int], at: At) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, sizes: list[int], at: GroupContext) -> torch.Tensor:
         ctx.at, ctx.sizes = at, sizes
         return _sum_of_parts(x, sizes, at)
 
@@ -181,7 +191,9 @@ class _GatherOnce(torch.autograd.Function):
     """All ranks' rows, used alike on all ranks; backward: this rank's slice."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, gathered: torch.Tensor | None, sizes: list[int], at: At) -> Any:
+    def forward(
+        ctx: Any, x: torch.Tensor, gathered: torch.Tensor | None, sizes: list[int], at: GroupContext
+    ) -> Any:
         ctx.at, ctx.sizes = at, sizes
         return _gathered(x, at) if gathered is None else gathered
 
@@ -194,7 +206,7 @@ class _Slice(torch.autograd.Function):
     """This rank's rows of what all ranks have; backward: all ranks' rows."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, sizes: list[int], at: At) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, sizes: list[int], at: GroupContext) -> torch.Tensor:
         ctx.at, ctx.sizes = at, sizes
         return x.detach().narrow(0, sum(sizes[: at.rank]), sizes[at.rank]).clone()
 
@@ -207,7 +219,7 @@ class _Broadcast(torch.autograd.Function):
     """The root's; backward: the sum at the root, or (`once`) what the root has; zero elsewhere."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, root: int, once: bool, at: At) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, root: int, once: bool, at: GroupContext) -> torch.Tensor:
         ctx.at, ctx.root, ctx.once = at, root, once
         if at.size == 1:
             return x.detach().clone()
@@ -224,7 +236,7 @@ class _AtRoot(torch.autograd.Function):
     """The sum (`once`: the root's own) at the root, zeros elsewhere; backward: the root's."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, root: int, once: bool, at: At) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, root: int, once: bool, at: GroupContext) -> torch.Tensor:
         ctx.at, ctx.root, ctx.once = at, root, once
         out = x.detach().clone() if once else _summed(x, at)
         return out if at.rank == root else torch.zeros_like(out)
@@ -238,7 +250,7 @@ class _Exchange(torch.autograd.Function):
     """Rows sent by splits; backward: they go back where they came from."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, splits: list[int], at: At) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, splits: list[int], at: GroupContext) -> torch.Tensor:
         rows, ctx.received = _exchanged(x, splits, at)
         ctx.at = at
         return rows
@@ -279,9 +291,9 @@ def _eager(function: Function) -> Function:
     return call  # type: ignore[return-value]
 
 
-def _at(what: str, name: str | None, process_set: Any) -> At:
-    group, rank, size = members(hvd, process_set, what)
-    return At(numbered(what, group) if name is None else name, group, rank, size)
+def _at(what: str, name: str | None, process_set: Any) -> GroupContext:
+    group, rank, size = resolve_group(hvd, process_set, what)
+    return GroupContext(auto_name(what, group) if name is None else name, group, rank, size)
 
 
 @_eager
@@ -509,7 +521,7 @@ class HorovodGroup:
     """
 
     def __init__(self, process_set: Any = None) -> None:
-        self.process_set, self.rank, self.size = members(hvd, process_set, "group_of")
+        self.process_set, self.rank, self.size = resolve_group(hvd, process_set, "group_of")
 
     def all_reduce(self, x: torch.Tensor, name: str, *, replicated: bool = False) -> torch.Tensor:
         """Return the sum of `x` over ranks; see :func:`all_reduce`."""

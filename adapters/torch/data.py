@@ -6,10 +6,10 @@ import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from hvdloss.checks import whole
+from hvdloss.checks import check_int
 from hvdloss.communicator import rank_and_size
 from hvdloss.data import Epoch, Sharding
-from hvdloss.data.uneven import cut
+from hvdloss.data.uneven import empty_like
 from hvdloss.errors import ConfigError, UsageError
 from hvdloss.torch._backend import hvd
 from hvdloss.torch.uneven import zero
@@ -75,7 +75,7 @@ class ShardedLoader:
                 f"the data set has {length} samples, but the sharding {sharding.samples}; make the sharding "
                 f"with len(dataset)"
             )
-        self.sharding, self.batch_size = sharding, whole("batch_size", batch_size, 1)
+        self.sharding, self.batch_size = sharding, check_int("batch_size", batch_size, 1)
         self._process_set = process_set
         self.rank, self.ranks = rank_and_size(hvd, process_set)
         self.epoch = Epoch(sharding, self.ranks)
@@ -102,7 +102,7 @@ class ShardedLoader:
 
     def _upcoming(self) -> Epoch:
         """Return the epoch that the next batch is of."""
-        if self.epoch.over and self.sharding.samples:
+        if self.epoch.exhausted and self.sharding.samples:
             return Epoch(self.sharding, self.ranks, self.epoch.number + 1)
         return self.epoch
 
@@ -118,7 +118,7 @@ class ShardedLoader:
                 if self._running is not this:
                     raise UsageError("a position was loaded in the middle of this loop; begin another one")
                 # The batch counts as used from here on: a state saved after its step has it.
-                epoch.took(1, self.batch_size)
+                epoch.advance_steps(1, self.batch_size)
                 left -= 1
                 yield batch
         finally:
@@ -126,24 +126,24 @@ class ShardedLoader:
                 self._running = None
         assert not left
 
-    def mark(self) -> Any:
-        """Return what :meth:`state_dict` makes the position of now from, later."""
-        return list(self.epoch.taken)
+    def get_position(self) -> Any:
+        """Return the current position for a later :meth:`state_dict`."""
+        return list(self.epoch.consumed)
 
-    def rewind(self, mark: Any) -> None:
-        """Go back to an earlier position of a loop that was left, from :meth:`mark`."""
-        self.epoch.taken = list(mark)
+    def set_position(self, position: Any) -> None:
+        """Go back to an earlier position of an interrupted loop, from :meth:`get_position`."""
+        self.epoch.consumed = list(position)
 
-    def state_dict(self, mark: Any = None) -> dict[str, Any]:
+    def state_dict(self, position: Any = None) -> dict[str, Any]:
         """Return the position, the same on all ranks; JSON-able. The batch last given counts as used.
 
         Args:
-            mark: of an earlier position in this loop, from :meth:`mark`; None for the present one.
+            position: an earlier one of this loop, from :meth:`get_position`; None for the current one.
         """
         reached = copy.copy(self.epoch)
-        if mark is not None:
-            reached.taken = mark
-        return reached.state()
+        if position is not None:
+            reached.consumed = position
+        return reached.state_dict()
 
     start_state = state_dict  # before a loop; see StreamLoader
 
@@ -156,7 +156,7 @@ class ShardedLoader:
             ConfigError: no position, or one of other data or another sharding; nothing is changed then.
         """
         rank, ranks = rank_and_size(hvd, self._process_set)  # in an elastic job there are others now
-        self.epoch = Epoch.of(self.sharding, state, ranks)
+        self.epoch = Epoch.from_state_dict(self.sharding, state, ranks)
         self.rank, self.ranks, self._running = rank, ranks, None
 
 
@@ -176,7 +176,7 @@ class _Batches:
 
 
 def _without_rows(batch: Any) -> Any:
-    return cut(batch, zero)
+    return empty_like(batch, zero)
 
 
 class _Collate:

@@ -10,7 +10,7 @@ import numpy as np
 
 import hvdloss.explain as core
 import torch
-from hvdloss.collectives import members
+from hvdloss.collectives import resolve_group
 from hvdloss.communicator import Communicator, OneProcess
 from hvdloss.errors import ConfigError
 from hvdloss.losses import SumsLoss
@@ -27,7 +27,7 @@ _OPS = TorchOps()
 
 def _communicator(process_set: Any, what: str) -> Communicator:
     """Return who exchanges: the members of a process set, or this process before ``hvd.init()``."""
-    group, _, size = members(hvd, process_set, what)
+    group, _, size = resolve_group(hvd, process_set, what)
     return communicator_of(group) if size > 1 else OneProcess()
 
 
@@ -93,8 +93,8 @@ def _measure(loss: Any) -> Metric:
     if isinstance(loss, Metric) or (isinstance(loss, str) and loss == "accuracy"):
         return core.measure_of(loss)
     objective = _objective(loss)
-    if isinstance(objective.whole, SumsLoss):
-        return core.OfSums(objective.whole, _OPS, torch.as_tensor)
+    if isinstance(objective.global_loss, SumsLoss):
+        return core.OfSums(objective.global_loss, _OPS, torch.as_tensor)
     objective.check_per_element()
     return core.MeanLoss(_elements(objective), objective.reduction, objective.name)
 

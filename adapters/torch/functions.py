@@ -10,15 +10,15 @@ import numpy as np
 
 import torch
 from hvdloss import watch
-from hvdloss.agreement import agree_on_items, together
-from hvdloss.collectives import members, named_by_ordinal, rank_of_root, together_by_size
+from hvdloss.agreement import check_items_consistent, run_on_all_ranks
+from hvdloss.collectives import group_by_bytes, named_by_ordinal, resolve_group, root_index
 from hvdloss.errors import ConfigError
-from hvdloss.hearing import hearing, parsed
+from hvdloss.messages import decode_errors, parse_json
 from hvdloss.torch._backend import hvd
 from hvdloss.torch.checkpoint import from_array, to_array
 from hvdloss.torch.engines.group import EngineGroup
 from hvdloss.torch.ops import communicator_of
-from hvdloss.training.tree import put_together, take_apart
+from hvdloss.training.tree import flatten_tree, unflatten_tree
 
 __all__ = [
     "Source",
@@ -44,15 +44,15 @@ class Source:
     """
 
     def __init__(self, root_rank: int, process_set: Any, what: str) -> None:
-        self.group, self.rank, self.size = members(hvd, process_set, what)
+        self.group, self.rank, self.size = resolve_group(hvd, process_set, what)
         self.root_rank = root_rank
-        self.root = rank_of_root(hvd, self.group, self.size, root_rank, what)
+        self.root = root_index(hvd, self.group, self.size, root_rank, what)
         self.here = self.rank == self.root
         self.communicator = communicator_of(self.group)
 
-    def tell(self, text: bytes, name: str) -> bytes:
+    def broadcast_bytes(self, text: bytes, name: str) -> bytes:
         """Return the root's bytes. Collectives: one gather."""
-        return self.communicator.gather(text if self.here else b"", name)[self.root]
+        return self.communicator.all_gather_bytes(text if self.here else b"", name)[self.root]
 
     def send(self, tensors: Iterable[torch.Tensor], name: str) -> None:
         """Give every rank the root's values of tensors that are alike in shape and dtype, in place.
@@ -63,7 +63,7 @@ class Source:
         for kind in sorted({t.device.type for t in held}):
             there = [t for t in held if t.device.type == kind]
             sizes = [t.numel() * t.element_size() for t in there]
-            for number, places in enumerate(together_by_size(sizes)):
+            for number, places in enumerate(group_by_bytes(sizes)):
                 self._send([there[i] for i in places], [sizes[i] for i in places], f"{name}.{kind}.{number}")
 
     def _send(self, tensors: list[torch.Tensor], sizes: list[int], name: str) -> None:
@@ -161,22 +161,22 @@ def broadcast_parameters(params: Any, root_rank: int = 0, process_set: Any = Non
     pairs = _pairs(params)
 
     def described() -> list[tuple[str, Any]]:
-        told = [_described(name, t) for name, t in pairs]
+        descriptions = [_described(name, t) for name, t in pairs]
         first: dict[Any, str] = {}  # name of each memory: what is tied on one rank only is another model
-        for (name, value), (_, t) in zip(told, pairs, strict=True):
+        for (name, value), (_, t) in zip(descriptions, pairs, strict=True):
             if t.numel():
                 value.append(first.setdefault((t.data_ptr(), t.device), name))
-        return [("root_rank", root_rank), *told]
+        return [("root_rank", root_rank), *descriptions]
 
     if source.size == 1:
         described()
         return
-    agree_on_items(
+    check_items_consistent(
         source.communicator,
         described,
         name="hvdloss.broadcast_parameters",
         what="broadcast_parameters: tensor",
-        way_out="Build the same model on every rank, and pass the same names and root_rank.",
+        remedy="Build the same model on every rank, and pass the same names and root_rank.",
     )
     with watch.waiting("broadcast_parameters"):
         source.send((t for _, t in pairs), "hvdloss.broadcast_parameters")
@@ -200,19 +200,19 @@ def state_from(tree: Any, source: Source, name: str) -> Any:
     held: list[Any] = []
 
     def apart() -> None:
-        held.extend(take_apart(tree, to_array, name=name) if source.here else (None, {}))
+        held.extend(flatten_tree(tree, to_array, name=name) if source.here else (None, {}))
 
-    together(source.communicator, apart, f"{name}.state", name)
+    run_on_all_ranks(source.communicator, apart, f"{name}.state", name)
     structure, arrays = held
     kinds = [[key, array.dtype.str, list(array.shape)] for key, array in arrays.items()]
-    told = source.tell(json.dumps([structure, kinds]).encode(), name)
-    with hearing("state", source.root):
-        structure, kinds = parsed(told)
+    header = source.broadcast_bytes(json.dumps([structure, kinds]).encode(), name)
+    with decode_errors("state", source.root):
+        structure, kinds = parse_json(header)
         received = {
             key: arrays[key] if source.here else np.empty(shape, dtype) for key, dtype, shape in kinds
         }
     source.send((torch.from_numpy(a.reshape(-1).view(np.uint8)) for a in received.values() if a.size), name)
-    return tree if source.here else put_together(structure, received, from_array)
+    return tree if source.here else unflatten_tree(structure, received, from_array)
 
 
 def _moved(value: Any, device: torch.device) -> Any:
@@ -264,12 +264,12 @@ def broadcast_optimizer_state(
 
     if source.size == 1:
         return
-    agree_on_items(
+    check_items_consistent(
         source.communicator,
         described,
         name="hvdloss.broadcast_optimizer_state",
         what="broadcast_optimizer_state: parameter",
-        way_out="Construct the optimizer with the same parameters, in the same groups, on every rank.",
+        remedy="Construct the optimizer with the same parameters, in the same groups, on every rank.",
     )
     states = [(i, optimizer.state[p]) for i, p in enumerate(parameters) if p in optimizer.state]
     tree = [
@@ -288,10 +288,10 @@ def broadcast_optimizer_state(
     if source.here:
         return
     # The dicts stay the same objects: schedulers, and the optimizer that was wrapped, hold them.
-    for group, told in zip(groups, options, strict=True):
-        for key in [key for key in group if key != "params" and key not in told]:
+    for group, given in zip(groups, options, strict=True):
+        for key in [key for key in group if key != "params" and key not in given]:
             del group[key]
-        for key, value in told.items():
+        for key, value in given.items():
             mine = group.get(key)  # a learning rate may be a tensor
             group[key] = _moved(value, mine.device) if isinstance(mine, torch.Tensor) else value
     stays = {(i, key) for i, key in on_cpu}

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from hvdloss.communicator import included
-from hvdloss.guard import checksum, compare
+from hvdloss.guard import assert_synchronized, checksum
 from hvdloss.torch._backend import hvd
 from hvdloss.torch.ops import communicator_of
 
@@ -51,4 +51,6 @@ def check_synchronized(
         return
     pairs = list(named)
     sums = checksums(tensor for _, tensor in pairs)
-    compare(communicator_of(group), [name for name, _ in pairs], sums, name="hvdloss.guard", when=when)
+    assert_synchronized(
+        communicator_of(group), [name for name, _ in pairs], sums, name="hvdloss.guard", when=when
+    )

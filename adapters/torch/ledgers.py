@@ -9,17 +9,17 @@ import numpy as np
 
 import torch
 from hvdloss.controller import Controller
-from hvdloss.ledger import COLUMN, WIDTH, Ledger, Ledgers, Sums, unpack
-from hvdloss.reduction import MEASURED
+from hvdloss.ledger import COLUMN, LEDGER_WIDTH, Ledger, Ledgers, Sums, unpack
+from hvdloss.reduction import TENSOR_FIELDS
 from hvdloss.torch.buckets import FlatBucket, Wire
 from hvdloss.torch.compression import Compression
 from hvdloss.torch.engines.group import EngineGroup
-from hvdloss.torch.ops import at_hand, put_on
+from hvdloss.torch.ops import on_host, to_device_async
 from hvdloss.tuning import Tuning
 
 __all__ = ["LedgerExchange", "Message", "zeroed"]
 
-_KEPT = slice(COLUMN["micro_batches"], MEASURED)
+_KEPT = slice(COLUMN["micro_batches"], TENSOR_FIELDS)
 
 
 def zeroed(row: torch.Tensor) -> torch.Tensor:
@@ -48,12 +48,12 @@ class Message:
         if self.sums is not None:
             self.length = self.sums.length
         else:
-            self.length = size * WIDTH * (1 if dtype is None else 4)
+            self.length = size * LEDGER_WIDTH * (1 if dtype is None else 4)
 
     def write(self, row: torch.Tensor) -> torch.Tensor:
-        """Return this rank's numbers of its ledger, float64 ``(WIDTH,)``; nobody waits for a device."""
+        """Return this rank's numbers of its ledger, float64 ``(LEDGER_WIDTH,)``; no device sync."""
         dtype = self.dtype or torch.float64
-        if self.sums is not None and at_hand(row):  # in a quarter of the time
+        if self.sums is not None and on_host(row):  # in a quarter of the time
             return torch.from_numpy(self.sums.pack_row(row.numpy())).to(dtype)
         if self.sums is not None:
             numbers: torch.Tensor = self.sums.write(
@@ -68,7 +68,7 @@ class Message:
                 clip=torch.clamp,
             )
             return numbers
-        table = torch.zeros(self.size, WIDTH, dtype=torch.float64, device=row.device)
+        table = torch.zeros(self.size, LEDGER_WIDTH, dtype=torch.float64, device=row.device)
         table[self.rank] = row
         flat = table.view(-1)
         # In a bucket as numbers of 16 bits, four per entry: where all but one rank add zeros, their sum in
@@ -80,14 +80,14 @@ class Message:
         if self.sums is not None:
             return self.sums.unpack(numbers.numpy())
         whole = numbers if self.dtype is None else numbers.to(torch.int16).view(torch.float64)
-        return unpack(whole.view(self.size, WIDTH).numpy())
+        return unpack(whole.view(self.size, LEDGER_WIDTH).numpy())
 
 
 def _positions(sums: Sums, device: torch.device) -> torch.Tensor:
     """Return the places of digits as a tensor, made once for each device."""
     key = (sums.digits.bits, str(device))
     if key not in _made:
-        _made[key] = put_on(torch.from_numpy(sums.positions), device)
+        _made[key] = to_device_async(torch.from_numpy(sums.positions), device)
     return _made[key]
 
 
@@ -104,14 +104,14 @@ class LedgerExchange:
         tuning: says whether rows or sums travel.
 
     Attributes:
-        own: this rank's ledger as it was sent last, float64 ``(WIDTH,)``.
+        own: this rank's ledger as it was sent last, float64 ``(LEDGER_WIDTH,)``.
         wire: sums without compression.
     """
 
     def __init__(self, name: str, process_set: Any, controller: Controller, tuning: Tuning) -> None:
         self._name, self._process_set, self._controller, self._tuning = name, process_set, controller, tuning
         self.wire = Wire(EngineGroup(process_set, own_order=True, named=False), Compression.none)
-        self.own = torch.zeros(WIDTH, dtype=torch.float64)
+        self.own = torch.zeros(LEDGER_WIDTH, dtype=torch.float64)
         self.clear()
 
     def clear(self) -> None:
@@ -156,11 +156,13 @@ class LedgerExchange:
             device: where it travels from.
         """
         rank, size, width = self._process_set.rank(), self._process_set.size(), self._controller.width
-        self.own = own = put_on(torch.tensor(list(vars(ledger).values()), dtype=torch.float64), device)
+        self.own = own = to_device_async(
+            torch.tensor(list(vars(ledger).values()), dtype=torch.float64), device
+        )
         told = torch.zeros(width, dtype=torch.float64, device=device)
         if row is not None:
-            own[:MEASURED] = row[:MEASURED]
-            told = row[MEASURED:]
+            own[:TENSOR_FIELDS] = row[:TENSOR_FIELDS]
+            told = row[TENSOR_FIELDS:]
         for field, value in measured.items():
             own[COLUMN[field]] += value
         self._rows = None
@@ -186,13 +188,13 @@ class LedgerExchange:
         message = self.message(None if bucket is None else bucket.tail.dtype)
         self._bucket = bucket
         if bucket is None:
-            self._numbers = torch.cat([message.write(own), put_on(there, own.device)])
+            self._numbers = torch.cat([message.write(own), to_device_async(there, own.device)])
             self._ready = self.wire.send(self._numbers, f"{self._name}.ledger")
             return
         self._numbers = tail = bucket.tail
         tail[: message.length] = message.write(own)
         if len(there):
-            tail[message.length :] = put_on(there, tail.device)
+            tail[message.length :] = to_device_async(there, tail.device)
         self._ready = bucket.drain
 
     def receive(self) -> tuple[Ledgers, list[float]]:
@@ -214,8 +216,8 @@ class LedgerExchange:
         if self._rows is not None:
             ready, self._rows = self._rows, None
             told = ready().cpu().numpy()
-        elif ledgers.table is None and ledgers.ask:
+        elif ledgers.table is None and ledgers.needs_rows:
             told = self._gather(self.own, "rows")().cpu().numpy()
         if ledgers.table is None and told.shape[1]:
-            ledgers, told = ledgers.with_rows(told[:, :WIDTH]), told[:, WIDTH:]
+            ledgers, told = ledgers.with_rows(told[:, :LEDGER_WIDTH]), told[:, LEDGER_WIDTH:]
         return ledgers, told

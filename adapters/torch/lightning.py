@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 from hvdloss.errors import ConfigError, RankError
-from hvdloss.extras import library
+from hvdloss.extras import optional_import
 from hvdloss.torch._backend import hvd
 from hvdloss.torch.functions import broadcast_parameters
 from hvdloss.torch.objective import Objective
@@ -46,8 +46,8 @@ __all__ = ["HorovodStrategy", "StepLog"]
 _OLD = "pytorch_lightning" in sys.modules and "lightning.pytorch" not in sys.modules
 _NAME = "pytorch_lightning" if _OLD else "lightning.pytorch"
 _FABRIC = "lightning_fabric" if _OLD else "lightning.fabric"
-_lightning = library(_NAME, "lightning", "hvdloss.torch.lightning")
-_rank_zero = library(f"{_FABRIC}.utilities.rank_zero", "lightning", "hvdloss.torch.lightning")
+_lightning = optional_import(_NAME, "lightning", "hvdloss.torch.lightning")
+_rank_zero = optional_import(f"{_FABRIC}.utilities.rank_zero", "lightning", "hvdloss.torch.lightning")
 
 
 class HorovodStrategy(_lightning.strategies.SingleDeviceStrategy):  # type: ignore[misc]
@@ -210,25 +210,27 @@ class HorovodStrategy(_lightning.strategies.SingleDeviceStrategy):  # type: igno
             text = json.dumps(obj, default=str)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"only plain values are broadcast, no {type(obj).__name__}: {error}") from error
-        told = communicator_of(hvd.global_process_set).gather(text.encode(), "hvdloss.lightning.broadcast")
+        texts = communicator_of(hvd.global_process_set).all_gather_bytes(
+            text.encode(), "hvdloss.lightning.broadcast"
+        )
         if hvd.rank() == src:
             return obj
         try:
-            return json.loads(told[src])
+            return json.loads(texts[src])
         except ValueError as error:
             raise RankError(f"rank {src} broadcast what is no JSON: {error}") from error
 
     def barrier(self, name: Any = None, *args: Any, **kwargs: Any) -> None:
         """Wait for all ranks."""
-        communicator_of(hvd.global_process_set).gather(b"", "hvdloss.lightning.barrier")
+        communicator_of(hvd.global_process_set).all_gather_bytes(b"", "hvdloss.lightning.barrier")
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
         """Return whether all ranks say so, or any: to stop early, say."""
-        told = communicator_of(hvd.global_process_set).gather(
+        texts = communicator_of(hvd.global_process_set).all_gather_bytes(
             bytes([bool(decision)]), "hvdloss.lightning.decision"
         )
-        count = sum(one == b"\x01" for one in told)
-        return count == len(told) if all else count > 0
+        count = sum(one == b"\x01" for one in texts)
+        return count == len(texts) if all else count > 0
 
 
 def _step_once(optimizer: Any, closure: Callable[[], Any] | None = None) -> Any:

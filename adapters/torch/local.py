@@ -11,10 +11,10 @@ from hvdloss.communicator import Communicator
 from hvdloss.control.period import OuterStep, SyncPeriod
 from hvdloss.control.weights import Proximal
 from hvdloss.controller import Controller
-from hvdloss.hearing import hear
+from hvdloss.messages import decode_all
 from hvdloss.step.local import LocalSums
 from hvdloss.step.scale import WeightScale
-from hvdloss.term import Travel
+from hvdloss.term import CommStats
 from hvdloss.torch.buckets import Wire
 from hvdloss.torch.ledgers import zeroed
 
@@ -39,8 +39,8 @@ class LocalSteps:
     """
 
     def __init__(self, controller: Controller, is_sum: bool, name: str) -> None:
-        self._period = controller.act(SyncPeriod)
-        self._proximal = controller.act(Proximal)
+        self._period = controller.policy(SyncPeriod)
+        self._proximal = controller.policy(Proximal)
         self._is_sum, self._name = is_sum, name
         self.sums = LocalSums()
         self.scale = WeightScale()
@@ -123,21 +123,21 @@ class LocalSteps:
     @torch.no_grad()
     def send(
         self, flats: dict[str, torch.Tensor], weight: float, wire: Wire
-    ) -> tuple[list[Callable[[], None]], Travel]:
+    ) -> tuple[list[Callable[[], None]], CommStats]:
         """Start summing the weighted moves over ranks, in place."""
         share = self.scale.relative(weight)
         for flat in flats.values():
             # Multiplying would make NaN of what is not finite on a rank that must not count.
             flat.mul_(share) if share else flat.zero_()
         waits = [wire.send(flat, f"{self._name}.moves.{kind}") for kind, flat in flats.items()]
-        travel = Travel(
+        comm_stats = CommStats(
             messages=len(flats) + 1,
             bytes=sum(wire.bytes_of(flat) for flat in flats.values()),
             full_bytes=sum(flat.numel() * flat.element_size() for flat in flats.values()),
             steps=self.sums.steps,
             parameters=True,
         )
-        return waits, travel
+        return waits, comm_stats
 
     @torch.no_grad()
     def apply(self, flats: dict[str, torch.Tensor], total: float) -> None:
@@ -156,7 +156,7 @@ class LocalSteps:
             move = flats[kind][start : start + p.numel()].view(p.shape)
             if self.outer is not None:
                 assert self.velocity is not None
-                move, self.velocity[i] = self.outer.move(move, self.velocity[i])
+                move, self.velocity[i] = self.outer.update(move, self.velocity[i])
             synced.add_(move)
             p.copy_(synced)
         self.scale.update(total)
@@ -201,8 +201,10 @@ def average_optimizer_state(
         for key, value in optimizer.state.get(p, {}).items()
         if isinstance(value, torch.Tensor) and value.is_floating_point()
     }
-    texts = communicator.gather(json.dumps(list(mine)).encode(), f"{name}.memory")
-    told = hear(texts, "state of the optimizer", lambda names: all(isinstance(one, str) for one in names))
+    texts = communicator.all_gather_bytes(json.dumps(list(mine)).encode(), f"{name}.memory")
+    told = decode_all(
+        texts, "state of the optimizer", lambda names: all(isinstance(one, str) for one in names)
+    )
     everywhere = set(told[0]).intersection(*told[1:])
     for entry in set(mine) - everywhere:
         optimizer.state.pop(mine[entry][0], None)

@@ -12,15 +12,15 @@ import numpy as np
 
 import torch
 from hvdloss import metrics as core
-from hvdloss.communicator import among, included
+from hvdloss.communicator import communicator_for, included
 from hvdloss.errors import AgreementError, ConfigError
-from hvdloss.guard import ranks_apart
-from hvdloss.hearing import hearing
+from hvdloss.guard import mismatched_ranks
+from hvdloss.messages import decode_errors
 from hvdloss.torch._backend import hvd
 from hvdloss.torch.checkpoint import from_array, to_array
 from hvdloss.torch.ops import as_array, communicator_of
-from hvdloss.training.checkpoint import state_of_bytes, state_to_bytes
-from hvdloss.world import next_number
+from hvdloss.training.checkpoint import state_from_bytes, state_to_bytes
+from hvdloss.world import next_name_index
 
 __all__ = ["Metrics", "synchronized"]
 
@@ -44,13 +44,15 @@ class Metrics(core.Metrics):
         process_set: the ranks; None for all.
 
     Raises:
-        ConfigError: no metric. What :meth:`compute` raises is told there.
+        ConfigError: not a metric. For errors of :meth:`compute` see there.
 
     Collectives: none here; :meth:`compute` makes one gather for all metrics.
     """
 
     def __init__(self, metrics: Any, *, process_set: Any = None) -> None:
-        super().__init__(metrics, communicator=functools.partial(among, hvd, communicator_of, process_set))
+        super().__init__(
+            metrics, communicator=functools.partial(communicator_for, hvd, communicator_of, process_set)
+        )
 
     def _arrays(self, prediction: Any, target: Any, weight: Any) -> tuple[Any, Any, Any]:
         p, t, w = map(as_array, (prediction, target, weight))
@@ -104,22 +106,22 @@ class _Ranks(NamedTuple):
             },
         ]
         communicator = communicator_of(self.process_set)
-        texts = communicator.gather(state_to_bytes(mine, to_array, name="metric"), "hvdloss.metric")
-        told = []
+        texts = communicator.all_gather_bytes(state_to_bytes(mine, to_array, name="metric"), "hvdloss.metric")
+        copies = []
         for rank, text in enumerate(texts):
-            with hearing("state of a metric", rank):
-                which, updates, state, late = state_of_bytes(text, from_array)
+            with decode_errors("state of a metric", rank):
+                which, updates, state, late = state_from_bytes(text, from_array)
                 if not (isinstance(updates, int) and isinstance(state, dict) and isinstance(late, dict)):
                     raise ValueError("of another form")
-                told.append((which, updates, state, late))
-        which = [one[0] for one in told]
-        if apart := ranks_apart(which):
+                copies.append((which, updates, state, late))
+        which = [one[0] for one in copies]
+        if apart := mismatched_ranks(which):
             raise AgreementError(
                 f"compute(): ranks compute different metrics: rank {apart[0]} has "
                 f"{which[apart[0]]}; rank 0 has {which[0]}. Make, synchronize and compute metrics in the "
                 f"same order on every rank."
             )
-        updated = [one for one in told if one[1]]
+        updated = [one for one in copies if one[1]]
         for name, value in updated[0][3].items() if updated and not metric._update_count else ():
             setattr(metric, name, _received(value, metric.device))
         return [one[2] for one in updated] or [mine[2]]
@@ -218,7 +220,7 @@ def synchronized(metric: Metric, *, process_set: Any = None) -> Metric:
                 f"order of theirs; synchronize the metric without the window"
             )
     for one in found:
-        number = next_number(("metric", getattr(group, "process_set_id", 0)))
+        number = next_name_index(("metric", getattr(group, "process_set_id", 0)))
         one.dist_sync_fn = ranks = _Ranks(number, group, _late(one))
         one.distributed_available_fn = ranks.several
         if one._reductions:

@@ -9,11 +9,11 @@ import torch
 from hvdloss.communicator import rank_and_size
 from hvdloss.errors import ConfigError
 from hvdloss.objective import ObjectiveBase, expand_mask_axes
-from hvdloss.reduction import Contribution, contribution, weights_for
+from hvdloss.reduction import Contribution, broadcast_weights, reduce_losses
 from hvdloss.torch._backend import hvd
 from hvdloss.torch.ahead import Ahead
 from hvdloss.torch.collectives import group_of
-from hvdloss.torch.ops import NAMED_LOSSES, TorchOps, at_hand, put_on
+from hvdloss.torch.ops import NAMED_LOSSES, TorchOps, on_host, to_device_async
 from hvdloss.torch.passes import multiplied, weight_of_pass
 from hvdloss.torch.reading import Elements, own_reduction, read, with_absent_targets
 
@@ -22,7 +22,7 @@ __all__ = ["Objective"]
 _OPS = TorchOps()
 
 
-class _Gate(torch.autograd.Function):
+class _MaskGradient(torch.autograd.Function):
     """Identity whose gradient is zero at absent elements, even where it would be NaN.
 
     The mask is set after the losses are known: only then is their shape.
@@ -46,13 +46,13 @@ _SECOND = (
 )
 
 
-def _part(value: torch.Tensor, factor: float) -> torch.Tensor:
-    """Return the value, whose gradient is multiplied."""
+def _scale_gradient(value: torch.Tensor, factor: float) -> torch.Tensor:
+    """Return the value, with its gradient multiplied by `factor`."""
     return multiplied(value, lambda: factor, _SECOND)
 
 
 def _device(given: Any) -> torch.device:
-    """Return where a prediction of one or several tensors lies."""
+    """Return the device of a prediction of one or several tensors."""
     tensors = [given] if isinstance(given, torch.Tensor) else list(given)
     return next((x.device for x in tensors if isinstance(x, torch.Tensor)), torch.device("cpu"))
 
@@ -180,7 +180,9 @@ class Objective(ObjectiveBase[torch.Tensor]):
         Collectives: none.
         """
         with torch.no_grad():
-            return self.own_sums(_OPS, prediction, target, weight, rank_and_size(hvd, self.process_set)[0])
+            return self.local_statistics(
+                _OPS, prediction, target, weight, rank_and_size(hvd, self.process_set)[0]
+            )
 
     def total(self, sums: torch.Tensor) -> torch.Tensor:
         """Return the sum over ranks of what :meth:`sums` gave. One small all-reduce.
@@ -191,7 +193,7 @@ class Objective(ObjectiveBase[torch.Tensor]):
             for x, y, weight in micro_batches:  # all but the last under model.no_sync()
                 objective(model(x), y, weight, total=total).backward()
         """
-        sums = torch.as_tensor(sums).double() if self.ahead is not None and self.whole is None else sums
+        sums = torch.as_tensor(sums).double() if self.ahead is not None and self.global_loss is None else sums
         return group_of(self.process_set).all_reduce(sums, f"hvdloss.{self.name}.total", replicated=True)
 
     def per_element(
@@ -216,7 +218,7 @@ class Objective(ObjectiveBase[torch.Tensor]):
             found = self._elements(prediction, target, weight, rank)
             losses = _OPS.losses(found.losses)
             w = found.weight
-            return losses, _OPS.ones_like(losses) if w is None else weights_for(_OPS, w, losses, rank)
+            return losses, _OPS.ones_like(losses) if w is None else broadcast_weights(_OPS, w, losses, rank)
 
     def _read(self, loss: Callable[..., Any]) -> tuple[Callable[..., Any], Any]:
         return loss, own_reduction(loss, self.name)
@@ -227,8 +229,8 @@ class Objective(ObjectiveBase[torch.Tensor]):
             target = with_absent_targets(target, weight, self.options.ignore_index)
             absent = target == self.options.ignore_index
             losses = self._function(prediction, target)
-            own = self._own_weights(_OPS, prediction, target, _OPS.losses(losses))
-            if not at_hand(absent) or absent.any():
+            own = self._class_weights(_OPS, prediction, target, _OPS.losses(losses))
+            if not on_host(absent) or absent.any():
                 present = (~absent).to(_OPS.losses(losses).dtype)
                 own = present if own is None else own * present
             found = Elements(losses, own, True)
@@ -244,7 +246,7 @@ class Objective(ObjectiveBase[torch.Tensor]):
         own = found.weight
         if own is not None:
             own = own.detach().to(_OPS.losses(found.losses).dtype)
-            weight = own if weight is None else own * weights_for(_OPS, weight, own, rank)
+            weight = own if weight is None else own * broadcast_weights(_OPS, weight, own, rank)
         return Elements(found.losses, weight, found.classes)
 
     def _measure(self, prediction: Any, target: Any, weight: Any, keys: Any, total: Any) -> torch.Tensor:
@@ -254,35 +256,35 @@ class Objective(ObjectiveBase[torch.Tensor]):
                 f"not learn from them. Pass weight.detach(), or make them part of the loss: "
                 f"Objective(lambda prediction, target: ...), or a function of sums (hvdloss.losses.SumsLoss)"
             )
-        if self.whole is not None:
-            return self._measure_whole(prediction, target, weight, keys, total)
+        if self.global_loss is not None:
+            return self._measure_global(prediction, target, weight, keys, total)
         if total is not None and self.ahead is None:
             raise ConfigError(f"total= is for functions of sums, which {self.name} is not; leave it out")
         rank, size = rank_and_size(hvd, self.process_set)
         holder: list[torch.Tensor] = []
         given = prediction
-        acting = self.controller
-        may_mask = self.classes or not self.named or weight is not None or acting.weighs
+        controller = self.controller
+        may_mask = self.classes or not self.named or weight is not None or controller.has_weights
         if may_mask and isinstance(prediction, torch.Tensor) and prediction.requires_grad:
-            prediction = _Gate.apply(prediction, holder)
+            prediction = _MaskGradient.apply(prediction, holder)
         found = self._elements(prediction, target, weight, rank)
         losses, weight = found.losses, found.weight
         class_axis = min(1, given.dim() - 1) if found.classes and isinstance(given, torch.Tensor) else None
-        penalty, told = None, []
-        if acting.terms:
-            weight, penalty, told = self.consult(
+        penalty, term_sums = None, []
+        if controller.terms:
+            weight, penalty, term_sums = self.apply_terms(
                 _OPS,
                 prediction=prediction,
                 target=target,
                 losses=losses,
                 weight=weight,
                 keys=keys,
-                state=put_on(torch.from_numpy(acting.state), losses.device),
+                state=to_device_async(torch.from_numpy(controller.state), losses.device),
                 class_axis=class_axis,
                 rank=rank,
                 size=size,
             )
-        part = contribution(
+        part = reduce_losses(
             _OPS,
             losses,
             weight,
@@ -291,40 +293,40 @@ class Objective(ObjectiveBase[torch.Tensor]):
             rank=rank,
         )
         if weight is not None and isinstance(given, torch.Tensor):
-            self._set_gate(holder, losses, given, weight, class_axis)
+            self._set_mask(holder, losses, given, weight, class_axis)
         if self.ahead is not None:
             return self.ahead.loss(part, self.reduction, total)
-        return self._announced(part, penalty, told)
+        return self._notifying_loss(part, penalty, term_sums)
 
-    def _measure_whole(
+    def _measure_global(
         self, prediction: Any, target: Any, weight: Any, keys: Any, total: Any
     ) -> torch.Tensor:
         """Return a loss of all ranks' elements."""
         holder: list[torch.Tensor] = []
         given = prediction
         if isinstance(prediction, torch.Tensor) and prediction.requires_grad:
-            prediction = _Gate.apply(prediction, holder)
-        part, penalty, told, weight = self.combine(
+            prediction = _MaskGradient.apply(prediction, holder)
+        part, penalty, term_sums, weight = self.contribute_global(
             _OPS,
             group_of(self.process_set),
-            _part,
+            _scale_gradient,
             prediction=prediction,
             target=target,
             weight=weight,
             keys=keys,
-            state=lambda: put_on(torch.from_numpy(self.controller.state), _device(given)),
+            state=lambda: to_device_async(torch.from_numpy(self.controller.state), _device(given)),
             total=total,
         )
         if weight is not None and isinstance(given, torch.Tensor):
-            classes = self.whole is not None and self.whole.classes
-            self._set_gate(holder, weight, given, weight, _OPS.class_axis(given) if classes else None)
-        return self._announced(part, penalty, told)
+            classes = self.global_loss is not None and self.global_loss.classes
+            self._set_mask(holder, weight, given, weight, _OPS.class_axis(given) if classes else None)
+        return self._notifying_loss(part, penalty, term_sums)
 
-    def _announced(self, part: Contribution, penalty: Any, told: list[Any]) -> torch.Tensor:
-        """Return the local loss, whose backward pass tells the listeners what it weighs."""
+    def _notifying_loss(self, part: Contribution, penalty: Any, term_sums: list[Any]) -> torch.Tensor:
+        """Return the local loss, whose backward pass notifies the listeners of its ledger row."""
         loss = part.mean(_OPS)
         if self.ahead is not None:  # of all ranks' elements, whose parts may be averaged as they are
-            return _part(loss, self.ahead.share()) if loss.requires_grad else loss
+            return _scale_gradient(loss, self.ahead.share()) if loss.requires_grad else loss
         call = None
         row = part.row(_OPS) if loss.requires_grad or penalty is not None else None
         if row is not None and self.exchange is not None:
@@ -334,8 +336,8 @@ class Objective(ObjectiveBase[torch.Tensor]):
             loss = loss + penalty
         if loss.requires_grad:
             assert row is not None
-            if told:
-                row = torch.cat([row, *told])
+            if term_sums:
+                row = torch.cat([row, *term_sums])
             # What the loss was made of; the loss itself would hold itself by its hook.
             graph = [] if loss.grad_fn is None else [node for node, _ in loss.grad_fn.next_functions]
 
@@ -344,8 +346,8 @@ class Objective(ObjectiveBase[torch.Tensor]):
                 if self._listeners:
                     weight_of_pass.begin(entry[1])
                 else:
-                    self.warn_unheard(rank_and_size(hvd, self.process_set)[1])
-                self.announce(entry, gradient, graph)
+                    self.warn_without_optimizer(rank_and_size(hvd, self.process_set)[1])
+                self.notify_backward(entry, gradient, graph)
                 if call is not None:
                     call.exchange.passed(call, gradient, graph)
 
@@ -355,21 +357,21 @@ class Objective(ObjectiveBase[torch.Tensor]):
         return loss
 
     @staticmethod
-    def _set_gate(
+    def _set_mask(
         holder: list[torch.Tensor],
         losses: torch.Tensor,
         prediction: torch.Tensor,
         weight: Any,
         class_axis: int | None,
     ) -> None:
-        """Let the gate hold back the gradient of absent elements, where the shapes tell which they are."""
+        """Mask the gradient of absent elements, where the shapes determine them."""
         axes = expand_mask_axes(tuple(losses.shape), tuple(prediction.shape), class_axis)
         if axes is None:
             return
         if isinstance(weight, int | float) and weight:
             return
         mask = torch.as_tensor(weight, device=losses.device).detach().expand_as(losses) == 0
-        if at_hand(mask) and not mask.any():
+        if on_host(mask) and not mask.any():
             return
         for axis in axes:
             mask = mask.unsqueeze(axis)

@@ -1,4 +1,4 @@
-"""PyTorch's side of the core: array operations, named losses, and exchanges over Horovod."""
+"""PyTorch's part of the core: array operations, named losses, and small collectives."""
 
 from __future__ import annotations
 
@@ -18,33 +18,32 @@ from hvdloss.torch.engines.group import EngineGroup
 from torch.utils._pytree import tree_leaves
 
 __all__ = [
-    "AT_HAND",
+    "HOST_DEVICES",
     "NAMED_LOSSES",
     "GroupCommunicator",
     "TorchOps",
     "as_array",
-    "at_hand",
     "communicator_of",
-    "put_on",
+    "on_host",
+    "to_device_async",
 ]
 
 _NO_OPTIONS = ClassOptions()
 
-#: Kinds of devices whose values can be read at once. Without "cpu", what is for GPUs is done on the CPU's
-#: tensors, which is how it is tested where there is no GPU.
-AT_HAND = {"cpu"}
+#: Types of devices whose values can be read without a device sync. Tests remove "cpu" to run the code for
+#: GPUs on CPU tensors.
+HOST_DEVICES = {"cpu"}
 
 
-def at_hand(x: torch.Tensor) -> bool:
-    """Return whether values of `x` can be looked at without waiting for a device."""
-    return x.device.type in AT_HAND
+def on_host(x: torch.Tensor) -> bool:
+    """Return whether values of `x` can be read without waiting for a device."""
+    return x.device.type in HOST_DEVICES
 
 
-def put_on(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Return a tensor of the CPU on `device`, without waiting for it.
+def to_device_async(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy a CPU tensor to `device` without waiting for it.
 
-    From ordinary memory a copy waits for all that the device still has to compute, from pinned memory it
-    is one more thing in its queue.
+    A copy from pageable memory waits for the device's queue; one from pinned memory is queued.
     """
     if device.type != "cuda":
         return tensor.to(device)
@@ -93,15 +92,15 @@ class TorchOps:
         """Tell what is finite."""
         return torch.isfinite(x)
 
-    def total(self, x: torch.Tensor) -> torch.Tensor:
+    def sum(self, x: torch.Tensor) -> torch.Tensor:
         """Sum all."""
         return x.sum()
 
-    def total64(self, x: torch.Tensor) -> torch.Tensor:
+    def sum64(self, x: torch.Tensor) -> torch.Tensor:
         """Sum all in float64."""
         return x.detach().sum(dtype=torch.float64)
 
-    def total_rows(self, x: torch.Tensor) -> torch.Tensor:
+    def sum_rows(self, x: torch.Tensor) -> torch.Tensor:
         """Sum over all axes but the first."""
         return x.sum(dim=tuple(range(1, x.dim())))
 
@@ -113,11 +112,11 @@ class TorchOps:
         """Cast."""
         return x.to(like.dtype)
 
-    def row64(self, scalars: list[torch.Tensor]) -> torch.Tensor:
+    def stack64(self, scalars: list[torch.Tensor]) -> torch.Tensor:
         """Stack."""
         return torch.stack([torch.as_tensor(s).detach().double() for s in scalars])
 
-    def join64(self, parts: list[Any]) -> torch.Tensor:
+    def concat64(self, parts: list[Any]) -> torch.Tensor:
         """Join."""
         return torch.cat([part.detach().double().reshape(-1) for part in parts])
 
@@ -125,19 +124,19 @@ class TorchOps:
         """Return zeros."""
         return torch.zeros(length, dtype=torch.float64, device=like.device)
 
-    def integers(self, x: Any) -> torch.Tensor:
+    def to_int64(self, x: Any) -> torch.Tensor:
         """Cast."""
         return torch.as_tensor(x).long()
 
-    def spread(self, x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    def expand_trailing(self, x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         """Add trailing axes and broadcast."""
         return x.to(like.device)[(...,) + (None,) * (like.dim() - x.dim())].expand_as(like)
 
-    def last_axis(self, x: torch.Tensor, axis: int) -> torch.Tensor:
+    def move_axis_last(self, x: torch.Tensor, axis: int) -> torch.Tensor:
         """Move."""
         return x.movedim(axis, -1)
 
-    def bin_of(self, x: torch.Tensor, edges: torch.Tensor) -> torch.Tensor:
+    def bucketize(self, x: torch.Tensor, edges: torch.Tensor) -> torch.Tensor:
         """Search."""
         return torch.bucketize(x.detach().double(), edges, right=True)
 
@@ -148,7 +147,7 @@ class TorchOps:
         out = torch.zeros(bins, dtype=torch.float64, device=weight.device)
         return out.index_add_(0, index.clamp(0, bins - 1).reshape(-1), weight.reshape(-1))
 
-    def class_totals(self, labels: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def class_sums(self, labels: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Add up."""
         product = labels.detach().double() * weight.detach()
         return product.reshape(-1, product.shape[-1]).sum(0)
@@ -157,11 +156,11 @@ class TorchOps:
         """Gather."""
         return table[index.clamp(0, bins - 1)]
 
-    def blend(self, labels: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    def interpolate(self, labels: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         """Blend."""
         return 1.0 + labels.detach().double() * (table - 1.0)
 
-    def mixed(self, labels: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    def label_mean(self, labels: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         """Average."""
         labels = labels.detach().double()
         total = labels.sum(-1)
@@ -188,7 +187,7 @@ class TorchOps:
         """Cast."""
         return torch.as_tensor(x).double()
 
-    def known(self, x: torch.Tensor, value: Any) -> torch.Tensor:
+    def with_value(self, x: torch.Tensor, value: Any) -> torch.Tensor:
         """Add what changes only the gradient."""
         return torch.as_tensor(value).to(x) + (x - x.detach())
 
@@ -204,18 +203,18 @@ class TorchOps:
         """Add an axis."""
         return x.unsqueeze(-1)
 
-    def at_last(self, x: torch.Tensor, index: int) -> torch.Tensor:
+    def index_last(self, x: torch.Tensor, index: int) -> torch.Tensor:
         """Pick."""
         return x[..., index]
 
-    def total_leading(self, x: torch.Tensor, keep: int) -> torch.Tensor:
+    def sum_leading(self, x: torch.Tensor, keep: int) -> torch.Tensor:
         """Sum; an empty list of axes would mean all."""
         axes = tuple(range(x.dim() - keep))
         return x.sum(dim=axes) if axes else x
 
     def vector64(self, values: list[float], like: torch.Tensor) -> torch.Tensor:
         """Make a tensor."""
-        return put_on(torch.tensor(values, dtype=torch.float64), like.device)
+        return to_device_async(torch.tensor(values, dtype=torch.float64), like.device)
 
     def one_hot(self, index: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         """Compare, which bears indices outside."""
@@ -261,11 +260,11 @@ class TorchOps:
         """Transpose."""
         return x.t()
 
-    def row_numbers(self, x: torch.Tensor) -> torch.Tensor:
+    def row_indices(self, x: torch.Tensor) -> torch.Tensor:
         """Count."""
         return torch.arange(len(x), device=x.device)
 
-    def stop(self, x: torch.Tensor) -> torch.Tensor:
+    def stop_gradient(self, x: torch.Tensor) -> torch.Tensor:
         """Detach."""
         return x.detach()
 
@@ -311,7 +310,9 @@ def _cross_entropy(
     weights = None
     if options.class_weight is not None and (options.label_smoothing or not by_index):
         # Of each class's part of the loss; the weight of the element itself is divided out again.
-        weights = put_on(torch.tensor(options.class_weight, dtype=prediction.dtype), prediction.device)
+        weights = to_device_async(
+            torch.tensor(options.class_weight, dtype=prediction.dtype), prediction.device
+        )
     losses = F.cross_entropy(
         prediction, target, weights, reduction="none", label_smoothing=options.label_smoothing, **more
     )
@@ -362,12 +363,12 @@ class GroupCommunicator:
         """How many ranks the group has."""
         return self._group.size
 
-    def sum(self, array: np.ndarray, name: str) -> np.ndarray:
+    def all_reduce(self, array: np.ndarray, name: str) -> np.ndarray:
         """Sum over ranks; one all-reduce."""
         tensor = torch.from_numpy(np.array(array, dtype=np.float64))
         return self._group.all_reduce(tensor, name).wait().numpy()
 
-    def gather(self, data: bytes, name: str) -> list[bytes]:
+    def all_gather_bytes(self, data: bytes, name: str) -> list[bytes]:
         """Gather bytes, never pickles; two all-gathers."""
         mine = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0).byte()
 
@@ -381,7 +382,7 @@ class GroupCommunicator:
 
 
 def as_array(value: Any) -> Any:
-    """Return a tensor as a NumPy array, floats in at least 32 bits; what is no tensor, as it is."""
+    """Return a tensor as a NumPy array, floats in at least 32 bits; anything else unchanged."""
     if not isinstance(value, torch.Tensor):
         return value
     value = value.detach().cpu()

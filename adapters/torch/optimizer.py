@@ -246,7 +246,7 @@ def _global_value(step: ExactStep, value: Any) -> Any:
     numerator = local * denominator if denominator else 0.0
     if step.passes.losses is not None:  # what was added to the losses, whose own values are not averages
         numerator -= float(own[COLUMN["numerator"]])
-    out = step.communicator().sum(np.array([numerator, denominator]), f"{step.name}.closure")
+    out = step.communicator().all_reduce(np.array([numerator, denominator]), f"{step.name}.closure")
     out[0] += out[1] * math.fsum(one.part for one in step.state.log.losses.values())
     return torch.tensor(
         out[0] / out[1],
@@ -368,7 +368,7 @@ def DistributedOptimizer(
     process_set = process_set or ours or hvd.global_process_set
     tuning = choose(bucket_cap_mb=bucket_cap_mb, overlap=overlap)
     due(1, check_every)
-    if objective.controller.act(AdaptiveCompression) is not None and compression is not Compression.none:
+    if objective.controller.policy(AdaptiveCompression) is not None and compression is not Compression.none:
         raise ConfigError(
             "compression= cannot be chosen together with AdaptiveCompression, which chooses it; leave one out"
         )

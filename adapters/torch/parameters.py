@@ -71,7 +71,7 @@ class OptimizerParameters:
             self._names.setdefault(key, name)
 
     def device(self) -> torch.device:
-        """Return where small messages travel: the same kind of device on all ranks."""
+        """Return where small messages comm_stats: the same kind of device on all ranks."""
         devices = (p.device for p in self.all())
         return next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from hvdloss.errors import ConfigError
 from hvdloss.passes import SAME, divided_by, factor_of_passes
-from hvdloss.torch.ops import at_hand, put_on
+from hvdloss.torch.ops import on_host, to_device_async
 
 __all__ = [
     "divided",
@@ -121,12 +121,12 @@ def _begin_scaled(factor: torch.Tensor, gradient: torch.Tensor) -> None:
 def scales(like: torch.Tensor) -> list[torch.Tensor]:
     """Return what the GradScalers that were used multiply losses with, on the device of `like`."""
     found = [scaler._scale.detach() for scaler in _scalers if scaler._scale is not None]
-    return [s if s.device == like.device else put_on(s.cpu(), like.device) for s in found]
+    return [s if s.device == like.device else to_device_async(s.cpu(), like.device) for s in found]
 
 
 def divided(arrived: torch.Tensor, passes: int, scales: list[torch.Tensor]) -> Any:
     """Return :func:`hvdloss.passes.divided_by` of what arrived at a loss: a bool, or a tensor on a device."""
-    if at_hand(arrived):
+    if on_host(arrived):
         return divided_by(float(arrived), passes, [float(s) for s in scales])
     x = arrived.detach().double()
     whole = torch.stack([torch.ones_like(x), *(s.double() for s in scales)])
@@ -144,7 +144,7 @@ def division(arrived: torch.Tensor, passes: int, scales: list[torch.Tensor]) -> 
 
 def told_factor(passes: list[tuple[torch.Tensor, torch.Tensor]], before: float) -> tuple[Any, Any]:
     """Return :func:`hvdloss.passes.factor_of_passes`, as numbers, or as tensors on a device."""
-    if not passes or all(at_hand(factor) for _, factor in passes):
+    if not passes or all(on_host(factor) for _, factor in passes):
         return factor_of_passes([(float(weight), float(factor)) for weight, factor in passes], before)
     weight, factor = (
         torch.stack([x.double().reshape(()) for x in some]) for some in zip(*passes, strict=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from hvdloss.communicator import among
+from hvdloss.communicator import communicator_for
 from hvdloss.errors import ConfigError
 from hvdloss.torch._backend import hvd
 from hvdloss.torch.ops import communicator_of
@@ -30,8 +30,8 @@ class Preemption(core.Preemption):
                 leaving.leave()
 
     Args:
-        optimizer: from :func:`DistributedOptimizer` with an objective, in whose ledgers ranks tell; None to
-            tell in a small all-reduce in every call.
+        optimizer: from :func:`DistributedOptimizer` with an objective, whose ledgers carry it. None for
+            a small all-reduce in every call.
         process_set: the ranks, without an optimizer; None for all.
         options: ``signals``, ``status``: see :class:`hvdloss.training.preemption.Preemption`.
 
@@ -40,7 +40,7 @@ class Preemption(core.Preemption):
         UsageError: this is not the main thread.
 
     Collectives: none with an optimizer; else one all-reduce of a number in every call, and of one
-        per rank where a rank was told.
+        per rank where a rank received a signal.
     """
 
     def __init__(self, optimizer: Any = None, *, process_set: Any = None, **options: Any) -> None:
@@ -48,9 +48,9 @@ class Preemption(core.Preemption):
         if optimizer is not None and step is None:
             raise ConfigError(
                 f"optimizer={type(optimizer).__name__} is not from hvdloss.torch.DistributedOptimizer with "
-                f"an objective; leave it out to have ranks tell each other in a message of their own"
+                f"an objective; leave it out for a message of its own"
             )
         group = process_set if step is None else step.process_set
-        ranks = functools.partial(among, hvd, communicator_of, group)
+        ranks = functools.partial(communicator_for, hvd, communicator_of, group)
         status = None if step is None else step.state.status
         super().__init__(status, communicator=ranks, shutdown=hvd.shutdown, **options)

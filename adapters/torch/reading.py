@@ -1,7 +1,7 @@
 """What a loss of PyTorch says of its elements: modules, functions, and functions that call those.
 
 PyTorch's losses divide a mean by more than the number of entries: by the class weights of the targets,
-without those ignored. Their ``reduction="none"`` does not tell. So a loss runs under a mode that sees each
+without those ignored. Their ``reduction="none"`` does not show it. So a loss runs under a mode that sees each
 call of a loss function of ``torch.nn.functional``, from wherever it comes, and keeps its elements and their
 weights; if the loss returns what such a call gave, they are the objective's.
 """
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from hvdloss.elements import check_object, check_smoothing
 from hvdloss.errors import ConfigError
 from hvdloss.reduction import broadcast_error
-from hvdloss.torch.ops import at_hand
+from hvdloss.torch.ops import on_host
 from torch.nn.modules.loss import _Loss
 from torch.overrides import TorchFunctionMode
 
@@ -161,7 +161,7 @@ def _call(func: Any, arguments: dict[str, Any], asked: str, weight: Any) -> _Cal
         ignored = -100 if arguments["ignore_index"] is None else arguments["ignore_index"]
         target = with_absent_targets(target, weight, ignored)
         absent = target == ignored
-        if not at_hand(absent) or bool(absent.any()):
+        if not on_host(absent) or bool(absent.any()):
             present = ~absent
         if class_weight is not None:
             smoothing = arguments.get("label_smoothing", 0.0)

@@ -8,7 +8,7 @@ from typing import Any
 from hvdloss.communicator import included
 from hvdloss.errors import ConfigError
 from hvdloss.report import record
-from hvdloss.report.following import Following, check_teller
+from hvdloss.report.subscription import Subscription, check_reporting_rank
 from hvdloss.torch._backend import hvd
 from hvdloss.torch.objective import Objective
 from hvdloss.torch.step import ExactStep
@@ -29,31 +29,31 @@ def _step_of(steps: Any) -> Any:
     return step
 
 
-def _tells(rank: int, process_set: Any) -> bool:
+def _is_reporting_rank(rank: int, process_set: Any) -> bool:
     return hvd.rank() == rank and included(hvd, process_set)
 
 
-def _follow(steps: Any, sinks: tuple[Any, ...], rank: int, closes: bool) -> Following:
+def _follow(steps: Any, sinks: tuple[Any, ...], rank: int, closes: bool) -> Subscription:
     step = _step_of(steps)
     group, objective = step.process_set, step.objective
-    check_teller(rank)
+    check_reporting_rank(rank)
 
-    def about() -> dict[str, Any]:
-        return record.about_run(hvd, "torch", objective.settings(), objective.controller, group.size())
+    def metadata() -> dict[str, Any]:
+        return record.run_metadata(hvd, "torch", objective.settings(), objective.controller, group.size())
 
-    return Following(
+    return Subscription(
         step.state.log,
         objective.controller,
         sinks,
-        about=about,
-        tells=functools.partial(_tells, rank, group),
+        metadata=metadata,
+        is_reporting_rank=functools.partial(_is_reporting_rank, rank, group),
         size=group.size,
         closes=closes,
     )
 
 
-def follow(optimizer: Any, *sinks: Any, rank: int = 0) -> Following:
-    """Have sinks told, on one rank, of every step that is finished from now on.
+def follow(optimizer: Any, *sinks: Any, rank: int = 0) -> Subscription:
+    """Notify sinks, on one rank, of every step that is finished from now on.
 
     ::
 
@@ -63,11 +63,11 @@ def follow(optimizer: Any, *sinks: Any, rank: int = 0) -> Following:
     Args:
         optimizer: from :func:`DistributedOptimizer` with an objective; or that objective.
         sinks: objects with ``step(report)`` and ``close()``: see :class:`hvdloss.report.Sink`.
-        rank: which one tells, counted among all ranks, if it is in the optimizer's process set.
+        rank: the reporting rank, counted among all ranks; it must be in the optimizer's process set.
 
     Returns:
-        what follows, as long as the optimizer lives, until its ``close()`` or the end of its ``with``; that
-        closes the sinks.
+        the subscription, which lasts as long as the optimizer, or until its ``close()`` or the end of its
+        ``with``; that closes the sinks.
 
     Raises:
         ConfigError: an argument that cannot be used.
@@ -77,7 +77,7 @@ def follow(optimizer: Any, *sinks: Any, rank: int = 0) -> Following:
     return _follow(optimizer, sinks, rank, True)
 
 
-class Recorder(record.Recorder):  # noqa: D101 - the core's words
+class Recorder(record.Recorder):  # noqa: D101 - the core's docstring
     __doc__ = record.Recorder.__doc__
 
     def follow(self, optimizer: Any) -> Recorder:
@@ -88,12 +88,12 @@ class Recorder(record.Recorder):  # noqa: D101 - the core's words
 
         Raises:
             ConfigError: no such optimizer; on the rank that writes: the file exists, or cannot be made.
-            UsageError: it follows one already, or was closed.
+            UsageError: it records one already, or was closed.
 
         Collectives: none.
         """
-        self._begin_following(
-            lambda: _tells(self.rank, _step_of(optimizer).process_set),
+        self._subscribe(
+            lambda: _is_reporting_rank(self.rank, _step_of(optimizer).process_set),
             lambda: _follow(optimizer, (self,), self.rank, False),
         )
         return self

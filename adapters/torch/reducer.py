@@ -1,4 +1,4 @@
-"""How an optimizer's gradients travel: the plan, its buckets, and what they hold."""
+"""How an optimizer's gradients comm_stats: the plan, its buckets, and what they hold."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from hvdloss.communicator import Communicator
 from hvdloss.plan import Bucket, ParameterInfo, plan_buckets
-from hvdloss.term import Travel
+from hvdloss.term import CommStats
 from hvdloss.torch.buckets import (
     FlatBucket,
     LoneGradient,
@@ -31,7 +31,7 @@ __all__ = ["GradientReducer", "Options", "any_of"]
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How an optimizer's gradients travel, as it was told.
+    """How an optimizer's gradients comm_stats, as it was told.
 
     Attributes: see :func:`hvdloss.torch.DistributedOptimizer`.
     """
@@ -277,14 +277,14 @@ class GradientReducer:
         return {
             "messages": len(self.buckets) + 2 * len(self.sparse) + (self.ledger_bucket is None) + small,
             "buckets": len(self.buckets) - len(self.unbucketed),
-            "alone": len(self.unbucketed),
+            "unbucketed": len(self.unbucketed),
             "sparse": len(self.sparse),
         }
 
-    def travelled(self, messages: int) -> Travel:
+    def travelled(self, messages: int) -> CommStats:
         """Return how this step's gradients travelled."""
         flats = [b.flat if isinstance(b, FlatBucket) else b.parameters[0] for b in self.buckets]
-        return Travel(
+        return CommStats(
             messages=messages,
             bytes=sum(self.wire.bytes_of(flat) for flat in flats),
             full_bytes=sum(flat.numel() * flat.element_size() for flat in flats),
@@ -358,7 +358,7 @@ class GradientReducer:
             [position[i] for i in order if i in position],
             bucket_bytes=options.tuning.bucket_bytes,
             first_bytes=options.tuning.first_bytes,
-            alone_bytes=options.tuning.alone_bytes,
+            unbucketed_bytes=options.tuning.unbucketed_bytes,
             groups=groups,
         )
         self._allocate(layouts, [parameters[i] for i in trained], ledger_length)
@@ -374,12 +374,12 @@ class GradientReducer:
         carriers = [
             n
             for n, layout in enumerate(layouts)
-            if not layout.alone and self.wire.is_exact(members[layout.members[0].index].dtype)
+            if not layout.unbucketed and self.wire.is_exact(members[layout.members[0].index].dtype)
         ]
-        alone = sum(layout.alone for layout in layouts)
+        alone = sum(layout.unbucketed for layout in layouts)
         for n, layout in enumerate(layouts):
             name = f"{self._name}.bucket.{n}"
-            if layout.alone:
+            if layout.unbucketed:
                 self.unbucketed.append(LoneGradient(layout, members, name))
                 self.buckets.append(self.unbucketed[-1])
             elif carriers and n == carriers[-1]:
@@ -401,7 +401,7 @@ class GradientReducer:
         self.unplanned.begin_step()
         if self.unbucketed:  # this step's ledgers are under way without them
             there = np.array([float(lone.there) for lone in self.unbucketed])
-            self.set_used(communicator.sum(there, f"{self._name}.lone"))
+            self.set_used(communicator.all_reduce(there, f"{self._name}.lone"))
         self.planned, self._planned_for = True, self._now()
 
     def set_used(self, counts: Sequence[float]) -> None:

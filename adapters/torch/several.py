@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 import torch
-from hvdloss.agreement import agree_on_items
+from hvdloss.agreement import check_items_consistent
 from hvdloss.errors import ConfigError, HvdlossError, UsageError
 from hvdloss.report.steps import LossReport
 from hvdloss.several import (
@@ -34,7 +34,7 @@ from hvdloss.several import (
 from hvdloss.torch.buckets import Wire
 from hvdloss.torch.compression import Compression
 from hvdloss.torch.engines.group import EngineGroup
-from hvdloss.torch.ops import TorchOps, communicator_of, put_on
+from hvdloss.torch.ops import TorchOps, communicator_of, to_device_async
 from hvdloss.torch.passes import multiplied, parameters_of, scale_of_pass
 
 __all__ = ["Call", "LossExchange", "global_losses"]
@@ -191,16 +191,16 @@ class LossExchange:
 
     def _send(self, numbers: list[Any]) -> None:
         if not self._agreed:
-            agree_on_items(
+            check_items_consistent(
                 communicator_of(self.process_set),
                 lambda: list(self.objectives.settings().items()),
                 name=f"{self.name}.losses.agree",
                 what="setting of the objectives",
-                way_out="Give the optimizer the same objectives, in the same order, on every rank.",
+                remedy="Give the optimizer the same objectives, in the same order, on every rank.",
             )
             self._agreed = True
         plain = [0.0 if isinstance(n, torch.Tensor) else n for n in numbers]
-        self._sums = put_on(torch.tensor(plain, dtype=torch.float64), self._device())
+        self._sums = to_device_async(torch.tensor(plain, dtype=torch.float64), self._device())
         for place, number in enumerate(numbers):
             if isinstance(number, torch.Tensor):
                 self._sums[place] = number
@@ -292,7 +292,9 @@ class LossExchange:
         sums = np.zeros((len(names), 3))
         for place, held in self._outside.items():
             sums[place] = held
-        check_outside(names, communicator_of(self.process_set).sum(sums, f"{self.name}.losses.outside"))
+        check_outside(
+            names, communicator_of(self.process_set).all_reduce(sums, f"{self.name}.losses.outside")
+        )
 
     def send_losses(self) -> None:
         """Send what the losses of this rank came to, behind its gradients."""
@@ -369,4 +371,4 @@ def global_losses(*losses: torch.Tensor) -> tuple[torch.Tensor, ...]:
             "DistributedOptimizer(optimizer, objective={...})"
         )
     values = calls[0].exchange.values(calls)  # type: ignore[union-attr]
-    return tuple(_OPS.known(loss, value) for loss, value in zip(losses, values, strict=True))
+    return tuple(_OPS.with_value(loss, value) for loss, value in zip(losses, values, strict=True))

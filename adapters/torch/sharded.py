@@ -16,7 +16,7 @@ import numpy as np
 
 import torch
 import torch.nn.functional as F
-from hvdloss.collectives import At, members
+from hvdloss.collectives import GroupContext, resolve_group
 from hvdloss.errors import ConfigError, ShapeError
 from hvdloss.losses.shards import (
     HEADER,
@@ -34,7 +34,7 @@ from hvdloss.losses.shards import (
 )
 from hvdloss.torch._backend import hvd
 from hvdloss.torch.collectives import all_gather, copy_to_ranks
-from hvdloss.torch.ops import TorchOps, at_hand
+from hvdloss.torch.ops import TorchOps, on_host
 
 __all__ = [
     "ArcFace",
@@ -54,7 +54,7 @@ _CHUNK = 2**20  # entries of a weight that are drawn, or travel to a checkpoint,
 class TorchRowOps(TorchOps):
     """:class:`hvdloss.losses.shards.RowOps` for PyTorch."""
 
-    def copied(self, x: torch.Tensor, factor: float) -> torch.Tensor:
+    def scaled_copy(self, x: torch.Tensor, factor: float) -> torch.Tensor:
         """Multiply."""
         wide = self.losses(x)
         return wide * factor if wide is x else wide.mul_(factor)
@@ -63,49 +63,49 @@ class TorchRowOps(TorchOps):
         """Find."""
         return x.amax(-1)
 
-    def row_total(self, x: torch.Tensor) -> torch.Tensor:
+    def row_sum(self, x: torch.Tensor) -> torch.Tensor:
         """Sum."""
         return x.sum(-1)
 
-    def pick(self, x: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
+    def gather_columns(self, x: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
         """Gather."""
         return x.gather(1, column[:, None])[:, 0]
 
-    def replaced(
+    def scatter_columns(
         self, x: torch.Tensor, column: torch.Tensor, where: torch.Tensor, value: torch.Tensor
     ) -> torch.Tensor:
         """Scatter in place; nobody waits for a device to learn where."""
-        value = torch.where(where, value, self.pick(x, column))
+        value = torch.where(where, value, self.gather_columns(x, column))
         return x.scatter_(1, column[:, None], value[:, None])
 
-    def less_rows(self, x: torch.Tensor, row: torch.Tensor, own: bool) -> torch.Tensor:
+    def subtract_rows(self, x: torch.Tensor, row: torch.Tensor, own: bool) -> torch.Tensor:
         """Subtract."""
         return x.sub_(row[:, None]) if own else torch.sub(x, row[:, None])
 
-    def times_rows(self, x: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+    def scale_rows(self, x: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
         """Multiply in place."""
         return x.mul_(row[:, None])
 
-    def exp_over(self, x: torch.Tensor) -> torch.Tensor:
+    def exp_inplace(self, x: torch.Tensor) -> torch.Tensor:
         """Compute in place."""
         return x.exp_()
 
-    def rows_or_zero(self, x: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
+    def mask_rows(self, x: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
         """Fill in place, if there is anything to fill."""
-        if at_hand(present) and bool(present.all()):
+        if on_host(present) and bool(present.all()):
             return x
         return x.masked_fill_(~present[:, None], 0)
 
-    def position(self, columns: torch.Tensor, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def find_columns(self, columns: torch.Tensor, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Search."""
         at = torch.searchsorted(columns, index).clamp(max=len(columns) - 1)
         return at, columns[at] == index
 
-    def places(self, x: torch.Tensor) -> torch.Tensor:
+    def element_indices(self, x: torch.Tensor) -> torch.Tensor:
         """Count."""
         return torch.arange(len(x), device=x.device)
 
-    def first(self, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+    def first_where(self, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
         """Find, without asking a device."""
         if not len(x):
             return self.scalar64(0.0, x)
@@ -128,7 +128,12 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: torch.Tensor, target: torch.Tensor, columns: Any, rule: ShardedSoftmax, at: At
+        ctx: Any,
+        logits: torch.Tensor,
+        target: torch.Tensor,
+        columns: Any,
+        rule: ShardedSoftmax,
+        at: GroupContext,
     ) -> torch.Tensor:
         part = rule.part(_OPS, logits, target, at.rank, columns)
         messages = _told(part.message, rule, at)
@@ -156,7 +161,7 @@ class _CrossEntropy(torch.autograd.Function):
         return out.to(ctx.dtype), None, None, None, None
 
 
-def _told(message: torch.Tensor, rule: ShardedSoftmax, at: At) -> torch.Tensor:
+def _told(message: torch.Tensor, rule: ShardedSoftmax, at: GroupContext) -> torch.Tensor:
     """Return the messages of all ranks, checked. One all-gather."""
     flat, length = message, len(message)
     if at.size > 1:
@@ -233,7 +238,7 @@ def _losses(
     if torch.compiler.is_compiling():
         # (As a decorator this would load the compiler, a second, for everyone.)
         return torch.compiler.disable(_losses)(logits, target, rule, process_set, columns)
-    group, rank, size = members(hvd, process_set, "sharded_cross_entropy")
+    group, rank, size = resolve_group(hvd, process_set, "sharded_cross_entropy")
     if not isinstance(target, torch.Tensor) or target.is_floating_point() or target.dtype == torch.bool:
         raise ShapeError(
             f"sharded_cross_entropy: target must be class numbers (int64), not {_kind(target)} "
@@ -242,7 +247,7 @@ def _losses(
     rule.check_shapes(
         tuple(logits.shape), tuple(target.shape), None if columns is None else len(columns), rank, size
     )
-    at = At("hvdloss.sharded_cross_entropy", group, rank, size)
+    at = GroupContext("hvdloss.sharded_cross_entropy", group, rank, size)
     if columns is not None:
         columns = columns.to(logits.device)
     flat: torch.Tensor = _CrossEntropy.apply(
@@ -341,7 +346,7 @@ class ShardedLinear(torch.nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _, self.rank, size = members(hvd, process_set, "ShardedLinear")
+        _, self.rank, size = resolve_group(hvd, process_set, "ShardedLinear")
         self.process_set = process_set
         self.shards = ClassShards(classes, size, sizes)
         self.in_features, self.normalize = in_features, normalize

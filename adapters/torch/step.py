@@ -14,8 +14,8 @@ import numpy as np
 
 import torch
 from hvdloss import watch
-from hvdloss.agreement import agree
-from hvdloss.communicator import Communicator, included, ranks_of
+from hvdloss.agreement import check_consistency
+from hvdloss.communicator import Communicator, group_ranks, included
 from hvdloss.control.compression import AdaptiveCompression
 from hvdloss.errors import AgreementError, ConfigError, HvdlossError, UsageError
 from hvdloss.guard import due
@@ -26,19 +26,19 @@ from hvdloss.step.local import local_outcome
 from hvdloss.step.outcome import Action, Outcome
 from hvdloss.step.phase import Event, Phase
 from hvdloss.step.state import StepState
-from hvdloss.term import Travel
+from hvdloss.term import CommStats
 from hvdloss.torch._backend import hvd
 from hvdloss.torch.backward import PassCollector
 from hvdloss.torch.guard import check_synchronized, checksums
 from hvdloss.torch.hooks import StepHooks
 from hvdloss.torch.ledgers import LedgerExchange, zeroed
 from hvdloss.torch.local import LocalSteps, average_optimizer_state
-from hvdloss.torch.ops import communicator_of, put_on
+from hvdloss.torch.ops import communicator_of, to_device_async
 from hvdloss.torch.parameters import OptimizerParameters
 from hvdloss.torch.reducer import GradientReducer, Options
 from hvdloss.torch.several import LossExchange
 from hvdloss.tuning import launched
-from hvdloss.world import following, next_number
+from hvdloss.world import next_name_index, register_for_reset
 
 __all__ = ["ExactStep"]
 
@@ -74,7 +74,7 @@ class ExactStep:
         options: Options,
     ) -> None:
         # Optimizers are told apart on the wire by the order of their construction in a process set.
-        self.name = f"hvdloss.{next_number(('torch', getattr(options.process_set, 'process_set_id', 0)))}"
+        self.name = f"hvdloss.{next_name_index(('torch', getattr(options.process_set, 'process_set_id', 0)))}"
         self.objective, self.options = objective, options
         me = weakref.ref(self)  # what is made here does not hold this
         self.state = StepState(
@@ -103,7 +103,7 @@ class ExactStep:
         self._judged: tuple[Ledgers, np.ndarray] | None = None  # of this step, with what terms told by rank
         if self.included:  # others keep their own gradients, as with Horovod
             self._take_part(passes)
-        following(self)
+        register_for_reset(self)
 
     @property
     def process_set(self) -> Any:
@@ -150,22 +150,22 @@ class ExactStep:
             )
         else:
             objective.exchange = None
-        self._begin_terms(anew=True)
+        self._begin_terms(force=True)
 
-    def _begin_terms(self, *, anew: bool = False) -> None:
-        self.controller.begin(self.process_set.rank(), self.process_set.size(), anew=anew)
+    def _begin_terms(self, *, force: bool = False) -> None:
+        self.controller.reset(self.process_set.rank(), self.process_set.size(), force=force)
 
-    def backward_began(self, row: torch.Tensor, gradient: torch.Tensor, graph: Any) -> None:
+    def on_backward_begin(self, row: torch.Tensor, gradient: torch.Tensor, graph: Any) -> None:
         """Listen to the objective; see :class:`hvdloss.objective.Listener`."""
-        self.passes.backward_began(row, gradient, graph)
+        self.passes.on_backward_begin(row, gradient, graph)
 
-    def backward_of_another(self, name: str, graph: Any) -> None:
+    def on_foreign_backward(self, name: str, graph: Any) -> None:
         """Listen to other objectives; see :class:`hvdloss.objective.Listener`."""
-        self.passes.backward_of_another(name, graph)
+        self.passes.on_foreign_backward(name, graph)
 
     # -- other ranks, and going on ----------------------------------------------------------------
 
-    def renew(self) -> None:
+    def reset(self) -> None:
         """Reset what belongs to the ranks there were: buckets, collectives in flight, weight scale."""
         self._begin_step()
         self.reducer.reset()
@@ -174,7 +174,7 @@ class ExactStep:
             self._losses.reset()
         self.state.reset()
         if self.included:
-            self._begin_terms(anew=True)
+            self._begin_terms(force=True)
 
     def memory(self) -> dict[str, Any]:
         """Return what a run that goes on needs besides the optimizer's own state; equal on all ranks.
@@ -232,7 +232,7 @@ class ExactStep:
             local.clear()
             reducer.reset()
         reducer.keep_views()
-        compressing = self.controller.act(AdaptiveCompression)
+        compressing = self.controller.policy(AdaptiveCompression)
         if compressing is not None:
             reducer.compress(compressing.on)
         local.now = reducer.planned and local.wanted  # the first step, which makes the plan, is done together
@@ -283,7 +283,7 @@ class ExactStep:
 
     def _waiting(self) -> AbstractContextManager[None]:
         """Say, while it lasts, that this rank waits for the others in a step."""
-        return watch.waiting_in_step(self.name, ranks_of(hvd, self.process_set))
+        return watch.waiting_in_step(self.name, group_ranks(hvd, self.process_set))
 
     def communicator(self) -> Communicator:
         """Return the exchange of small arrays among this optimizer's ranks."""
@@ -321,19 +321,19 @@ class ExactStep:
         self.ledgers.send(own, torch.tensor(there, dtype=torch.float64), self.reducer.ledger_bucket)
 
     def _device(self) -> torch.device:
-        """Return where ledgers travel: the same kind of device on all ranks, with a batch or without."""
+        """Return where ledgers comm_stats: the same kind of device on all ranks, with a batch or without."""
         bucket = self.reducer.ledger_bucket
         return self.parameters.device() if bucket is None else bucket.flat.device
 
     def _own_ledger(
-        self, row: Any, untracked: int, nonfinite: Any, moved: float = 0.0, late: bool = False
+        self, row: Any, untracked: int, nonfinite: Any, drift_sqnorm: float = 0.0, late: bool = False
     ) -> torch.Tensor:
-        """Return this rank's ledger, float64 ``(WIDTH,)``, to be sent; `moved` after local steps."""
+        """Return this rank's ledger, float64 ``(LEDGER_WIDTH,)``; with `drift_sqnorm` after local steps."""
         measured = {"nonfinite_gradients": nonfinite, **self.passes.measured()}
         ledger = self.state.ledger(
-            strays=float(untracked),
-            moved=moved,
-            together=self.local.mean_update,
+            untracked_backwards=float(untracked),
+            drift_sqnorm=drift_sqnorm,
+            mean_update_sqnorm=self.local.mean_update,
             hooks=float(self._hooks.count),
             late=float(late),
         )
@@ -407,19 +407,19 @@ class ExactStep:
             self._close(step, reducer.travelled(self.message_counts()["messages"]))
         else:  # a step that terms do not see
             state.log.keep(ledgers, step)
-        self._publish(differ=ledgers.differ("hooks"))
+        self._publish(differ=ledgers.differs("hooks"))
         if ledgers.total("late"):  # what is done to gradients before the update is not done on those ranks
             self._hooks.watch_gradients()
         self._measure(ledgers)
         state.agree_on_factor(ledgers)
 
-    def _close(self, step: int, travel: Travel) -> None:
+    def _close(self, step: int, comm_stats: CommStats) -> None:
         """Let the terms look at a finished step, and keep it."""
         assert self._judged is not None
         ledgers, told = self._judged
         if self.controller.terms:
             table = np.hstack([ledgers.rows, told])
-            self.controller.close(step, table, travel, self.objective.reduction)
+            self.controller.on_step_end(step, table, comm_stats, self.objective.reduction)
         self.state.log.keep(ledgers, step)
 
     def _publish(self, *, differ: bool = False) -> None:
@@ -429,7 +429,7 @@ class ExactStep:
         """
         self._hooks.run(self.reducer.restore_sparse, self._check_hooks if differ else None)
         self.state.log.steps += 1
-        watch.stepped(self.name)
+        watch.on_step(self.name)
         self._begin_step()
         if self._losses is not None:
             self._losses.begin_step()
@@ -443,7 +443,7 @@ class ExactStep:
         """
         told = np.zeros(self.process_set.size())
         told[self.process_set.rank()] = changed
-        told = self.communicator().sum(told, f"{self.name}.hooks")
+        told = self.communicator().all_reduce(told, f"{self.name}.hooks")
         if not told.any():
             return
         ranks = ", ".join(str(rank) for rank, flag in enumerate(told) if flag)
@@ -458,7 +458,7 @@ class ExactStep:
     def _make_plan(self, late: bool) -> None:
         """Agree with all ranks on the parameters, make the buckets, and fill them with this step."""
         parameters, reducer = self.parameters.all(), self.reducer
-        agreed = agree(
+        agreed = check_consistency(
             self.communicator(),
             reducer.infos(),
             lambda: checksums(parameters),
@@ -502,7 +502,7 @@ class ExactStep:
         return self.reducer.counts(bool(self.controller.width) + 2 * (self._losses is not None))
 
     def _choices(self) -> dict[str, Any]:
-        return {**self.options.tuning.as_dict(), **launched(hvd), "travel": self.message_counts()}
+        return {**self.options.tuning.as_dict(), **launched(hvd), "comm_plan": self.message_counts()}
 
     # -- local steps ------------------------------------------------------------------------------
 
@@ -539,12 +539,12 @@ class ExactStep:
         with state.timer.exchange():
             flats, weight, moved = local.updates()
             sums = local.sums
-            own = self._own_ledger(sums.row, sums.untracked, float(sums.nonfinite), moved=moved)
+            own = self._own_ledger(sums.row, sums.untracked, float(sums.nonfinite), drift_sqnorm=moved)
             message = self.ledgers.message()
             table = message.write(own)
             told = self.ledgers.wire.send(table, f"{self.name}.stretch")
-            waits, travel = local.send(flats, weight, self.reducer.wire)
-            who = ranks_of(hvd, self.process_set)
+            waits, comm_stats = local.send(flats, weight, self.reducer.wire)
+            who = group_ranks(hvd, self.process_set)
             with watch.waiting(f"{self.name}.exchange.{state.log.steps}", who):
                 for wait in (told, *waits):
                     wait()
@@ -554,7 +554,7 @@ class ExactStep:
                 total = ledgers.total("denominator")
                 if self.objective.reduction == "sum":
                     total = float(np.count_nonzero(ledgers.column("denominator") > 0))
-                self._close(state.log.steps, travel)
+                self._close(state.log.steps, comm_stats)
                 self._judged = None
             except BaseException:
                 local.restore_parameters()
@@ -652,4 +652,6 @@ def _floats(*values: Any) -> list[float]:
         return [float(value) for value in values]
     parts = [torch.as_tensor(value, dtype=torch.float64).reshape(-1) for value in values]
     device = next((part.device for part in parts if part.device.type != "cpu"), parts[0].device)
-    return torch.cat([part if part.device == device else put_on(part, device) for part in parts]).tolist()
+    return torch.cat(
+        [part if part.device == device else to_device_async(part, device) for part in parts]
+    ).tolist()

@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from hvdloss.checks import whole
+from hvdloss.checks import check_int
 from hvdloss.communicator import Communicator, rank_and_size
 from hvdloss.data import Epoch, RowGroups, Source
-from hvdloss.data.stream import LaneItems, Opened, Rules, Turns, read_batches
+from hvdloss.data.stream import LaneSchedule, OpenedSource, Rules, SharedIterable, read_batches
 from hvdloss.errors import ConfigError, DataError, UsageError
-from hvdloss.hearing import hear
+from hvdloss.messages import decode_all
 from hvdloss.torch._backend import hvd
 from hvdloss.torch.ops import communicator_of
 from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
@@ -78,23 +78,23 @@ class StreamLoader:
         taken = [name for name in _OURS if name in options]
         if taken:
             raise ConfigError(f"{', '.join(taken)}: StreamLoader has its own; leave it out")
-        self.batch_size = whole("batch_size", batch_size, 1)
+        self.batch_size = check_int("batch_size", batch_size, 1)
         self._process_set = process_set
         self.rank, self.ranks = rank_and_size(hvd, process_set)
-        self.lanes = max(1, whole("num_workers", options.get("num_workers", 0), 0))
+        self.lanes = max(1, check_int("num_workers", options.get("num_workers", 0), 0))
         self.data = data
-        self._turns: Turns | None = None  # of files
+        self._turns: LaneSchedule | None = None  # of files
         # Steps of this epoch, items of this rank's lanes, and whether they are through.
         self._given, self._taken, self._over = 0, [0] * self.lanes, False
         if isinstance(data, Source):
-            self._opened: Opened | None = Opened(data, sharding, self.ranks)
+            self._opened: OpenedSource | None = OpenedSource(data, sharding, self.ranks)
             self.sharding: RowGroups | None = self._opened.rule
             self._begin(Epoch(self.sharding, self.ranks * self.lanes))
         else:
             if sharding is not None:
                 raise ConfigError("sharding= is of files; the items of an iterable are dealt out in turns")
             self._opened = self.sharding = None
-            self._begin(LaneItems())
+            self._begin(SharedIterable())
         self._agreed = False
         self._running: object = None  # the loop that is under way
         self._collate, self._options = collate_fn, options
@@ -110,46 +110,54 @@ class StreamLoader:
 
     # -- position ---------------------------------------------------------------------------------
 
-    def mark(self) -> Any:
-        """Return what :meth:`state_dict` makes the position of now from, later; no collective."""
+    def get_position(self) -> Any:
+        """Return the current position for a later :meth:`state_dict`; no collectives."""
         return self._given, self._over, list(self._taken)
 
-    def rewind(self, mark: Any) -> None:
-        """Go back to an earlier position of a loop that was left, from :meth:`mark`."""
-        self._given, self._over, taken = mark
+    def set_position(self, position: Any) -> None:
+        """Go back to an earlier position of an interrupted loop, from :meth:`get_position`."""
+        self._given, self._over, taken = position
         self._taken = list(taken)
 
-    def state_dict(self, mark: Any = None) -> dict[str, Any]:
+    def state_dict(self, position: Any = None) -> dict[str, Any]:
         """Return the position, the same on all ranks; JSON-able. The batch last given counts as used.
 
         Args:
-            mark: of an earlier position in this loop, from :meth:`mark`; None for the present one.
+            position: an earlier one of this loop, from :meth:`get_position`; None for the current one.
 
         Collectives: none of files; one gather of an iterable, so all ranks must call it.
         """
-        given, over, taken = self.mark() if mark is None else mark
+        given, over, taken = self.get_position() if position is None else position
         if self._turns is not None:
             reached = copy.copy(self._turns.epoch)
-            reached.take(self._turns.taken(given))
-            return self._of_files(reached.state())
-        told = json.dumps([over, taken]).encode()
-        heard = hear(self._communicator().gather(told, "hvdloss.stream.position"), "position", _is_position)
-        if all(over for over, _ in heard):
-            return LaneItems(epoch=self._items.number + 1).state()
-        return self._items.state([count for _, taken in heard for count in taken])
+            reached.advance(self._turns.consumed(given))
+            return self._of_files(reached.state_dict())
+        message = json.dumps([over, taken]).encode()
+        positions = decode_all(
+            self._communicator().all_gather_bytes(message, "hvdloss.stream.position"),
+            "position",
+            _is_position,
+        )
+        if all(over for over, _ in positions):
+            return SharedIterable(epoch=self._items.number + 1).state_dict()
+        return self._items.state_dict([count for _, taken in positions for count in taken])
 
     def _of_files(self, state: dict[str, Any]) -> dict[str, Any]:
-        return state if self._opened is None else self._opened.signed(state)
+        return state if self._opened is None else self._opened.with_fingerprint(state)
 
     def start_state(self) -> dict[str, Any]:
         """Return the position at which the loop began that is under way, or was last; no collective."""
-        return self._items.state() if self._turns is None else self._of_files(self._turns.epoch.state())
+        return (
+            self._items.state_dict()
+            if self._turns is None
+            else self._of_files(self._turns.epoch.state_dict())
+        )
 
     def load_state_dict(self, state: Any) -> None:
         """Go on from a position, with whatever number of ranks and workers there is now.
 
         A loop that is under way is over with it. Where this rank could not open its files the position is
-        left alone: the next loop tells all ranks why.
+        left alone: the next loop raises the reason on all ranks.
 
         Raises:
             ConfigError: no position, or one of other files or another sharding; nothing is changed then.
@@ -161,37 +169,37 @@ class StreamLoader:
         if self.sharding is not None:
             assert self._opened is not None
             self._opened.check(state, ranks)
-            self._begin(Epoch.of(self.sharding, state, ranks * self.lanes))
+            self._begin(Epoch.from_state_dict(self.sharding, state, ranks * self.lanes))
         else:
-            self._begin(LaneItems.after(state))
+            self._begin(SharedIterable.from_state_dict(state))
         if (rank, ranks) != (self.rank, self.ranks):
             self.rank, self.ranks = rank, ranks
             self._make()
         self._agreed, self._running = False, None
 
-    def _begin(self, position: Epoch[Any] | LaneItems) -> None:
+    def _begin(self, position: Epoch[Any] | SharedIterable) -> None:
         """Begin at a position."""
-        if isinstance(position, LaneItems):
+        if isinstance(position, SharedIterable):
             self._items = position
         else:
-            self._turns = Turns(position, self.lanes, self.batch_size)
+            self._turns = LaneSchedule(position, self.lanes, self.batch_size)
         self._given, self._taken, self._over = 0, [0] * self.lanes, False
 
     def _go_on(self) -> None:
         """Begin what is left of this epoch, or the next one."""
         if self.sharding is not None:
             lanes = self.ranks * self.lanes
-            epoch = Epoch.of(self.sharding, self.state_dict(), lanes)
-            if epoch.over and self.sharding.samples:
+            epoch = Epoch.from_state_dict(self.sharding, self.state_dict(), lanes)
+            if epoch.exhausted and self.sharding.samples:
                 epoch = Epoch(self.sharding, lanes, epoch.number + 1)
             self._begin(epoch)
         elif self._over:
-            self._begin(LaneItems(epoch=self._items.number + 1))
+            self._begin(SharedIterable(epoch=self._items.number + 1))
         elif any(self._taken):
             raise UsageError(
-                "the loop over this StreamLoader was left before its end, and where ranks stand is told by "
-                "them all: call loader.load_state_dict(loader.state_dict()) on every rank to go on with the "
-                "rest of the epoch"
+                "the loop over this StreamLoader was left before its end, and only all ranks together "
+                "know the position: call loader.load_state_dict(loader.state_dict()) on every rank to "
+                "continue with the rest of the epoch"
             )
 
     # -- batches ----------------------------------------------------------------------------------
@@ -208,7 +216,7 @@ class StreamLoader:
         if left or not self.sharding.samples:
             return left
         following = Epoch(self.sharding, self.ranks * self.lanes, self._turns.epoch.number + 1)
-        return Turns(following, self.lanes, self.batch_size).steps
+        return LaneSchedule(following, self.lanes, self.batch_size).steps
 
     def epochs(self, count: int) -> Iterator[int]:
         """Give the numbers of the epochs that are left of so many, as often as a loop over each begins.
@@ -230,7 +238,7 @@ class StreamLoader:
         if self._running is not None:
             raise UsageError("this StreamLoader is being iterated over already; make another one")
         if self._opened is not None and not self._agreed:
-            self._opened.agree(self._communicator())
+            self._opened.check_consistency(self._communicator())
             self._agreed = True
         self._go_on()
         this = self._running = object()
@@ -239,12 +247,12 @@ class StreamLoader:
             turns = self._turns
             self._lane.begin(self.start_state())
             batches = iter(self._loader)
-            for told in batches:
+            for received in batches:
                 if self._running is not this:
                     raise UsageError("a position was loaded in the middle of this loop; begin another one")
-                if told is None:  # a lane that is through, while others are not
+                if received is None:  # a lane that is done, while others are not
                     continue
-                lane, count, batch = told
+                lane, count, batch = received
                 self._given += 1
                 self._taken[lane] += count
                 yield batch
@@ -296,21 +304,21 @@ class _Lane(IterableDataset[Any]):
         text = self._state.numpy().tobytes()
         state = json.loads(text[: text.index(0)])
         if self.sharding is None:
-            items = LaneItems.after(state).of(self.data, lanes, lane)
+            items = SharedIterable.from_state_dict(state).items_for(self.data, lanes, lane)
             while batch := list(itertools.islice(items, self.batch_size)):
                 yield own, len(batch), (self.collate or default_collate)(batch)
             return
-        epoch: Epoch[Any] = Epoch.of(self.sharding, state, lanes)
-        turns = Turns(epoch, self.lanes, self.batch_size)
-        mine = epoch.left[lane]
+        epoch: Epoch[Any] = Epoch.from_state_dict(self.sharding, state, lanes)
+        turns = LaneSchedule(epoch, self.lanes, self.batch_size)
+        mine = epoch.remaining[lane]
         for columns in read_batches(self.data, self.sharding, epoch.number, mine, self.batch_size):
             yield own, 0, self._batch(columns)
         for _ in range(turns.rounds - int(turns.batches[self.rank, own])):
             yield None  # DataLoader asks workers in turns only while all give something
 
 
-def _is_position(told: Any) -> bool:
-    over, taken = told
+def _is_position(message: Any) -> bool:
+    over, taken = message
     return isinstance(over, bool | int) and all(isinstance(count, int) and count >= 0 for count in taken)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from hvdloss.data import Epoch, Sharding, Shuffled
 from hvdloss.errors import ConfigError, UsageError
-from hvdloss.extras import library
+from hvdloss.extras import optional_import
 from hvdloss.torch._backend import hvd
 from hvdloss.torch.data import ShardedLoader
 from hvdloss.torch.functions import broadcast_parameters
@@ -27,8 +27,8 @@ from hvdloss.trackers import scalars
 
 __all__ = ["HorovodTrainer", "absent", "one_of_many", "token_loss"]
 
-_transformers = library("transformers", "transformers", "hvdloss.torch.transformers")
-library("accelerate", "transformers", "hvdloss.torch.transformers")
+_transformers = optional_import("transformers", "transformers", "hvdloss.torch.transformers")
+optional_import("accelerate", "transformers", "hvdloss.torch.transformers")
 IGNORED = -100
 
 
@@ -79,7 +79,7 @@ def one_of_many() -> None:
     Collectives: none.
     """
     hvd.init()
-    states = library("accelerate.state", "transformers", "hvdloss.torch.transformers")
+    states = optional_import("accelerate.state", "transformers", "hvdloss.torch.transformers")
     count = states.PartialState().num_processes
     if count != 1:
         raise ConfigError(
@@ -209,7 +209,7 @@ class HorovodTrainer(_transformers.Trainer):  # type: ignore[misc]
 
 def _causal(model: Any) -> bool:
     """Return whether the model's own loss takes the logits at one place for the label at the next."""
-    losses = library("transformers.loss.loss_utils", "transformers", "hvdloss.torch.transformers")
+    losses = optional_import("transformers.loss.loss_utils", "transformers", "hvdloss.torch.transformers")
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return False
     return getattr(model, "loss_function", None) is losses.ForCausalLMLoss  # also where it names none

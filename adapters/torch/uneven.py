@@ -20,7 +20,7 @@ Batch = TypeVar("Batch")
 
 
 class _Signals:
-    """What ranks tell each other in the ledgers of an optimizer's steps."""
+    """The status of data loops in the ledgers of an optimizer's steps."""
 
     def __init__(self, step: ExactStep) -> None:
         self._step = step
@@ -30,11 +30,11 @@ class _Signals:
         return self._step.state.phase.passes * period_of(self._step.controller)
 
     @property
-    def heard(self) -> tuple[int, bool]:
-        return self._step.state.status.heard
+    def sync_status(self) -> tuple[int, bool]:
+        return self._step.state.status.sync_status
 
-    def tell(self, more: bool, error: BaseException | None = None) -> None:
-        self._step.state.status.more, self._step.state.status.error = more, error
+    def send_status(self, more: bool, error: BaseException | None = None) -> None:
+        self._step.state.status.has_next, self._step.state.status.error = more, error
 
 
 def _array(value: Any) -> tuple[str, list[int]] | None:
@@ -61,7 +61,7 @@ def _make(kind: str, shape: list[int]) -> Any:
 
 
 def uneven(batches: Iterable[Batch], optimizer: Any) -> Uneven[Batch]:
-    """Give this rank's batches, and then batches without rows until every rank is through.
+    """Yield this rank's batches, and then batches without rows until every rank is done.
 
     Ranks may have any number of batches, known or not, also none. All make the same number of steps, each
     of which is exact for the samples there are::
@@ -71,7 +71,7 @@ def uneven(batches: Iterable[Batch], optimizer: Any) -> Uneven[Batch]:
             objective(model(x), y).backward()
             optimizer.step()
 
-    Whether a rank has more is told in the ledgers of the steps, for which it reads one batch ahead. With
+    Whether a rank has more is in the ledgers of the steps, for which it reads one batch ahead. With
     accumulation (``backward_passes_per_step``) and local steps the loop ends with the step, or exchange,
     after which no rank has more. If a rank's batches raise, its last step's batches are still used; in the
     next step every rank raises the same error, and nothing is updated (in a stretch of local steps the
@@ -98,7 +98,7 @@ def uneven(batches: Iterable[Batch], optimizer: Any) -> Uneven[Batch]:
     if step is None:
         raise ConfigError(
             f"optimizer={type(optimizer).__name__} is not from hvdloss.torch.DistributedOptimizer with an "
-            f"objective, in whose steps ranks tell whether they have more"
+            f"objective, in whose steps ranks exchange whether they have more"
         )
     return Uneven(
         batches,

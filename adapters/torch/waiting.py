@@ -9,15 +9,15 @@ from collections.abc import Callable
 from typing import Any
 
 from hvdloss import watch
-from hvdloss.communicator import process_set_ranks, ranks_of
+from hvdloss.communicator import group_ranks, ranks_of_process_set_id
 from hvdloss.torch import blocking
 from hvdloss.torch._backend import hvd
 
-__all__ = ["explaining", "wait"]
+__all__ = ["raise_root_cause", "wait"]
 
 _PREFIX = "horovod_torch_"
 
-explaining = functools.partial(blocking.explaining, hvd.HorovodInternalError)
+raise_root_cause = functools.partial(blocking.raise_root_cause, hvd.HorovodInternalError)
 
 
 def wait(handle: int, name: str = "", process_set: Any = None) -> Any:
@@ -31,7 +31,7 @@ def wait(handle: int, name: str = "", process_set: Any = None) -> Any:
     Raises:
         RankError, LostRankError, StallError: ranks cannot go on together (:mod:`hvdloss.watch`).
     """
-    with watch.waiting(name, ranks_of(hvd, process_set)) if name else contextlib.nullcontext():
+    with watch.waiting(name, group_ranks(hvd, process_set)) if name else contextlib.nullcontext():
         return hvd.synchronize(handle)
 
 
@@ -66,8 +66,8 @@ class _Launches:
                 what = operation
             else:
                 what = f"{operation}.{name or f'noname.{handle}'}"  # as Horovod itself
-            ranks = () if operation == "join" else process_set_ranks(hvd, args[at])
-            self.begun[handle] = (what, ranks, watch.begun(what, ranks))
+            ranks = () if operation == "join" else ranks_of_process_set_id(hvd, args[at])
+            self.begun[handle] = (what, ranks, watch.enter_exchange(what, ranks))
             return handle
 
         return launch
@@ -84,8 +84,8 @@ def _observe() -> None:
         begun = launches.begun.pop(handle, None)
         if begun is not None and not hvd.poll(handle):
             with watch.waiting_for(*begun):
-                blocking.until(functools.partial(hvd.poll, handle))
-        with explaining():
+                blocking.block_until(functools.partial(hvd.poll, handle))
+        with raise_root_cause():
             return plain(handle)
 
     for name, module in list(sys.modules.items()):

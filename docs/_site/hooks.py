@@ -50,7 +50,7 @@ PAGES: dict[str, tuple[str, str, tuple[str, ...]]] = {
         ("hvdloss.losses",),
     ),
     "terms": (
-        "Terms and acts",
+        "Terms and policies",
         "What is measured per rank, and what it decides. The guide is [Terms](../terms.md).",
         (
             "hvdloss.terms",

@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from hvdloss._version import __version__
-from hvdloss.private import others_excluded
+from hvdloss.private import private_umask
 
 #: Subcommand -> (module, attribute, one line for ``--help`` so that it need not import them).
 _COMMANDS = {
@@ -52,7 +52,7 @@ def cli(ctx: click.Context) -> None:
     """The exact global loss over Horovod: install it, check it, measure it."""
     # What commands write tells of data. `install` writes into the environment, which others may share.
     if ctx.invoked_subcommand != "install":
-        ctx.with_resource(others_excluded())
+        ctx.with_resource(private_umask())
 
 
 def main(args: list[str] | None = None) -> Any:

@@ -149,7 +149,7 @@ def _watch(report: Report) -> None:
 
 
 def _choices(report: Report) -> None:
-    """How gradients would travel, and what decided it; a controller that suits one machine."""
+    """Report the communication settings and what decided them, and a controller that suits one machine."""
     try:
         tuning = choose()
     except ConfigError as error:
@@ -159,7 +159,7 @@ def _choices(report: Report) -> None:
     deciders = {choice["by"] for choice in tuning.as_dict().values()} - {"rule"}
     text = (
         f"buckets of {tuning.bucket_cap_mb.value:g} MiB, the first of {tuning.first_bucket_mb.value:g}; from "
-        f"{tuning.alone_mb.value:g} MiB on gradients travel as they lie; "
+        f"{tuning.unbucketed_mb.value:g} MiB on gradients are not bucketed; "
         f"{'while' if tuning.overlap.value else 'after'} the backward pass"
     )
     by = f" ({', '.join(sorted(deciders))})" if deciders else ""

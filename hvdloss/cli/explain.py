@@ -249,11 +249,11 @@ def _adapter() -> Any:
 def _subject(hvd: Any, function: Callable[[], Any], kinds: list[str]) -> dict[str, Any]:
     """Return what the entry gives, checked on every rank."""
     from hvdloss.communicator import Communicator, OneProcess
-    from hvdloss.explain.exchange import Told, tell
+    from hvdloss.explain.exchange import RankMessage, exchange_messages
 
     made: dict[str, Any] = {}
 
-    def make() -> Told:
+    def make() -> RankMessage:
         given = function()
         if not isinstance(given, Mapping):
             raise ConfigError(f"the entry gave a {type(given).__name__}; it must return a dict")
@@ -265,13 +265,13 @@ def _subject(hvd: Any, function: Callable[[], Any], kinds: list[str]) -> dict[st
             if key not in _KEYS:
                 raise ConfigError(f"the entry's dict has {key!r}, which is none of {', '.join(_KEYS)}")
         made.update(given)
-        return Told()
+        return RankMessage()
 
     ranks: Communicator = OneProcess()
     if hvd.size() > 1:
         home = "torch" if hvd.__name__ == "hvdloss.torch" else "tensorflow"
         ranks = importlib.import_module(f"hvdloss.{home}.ops").communicator_of(hvd.global_process_set)
-    tell(ranks, "hvdloss.explain.entry", "calling the entry", make)
+    exchange_messages(ranks, "hvdloss.explain.entry", "calling the entry", make)
     return made
 
 

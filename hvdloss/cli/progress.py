@@ -12,14 +12,14 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from hvdloss.world import launched_as
+from hvdloss.world import launcher_rank
 
 __all__ = ["bar", "launched", "waiting"]
 
 
 def launched() -> bool:
     """Return whether a launcher started this process as one of several ranks."""
-    return launched_as() is not None
+    return launcher_rank() is not None
 
 
 def _shown(console: Console) -> bool:

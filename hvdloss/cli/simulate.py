@@ -36,8 +36,8 @@ from hvdloss.control.simulation import (
     simulate_training,
 )
 from hvdloss.errors import ConfigError
-from hvdloss.hearing import parsed
-from hvdloss.term import Act, Decision
+from hvdloss.messages import parse_json
+from hvdloss.term import Decision, Policy
 from hvdloss.terms.link import LinkModel
 
 if TYPE_CHECKING:
@@ -228,8 +228,8 @@ def _options(*options: Any) -> Callable[[Any], Any]:
     click.option(
         "--period", type=_Period(), help=f"Steps between exchanges: a number, or {', '.join(RULES[1:])}."
     ),
-    click.option("--first", type=click.IntRange(1), help="The period that a rule begins with."),
-    click.option("--most", type=click.IntRange(1), default=128, help="The longest period of a rule."),
+    click.option("--initial-period", type=click.IntRange(1), help="Initial period of a rule."),
+    click.option("--max-period", type=click.IntRange(1), default=128, help="Longest period of a rule."),
     click.option("--interval", type=TIME, default="5s", help="Simulated time between a rule's decisions."),
     click.option(
         "--start", type=click.IntRange(0), default=0, help="Exchange in every step before this one."
@@ -329,9 +329,10 @@ class _Asked:
                 raise click.BadOptionUsage(name, f"--{name} is in the file of --link; leave one out", ctx)
         if given["log"] and len(self.ranks) > 1:
             raise click.BadOptionUsage("log", f"--log takes one number of ranks, not {len(self.ranks)}", ctx)
-        for name in ("first", "outer"):
+        for name in ("initial_period", "outer"):
             if given[name] is not None and given["period"] is None:
-                raise click.BadOptionUsage(name, f"--{name} belongs to a --period", ctx)
+                flag = "--" + name.replace("_", "-")
+                raise click.BadOptionUsage(name, f"{flag} belongs to a --period", ctx)
         for option, count in (("straggler", "ranks"), ("slow_link", "hosts")):
             most = max(self.ranks) if count == "ranks" else -(-max(self.ranks) // given["local_ranks"])
             for number, _ in given[option]:
@@ -354,7 +355,7 @@ class _Asked:
             batch_size=batch,
             bytes=given["parameters"] * given["bytes_per_parameter"],
             steps=given["steps"],
-            acts=self._acts(batch),
+            policies=self._acts(batch),
             compute=self._compute(ranks),
             network=self._network(ranks, fits),
             loss=LossModel(
@@ -393,17 +394,17 @@ class _Asked:
             return NetworkModel.from_fits(fits, **more)
         return NetworkModel(latency=given["latency"], bandwidth=given["bandwidth"], **more)
 
-    def _acts(self, batch: int) -> tuple[Act, ...]:
+    def _acts(self, batch: int) -> tuple[Policy, ...]:
         given = self.given
-        acts: list[Act] = []
+        policies: list[Policy] = []
         if given["shares"]:
-            acts.append(BatchShares(batch, gain=given["gain"], delay=given["delay"]))
+            policies.append(BatchShares(batch, gain=given["gain"], delay=given["delay"]))
         if given["period"] is not None:
-            acts.append(
+            policies.append(
                 SyncPeriod(
                     given["period"],
-                    first=given["first"],
-                    most=given["most"],
+                    initial_period=given["initial_period"],
+                    max_period=given["max_period"],
                     interval=given["interval"],
                     start=given["start"],
                     outer=None if given["outer"] is None else OuterStep(*given["outer"]),
@@ -412,8 +413,8 @@ class _Asked:
                 )
             )
         if given["compress"]:
-            acts.append(AdaptiveCompression())
-        return tuple(acts)
+            policies.append(AdaptiveCompression())
+        return tuple(policies)
 
     def settings(self, plan: TrainingPlan) -> dict[str, Any]:
         """Return the options, and the models that were made of them, ready for JSON."""
@@ -444,7 +445,7 @@ def _fits(paths: tuple[Path, ...]) -> dict[int, tuple[float, float]]:
     fits: dict[int, tuple[float, float]] = {}
     for path in paths:
         try:
-            found = parsed(path.read_text(encoding="utf-8"))
+            found = parse_json(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ConfigError(f"--link {str(path)!r}: cannot be read: {error}") from error
         many = found.get("results") if isinstance(found, dict) else None
@@ -467,7 +468,7 @@ def _fits(paths: tuple[Path, ...]) -> dict[int, tuple[float, float]]:
 
 def _fit_in(one: dict[str, Any]) -> tuple[int, float, float]:
     if "samples" in one:
-        link = LinkModel.restore(one)
+        link = LinkModel.from_state_dict(one)
         fit = link.fit()
         if fit is None:
             raise KeyError("times of two sizes")
@@ -508,16 +509,16 @@ def _both(plan: TrainingPlan, log: Path | None, tell: Callable[[str], Callable[[
     """Simulate a plan, and the same ranks without it."""
     label = f"{plan.ranks} ranks"
     # The plan first: what is wrong with it is told at once.
-    planned = simulate_training(plan, log=log, progress=tell(label)) if plan.acts or log else None
+    planned = simulate_training(plan, log=log, progress=tell(label)) if plan.policies or log else None
     plain = simulate_training(plan.plain(), progress=tell(f"{label}, plain"))
-    return _Result(plain, planned if plan.acts else None)
+    return _Result(plain, planned if plan.policies else None)
 
 
 @contextmanager
 def _progress(plans: list[TrainingPlan]) -> Iterator[Callable[[str], Callable[[int, int], None]]]:
     """Give the block a maker of progress callbacks; nothing is shown but on a terminal."""
     with bar() as progress:
-        task = progress.add_task("", total=sum(plan.steps * (1 + bool(plan.acts)) for plan in plans))
+        task = progress.add_task("", total=sum(plan.steps * (1 + bool(plan.policies)) for plan in plans))
 
         def tell(label: str) -> Callable[[int, int], None]:
             progress.update(task, description=label)

@@ -6,20 +6,20 @@ from collections.abc import Sequence
 from typing import Any
 
 from hvdloss.errors import ConfigError
-from hvdloss.term import Act, Closed, Decision
+from hvdloss.term import Decision, Policy, StepStats
 
 __all__ = ["AdaptiveCompression"]
 
 
-class AdaptiveCompression(Act):
-    """Sends 16-bit numbers where the link is slow enough for that to pay.
+class AdaptiveCompression(Policy):
+    """Compresses to float16 on the wire where the link is slow enough for that to pay.
 
-    On where, by the fit t = alpha messages + bytes / beta, bytes take longer than messages and half the
-    bytes would shorten a step by at least `gain`; off again where they would not save half of that.
+    Switches on where, by the fit t = alpha messages + bytes / beta, bytes take longer than messages and
+    half the bytes would shorten a step by at least `gain`; off again where they would not save half of that.
 
     Args:
         gain: least predicted saving, as a share of the time of a step.
-        every: exchanges between two looks.
+        every: exchanges between two decisions.
 
     Raises:
         ConfigError: an argument that cannot be used.
@@ -28,7 +28,7 @@ class AdaptiveCompression(Act):
     of = "communication"
     needs_link = True
 
-    remembers = ("on", "_seen")
+    state_attrs = ("on", "_seen")
 
     def __init__(self, gain: float = 0.1, *, every: int = 5) -> None:
         if not 0 < gain < 1:
@@ -36,23 +36,23 @@ class AdaptiveCompression(Act):
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ConfigError(f"every={every!r} of AdaptiveCompression must be an integer of at least 1")
         self.gain, self.every = gain, every
-        self.begin(0, 1)
+        self.reset(0, 1)
 
-    def begin(self, rank: int, size: int) -> None:
+    def reset(self, rank: int, size: int) -> None:
         """Start without compression."""
         self.on = False
         self._seen = 0
 
-    def close(self, term: Any, step: Closed) -> Sequence[Decision]:
-        """Decide, if it is time."""
+    def on_step_end(self, term: Any, step: StepStats) -> Sequence[Decision]:
+        """Decide, if it is due."""
         self._seen += 1
-        fit, travel = term.link.fit(), term.travel
-        if self._seen % self.every or fit is None or not travel.full_bytes:
+        fit, comm_stats = term.link.fit(), term.comm_stats
+        if self._seen % self.every or fit is None or not comm_stats.full_bytes:
             return ()
-        moving = travel.full_bytes / fit.beta
-        latency = fit.alpha * travel.messages
+        moving = comm_stats.full_bytes / fit.beta
+        latency = fit.alpha * comm_stats.messages
         saved = moving / 2
-        if not travel.parameters and not self.on:
+        if not comm_stats.parameters and not self.on:
             saved = min(saved, term.moving)  # what overlaps computation is not there to be saved
         whole = float((term.computation + term.exposed).max()) + (saved if self.on else 0.0)
         least = self.gain * whole * (0.5 if self.on else 1.0)
@@ -66,7 +66,7 @@ class AdaptiveCompression(Act):
                 "compression",
                 "none" if wanted else "fp16",
                 "fp16" if wanted else "none",
-                f"{travel.full_bytes} bytes take {moving:.3g} s, {travel.messages} messages {latency:.3g} s; "
-                f"half the bytes would save {saved:.3g} s of {whole:.3g} s",
+                f"{comm_stats.full_bytes} bytes take {moving:.3g} s, {comm_stats.messages} messages "
+                f"{latency:.3g} s; half the bytes would save {saved:.3g} s of {whole:.3g} s",
             )
         ]

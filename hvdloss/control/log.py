@@ -1,9 +1,9 @@
-"""The log of a controller: what was measured and decided, enough to decide the same again.
+"""The log of a controller: measurements and decisions, enough to replay the decisions.
 
-One JSON object per line. The first tells the format and the settings; ``"step"`` lines hold what every
-rank told of a step (the table of ledgers, which is what decisions rest on), ``"link"`` lines what was
-measured of the link before the first step, ``"decision"`` lines what was decided and why. Floats are
-written so that reading gives the same bits.
+One JSON object per line. The first has the format and the settings; ``"step"`` lines hold the table of all
+ranks' ledgers, from which everything is decided; ``"link"`` lines what was measured of the link before the
+first step, ``"decision"`` lines the decisions and their reasons. Floats are written so that they read back
+bitwise equal.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ import numpy.typing as npt
 
 from hvdloss.controller import Controller
 from hvdloss.errors import ConfigError
-from hvdloss.hearing import parsed
-from hvdloss.ledger import COLUMN, WIDTH
+from hvdloss.ledger import COLUMN, LEDGER_WIDTH
+from hvdloss.messages import parse_json
 from hvdloss.private import open_private
-from hvdloss.term import Decision, Travel
+from hvdloss.term import CommStats, Decision
 
-__all__ = ["FORMAT", "decide_again", "follow", "read", "record"]
+__all__ = ["FORMAT", "read", "record", "replay", "use_logged_times"]
 
 FORMAT = "hvdloss control log 1"
 Array = npt.NDArray[np.float64]
-# What clocks told: the only columns that differ when the same training is done again.
+# Measured by clocks: the only columns that differ between two runs of the same training.
 _TIMES = [COLUMN["communication"], COLUMN["computation"]]
 
 
@@ -36,17 +36,17 @@ class _Writer:
     def __init__(self, file: IO[str], controller: Controller) -> None:
         self._file = file
         self._controller = controller
-        self._begun = False
+        self._header_written = False
 
     def line(self, **what: Any) -> None:
-        if not self._begun:
-            self._begun = True
+        if not self._header_written:
+            self._header_written = True
             self.line(format=FORMAT, ranks=self._controller.size, settings=self._controller.settings())
         self._file.write(json.dumps(what, allow_nan=True) + "\n")
         self._file.flush()
 
-    def step(self, number: int, table: Array, travel: Travel) -> None:
-        self.line(kind="step", step=number, table=table.tolist(), travel=asdict(travel))
+    def step(self, number: int, table: Array, comm_stats: CommStats) -> None:
+        self.line(kind="step", step=number, table=table.tolist(), comm_stats=asdict(comm_stats))
 
     def decision(self, decision: Decision) -> None:
         self.line(kind="decision", **asdict(decision))
@@ -57,10 +57,10 @@ class _Writer:
 
 
 def record(controller: Controller, path: str | Path) -> None:
-    """Write everything that `controller` sees and decides from now on to a new file.
+    """Write all that `controller` measures and decides from now on to a new file.
 
     Call it on one rank before the first step: all ranks would write the same. Every line is flushed, so
-    the file can be read while it grows and after a crash.
+    the file can be read while it is written and after a crash.
 
     Args:
         controller: of an objective (``objective.controller``).
@@ -80,7 +80,7 @@ def record(controller: Controller, path: str | Path) -> None:
 
 
 def read(path: str | Path) -> Iterator[dict[str, Any]]:
-    """Give the lines of a log as dicts, the first being its head; a half-written last line is left out.
+    """Yield the lines of a log as dicts, the header first; a half-written last line is left out.
 
     Raises:
         ConfigError: not such a log, naming the line.
@@ -90,10 +90,10 @@ def read(path: str | Path) -> Iterator[dict[str, Any]]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"path={str(path)!r}: cannot read the control log: {error}") from error
     for number, line in enumerate(lines, start=1):
-        if number == len(lines):  # what follows the last line's end: nothing, or half a line
+        if number == len(lines):  # after the last newline: nothing, or half a line
             break
         try:
-            found = parsed(line)
+            found = parse_json(line)
         except ValueError as error:
             raise ConfigError(f"{path}, line {number} is no JSON: {error}") from error
         if not isinstance(found, dict) or (number == 1 and found.get("format") != FORMAT):
@@ -102,10 +102,10 @@ def read(path: str | Path) -> Iterator[dict[str, Any]]:
 
 
 def _of(controller: Controller, path: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Return the head and the other lines of a log of such a controller, with arrays and travels in them.
+    """Return the header and the other lines of a log of such a controller, decoded.
 
     Raises:
-        ConfigError: it is none, naming the line.
+        ConfigError: not such a log, naming the line.
     """
     lines = list(read(path))
     if not lines:
@@ -116,14 +116,17 @@ def _of(controller: Controller, path: str | Path) -> tuple[dict[str, Any], list[
     ranks = head.get("ranks")
     if type(ranks) is not int or ranks < 1:
         raise ConfigError(f"{path}, line 1: ranks={ranks!r} is no number of ranks")
-    width = WIDTH + controller.width
+    width = LEDGER_WIDTH + controller.width
     for number, one in enumerate(rest, start=2):
         try:
             if one["kind"] == "step":
-                one["table"], one["travel"] = np.array(one["table"], np.float64), Travel(**one["travel"])
-                # Of whatever controller, a table is finite: a step in which it is not is refused.
+                one["table"], one["comm_stats"] = (
+                    np.array(one["table"], np.float64),
+                    CommStats(**one["comm_stats"]),
+                )
+                # A table is finite for any controller: a step in which it is not is refused.
                 good = one["table"].shape == (ranks, width) and np.isfinite(one["table"]).all()
-                good = good and type(one["step"]) is int and all(map(_is_count, astuple(one["travel"])))
+                good = good and type(one["step"]) is int and all(map(_is_count, astuple(one["comm_stats"])))
             elif one["kind"] == "link":
                 good = isinstance(one["states"], list) and len(one["states"]) == len(controller.terms)
             else:
@@ -139,14 +142,14 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and 0 <= value < 1 << 63
 
 
-def follow(controller: Controller, path: str | Path) -> None:
-    """Let `controller` decide by the times in a log rather than by what is measured.
+def use_logged_times(controller: Controller, path: str | Path) -> None:
+    """Let `controller` decide by the times in a log instead of those measured.
 
     Training that is deterministic but for its clocks then takes the same decisions at the same steps and
-    gives the same parameters. All ranks must call it, before the first step, with the same log.
+    ends with the same parameters. All ranks must call it, before the first step, with the same log.
 
     Raises:
-        ConfigError: not a log of such a controller; at a step the log does not have, naming it.
+        ConfigError: not a log of such a controller; at a step that the log lacks, naming it.
     """
     head, rest = _of(controller, path)
     tables = {one["step"]: one["table"] for one in rest if one["kind"] == "step"}
@@ -162,23 +165,23 @@ def follow(controller: Controller, path: str | Path) -> None:
         out[:, _TIMES] = tables[step][:, _TIMES]
         return out
 
-    controller.measured_instead = logged
-    controller.prepared_instead = states
+    controller.table_override = logged
+    controller.prepared_override = states
 
 
-def decide_again(controller: Controller, path: str | Path) -> list[Decision]:
-    """Feed a log to a fresh controller with the same terms; return the decisions it takes.
+def replay(controller: Controller, path: str | Path) -> list[Decision]:
+    """Feed a log to a new controller with the same terms; return its decisions.
 
-    They are those of the log if nothing but the log decided (the tests check that it is so).
+    They equal those of the log, since decisions depend on nothing else (the tests check it).
 
     Raises:
         ConfigError: not a log of such a controller.
     """
     head, rest = _of(controller, path)
-    controller.begin(0, head["ranks"])
+    controller.reset(0, head["ranks"])
     for one in rest:
         if one["kind"] == "link":
-            controller.restore_prepared(one["states"])
+            controller.load_prepared_state(one["states"])
         elif one["kind"] == "step":
-            controller.close(one["step"], one["table"], one["travel"])
+            controller.on_step_end(one["step"], one["table"], one["comm_stats"])
     return controller.decisions

@@ -14,27 +14,27 @@ import numpy.typing as npt
 from hvdloss.apportion import apportion
 from hvdloss.control.period import SyncPeriod
 from hvdloss.errors import ConfigError, UsageError
-from hvdloss.term import Act, Closed, Decision
+from hvdloss.term import Decision, Policy, StepStats
 
 __all__ = ["BatchShares", "SharedBatches"]
 
 Array = npt.NDArray[np.float64]
 
 
-class BatchShares(Act):
+class BatchShares(Policy):
     """Gives each rank a share of every global batch in proportion to its measured speed.
 
     Exact, because the contract holds for uneven shares: the step's gradient is that of the global batch
     however it is split. Speed is samples per second of computation, the median over the last `every`
-    exchanges; what a rank waits for others does not count. A new plan is made only where it is predicted to
-    shorten the step by at least `gain` more than noise would feign, so that noise moves nothing.
+    exchanges; time spent waiting for other ranks does not count. Shares change only where that is predicted
+    to shorten the step by at least `gain` more than noise alone would suggest.
 
     Args:
         batch_size: samples in a global batch, over all ranks; fixed.
-        every: exchanges between two looks.
+        every: exchanges between two decisions.
         gain: least predicted saving, as a share of the step's time without communication.
-        least: samples that each rank keeps.
-        delay: steps from a decision until it holds, at least as many as a loader prefetches:
+        min_per_rank: least samples of a global batch on each rank.
+        delay: steps from a decision until it takes effect, at least as many as a loader prefetches:
             ``num_workers * prefetch_factor`` of a PyTorch DataLoader.
 
     Raises:
@@ -42,16 +42,16 @@ class BatchShares(Act):
     """
 
     of = "communication"
-    remembers = ("step",)
-    remembers_of_ranks = ("_before", "_from", "_plans", "_seconds")
+    state_attrs = ("step",)
+    per_rank_state_attrs = ("_before", "_from", "_plans", "_seconds")
 
     def __init__(
-        self, batch_size: int, *, every: int = 10, gain: float = 0.05, least: int = 1, delay: int = 0
+        self, batch_size: int, *, every: int = 10, gain: float = 0.05, min_per_rank: int = 1, delay: int = 0
     ) -> None:
         for name, value, low in (
             ("batch_size", batch_size, 1),
             ("every", every, 1),
-            ("least", least, 0),
+            ("min_per_rank", min_per_rank, 0),
             ("delay", delay, 0),
         ):
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
@@ -59,18 +59,18 @@ class BatchShares(Act):
         if not 0 <= gain < 1:
             raise ConfigError(f"gain={gain!r} of BatchShares must lie in [0, 1)")
         self.batch_size, self.every, self.gain = batch_size, every, gain
-        self.least, self.delay = least, delay
+        self.min_per_rank, self.delay = min_per_rank, delay
         self.rank: int | None = None
-        self.step = 0  # the last closed one
+        self.step = 0  # the last finished one
 
-    def begin(self, rank: int, size: int) -> None:
+    def reset(self, rank: int, size: int) -> None:
         """Start with even shares."""
         self.rank = rank
         self.step = 0
-        self._before = (0, 0)  # the closed ones before it
+        self._before = (0, 0)  # the finished ones before it
         self._period: SyncPeriod | None = None
         self._from = [0]
-        self._plans = [apportion(self.batch_size, np.ones(size), self.least)]
+        self._plans = [apportion(self.batch_size, np.ones(size), self.min_per_rank)]
         self._seconds: list[Array] = []
 
     def sizes_at(self, step: int) -> npt.NDArray[np.int64]:
@@ -81,7 +81,7 @@ class BatchShares(Act):
         """
         if self.rank is None:
             raise UsageError("the ranks are not known yet: make the DistributedOptimizer before the batches")
-        # Between two exchanges nothing is decided.
+        # No decisions are made between two exchanges.
         known = 1 if self._period is None else self._period.period
         if step > self.step + known + self.delay:
             raise UsageError(
@@ -98,12 +98,12 @@ class BatchShares(Act):
         """Each rank's samples in the next step."""
         return self.sizes_at(self.step + 1)
 
-    def close(self, term: Any, step: Closed) -> Sequence[Decision]:
-        """Measure, and plan anew if it is time and worth it."""
-        computation = step.column("computation")  # of the step (or stretch) before this one
+    def on_step_end(self, term: Any, step: StepStats) -> Sequence[Decision]:
+        """Measure; choose new shares if that is due and pays."""
+        computation = step.column("computation")  # of the step (or local steps) before this one
         (start, end), self._before = self._before, (self.step, step.step)
         self.step = step.step
-        self._period = next((act for act in term.acts if isinstance(act, SyncPeriod)), None)
+        self._period = next((policy for policy in term.policies if isinstance(policy, SyncPeriod)), None)
         # The first steps compile, allocate and connect.
         if end < 3 or (computation <= 0).any():
             return ()
@@ -114,12 +114,12 @@ class BatchShares(Act):
         measured, self._seconds = np.array(self._seconds), []
         per_sample = np.median(measured, axis=0)
         current = self._plans[-1]
-        if self._from[-1] > step.step:  # a decision that does not hold yet
+        if self._from[-1] > step.step:  # a decision that has not taken effect yet
             return ()
-        planned = apportion(self.batch_size, 1.0 / per_sample, self.least)
+        planned = apportion(self.batch_size, 1.0 / per_sample, self.min_per_rank)
         before, after = float((current * per_sample).max()), float((planned * per_sample).max())
-        least = self.gain + _by_chance(measured / per_sample)
-        if before - after < least * before or (planned == current).all():
+        threshold = self.gain + _noise_share(measured / per_sample)
+        if before - after < threshold * before or (planned == current).all():
             return ()
         self._from.append(step.step + 1 + self.delay)
         self._plans.append(planned)
@@ -136,10 +136,10 @@ class BatchShares(Act):
         ]
 
 
-def _by_chance(relative: Array) -> float:
-    """Return by what share the largest of many ranks' medians lies too high by noise alone.
+def _noise_share(relative: Array) -> float:
+    """Return by what share noise alone raises the largest of many ranks' medians.
 
-    Of thousands of ranks some always look slow, and shares made from that would change at every look.
+    Of thousands of ranks some always look slow, and shares would change at every decision.
 
     Args:
         relative: measurements over their rank's median, ``(measurements, ranks)``.
@@ -154,16 +154,16 @@ def _by_chance(relative: Array) -> float:
 class SharedBatches:
     """This rank's part of every global batch of one epoch, as lists of indices.
 
-    The same permutation on all ranks, cut into global batches, each cut by the shares that hold at its
-    step: together the ranks see every sample exactly once. Use it as ``batch_sampler`` of a PyTorch
-    DataLoader, or iterate over it. Iterating again is the next epoch.
+    The same permutation on all ranks, split into global batches, each split by the shares of its step:
+    together the ranks see every sample exactly once. Use it as ``batch_sampler`` of a PyTorch DataLoader,
+    or iterate over it. Iterating again is the next epoch.
 
     Args:
-        samples: how many the data set has.
-        shares: the plan; its rank must be known (make the optimizer first).
-        shuffle: permute the samples, anew each epoch.
+        samples: size of the data set.
+        shares: the shares; its rank must be known (make the optimizer first).
+        shuffle: permute the samples differently in each epoch.
         seed: of the permutation; equal on all ranks.
-        drop_last: leave out a last batch that is not whole.
+        drop_last: leave out an incomplete last batch.
     """
 
     def __init__(
@@ -182,12 +182,12 @@ class SharedBatches:
         self.epoch = 0
 
     def __len__(self) -> int:
-        """Return how many steps an epoch has."""
+        """Return the number of steps in an epoch."""
         whole, rest = divmod(self.samples, self.shares.batch_size)
         return whole + bool(rest and not self.drop_last)
 
     def __iter__(self) -> Iterator[list[int]]:
-        """Give this rank's indices, step by step."""
+        """Yield this rank's indices, step by step."""
         epoch, self.epoch = self.epoch, self.epoch + 1
         order = np.arange(self.samples)
         if self.shuffle:

@@ -2,7 +2,7 @@
 
 A model says how long ranks compute (:class:`ComputeModel`), how long sums over them take
 (:class:`NetworkModel`) and how the loss falls (:class:`LossModel`). :func:`simulate_training` makes of
-that, exchange by exchange, the table of ledgers that real ranks would have told each other, hands it to
+that, exchange by exchange, the table of ledgers that real ranks would have exchanged, passes it to
 the controller that real ranks run (:class:`hvdloss.controller.Controller`), and does what that decides:
 the shares of the batch, the synchronisation period, compression. Nothing that decides is written twice.
 
@@ -28,9 +28,9 @@ from hvdloss.control.period import SyncPeriod
 from hvdloss.control.shares import BatchShares
 from hvdloss.controller import Controller
 from hvdloss.errors import ConfigError
-from hvdloss.ledger import COLUMN, WIDTH
+from hvdloss.ledger import COLUMN, LEDGER_WIDTH
 from hvdloss.plan import BUCKET_BYTES, FIRST_BUCKET_BYTES
-from hvdloss.term import Act, Decision, Travel
+from hvdloss.term import CommStats, Decision, Policy
 from hvdloss.terms.communication import CommunicationCost
 from hvdloss.terms.link import LinkModel, probe_sizes
 
@@ -47,7 +47,7 @@ __all__ = [
 Array = npt.NDArray[np.float64]
 Sizes = npt.NDArray[np.int64]
 
-# Of a step's computation, what a backward pass takes: about twice the forward pass. Buckets travel in it.
+# Of a step's computation, what a backward pass takes: about twice the forward pass; buckets overlap it.
 BACKWARD = 2 / 3
 
 
@@ -142,7 +142,7 @@ class NetworkModel:
             everybody is ready, which messages under way together share.
         slow: bytes per second of single links, by number: link k leads from rank k to the next (from host
             k, with several ranks per host).
-        overlap: share of a sum of gradients that can travel while the backward pass goes on; never more
+        overlap: share of a sum of gradients that can overlap the backward pass; never more
             than the backward pass lasts (two thirds of the computation). Sums of parameters overlap
             nothing.
         jitter: scatter of single sums: standard deviation of the logarithm of a factor of mean 1.
@@ -322,7 +322,7 @@ class TrainingPlan:
         batch_size: samples of a step, over all ranks.
         bytes: of the gradients, which are as large as the parameters.
         steps: optimizer steps.
-        acts: what is done about what is measured: at most one each of
+        policies: what the measurements drive: at most one each of
             :class:`hvdloss.control.BatchShares` (of the same `batch_size`),
             :class:`hvdloss.control.SyncPeriod` and :class:`hvdloss.control.AdaptiveCompression`; none is
             plain synchronous training with equal shares.
@@ -342,7 +342,7 @@ class TrainingPlan:
     batch_size: int
     bytes: float
     steps: int = 300
-    acts: Sequence[Act] = ()
+    policies: Sequence[Policy] = ()
     compute: ComputeModel = field(default_factory=ComputeModel)
     network: NetworkModel = field(default_factory=NetworkModel)
     loss: LossModel = field(default_factory=LossModel)
@@ -356,31 +356,31 @@ class TrainingPlan:
         if self.messages is not None:
             _check_count(self, "messages", 1)
         _check(self, "bytes")
-        for act in self.acts:
-            if not isinstance(act, BatchShares | SyncPeriod | AdaptiveCompression):
+        for policy in self.policies:
+            if not isinstance(policy, BatchShares | SyncPeriod | AdaptiveCompression):
                 raise ConfigError(
-                    f"acts has {act!r}: simulated are BatchShares, SyncPeriod and AdaptiveCompression"
+                    f"policies has {policy!r}: simulated are BatchShares, SyncPeriod and AdaptiveCompression"
                 )
-            if isinstance(act, BatchShares) and act.batch_size != self.batch_size:
+            if isinstance(policy, BatchShares) and policy.batch_size != self.batch_size:
                 raise ConfigError(
-                    f"batch_size={self.batch_size} of the plan, but {act.batch_size} of its BatchShares; "
+                    f"batch_size={self.batch_size} of the plan, but {policy.batch_size} of its BatchShares; "
                     f"give both the same"
                 )
 
     def plain(self) -> TrainingPlan:
-        """Return the same training without acts: synchronous, with equal shares."""
-        return replace(self, acts=(), price=0.0)
+        """Return the same training without policies: synchronous, with equal shares."""
+        return replace(self, policies=(), price=0.0)
 
     @property
     def buckets(self) -> int:
-        """How many messages the gradients of a step travel in."""
+        """Number of messages for the gradients of a step."""
         if self.messages is not None:
             return self.messages
         return 1 + math.ceil(max(0.0, self.bytes - FIRST_BUCKET_BYTES) / BUCKET_BYTES)
 
     def controller(self) -> Controller:
-        """Return a controller with this plan's acts, as an objective would have."""
-        return Controller((CommunicationCost(self.price, acts=self.acts),))
+        """Return a controller with this plan's policies, as an objective would have."""
+        return Controller((CommunicationCost(self.price, policies=self.policies),))
 
 
 @dataclass(frozen=True)
@@ -479,12 +479,12 @@ def simulate_training(
 ) -> Outcome:
     """Train on ranks that are not there, as `plan` says.
 
-    The acts are those that real ranks would run, and are told what real ranks would tell them: a step's
+    The policies are those of real ranks, and see what real ranks would report: a step's
     times in the ledgers of the step after. The first step, and one after compression was switched, is
     done together whatever the period, as the optimizers do it.
 
     Args:
-        plan: what to simulate; its acts start afresh.
+        plan: what to simulate; its policies are reset.
         log: file to record what the controller sees and decides (:func:`hvdloss.control.log.record`); it
             must not exist.
         progress: called as ``progress(steps done, steps)`` after every step.
@@ -544,19 +544,19 @@ class _Run:
 
     def __init__(self, plan: TrainingPlan, controller: Controller) -> None:
         self.plan, self.controller = plan, controller
-        controller.begin(0, plan.ranks)
-        self.shares = controller.act(BatchShares)
-        self.period = controller.act(SyncPeriod)
-        self.compression = controller.act(AdaptiveCompression)
+        controller.reset(0, plan.ranks)
+        self.shares = controller.policy(BatchShares)
+        self.period = controller.policy(SyncPeriod)
+        self.compression = controller.policy(AdaptiveCompression)
         self.even = apportion(plan.batch_size, np.ones(plan.ranks))
         self.factors = plan.compute.factors(plan.ranks, plan.seed)
         # A stream each, so that what one model draws does not depend on another.
         self.of_compute, self.of_network, self.of_loss = (
             np.random.default_rng([plan.seed, number]) for number in (1, 2, 3)
         )
-        self.planned = False  # whether the optimizers have laid out what travels together
+        self.planned = False  # whether the optimizers have built their buckets
         self.compressed = False
-        self.told = np.zeros((2, plan.ranks))  # communication and computation of the exchange before
+        self.times = np.zeros((2, plan.ranks))  # communication and computation of the exchange before
         self.together = 0.0
         self.effective = 0.0
         self.exchanges = 0
@@ -566,16 +566,16 @@ class _Run:
         self.periods: list[int] = []
         self.sums = _Sums(0, 0.0, 0.0, np.zeros(plan.ranks), np.zeros(plan.ranks))
         self.half = self.begun = self.sums.copy()
-        self._begin_stretch()
+        self._start_local_steps()
 
-    def _begin_stretch(self) -> None:
+    def _start_local_steps(self) -> None:
         self.taken = 0
         self.computed = np.zeros(self.plan.ranks)
         self.seen = np.zeros(self.plan.ranks)
         self.lost = np.zeros(self.plan.ranks)
 
     def prepare(self) -> None:
-        """Do what real ranks do before the first step: fit the link, if an act needs it."""
+        """Do what real ranks do before the first step: fit the link, if a policy needs it."""
         cost = self.controller.terms[0]
         assert isinstance(cost, CommunicationCost)
         plan = self.plan
@@ -586,7 +586,7 @@ class _Run:
                     seconds = plan.network.draw(size, 1, plan.ranks, self.of_network)
                     if seconds > 0:
                         link.add(seconds, size)
-            self.controller.prepared_instead = [link.state()]
+            self.controller.prepared_override = [link.state_dict()]
         self.controller.prepare(OneProcess())
 
     def step(self, step: int) -> None:
@@ -618,60 +618,60 @@ class _Run:
         return self.period.slowdown(period, self.plan.loss.drift)
 
     def _exchange(self, step: int, parameters: bool) -> None:
-        """Sum over ranks, tell the controller, and begin anew."""
+        """Sum over ranks, notify the controller, and start over."""
         plan, network, ranks = self.plan, self.plan.network, self.plan.ranks
-        travel, more = self._travel(parameters)
-        whole = network.draw(travel.bytes + more, travel.messages, ranks, self.of_network)
+        comm_stats, more = self._comm_stats(parameters)
+        whole = network.draw(comm_stats.bytes + more, comm_stats.messages, ranks, self.of_network)
         slowest = float(self.computed.max())
         exposed = whole if parameters else whole - min(network.overlap * whole, BACKWARD * slowest)
         if ranks > 1:
             exposed += plan.bytes * (network.parameter_handling if parameters else network.handling)
 
-        table = np.zeros((ranks, WIDTH + self.controller.width))
+        table = np.zeros((ranks, LEDGER_WIDTH + self.controller.width))
         for name, values in (
             ("numerator", self.lost),
             ("denominator", self.seen),
             ("weight", self.seen),
             ("elements", self.seen),
             ("micro_batches", self.taken),
-            ("communication", self.told[0]),
-            ("computation", self.told[1]),
-            ("together", self.together),
+            ("communication", self.times[0]),
+            ("computation", self.times[1]),
+            ("mean_update_sqnorm", self.together),
         ):
             table[:, COLUMN[name]] = values
         if parameters:
             # Squared lengths in units of the mean move's: ranks drift as the loss model says.
-            table[:, COLUMN["moved"]] = self.seen * (1.0 + plan.loss.drift)
+            table[:, COLUMN["drift_sqnorm"]] = self.seen * (1.0 + plan.loss.drift)
             self.together = 1.0
-        self.controller.close(step, table, travel)
+        self.controller.on_step_end(step, table, comm_stats)
 
-        self.told[0] = slowest - self.computed + exposed
-        self.told[1] = self.computed
+        self.times[0] = slowest - self.computed + exposed
+        self.times[1] = self.computed
         wall = slowest + exposed
         self.step_seconds += [wall / self.taken] * self.taken
         self.periods += [self.taken] * self.taken
         self.exchanges += 1
-        self.bytes += travel.bytes + more
+        self.bytes += comm_stats.bytes + more
         sums = self.sums
         sums.steps, sums.wall, sums.moving = step, sums.wall + wall, sums.moving + exposed
         sums.samples += self.seen
         sums.computing += self.computed
         if self.half is self.begun and plan.steps // 2 <= step < plan.steps:
             self.half = sums.copy()
-        self._begin_stretch()
+        self._start_local_steps()
 
-    def _travel(self, parameters: bool) -> tuple[Travel, float]:
-        """Return how the exchange travels, as the adapters tell it, and the bytes that they do not count."""
+    def _comm_stats(self, parameters: bool) -> tuple[CommStats, float]:
+        """Return the statistics of the exchange, as adapters report it, and the bytes they leave out."""
         ranks, full = self.plan.ranks, self.plan.bytes
         sent = full / 2 if self.compressed else full
-        apart = 8.0 * ranks * WIDTH  # the ledgers, in a message of their own
+        apart = 8.0 * ranks * LEDGER_WIDTH  # the ledgers, in a message of their own
         if parameters:
-            return Travel(2, int(sent), int(full), self.taken, True), apart
+            return CommStats(2, int(sent), int(full), self.taken, True), apart
         if self.compressed:
-            return Travel(self.plan.buckets + 1, int(sent), int(full)), apart
+            return CommStats(self.plan.buckets + 1, int(sent), int(full)), apart
         # In the tail of a bucket of float32, where an entry of the ledgers takes the place of four.
         riding = full + 2 * apart
-        return Travel(self.plan.buckets, int(riding), int(riding)), 0.0
+        return CommStats(self.plan.buckets, int(riding), int(riding)), 0.0
 
     def outcome(self) -> Outcome:
         """Return what it came to."""

@@ -1,4 +1,4 @@
-"""What data skew does: weights of classes and ranks, and a pull toward the common parameters."""
+"""Policies of data skew: weights of classes and ranks, and a proximal term."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hvdloss.errors import ConfigError
-from hvdloss.term import Act, Closed, Decision
+from hvdloss.term import Decision, Policy, StepStats
 from hvdloss.terms.distributions import (
     agnostic_ascent,
     balance_table,
@@ -24,13 +24,13 @@ __all__ = ["ClassBalance", "ImportanceWeights", "Proximal", "RankWeights"]
 Array = npt.NDArray[np.float64]
 
 
-class ImportanceWeights(Act):
-    """Weighs each rank's samples so that their classes come in the proportions of a target distribution.
+class ImportanceWeights(Policy):
+    """Weights each rank's samples so that its classes follow a target distribution.
 
-    A sample of class c on rank k weighs q(c) / p_k(c), at most `clip`, where p_k is the rank's own
-    distribution and q the target (Shimodaira 2000); a rank's mean weight stays one. What that costs in
-    variance is reported as the effective sample size (Kish), the share of the rank's samples that as
-    many equally weighted ones would be worth. Classes a rank does not have cannot be made up for.
+    A sample of class c on rank k has the weight q(c) / p_k(c), at most `clip`, where p_k is the rank's own
+    distribution and q the target (Shimodaira 2000); a rank's mean weight stays one. The cost in variance is
+    reported as the effective sample size (Kish), as a share of the rank's samples. Classes that a rank does
+    not have cannot be made up for.
 
     Args:
         target: ``"global"`` (that of all ranks' data), ``"uniform"``, or one number per bin.
@@ -75,8 +75,8 @@ class ImportanceWeights(Act):
         return importance_table(counts[rank], self.goal(counts), self.clip)
 
 
-class ClassBalance(Act):
-    """Weighs classes by how rare they are in the data of *all* ranks.
+class ClassBalance(Policy):
+    """Weights classes by how rare they are in the data of *all* ranks.
 
     Args:
         kind: ``"inverse"`` frequency, or ``"effective"`` number of samples (Cui et al. 2019), which
@@ -101,8 +101,8 @@ class ClassBalance(Act):
         return balance_table(counts.sum(0), self.kind, self.beta)
 
 
-class RankWeights(Act):
-    """Weighs ranks by their losses: the worst-off count for more.
+class RankWeights(Policy):
+    """Weights ranks by their losses: those with the highest loss count for more.
 
     The objective becomes ``sum_k r_k S_k / sum_k r_k W_k`` with rank k's loss sum S_k and weight sum W_k.
     The factors r are computed from all ranks' losses of the steps so far, so every rank knows the same.
@@ -121,7 +121,7 @@ class RankWeights(Act):
 
     of = "skew"
 
-    remembers_of_ranks = ("shares", "losses", "factors")
+    per_rank_state_attrs = ("shares", "losses", "factors")
 
     def __init__(
         self, kind: str = "dro", *, step: float = 0.01, q: float = 1.0, smoothing: float = 0.0
@@ -135,16 +135,16 @@ class RankWeights(Act):
         if not 0 <= smoothing < 1:
             raise ConfigError(f"smoothing={smoothing!r} of RankWeights must lie in [0, 1)")
         self.kind, self.step, self.q, self.smoothing = kind, step, q, smoothing
-        self.begin(0, 1)
+        self.reset(0, 1)
 
-    def begin(self, rank: int, size: int) -> None:
-        """Start with equal ranks."""
+    def reset(self, rank: int, size: int) -> None:
+        """Start with equal weights."""
         self.shares: Array | None = None  # the distribution over ranks, for the two ascents
         self.losses = np.full(size, np.nan)
         self.factors = np.ones(size)
 
-    def close(self, term: Any, step: Closed) -> Sequence[Decision]:
-        """Follow the losses."""
+    def on_step_end(self, term: Any, step: StepStats) -> Sequence[Decision]:
+        """Update the rank weights from the losses."""
         new = step.losses
         known = np.isfinite(self.losses) & np.isfinite(new)
         self.losses = np.where(
@@ -163,15 +163,16 @@ class RankWeights(Act):
             self.shares = data
         ascend = exponentiated_gradient if self.kind == "dro" else agnostic_ascent
         self.shares = ascend(self.shares, self.losses, self.step)
-        # Weighted by their data ranks would count `data`; so much more or less makes it `shares`.
+        # Without factors a rank's share is `data`; these make it `shares`.
         self.factors = np.where(data > 0, self.shares / np.where(data > 0, data, 1.0), 1.0)
         return ()
 
 
-class Proximal(Act):
-    """Pulls a rank's parameters toward those of the last exchange, the more the more its data is skewed.
+class Proximal(Policy):
+    """Adds a proximal term that pulls a rank's parameters toward those of the last exchange.
 
-    Between two exchanges (:class:`SyncPeriod`) rank k minimises its own loss plus
+    Its strength grows with the rank's skew. Between two exchanges (:class:`SyncPeriod`) rank k minimises its
+    own loss plus
     ``mu_k / 2 * ||theta - theta_0||^2`` (FedProx, Li et al. 2020), with mu_k = strength * D(k) / D_max:
     D_max is ln 2 for Jensen-Shannon, 1 for total variation and for Wasserstein.
 
@@ -184,20 +185,20 @@ class Proximal(Act):
 
     of = "skew"
 
-    remembers_of_ranks = ("mu",)
+    per_rank_state_attrs = ("mu",)
 
     def __init__(self, strength: float | None = None) -> None:
         if strength is not None and not 0 <= strength < math.inf:
             raise ConfigError(f"strength={strength!r} of Proximal must be at least 0 and finite, or None")
         self.strength = strength
-        self.begin(0, 1)
+        self.reset(0, 1)
 
-    def begin(self, rank: int, size: int) -> None:
-        """Start without a pull."""
+    def reset(self, rank: int, size: int) -> None:
+        """Start without a proximal term."""
         self.mu = 0.0
 
-    def close(self, term: Any, step: Closed) -> Sequence[Decision]:
-        """Follow the rank's skew."""
+    def on_step_end(self, term: Any, step: StepStats) -> Sequence[Decision]:
+        """Update mu from the rank's skew."""
         strength = term.price if self.strength is None else self.strength
         self.mu = strength * float(term.skew[step.rank]) / term.largest
         return ()

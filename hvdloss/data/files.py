@@ -27,9 +27,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from hvdloss.checks import whole
+from hvdloss.checks import check_int
 from hvdloss.errors import ConfigError, DataError
-from hvdloss.extras import library
+from hvdloss.extras import optional_import
 
 __all__ = ["Csv", "NumpyFiles", "Parquet", "Part", "Source"]
 
@@ -70,7 +70,7 @@ class Part:
 
 
 class _Found(NamedTuple):
-    """A file, and the folder below which the names of folders (``year=2026``) tell of its rows."""
+    """A file, and the folder below which folder names (``year=2026``) are columns of its rows."""
 
     file: str
     base: str
@@ -233,9 +233,9 @@ class Source(ABC):
 
     def fingerprint(self) -> str:
         """Return what is equal for the same files: names, parts, rows and columns, not their contents."""
-        told = [[os.path.basename(part.file), part.rows, *part.place] for part in self.parts]
+        parts = [[os.path.basename(part.file), part.rows, *part.place] for part in self.parts]
         kinds = {name: [str(c.dtype), list(c.shape[1:])] for name, c in self.empty().items()}
-        return hashlib.sha256(json.dumps([told, kinds]).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps([parts, kinds]).encode()).hexdigest()[:16]
 
     def _note(self, file: str) -> None:
         """Note a file as it is now."""
@@ -351,7 +351,7 @@ class Parquet(Source):
         use_threads: bool = True,
         filesystem: Any = None,
     ) -> None:
-        library("pyarrow", "data", "reading Parquet files")
+        optional_import("pyarrow", "data", "reading Parquet files")
         self._metadata: dict[str, Any] = {}
         self._nulls: set[str] = set()  # columns of integers and booleans that have any
         self.paths, self.use_threads = paths, use_threads
@@ -396,15 +396,15 @@ class Parquet(Source):
         for base in {one.base for one in found}:
             files = [one.file for one in found if one.base == base]
             inside = [file.removeprefix(base).rpartition("/")[0] for file in files]
-            told = {folder.partition("=")[0] for one in inside for folder in one.split("/") if "=" in folder}
-            if not told:
+            keys = {folder.partition("=")[0] for one in inside for folder in one.split("/") if "=" in folder}
+            if not keys:
                 continue
             with self._of(files[0]):
                 with self._opened(files[0]) as opened:
-                    twice = sorted(told & set(opened.schema_arrow.names))
+                    twice = sorted(keys & set(opened.schema_arrow.names))
                 if twice:
                     raise DataError(
-                        f"{files[0]}: has the columns {twice}, which the names of its folders tell as well; "
+                        f"{files[0]}: has the columns {twice}, which the names of its folders have as well; "
                         f"name the folders otherwise, or write the files without these columns"
                     )
                 whole = dataset.dataset(
@@ -480,7 +480,7 @@ class Parquet(Source):
 
         folders = self._of_folders[part.file]
         columns = None if self.columns is None else [name for name in self.columns if name not in folders]
-        # Opened anew, since several threads may read, but without looking for the row groups again.
+        # Opened again, since several threads may read, but without searching for the row groups again.
         with self._opened(part.file, metadata=self._metadata[part.file]) as opened:
             table = opened.read_row_group(part.place[0], columns=columns, use_threads=self.use_threads)
         for name, one in folders.items():
@@ -531,12 +531,12 @@ class Csv(Source):
         names: Sequence[str] | None = None,
         part_bytes: int = 16 << 20,
     ) -> None:
-        library("pyarrow", "data", "reading CSV files")
+        optional_import("pyarrow", "data", "reading CSV files")
         self.paths, self.delimiter = paths, delimiter
         self.columns = None if columns is None else list(columns)
         self.types = dict(types or {})
         self.names = None if names is None else list(names)
-        self.part_bytes = whole("part_bytes", part_bytes, 1)
+        self.part_bytes = check_int("part_bytes", part_bytes, 1)
 
     _hint = " (a line break inside a value? a value that does not fit its column's type: types={...}?)"
 
@@ -628,7 +628,7 @@ class NumpyFiles(Source):
         self.files = {name: os.fspath(file) for name, file in files.items()}
         if not self.files:
             raise ConfigError("files={} names no array")
-        self.part_rows = None if part_rows is None else whole("part_rows", part_rows, 1)
+        self.part_rows = None if part_rows is None else check_int("part_rows", part_rows, 1)
 
     def _find(self) -> list[Part]:
         self._heads: dict[str, tuple[int, Any, tuple[int, ...]]] = {}

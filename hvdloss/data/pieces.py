@@ -59,7 +59,7 @@ class Pieces:
 
 
 class RowGroups(Rule[Pieces]):
-    """Parts of files (row groups, blocks), in an order drawn anew every epoch, shared out over ranks.
+    """Parts of files (row groups, blocks), in a new order every epoch, sharded over ranks.
 
     Ranks get equal numbers of rows, or by `shares`; where that cuts a row group, two ranks read it, at
     most one cut per rank. With ``whole=True`` none is cut, and ranks differ by up to a row group: the
@@ -69,8 +69,8 @@ class RowGroups(Rule[Pieces]):
     with small row groups.
 
     Args:
-        rows: of each part, as ``source.rows`` tells (:mod:`hvdloss.data.files`).
-        shuffle: draw the order of the parts, and of the rows in each, anew every epoch; else as they lie.
+        rows: of each part, as in ``source.rows`` (:mod:`hvdloss.data.files`).
+        shuffle: draw a new order of the parts, and of the rows in each, every epoch; else the file order.
         whole: give out whole parts only.
         seed, shares: see :class:`hvdloss.data.sharding.Rule`.
 

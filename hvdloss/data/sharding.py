@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hvdloss.apportion import apportion
-from hvdloss.checks import whole
+from hvdloss.checks import check_int
 from hvdloss.errors import ConfigError
 
 __all__ = [
@@ -63,8 +63,8 @@ class Rule(ABC, Generic[Samples]):
     """
 
     def __init__(self, samples: int, *, seed: int = 0, shares: Sequence[float] | None = None) -> None:
-        self.samples = whole("samples", samples, 0)
-        self.seed = whole("seed", seed, 0)
+        self.samples = check_int("samples", samples, 0)
+        self.seed = check_int("seed", seed, 0)
         self.shares = None if shares is None else [float(share) for share in shares]
         if self.shares is not None and not (
             all(np.isfinite(share) and share >= 0 for share in self.shares) and sum(self.shares) > 0
@@ -112,11 +112,11 @@ class Rule(ABC, Generic[Samples]):
         Raises:
             ConfigError: `ranks` below 1, or `epoch` below 0.
         """
-        ranks, epoch = whole("ranks", ranks, 1), whole("epoch", epoch, 0)
+        ranks, epoch = check_int("ranks", ranks, 1), check_int("epoch", epoch, 0)
         return self.split(self.order(epoch), ranks, epoch)
 
     def settings(self) -> dict[str, Any]:
-        """Return what must be equal wherever an epoch goes on, JSON-able; arrays by their digest."""
+        """Return what must be equal to resume an epoch, JSON-able; arrays by their digest."""
         out: dict[str, Any] = {"sharding": type(self).__name__}
         for name, value in vars(self).items():
             if isinstance(value, np.ndarray):
@@ -186,7 +186,7 @@ class Strided(Sharding):
 
 
 class Shuffled(Strided):
-    """The same permutation on all ranks, anew every epoch, dealt out in turns.
+    """The same permutation on all ranks, a new one every epoch, dealt out round-robin.
 
     The first n samples that the ranks see together are the first n of the permutation, for any number of
     ranks: with equal batches a step's global batch does not depend on how many ranks there are.
@@ -198,7 +198,7 @@ class Shuffled(Strided):
 
 
 class Weighted(Strided):
-    """Samples drawn by weight, anew every epoch, and dealt out in turns.
+    """Samples drawn by weight, again every epoch, and dealt out round-robin.
 
     Args:
         weights: one per sample, at least 0; a sample of weight 0 is never drawn.
@@ -229,7 +229,7 @@ class Weighted(Strided):
         super().__init__(len(self.weights), seed=seed, shares=shares)
         possible = int((self.weights > 0).sum())
         default = self.samples if replacement else possible
-        self.draws = default if draws is None else whole("draws", draws, 0)
+        self.draws = default if draws is None else check_int("draws", draws, 0)
         if self.draws and not possible:
             raise ConfigError("weights are all 0: nothing can be drawn")
         if not replacement and self.draws > possible:

@@ -1,7 +1,7 @@
-"""Streams of batches: pieces of files read one part ahead, and the items of any iterable, dealt to lanes.
+"""Streams of batches: pieces of files read one part ahead, and the items of any iterable, split over lanes.
 
-A *lane* is what reads for itself: a rank, or one of a rank's worker processes. Lanes are numbered over all
-ranks, a rank's side by side, and share an epoch as ranks do.
+A *lane* is an independent reader: a rank, or one of a rank's worker processes. Lanes are numbered over all
+ranks, those of a rank consecutively, and share an epoch as ranks do.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from hvdloss.agreement import together
-from hvdloss.checks import whole
+from hvdloss.agreement import run_on_all_ranks
+from hvdloss.checks import check_int
 from hvdloss.communicator import Communicator
 from hvdloss.data.epoch import Epoch
 from hvdloss.data.files import Columns, Source
@@ -24,7 +24,7 @@ from hvdloss.data.pieces import Pieces, RowGroups
 from hvdloss.data.sharding import Indices, Rule, Samples
 from hvdloss.errors import ConfigError, DataError
 
-__all__ = ["LaneItems", "Opened", "Rules", "Turns", "read_batches"]
+__all__ = ["LaneSchedule", "OpenedSource", "Rules", "SharedIterable", "read_batches"]
 
 Item = TypeVar("Item")
 
@@ -32,20 +32,20 @@ Item = TypeVar("Item")
 Rules = RowGroups | Callable[[list[int]], RowGroups]
 
 
-class Opened:
-    """Files as one rank sees them, and how their parts are shared out.
+class OpenedSource:
+    """Files as seen by one rank, and how their parts are sharded.
 
-    Ranks that cannot open theirs tell the others when all meet (:meth:`agree`), rather than at once: in an
-    elastic job ranks come and go, and do not construct things together.
+    A rank that cannot open its files reports it in :meth:`check_consistency`, not at once: in an elastic job
+    ranks come and go, and do not construct objects at the same time.
 
     Args:
         source: the files; the same on all ranks.
         sharding: of their parts; a function from their numbers of rows to one; None for
             ``RowGroups(source.rows)``.
-        ranks: how many there are.
+        ranks: their number.
 
     Raises:
-        ConfigError: the sharding is of other files, or has shares for other ranks.
+        ConfigError: the sharding is of other files, or has shares for another number of ranks.
     """
 
     def __init__(self, source: Source, sharding: Rules | None, ranks: int) -> None:
@@ -82,29 +82,29 @@ class Opened:
                 f"one each"
             )
 
-    def signed(self, state: dict[str, Any]) -> dict[str, Any]:
-        """Return a position with what tells which files it is of."""
+    def with_fingerprint(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Return a position with the fingerprint of the files."""
         return {**state, "files": self.fingerprint}
 
     def check(self, state: Any, ranks: int) -> None:
-        """Check that a position is of these files, which may lie in another folder.
+        """Check that a position belongs to these files, which may lie in another folder.
 
         Raises:
-            ConfigError: it is of others; or the sharding has shares for other ranks.
+            ConfigError: it belongs to others; or the sharding has shares for another number of ranks.
         """
         self._check_shares(ranks)
         if isinstance(state, dict) and state.get("files", self.fingerprint) != self.fingerprint:
             raise ConfigError(
-                "the state is of other files: their names, order, row groups or columns differ; go on with "
+                "the state is of other files: their names, order, row groups or columns differ; resume with "
                 "the files that the epoch began with, in the same order"
             )
 
-    def agree(self, communicator: Communicator) -> None:
+    def check_consistency(self, communicator: Communicator) -> None:
         """Check that all ranks see the same files.
 
         Raises:
             DataError: on every rank alike, where a rank cannot open its files.
-            AgreementError: ranks see other files.
+            AgreementError: ranks see different files.
 
         Collectives: one gather.
         """
@@ -114,7 +114,7 @@ class Opened:
                 raise self.problem
             return [self.fingerprint, self.rule.settings()]
 
-        together(
+        run_on_all_ranks(
             communicator,
             fingerprint,
             "hvdloss.data.open",
@@ -124,10 +124,10 @@ class Opened:
 
 @functools.cache
 def _reading() -> ThreadPoolExecutor:
-    """Return the threads that read ahead, of this process.
+    """Return this process's threads for reading ahead.
 
-    They stay: where a thread ends just as another one forks (as a DataLoader does for its workers), Python
-    3.11's child process may wait for a lock that nobody will give back (HEAD_LOCK).
+    They never end: if a thread ends while another one forks (as a DataLoader does for its workers), the child
+    process of Python 3.11 may wait for a lock that is never released (HEAD_LOCK).
     """
     return ThreadPoolExecutor(2, "hvdloss-read")
 
@@ -139,15 +139,15 @@ if hasattr(os, "register_at_fork"):
 def read_batches(
     source: Source, rule: RowGroups, epoch: int, pieces: Pieces, batch_size: int, *, ahead: int = 1
 ) -> Iterator[Columns]:
-    """Give pieces of files batch by batch, in order; all batches but the last are full.
+    """Yield pieces of files batch by batch, in order; all batches but the last are full.
 
     Args:
         source: the files.
-        rule: which says in which order a part's rows come.
+        rule: gives the order of rows within a part.
         epoch: of the data.
         pieces: what to read.
         batch_size: rows of a batch.
-        ahead: how many parts a thread reads before they are needed; so many, and one more, are in memory.
+        ahead: number of parts that a thread reads in advance; one more is in memory.
 
     Raises:
         DataError: see :class:`Source`.
@@ -190,35 +190,35 @@ def _joined(held: Sequence[Columns]) -> Columns:
     return {name: np.concatenate([one[name] for one in held]) for name in held[0]}
 
 
-class Turns:
-    """Whose batch comes when, where each rank's lanes give their batches in turns.
+class LaneSchedule:
+    """The order of batches where the lanes of each rank take turns.
 
     Args:
-        epoch: shared out over ``ranks x lanes``.
+        epoch: sharded over ``ranks x lanes``.
         lanes: of a rank.
         batch_size: of a batch.
     """
 
     def __init__(self, epoch: Epoch[Samples], lanes: int, batch_size: int) -> None:
         self.epoch, self.lanes, self.batch_size = epoch, lanes, batch_size
-        self._left = np.array([len(left) for left in epoch.left]).reshape(-1, lanes)
+        self._left = np.array([len(left) for left in epoch.remaining]).reshape(-1, lanes)
         self.batches: Indices = -(-self._left // batch_size)
         self.rounds = int(self.batches.max(initial=0))
 
     @property
     def steps(self) -> int:
-        """In how many steps all ranks are through."""
+        """Number of steps until all ranks are done."""
         return int(self.batches.sum(1).max(initial=0))
 
-    def taken(self, steps: int) -> list[int]:
-        """Return how many samples each lane has given after so many steps."""
+    def consumed(self, steps: int) -> list[int]:
+        """Return the number of samples from each lane after this number of steps."""
         out = []
         for batches, left in zip(self.batches, self._left, strict=True):
-            full = 0  # rounds in which every lane that has a batch gave one
+            full = 0  # rounds in which every lane with a batch yielded one
             given = np.zeros_like(batches)
             while (total := int(given.sum())) < steps and full < batches.max(initial=0):
                 waiting = np.flatnonzero(batches > full)
-                # As many rounds at once as nobody runs out in and the steps have.
+                # Skip as many rounds as pass before a lane runs out or the steps end.
                 jump = max(1, min(int(batches[waiting].min()) - full, (steps - total) // len(waiting)))
                 for lane in waiting[: steps - total]:
                     given[lane] += jump if steps - total >= len(waiting) else 1
@@ -227,18 +227,18 @@ class Turns:
         return out
 
 
-class LaneItems:
-    """The items of an iterable that lanes share in turns, and where they stand.
+class SharedIterable:
+    """The items of an iterable that lanes share round-robin, and their position.
 
-    Every lane goes through the whole iterable and gives what is its own; so it must give the same items, in
-    the same order, on every rank. What lanes took before counts as used, and the rest is dealt out again.
+    Every lane iterates over the whole iterable and keeps its own items; so it must yield the same items, in
+    the same order, on every rank. On resuming, the items not yet consumed are dealt out again.
 
     Args:
-        parts: how many items each lane took, of each time the epoch was begun or gone on with.
+        parts: number of items that each lane consumed, for each time the epoch was started or resumed.
         epoch: its number.
 
-    >>> first = [list(itertools.islice(LaneItems().of("abcdefgh", 2, lane), 2)) for lane in (0, 1)]
-    >>> [list(LaneItems([[2, 2]]).of("abcdefgh", 3, lane)) for lane in (0, 1, 2)]
+    >>> first = [list(itertools.islice(SharedIterable().items_for("abcdefgh", 2, i), 2)) for i in (0, 1)]
+    >>> [list(SharedIterable([[2, 2]]).items_for("abcdefgh", 3, lane)) for lane in (0, 1, 2)]
     [['e', 'h'], ['f'], ['g']]
     """
 
@@ -246,26 +246,26 @@ class LaneItems:
         self.parts = [[int(count) for count in part] for part in parts]
         self.number = epoch
 
-    def of(self, items: Iterable[Item], lanes: int, lane: int) -> Iterator[Item]:
-        """Give what is left of a lane's items."""
+    def items_for(self, items: Iterable[Item], lanes: int, lane: int) -> Iterator[Item]:
+        """Yield the remaining items of a lane."""
         rest = iter(items)
         for taken in self.parts:
             rest = _after(rest, taken)
         return itertools.islice(rest, lane, None, lanes)
 
-    def state(self, taken: Sequence[int] | None = None) -> dict[str, Any]:
-        """Return the position after lanes took so many more: small, JSON-able, the same on all ranks."""
+    def state_dict(self, taken: Sequence[int] | None = None) -> dict[str, Any]:
+        """Return the position after lanes consumed `taken` more: small, JSON-able, equal on all ranks."""
         parts = [list(part) for part in self.parts]
         if taken is not None and any(taken):
             parts.append(list(map(int, taken)))
         return {"version": 1, "epoch": self.number, "parts": parts, "sharding": {"sharding": "Items"}}
 
     @classmethod
-    def after(cls, state: Any) -> LaneItems:
-        """Return the position that a state tells of.
+    def from_state_dict(cls, state: Any) -> SharedIterable:
+        """Return the position of a :meth:`state_dict`.
 
         Raises:
-            ConfigError: it is none.
+            ConfigError: not such a state.
         """
         good = (
             isinstance(state, dict)
@@ -278,7 +278,7 @@ class LaneItems:
         )
         if not good:
             raise ConfigError(f"state={str(state)[:200]} is no position in an iterable")
-        return cls(state["parts"], whole("epoch", state["epoch"], 0))
+        return cls(state["parts"], check_int("epoch", state["epoch"], 0))
 
 
 def _after(items: Iterator[Item], taken: Sequence[int]) -> Iterator[Item]:

@@ -1,8 +1,8 @@
-"""Ranks that run out of batches keep contributing nothing until all are through.
+"""Ranks that run out of batches take part with empty ones until all ranks are done.
 
-Whether a rank has more rides in the ledger of every step, so all ranks know after a step whether there is
-another one, without a word more. A rank looks one batch ahead to know it; what goes wrong in doing so is
-told the same way, and raised on every rank in its next step.
+Whether a rank has more batches is in the ledger of every step, so all ranks know after a step whether there
+is another one, without another message. A rank fetches one batch ahead to know it; an error in doing so is
+sent the same way, and raised on every rank in its next step.
 """
 
 from __future__ import annotations
@@ -11,30 +11,30 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
-from hvdloss.agreement import raise_together
+from hvdloss.agreement import raise_on_all_ranks
 from hvdloss.communicator import Communicator
 from hvdloss.errors import AgreementError, ConfigError, RankError, UsageError
-from hvdloss.hearing import hear, hearing
+from hvdloss.messages import decode_all, decode_errors
 
-__all__ = ["Signals", "Uneven", "cut", "structure", "without_rows"]
+__all__ = ["Signals", "Uneven", "describe_batch", "empty_batch", "empty_like"]
 
 Batch = TypeVar("Batch")
 _END = object()
 
 
 class Signals(Protocol):
-    """What an optimizer lets its ranks tell each other in their ledgers."""
+    """How data loops exchange their status in the ledgers of an optimizer's steps."""
 
     @property
     def patience(self) -> int:
-        """After so many batches at the latest ranks have exchanged a ledger."""
+        """Number of batches within which ranks exchange a ledger."""
 
     @property
-    def heard(self) -> tuple[int, bool]:
-        """How many exchanges there were, and whether a rank had more by the last one."""
+    def sync_status(self) -> tuple[int, bool]:
+        """Number of exchanges so far, and whether any rank had more batches in the last one."""
 
-    def tell(self, more: bool, error: BaseException | None = None) -> None:
-        """Say in the next exchange whether this rank has more batches, or why it cannot go on."""
+    def send_status(self, more: bool, error: BaseException | None = None) -> None:
+        """Send with the next exchange whether this rank has more batches, or the error that stops it."""
 
 
 class Uneven(Generic[Batch]):
@@ -44,10 +44,10 @@ class Uneven(Generic[Batch]):
         batches: this rank's; any number of them, also none.
         signals: of the optimizer that every batch's loss is for.
         communicator: of its ranks.
-        array: tells dtype and shape of an array (a tensor) in a batch; None for what is none.
+        array: returns dtype and shape of an array (a tensor) in a batch; None for anything else.
         zero: returns an array without rows like a given one, which it does not keep in memory; None for
-            what is none.
-        make: makes an array of a dtype's name and a shape.
+            anything else.
+        make: returns an array of a dtype's name and a shape.
     """
 
     def __init__(
@@ -72,13 +72,13 @@ class Uneven(Generic[Batch]):
         self._loop: object = None  # the one under way
 
     def __iter__(self) -> Iterator[Batch]:
-        """Give this rank's batches, then empty ones until every rank is through."""
+        """Yield this rank's batches, then empty ones until every rank is done."""
         signals = self._signals
         this = self._loop = object()
         batches = iter(self.batches)
         ahead, error = self._held or self._fetch(batches)
         self._held, ended = None, False
-        if self._template is _END and not self._know(ahead, error):
+        if self._template is _END and not self._learn_template(ahead, error):
             return
         idle = 0
         try:
@@ -86,40 +86,40 @@ class Uneven(Generic[Batch]):
                 own = ahead is not _END
                 given = ahead if own else self._template
                 failed = error
-                self._note()
+                self._save_position()
                 if own:
                     ahead, error = self._fetch(batches)
-                # Until a failure is to be told there is one batch more: the empty one that tells it.
-                signals.tell(ahead is not _END or error is not None, failed)
-                before = signals.heard[0]
+                # After a failure there is one more batch: the empty one whose step sends it.
+                signals.send_status(ahead is not _END or error is not None, failed)
+                before = signals.sync_status[0]
                 yield given
-                after, more = signals.heard
+                after, more = signals.sync_status
                 if after != before:
-                    if failed is not None:  # all ranks were told, and went on all the same
+                    if failed is not None:  # all ranks know of it, and went on all the same
                         raise failed
                     idle = 0
                     if not more:
                         ended = True
-                        self._note()  # by now this rank knows that its batches are used up
+                        self._save_position()  # by now this rank knows that its batches are used up
                         return
                     continue
                 idle += not own
                 if idle > signals.patience:
                     raise UsageError(
                         f"{idle} batches were given after this rank's own were used up, and the optimizer "
-                        f"made no step: whether other ranks have more is told in its steps. Call "
+                        f"made no step: whether other ranks have more is exchanged in its steps. Call "
                         f"optimizer.step() in the loop over hvd.uneven(...)"
                     )
         finally:
             # One that an error ended may be closed when another is under way, or a position was loaded.
             if self._loop is this:
                 self._loop = None
-                signals.tell(False)
+                signals.send_status(False)
                 if not ended:
                     self._give_back(batches, ahead, error)
 
     def _give_back(self, batches: Iterator[Batch], ahead: Any, error: BaseException | None) -> None:
-        """Leave a loop before its end: the batch read ahead is the next loop's first."""
+        """Return the batch read ahead when a loop ends early: it is the first of the next loop."""
         if batches is self.batches:
             self._held = (ahead, error)
             return
@@ -127,13 +127,13 @@ class Uneven(Generic[Batch]):
             batches.close()
         if self._position is None:
             return
-        if hasattr(self.batches, "rewind"):
-            self.batches.rewind(self._position)
+        if hasattr(self.batches, "set_position"):
+            self.batches.set_position(self._position)
         elif hasattr(self.batches, "load_state_dict"):
             self.batches.load_state_dict(self._position)
 
     def _fetch(self, batches: Iterator[Batch]) -> tuple[Any, BaseException | None]:
-        """Return the next batch, or that there is none; and what went wrong on this rank."""
+        """Return the next batch, or `_END`; and the error of this rank, if any."""
         try:
             return next(batches), None
         except StopIteration:
@@ -142,11 +142,11 @@ class Uneven(Generic[Batch]):
             raise  # on all ranks
         except Exception as error:
             if isinstance(error, RankError) and error.ranks:
-                raise  # as well: they have told each other
+                raise  # on all ranks as well
             return _END, error
 
-    def _know(self, first: Any, error: BaseException | None) -> bool:
-        """Learn what a batch without rows looks like; return whether any rank has a batch at all.
+    def _learn_template(self, first: Any, error: BaseException | None) -> bool:
+        """Make an empty batch to use as a template; return whether any rank has a batch at all.
 
         Raises:
             RankError: on every rank, where one could not read its first batch.
@@ -154,131 +154,135 @@ class Uneven(Generic[Batch]):
         Collectives: two small gathers.
         """
         communicator = self._communicator()
-        told = None
+        description = None
         if first is not _END:
             try:
-                told = structure(first, self._array)
+                description = describe_batch(first, self._array)
             except ConfigError as found:
                 error = found
-        raise_together(communicator, error, "hvdloss.uneven.first", "before the first step")
-        texts = communicator.gather(json.dumps(told).encode(), "hvdloss.uneven.batch")
-        known = [one for one in hear(texts, "kind of batch") if one is not None]
+        raise_on_all_ranks(communicator, error, "hvdloss.uneven.first", "before the first step")
+        texts = communicator.all_gather_bytes(json.dumps(description).encode(), "hvdloss.uneven.batch")
+        known = [one for one in decode_all(texts, "kind of batch") if one is not None]
         if not known:
             return False
         # From the rank's own batch, if it has any: JSON knows neither devices nor kinds of containers.
-        if told is None:
-            with hearing("kind of batch"):
-                self._template = without_rows(known[0], self._make)
+        if description is None:
+            with decode_errors("kind of batch"):
+                self._template = empty_batch(known[0], self._make)
         else:
-            self._template = cut(first, self._zero)
+            self._template = empty_like(first, self._zero)
         return True
 
     def epochs(self, count: int) -> Iterator[int]:
-        """Give the numbers of the epochs that are left of so many; see the loader's ``epochs``."""
+        """Yield the numbers of the remaining epochs out of `count`; see the loader's ``epochs``."""
         return iter(self.batches.epochs(count))  # type: ignore[attr-defined]
 
     # -- position ---------------------------------------------------------------------------------
 
-    def _note(self) -> None:
-        """Keep the position behind the batch that is about to be given, before the next one is fetched."""
-        if hasattr(self.batches, "mark"):  # of ours: cheap, and no collective
-            self._position = self.batches.mark()
+    def _save_position(self) -> None:
+        """Save the position after the batch that is about to be yielded, before the next one is fetched."""
+        if hasattr(self.batches, "get_position"):  # of ours: cheap, and no collective
+            self._position = self.batches.get_position()
         elif hasattr(self.batches, "state_dict"):
             self._position = self.batches.state_dict()
 
     def state_dict(self) -> Any:
-        """Return the position of the batches; the one given last counts as used, the one ahead does not.
+        """Return the position of the batches; the last one yielded is consumed, the one read ahead is not.
 
         Raises:
-            UsageError: they have none.
+            UsageError: they have no position.
         """
         if not hasattr(self.batches, "state_dict"):
             raise UsageError(f"{type(self.batches).__name__} has no state_dict(), so no position")
         if self._position is None:
             return self.batches.state_dict()
-        return self.batches.state_dict(self._position) if hasattr(self.batches, "mark") else self._position
+        return (
+            self.batches.state_dict(self._position)
+            if hasattr(self.batches, "get_position")
+            else self._position
+        )
 
     def start_state(self) -> Any:
-        """Return the position at which the loop began; no collective."""
+        """Return the position at which the loop began; no collectives."""
         return self.batches.start_state() if hasattr(self.batches, "start_state") else self.state_dict()
 
     def load_state_dict(self, state: Any) -> None:
-        """Go on from a position."""
+        """Restore a position."""
         load = getattr(self.batches, "load_state_dict", None)
         if load is None:
             raise UsageError(f"{type(self.batches).__name__} has no load_state_dict(), so no position")
         load(state)
-        # In an elastic job there are ranks now that do not know what a batch is.
+        # In an elastic job there may be ranks now without a template.
         self._position, self._held, self._template, self._loop = None, None, _END, None
 
 
 # -- what a batch looks like ----------------------------------------------------------------------
 
 
-def structure(batch: Any, array: Callable[[Any], tuple[str, Sequence[int]] | None]) -> dict[str, Any]:
-    """Return what a batch is made of, as JSON: how its parts are held, and arrays' dtypes and shapes.
+def describe_batch(batch: Any, array: Callable[[Any], tuple[str, Sequence[int]] | None]) -> dict[str, Any]:
+    """Return the structure of a batch as JSON: its containers, and dtypes and shapes of its arrays.
 
     Args:
         batch: arrays, whose first axis is rows, in tuples, lists and dicts; a list of anything else has one
             entry per row.
-        array: tells an array's dtype and shape; None for what is no array.
+        array: returns an array's dtype and shape; None for anything else.
 
     Raises:
-        ConfigError: something of another kind, of which nobody knows what it is without rows.
+        ConfigError: something of another kind, which cannot be made without rows.
     """
     found = array(batch)
     if found is not None:
         return {"array": [found[0], list(found[1])]}
     if isinstance(batch, Mapping):
-        return {"dict": [[key, structure(value, array)] for key, value in batch.items()]}
+        return {"dict": [[key, describe_batch(value, array)] for key, value in batch.items()]}
     if isinstance(batch, tuple | list):
-        parts = [structure(value, array) for value in batch]
+        parts = [describe_batch(value, array) for value in batch]
         if isinstance(batch, list) and not any("value" not in part for part in parts):
             return {"list": []}  # of rows
         return {"tuple" if isinstance(batch, tuple) else "list": parts}
     if batch is None or isinstance(batch, str | int | float | bool):
         return {"value": batch}
     raise ConfigError(
-        f"batches: hold a {type(batch).__name__}, of which nobody knows what it is without rows; give "
-        f"tensors or arrays in tuples, lists and dicts"
+        f"batches: hold a {type(batch).__name__}, which cannot be made without rows; use tensors or arrays "
+        f"in tuples, lists and dicts"
     )
 
 
-def cut(batch: Any, zero: Callable[[Any], Any]) -> Any:
-    """Return a batch without rows like another one, held in the same kinds of containers.
+def empty_like(batch: Any, zero: Callable[[Any], Any]) -> Any:
+    """Return a batch without rows like another one, in the same kinds of containers.
 
     Args:
-        batch: as for :func:`structure`.
-        zero: returns an array without rows like a given one; None for what is no array.
+        batch: as for :func:`describe_batch`.
+        zero: returns an array without rows like a given one; None for anything else.
     """
     found = zero(batch)
     if found is not None:
         return found
     if isinstance(batch, Mapping):
-        parts = {key: cut(value, zero) for key, value in batch.items()}
+        parts = {key: empty_like(value, zero) for key, value in batch.items()}
         return parts if type(batch) is dict else type(batch)(parts)  # type: ignore[call-arg]
     if isinstance(batch, tuple):
-        values = [cut(value, zero) for value in batch]
+        values = [empty_like(value, zero) for value in batch]
         return type(batch)(*values) if hasattr(batch, "_fields") else tuple(values)
     if isinstance(batch, list):  # of arrays, or with an entry per row
         held = any(zero(value) is not None or isinstance(value, Mapping | tuple | list) for value in batch)
-        return [cut(value, zero) for value in batch] if held else []
+        return [empty_like(value, zero) for value in batch] if held else []
     return batch
 
 
-def without_rows(told: Mapping[str, Any], make: Callable[[str, list[int]], Any]) -> Any:
-    """Return a batch of this :func:`structure` that has no rows.
+def empty_batch(description: Mapping[str, Any], make: Callable[[str, list[int]], Any]) -> Any:
+    """Return a batch without rows from its description.
 
     Args:
-        told: by :func:`structure`, maybe on another rank.
-        make: makes an array of a dtype's name and a shape.
+        description: from :func:`describe_batch`, maybe of another rank.
+        make: returns an array of a dtype's name and a shape.
     """
-    ((kind, value),) = told.items()
+    ((kind, value),) = description.items()
     if kind == "array":
         return make(value[0], [0, *value[1][1:]] if value[1] else [])
     if kind == "dict":
-        return {key: without_rows(part, make) for key, part in value}
+        return {key: empty_batch(part, make) for key, part in value}
     if kind in ("tuple", "list"):
-        parts = [without_rows(part, make) for part in value]
+        parts = [empty_batch(part, make) for part in value]
         return tuple(parts) if kind == "tuple" else parts
     return value

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hvdloss.checks import whole
+from hvdloss.checks import check_int
 from hvdloss.communicator import Communicator, OneProcess
 from hvdloss.errors import ConfigError, HvdlossError, RankError, ShapeError
-from hvdloss.explain.exchange import Told, equal_on_all, tell, text_table
+from hvdloss.explain.exchange import RankMessage, exchange_messages, require_equal, text_table
 from hvdloss.explain.measures import Array, Elements, effective
 from hvdloss.reduction import check_reduction
 
@@ -294,12 +294,12 @@ class LossAttribution:
             raise ConfigError(
                 f"loss={elements!r} is no function (prediction, target, weight) -> (losses, weights)"
             )
-        self.elements, self.k = elements, whole("k", k, 0)
+        self.elements, self.k = elements, check_int("k", k, 0)
         self.reduction = check_reduction(reduction)
         self.classes: list[Label] | None = None
         self.with_classes = classes is not False
         if isinstance(classes, int) and not isinstance(classes, bool):
-            self.classes = list(range(whole("classes", classes, 1)))
+            self.classes = list(range(check_int("classes", classes, 1)))
         elif classes is not None and not isinstance(classes, bool):
             self.classes = [str(name) for name in classes]
         self.communicator: Communicator = communicator or OneProcess()
@@ -348,7 +348,7 @@ class LossAttribution:
         groups: npt.ArrayLike | Mapping[str, npt.ArrayLike] | None = None,
         labels: npt.ArrayLike | None = None,
     ) -> None:
-        """Add a batch whose prediction is made here, so that what that raises is told to all ranks too.
+        """Add a batch whose prediction is made here, so that its exceptions are raised on all ranks too.
 
         Args:
             predict: returns the prediction.
@@ -397,7 +397,7 @@ class LossAttribution:
         self.state = self.state.merge(Attribution.of(self.k, weighted, weights, known, found))
 
     def _labels(self, target: Any, shape: tuple[int, ...]) -> npt.NDArray[Any] | None:
-        """Return the classes that targets tell, if any."""
+        """Return the classes in the targets, if any."""
         return class_labels(target, shape)
 
     def compute(self) -> AttributionReport:
@@ -410,18 +410,21 @@ class LossAttribution:
         Collectives: one gather: some 24 bytes per label and 100 per sample kept.
         """
 
-        def mine() -> Told:
+        def mine() -> RankMessage:
             if self._fault is not None:
                 raise self._fault
             settings = [self.k, self.reduction, self.classes]
-            return Told({**self.state.note(), "ids": self._ids, "settings": settings})
+            return RankMessage({**self.state.note(), "ids": self._ids, "settings": settings})
 
-        told = [one.note for one in tell(self.communicator, "hvdloss.attribution", "loss attribution", mine)]
-        equal_on_all("LossAttribution's k, reduction and classes", [note["settings"] for note in told])
-        equal_on_all("the kind of ids=", [note["ids"] for note in told], but=None)
+        notes = [
+            one.note
+            for one in exchange_messages(self.communicator, "hvdloss.attribution", "loss attribution", mine)
+        ]
+        require_equal("LossAttribution's k, reduction and classes", [note["settings"] for note in notes])
+        require_equal("the kind of ids=", [note["ids"] for note in notes], but=None)
         whole_state, offset = Attribution(self.k), 0
         owners: list[_Sums] = []
-        for rank, note in enumerate(told):
+        for rank, note in enumerate(notes):
             for one in note["samples"]:
                 one["rank"] = rank
                 if note["ids"] == "counted":
@@ -498,7 +501,7 @@ def _order(item: tuple[Label, Any]) -> tuple[int, Label]:
 
 
 def class_labels(target: Any, shape: tuple[int, ...]) -> npt.NDArray[Any] | None:
-    """Return class numbers that targets tell: integers, of the losses' shape; else None."""
+    """Return the class numbers in the targets: integers, of the losses' shape; else None."""
     try:
         t = np.asarray(target)
     except Exception:  # a structure of tensors: no classes

@@ -1,4 +1,4 @@
-"""How ranks tell each other arrays, and what went wrong: one gather of bytes, never pickles."""
+"""Exchange of arrays and errors between ranks: one gather of bytes, never pickles."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ import numpy.typing as npt
 from hvdloss import errors
 from hvdloss.communicator import Communicator
 from hvdloss.errors import AgreementError, HvdlossError
-from hvdloss.hearing import hearing, parsed
+from hvdloss.messages import decode_errors, parse_json
 
-__all__ = ["Told", "equal_on_all", "tell", "text_table"]
+__all__ = ["RankMessage", "exchange_messages", "require_equal", "text_table"]
 
-# NumPy reads an array's header by Python's parser, which in CPython 3.11 is not for several threads at a time
-# (issue 106905: "AST constructor recursion depth mismatch"); simulated ranks are threads.
+# NumPy parses an array's header with Python's parser, which is not thread-safe in CPython 3.11 (issue 106905:
+# "AST constructor recursion depth mismatch"); simulated ranks are threads.
 _reading = threading.Lock()
 
 
-class Told:
-    """What one rank tells the others.
+class RankMessage:
+    """A message of one rank to all.
 
     Args:
         note: JSON values by name.
@@ -40,42 +40,44 @@ class Told:
         return self.arrays[name]
 
     def pack(self) -> bytes:
-        """Return all of it as bytes."""
+        """Encode it as bytes."""
         buffer = io.BytesIO()
         header = np.frombuffer(json.dumps(self.note).encode(), dtype=np.uint8)
         np.savez(buffer, **{f"a.{name}": array for name, array in self.arrays.items()}, note=header)  # type: ignore[arg-type]
         return buffer.getvalue()
 
     @classmethod
-    def unpack(cls, data: bytes) -> Told:
-        """Return what :meth:`pack` packed.
+    def unpack(cls, data: bytes) -> RankMessage:
+        """Decode the bytes of :meth:`pack`.
 
         Raises:
-            AgreementError: the bytes are nothing of the kind.
+            AgreementError: other bytes.
         """
-        with hearing("arrays"):
-            # A whole archive, or nothing: np.load would also take one array by itself, or a pickle.
+        with decode_errors("arrays"):
+            # Only an archive: np.load would also accept a single array, or a pickle.
             with zipfile.ZipFile(io.BytesIO(data)) as archive:
                 if any(one.compress_type != zipfile.ZIP_STORED for one in archive.infolist()):
                     raise ValueError("compressed, which ranks do not send")  # and may unpack to terabytes
             with _reading, np.load(io.BytesIO(data), allow_pickle=False) as found:
                 arrays = {name: found[name] for name in found.files}
-            note = parsed(arrays.pop("note").tobytes())
+            note = parse_json(arrays.pop("note").tobytes())
             return cls(note, **{name[2:]: array for name, array in arrays.items()})
 
 
-def tell(ranks: Communicator, name: str, doing: str, work: Callable[[], Told]) -> list[Told]:
-    """Do `work` on every rank, and return what all of them have to tell, in rank order.
+def exchange_messages(
+    ranks: Communicator, name: str, doing: str, work: Callable[[], RankMessage]
+) -> list[RankMessage]:
+    """Run `work` on every rank, and return all ranks' messages, in rank order.
 
     Args:
-        ranks: who takes part.
+        ranks: that take part.
         name: of the gather.
-        doing: what `work` does, for messages.
-        work: this rank's part. What it raises is raised on every rank.
+        doing: what `work` does, for errors.
+        work: returns this rank's message. An exception of it is raised on every rank.
 
     Raises:
-        HvdlossError: on every rank alike, what the first rank whose work failed raised: of the same class
-            if it is one of :mod:`hvdloss.errors`, else RankError. It names the rank.
+        HvdlossError: on every rank alike, the exception of the first rank whose work failed: of the same
+            class if it is one of :mod:`hvdloss.errors`, else RankError. It names the rank.
 
     Collectives: one gather.
     """
@@ -88,26 +90,26 @@ def tell(ranks: Communicator, name: str, doing: str, work: Callable[[], Told]) -
         known = isinstance(error, HvdlossError) and kind in errors.__all__
         text = str(error) if known else f"{kind}: {error}"
         mine = b"-" + json.dumps([kind if known else "RankError", text]).encode()
-    parts = ranks.gather(mine, name)
+    parts = ranks.all_gather_bytes(mine, name)
     for rank, part in enumerate(parts):
         if part[:1] == b"-":
-            with hearing("error", rank):
-                kind, text = parsed(part[1:])
+            with decode_errors("error", rank):
+                kind, text = parse_json(part[1:])
                 raised = {name: getattr(errors, name) for name in errors.__all__}[kind]
             raise raised(f"rank {rank}, {doing}: {text}") from (failure if rank == ranks.rank else None)
-    return [Told.unpack(part[1:]) for part in parts]
+    return [RankMessage.unpack(part[1:]) for part in parts]
 
 
 _ANY = object()
 
 
-def equal_on_all(what: str, values: Sequence[Any], but: Any = _ANY) -> Any:
-    """Return the value that all ranks have; raise, on every rank alike, where it differs.
+def require_equal(what: str, values: Sequence[Any], but: Any = _ANY) -> Any:
+    """Return the common value of all ranks; raise, on every rank alike, if it differs.
 
     Args:
         what: it is, for the message.
         values: one per rank.
-        but: the value of ranks that have none of their own; they do not count.
+        but: the value of ranks without one of their own; they do not count.
 
     Raises:
         AgreementError: naming the first two ranks that differ.

@@ -37,7 +37,7 @@ def rows_of(what: str, x: Any) -> npt.NDArray[Any]:
 
 
 def names_of(x: Any, names: Sequence[str] | None) -> list[str] | None:
-    """Return the features' names: as given, or a data frame's columns; None if nobody knows."""
+    """Return the features' names: as given, or a data frame's columns; None if they are not known."""
     if names is None and hasattr(x, "columns"):
         names = list(x.columns)
     return None if names is None else [str(name) for name in names]

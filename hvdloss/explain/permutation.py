@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hvdloss.checks import whole
+from hvdloss.checks import check_int
 from hvdloss.communicator import Communicator, OneProcess
 from hvdloss.errors import ConfigError, ShapeError
-from hvdloss.explain.exchange import Told, equal_on_all, tell, text_table
+from hvdloss.explain.exchange import RankMessage, exchange_messages, require_equal, text_table
 from hvdloss.explain.inputs import Predict, along, ids_of, names_of, predictor, rows_of, where_of
 from hvdloss.explain.measures import direction, measure_of, name_of
 from hvdloss.metrics.base import State
@@ -93,7 +93,7 @@ def groups_of(features: Any, count: int, names: list[str] | None) -> tuple[list[
             if given not in names:
                 raise ConfigError(f"features: {given!r} is none of {', '.join(names)}")
             return names.index(given)
-        number = whole("a column of features=", given, 0)
+        number = check_int("a column of features=", given, 0)
         if number >= count:
             raise ConfigError(f"features: column {number} is not one of the {count} there are")
         return number
@@ -191,22 +191,24 @@ def permutation_importance(
         state = held["measure"].of(held["predict"](rows), held["y"], held["weight"])
         return tuple(held["measure"].pack(state))
 
-    def begin() -> Told:
+    def begin() -> RankMessage:
         rows = rows_of("x", x)
         known = names_of(x, feature_names)
         if known is not None and rows.size and len(known) != rows.shape[1]:
             raise ShapeError(f"feature_names are {len(known)}, but x has {rows.shape[1]} features")
         held.update(
             x=rows,
-            predict=predictor(predict, None if batch_size is None else whole("batch_size", batch_size, 1)),
+            predict=predictor(
+                predict, None if batch_size is None else check_int("batch_size", batch_size, 1)
+            ),
             measure=measure_of(loss),
             weight=along("weight", weight, len(rows)),
             y=along("y", y, len(rows)),
         )
-        repeats, start = whole("n_repeats", n_repeats, 1), whole("seed", seed, 0)
+        repeats, start = check_int("n_repeats", n_repeats, 1), check_int("seed", seed, 0)
         mine = ids_of(ids, len(rows))
         kind = "counted" if ids is None else {"i": "integers", "U": "strings"}[mine.dtype.kind]
-        return Told(
+        return RankMessage(
             {
                 "rows": len(rows),
                 "features": rows.shape[1] if len(rows) else None,
@@ -217,34 +219,34 @@ def permutation_importance(
             ids=mine,
         )
 
-    told = tell(ranks, f"{name}.head", "permutation importance", begin)
-    notes = [one.note for one in told]
-    equal_on_all("[n_repeats, seed, loss, greater_is_better]", [one["settings"] for one in notes])
-    equal_on_all("the number of features of x", [one["features"] for one in notes], but=None)
-    found = equal_on_all("features=, or their names,", [one["groups"] for one in notes], but=None)
-    equal_on_all("the kind of ids=", [one["ids"] for one in notes], but=None)
+    messages = exchange_messages(ranks, f"{name}.head", "permutation importance", begin)
+    notes = [one.note for one in messages]
+    require_equal("[n_repeats, seed, loss, greater_is_better]", [one["settings"] for one in notes])
+    require_equal("the number of features of x", [one["features"] for one in notes], but=None)
+    found = require_equal("features=, or their names,", [one["groups"] for one in notes], but=None)
+    require_equal("the kind of ids=", [one["ids"] for one in notes], but=None)
     counts = [one["rows"] for one in notes]
     total = sum(counts)
     if not total:
         raise ConfigError("x has no rows on any rank: nothing can be permuted")
     labels, groups = found
-    counted = not any(len(one["ids"]) for one in told)
-    place = np.arange(total) if counted else where_of([one["ids"] for one in told])
+    counted = not any(len(one["ids"]) for one in messages)
+    place = np.arange(total) if counted else where_of([one["ids"] for one in messages])
     start = sum(counts[: ranks.rank])
     rows: npt.NDArray[Any] = held["x"]
 
-    def as_they_are() -> Told:
+    def as_they_are() -> RankMessage:
         return _states([judged(rows)], rows[:, groups[0]] if len(rows) else np.zeros((0, 0)))
 
-    told = tell(ranks, name, "judging the rows as they are", as_they_are)
+    messages = exchange_messages(ranks, name, "judging the rows as they are", as_they_are)
     mine = place[start : start + len(rows)]
     taken = shuffles(total, n_repeats, seed, mine)
     order = np.argsort(place)
     measure = held["measure"]
 
-    def value(told: Sequence[Told], repeat: int) -> float:
+    def value(messages: Sequence[RankMessage], repeat: int) -> float:
         whole_state: State = measure.zero()
-        for one in told:
+        for one in messages:
             whole_state = measure.merge(whole_state, _state(one, repeat))
         found = measure.finish(whole_state) if whole_state else float("nan")
         found = getattr(found, "value", found)  # of an Estimate
@@ -252,15 +254,15 @@ def permutation_importance(
             raise ConfigError(f"loss={measure!r} is no single number; choose a metric that is, or an average")
         return float(found)
 
-    baseline = value(told, 0)
+    baseline = value(messages, 0)
     sign = -1.0 if direction(measure, greater_is_better) else 1.0
     importances = np.empty((len(groups), n_repeats))
     shuffled = rows.copy()
     for number, group in enumerate(groups):
-        values = np.concatenate([one["columns"] for one, has in zip(told, counts, strict=True) if has])
+        values = np.concatenate([one["columns"] for one, has in zip(messages, counts, strict=True) if has])
         values = values[order]
 
-        def permuted(number: int = number, group: list[int] = group, values: Any = values) -> Told:
+        def permuted(number: int = number, group: list[int] = group, values: Any = values) -> RankMessage:
             states = []
             for repeat in range(n_repeats if len(rows) else 0):
                 shuffled[:, group] = values[taken[repeat]]
@@ -273,20 +275,20 @@ def permutation_importance(
                 columns = np.zeros((0, 0))
             return _states(states, columns)
 
-        told = tell(ranks, name, f"permuting {labels[number]!r}", permuted)
-        importances[number] = [sign * (value(told, repeat) - baseline) for repeat in range(n_repeats)]
+        messages = exchange_messages(ranks, name, f"permuting {labels[number]!r}", permuted)
+        importances[number] = [sign * (value(messages, repeat) - baseline) for repeat in range(n_repeats)]
     return PermutationImportance(list(labels), importances, baseline, name_of(measure), total)
 
 
-def _states(states: Sequence[State], columns: npt.NDArray[Any]) -> Told:
-    """Return statistics of several repeats, and a feature's values, to be told."""
+def _states(states: Sequence[State], columns: npt.NDArray[Any]) -> RankMessage:
+    """Return statistics of several repeats, and a feature's values, to be sent."""
     arrays = {
         f"s{repeat}.{part}": array for repeat, state in enumerate(states) for part, array in enumerate(state)
     }
-    return Told({"parts": [len(state) for state in states]}, columns=columns, **arrays)
+    return RankMessage({"parts": [len(state) for state in states]}, columns=columns, **arrays)
 
 
-def _state(told: Told, repeat: int) -> State:
+def _state(messages: RankMessage, repeat: int) -> State:
     """Return a rank's statistic of one repeat; empty if it has no rows."""
-    parts = told.note["parts"]
-    return tuple(told[f"s{repeat}.{part}"] for part in range(parts[repeat])) if parts else ()
+    parts = messages.note["parts"]
+    return tuple(messages[f"s{repeat}.{part}"] for part in range(parts[repeat])) if parts else ()

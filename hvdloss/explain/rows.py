@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hvdloss.checks import whole
+from hvdloss.checks import check_int
 from hvdloss.communicator import Communicator
 from hvdloss.errors import ConfigError, ShapeError
-from hvdloss.explain.exchange import Told, equal_on_all, tell
+from hvdloss.explain.exchange import RankMessage, exchange_messages, require_equal
 from hvdloss.explain.inputs import along, ids_of, names_of, rows_of
 from hvdloss.explain.sample import moves, random_bits, random_keys, smallest
 from hvdloss.guard import checksum
@@ -95,20 +95,20 @@ def explain_rows(
     held: dict[str, Any] = {}
     fixed = not isinstance(background, int | np.integer)
 
-    def begin() -> Told:
+    def begin() -> RankMessage:
         held["x"] = here = rows_of("x", x)
         given = here if data is None else rows_of("data", data)
         held["data"] = given
         if not fixed:
-            whole("background", background, 1)
+            check_int("background", background, 1)
         elif data is not None:
             raise ConfigError("background= is an array, so data=, to draw it from, has no use; leave one out")
         elif not np.asarray(background).size:
             raise ConfigError("background= has no rows")
         ground = rows_of("background", background) if fixed else np.zeros((0, 0))
         if rows is not None:
-            whole("rows", rows, 1)
-        whole("seed", seed, 0)
+            check_int("rows", rows, 1)
+        check_int("seed", seed, 0)
         if results not in ("all", "own"):
             raise ConfigError(f'results={results!r} must be "all" or "own"')
         if data is None and data_ids is not None:
@@ -124,7 +124,7 @@ def explain_rows(
         along("weight", weight, len(given))
         held.update(ids=mine, data_ids=theirs, ground=ground, names=known)
         of_ground = [list(ground.shape), checksum(np.ascontiguousarray(ground))] if fixed else background
-        return Told(
+        return RankMessage(
             {
                 "rows": len(here),
                 "data": len(given),
@@ -137,13 +137,13 @@ def explain_rows(
             }
         )
 
-    heads = [one.note for one in tell(ranks, f"{name}.head", "rows to explain", begin)]
-    equal_on_all("[rows, seed, results, explainer, ...]", [head["settings"] for head in heads])
-    equal_on_all("background=", [head["background"] for head in heads])
-    equal_on_all("the shape of a row", [head["shape"] for head in heads], but=None)
-    names = equal_on_all("the features' names", [head["names"] for head in heads], but=None)
-    equal_on_all("the kind of ids=", [head["ids"] for head in heads], but=None)
-    equal_on_all("the kind of data_ids=", [head["data_ids"] for head in heads], but=None)
+    heads = [one.note for one in exchange_messages(ranks, f"{name}.head", "rows to explain", begin)]
+    require_equal("[rows, seed, results, explainer, ...]", [head["settings"] for head in heads])
+    require_equal("background=", [head["background"] for head in heads])
+    require_equal("the shape of a row", [head["shape"] for head in heads], but=None)
+    names = require_equal("the features' names", [head["names"] for head in heads], but=None)
+    require_equal("the kind of ids=", [head["ids"] for head in heads], but=None)
+    require_equal("the kind of data_ids=", [head["data_ids"] for head in heads], but=None)
     counts = [head["rows"] for head in heads]
     if not sum(counts):
         raise ConfigError("x has no rows on any rank: there is nothing to explain")
@@ -160,7 +160,7 @@ def explain_rows(
     works = moves(counts)  # where every row is explained
     away = works[sum(counts[:me]) : sum(counts[: me + 1])] != me
 
-    def drawn() -> Told:
+    def drawn() -> RankMessage:
         if fixed:
             ground = np.zeros(0, np.int64)
             keys = np.zeros(0)
@@ -173,7 +173,7 @@ def explain_rows(
         else:
             own = random_keys(held["ids"], seed, ROWS)
             chosen = smallest(own, held["ids"], rows)
-        return Told(
+        return RankMessage(
             keys=keys[ground] if len(ground) else np.zeros(0),
             data_ids=held["data_ids"][ground],
             data=given[ground],
@@ -182,26 +182,26 @@ def explain_rows(
             rows=here[chosen],
         )
 
-    told = tell(ranks, f"{name}.rows", "drawing rows", drawn)
+    messages = exchange_messages(ranks, f"{name}.rows", "drawing rows", drawn)
     if fixed:
         ground = held["ground"]
     else:
-        first = smallest(_joined(told, "keys"), _joined(told, "data_ids"), int(background))  # type: ignore[arg-type]
-        ground = _joined(told, "data")[first]
+        first = smallest(_joined(messages, "keys"), _joined(messages, "data_ids"), int(background))  # type: ignore[arg-type]
+        ground = _joined(messages, "data")[first]
         if not len(ground):
             raise ConfigError("weight= is zero for every row of data=: no background can be drawn")
-    every = _joined(told, "ids")
+    every = _joined(messages, "ids")
     if rows is None:
         owner = np.repeat(np.arange(ranks.size), counts)
-        moved = dict(zip(np.flatnonzero(works != owner).tolist(), _joined(told, "rows"), strict=True))
+        moved = dict(zip(np.flatnonzero(works != owner).tolist(), _joined(messages, "rows"), strict=True))
         start = sum(counts[:me])
 
         def row(number: int) -> npt.NDArray[Any]:
             return np.asarray(moved[number] if number in moved else here[number - start])
     else:
-        chosen = smallest(_joined(told, "row_keys"), every, rows)
-        owner = np.repeat(np.arange(ranks.size), [len(one["ids"]) for one in told])[chosen]
-        every, table = every[chosen], _joined(told, "rows")[chosen]
+        chosen = smallest(_joined(messages, "row_keys"), every, rows)
+        owner = np.repeat(np.arange(ranks.size), [len(one["ids"]) for one in messages])[chosen]
+        every, table = every[chosen], _joined(messages, "rows")[chosen]
         works = np.array([number * ranks.size // len(every) for number in range(len(every))])
 
         def row(number: int) -> npt.NDArray[Any]:
@@ -210,7 +210,7 @@ def explain_rows(
     seeds = (random_bits(every, seed, SEEDS) >> np.uint64(32)).tolist()
     mine = np.flatnonzero(works == me)
 
-    def explain() -> Told:
+    def explain() -> RankMessage:
         done: list[Mapping[str, Any]] = []
         if len(mine):
             with seeded():
@@ -223,12 +223,14 @@ def explain_rows(
         # With "own", a row's owner already has the results of the rows it worked on itself.
         sent = np.ones(len(mine), bool) if results == "all" else owner[mine] != me
         data = np.array([row(number) for number in mine[sent].tolist()])
-        return Told(number=mine[sent], row=data, **{f"f.{k}": v[sent] for k, v in held["done"].items()})
+        return RankMessage(
+            number=mine[sent], row=data, **{f"f.{k}": v[sent] for k, v in held["done"].items()}
+        )
 
-    told = tell(ranks, f"{name}.found", "explaining rows", explain)
-    numbers, data_rows = _joined(told, "number"), _joined(told, "row")
-    keys = sorted({key[2:] for one in told for key in one.arrays if key.startswith("f.")})
-    found = {key: _joined(told, f"f.{key}") for key in keys}
+    messages = exchange_messages(ranks, f"{name}.found", "explaining rows", explain)
+    numbers, data_rows = _joined(messages, "number"), _joined(messages, "row")
+    keys = sorted({key[2:] for one in messages for key in one.arrays if key.startswith("f.")})
+    found = {key: _joined(messages, f"f.{key}") for key in keys}
     if results == "own":
         stay = mine[owner[mine] == me]
         numbers = np.concatenate([numbers, stay])
@@ -249,9 +251,9 @@ def explain_rows(
     )
 
 
-def _joined(told: Sequence[Told], name: str) -> npt.NDArray[Any]:
+def _joined(messages: Sequence[RankMessage], name: str) -> npt.NDArray[Any]:
     """Return all ranks' rows of an array; a rank may have none, of any shape."""
-    return _stacked([one[name] for one in told if name in one.arrays])
+    return _stacked([one[name] for one in messages if name in one.arrays])
 
 
 def _stacked(parts: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:

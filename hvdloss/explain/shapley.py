@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hvdloss.checks import whole
+from hvdloss.checks import check_int
 from hvdloss.communicator import Communicator, OneProcess
 from hvdloss.errors import ConfigError
 from hvdloss.explain.inputs import Predict, predictor
 from hvdloss.explain.rows import Explain, Explained, explain_rows
-from hvdloss.extras import library
+from hvdloss.extras import optional_import
 
 __all__ = ["EXPLAINERS", "Make", "shap_explanation", "shap_values"]
 
@@ -91,10 +91,10 @@ def shap_values(
     kind = explainer if isinstance(explainer, str) else getattr(explainer, "__name__", "explainer")
 
     def make(ground: npt.NDArray[Any], names: list[str] | None) -> Explain:
-        shap = library("shap", "explain", "shap_values")
-        size = None if batch_size is None else whole("batch_size", batch_size, 1)
+        shap = optional_import("shap", "explain", "shap_values")
+        size = None if batch_size is None else check_int("batch_size", batch_size, 1)
         if evaluations is not None:
-            whole("evaluations", evaluations, 1)
+            check_int("evaluations", evaluations, 1)
         if callable(explainer):
             return explainer(shap, ground, evaluations)
         return model_agnostic(shap, explainer, predictor(predict, size), ground, evaluations)
@@ -159,7 +159,7 @@ def model_agnostic(
 
 def shap_explanation(done: Explained, output_names: Sequence[str] | None) -> Any:
     """Return what was found as shap's own class, which its plots take."""
-    shap = library("shap", "explain", "shap_values")
+    shap = optional_import("shap", "explain", "shap_values")
     explanation = shap.Explanation(
         values=done.found.get("values", np.zeros((0, *done.background.shape[1:]))),
         base_values=done.found.get("base", np.zeros(0)),

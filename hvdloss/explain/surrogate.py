@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hvdloss.checks import whole
+from hvdloss.checks import check_int
 from hvdloss.communicator import Communicator, OneProcess
 from hvdloss.errors import ConfigError, ShapeError
 from hvdloss.explain.inputs import Predict, predictor
 from hvdloss.explain.rows import Explain, explain_rows
-from hvdloss.extras import library
+from hvdloss.extras import optional_import
 
 __all__ = ["LimeExplanation", "lime_weights"]
 
@@ -90,11 +90,11 @@ def lime_weights(
     """
 
     def make(ground: npt.NDArray[Any], names: list[str] | None) -> Explain:
-        tabular = library("lime.lime_tabular", "explain", "lime_weights")
+        tabular = optional_import("lime.lime_tabular", "explain", "lime_weights")
         if mode not in ("classification", "regression"):
             raise ConfigError(f'mode={mode!r} must be "classification" or "regression"')
-        most, points = whole("num_features", num_features, 1), whole("num_samples", num_samples, 2)
-        checked = predictor(predict, None if batch_size is None else whole("batch_size", batch_size, 1))
+        most, points = check_int("num_features", num_features, 1), check_int("num_samples", num_samples, 2)
+        checked = predictor(predict, None if batch_size is None else check_int("batch_size", batch_size, 1))
         explainer = tabular.LimeTabularExplainer(
             ground,
             mode=mode,

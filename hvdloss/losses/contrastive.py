@@ -25,7 +25,7 @@ from typing import Any
 
 from hvdloss.errors import ConfigError, ShapeError
 from hvdloss.losses.base import GlobalLoss, Group, Measured
-from hvdloss.reduction import ArrayOps, weights_for
+from hvdloss.reduction import ArrayOps, broadcast_weights
 
 __all__ = ["InfoNCE", "SigLIP", "SupervisedContrastive"]
 
@@ -41,7 +41,7 @@ class _Contrastive(GlobalLoss):
     def elements(self, ops: ArrayOps, prediction: Any, target: Any) -> Any:
         """Return ones: one for each row."""
         x = prediction[0] if isinstance(prediction, tuple | list) else prediction
-        return ops.ones_like(ops.at_last(ops.losses(x), 0))
+        return ops.ones_like(ops.index_last(ops.losses(x), 0))
 
     def _parts(self, prediction: Any, least: int, most: int, what: str, rank: int) -> Sequence[Any]:
         """Return the parts of a prediction."""
@@ -72,8 +72,8 @@ class _Contrastive(GlobalLoss):
                 f"{self.name}: the number of columns must be known while tracing, features have shape "
                 f"{shapes[0]} (rank {rank}); give them a static last axis"
             )
-        ones = ops.ones_like(ops.at_last(wide[0], 0))
-        w = ones if weight is None else weights_for(ops, weight, ones, rank)
+        ones = ops.ones_like(ops.index_last(wide[0], 0))
+        w = ones if weight is None else broadcast_weights(ops, weight, ones, rank)
         bad: Any = 0.0
         rows = []
         for f in wide:
@@ -81,7 +81,7 @@ class _Contrastive(GlobalLoss):
             f = ops.where(ops.unsqueeze(w) != 0, f, ops.zeros_like(f))
             bad = bad + ops.count(~ops.isfinite(f))
             if self.normalize:
-                square = ops.total_rows(f * f)
+                square = ops.sum_rows(f * f)
                 tiny = ops.zeros_like(square) + _TINY**2
                 f = f / ops.unsqueeze(ops.sqrt(ops.where(square > tiny, square, tiny)))
             rows.append(f)
@@ -171,7 +171,7 @@ class InfoNCE(_Contrastive):
         sent = [x, y] if self.symmetric else [y]
         rows = group.all_gather(ops.concat([*sent, ops.unsqueeze(w)], 1), f"hvdloss.{self.name}.rows")
         there = (rows[:, -1] != 0)[None, :]
-        own = scale * ops.total_rows(x * y)
+        own = scale * ops.sum_rows(x * y)
 
         def against(mine: Any, all_rows: Any) -> Any:
             logits = scale * (mine @ ops.transpose(all_rows))
@@ -181,7 +181,7 @@ class InfoNCE(_Contrastive):
         if self.symmetric:
             losses = (losses + against(y, rows[:, :columns])) / 2
         weighted = ops.where(w != 0, losses * w, ops.zeros_like(losses))
-        return self._finished(ops, group, ops.total(weighted), ops.total64(w), bad)[0]
+        return self._finished(ops, group, ops.sum(weighted), ops.sum64(w), bad)[0]
 
 
 class SupervisedContrastive(_Contrastive):
@@ -219,14 +219,14 @@ class SupervisedContrastive(_Contrastive):
     def measure(self, ops: ArrayOps, group: Group, prediction: Any, target: Any, weight: Any) -> Measured:
         """Return the loss over all ranks' samples, and whether this rank is why it is not finite."""
         (z,), w, bad = self._rows(ops, [prediction], weight, group.rank)
-        labels = ops.integers(target)
+        labels = ops.to_int64(target)
         if len(ops.shape(labels)) != 1 or ops.shape(labels)[0] not in (None, ops.shape(z)[0]):
             raise ShapeError(
                 f"{self.name}: target of shape {ops.shape(labels)} must hold one label for each of the rows "
                 f"of the prediction, {ops.shape(z)} (rank {group.rank})"
             )
         rows = group.all_gather(ops.concat([z, ops.unsqueeze(w)], 1), f"hvdloss.{self.name}.rows")
-        number = ops.row_numbers(z)
+        number = ops.row_indices(z)
         whose = ops.concat([ops.unsqueeze(k) for k in (labels, number * 0 + group.rank, number)], 1)
         known = group.all_gather(whose, f"hvdloss.{self.name}.labels")
         itself = (known[:, 1] == group.rank)[None, :] & (known[:, 2][None, :] == ops.unsqueeze(number))
@@ -234,14 +234,14 @@ class SupervisedContrastive(_Contrastive):
         alike = others & (known[:, 0][None, :] == ops.unsqueeze(labels))
         logits = (z @ ops.transpose(rows[:, :-1])) / self.temperature
         zero = ops.zeros_like(logits)
-        size = ops.total_rows(ops.cast_like(alike, logits))
+        size = ops.sum_rows(ops.cast_like(alike, logits))
         counted = (w != 0) & (size > 0)
         some = ops.where(size > 0, size, ops.ones_like(size))
-        near = ops.total_rows(ops.where(alike, logits, zero)) / some
+        near = ops.sum_rows(ops.where(alike, logits, zero)) / some
         losses = ops.logsumexp(ops.where(others, logits, zero + _FAR)) - near
         none = ops.zeros_like(losses)
-        weight = ops.total64(ops.where(counted, w, none))
-        weighted = ops.total(ops.where(counted, losses * w, none))
+        weight = ops.sum64(ops.where(counted, w, none))
+        weighted = ops.sum(ops.where(counted, losses * w, none))
         return self._finished(ops, group, weighted, weight, bad)[0]
 
 
@@ -289,10 +289,10 @@ class SigLIP(_Contrastive):
         names = zip(("log_scale", "bias"), parts[2:], strict=True)
         log_scale, shift = (self._number(ops, name, value, group.rank) for name, value in names)
         inputs = [*rows, log_scale, shift]
-        x, y, log_scale, shift = (ops.stop(v) for v in inputs)
+        x, y, log_scale, shift = (ops.stop_gradient(v) for v in inputs)
         bad = bad + ops.count(~ops.isfinite(log_scale)) + ops.count(~ops.isfinite(shift))
         total, gradients = self._ring(ops, group, x, y, w, log_scale, shift)
-        measured, summed = self._finished(ops, group, total, ops.total64(w), bad)
+        measured, summed = self._finished(ops, group, total, ops.sum64(w), bad)
         parts_of = [g / ops.cast_like(summed, g) for g in gradients]
         return Measured(ops.with_gradients(measured.value, inputs, parts_of), measured.fault)
 
@@ -314,7 +314,7 @@ class SigLIP(_Contrastive):
         if group.size > 1:
             dy = group.shift(dy, f"hvdloss.{self.name}.ring.home")
         # Similarities grow with the scale as they do with x.
-        return total, [dx, dy, ops.total64(x * dx), d_bias]
+        return total, [dx, dy, ops.sum64(x * dx), d_bias]
 
     @staticmethod
     def _block(
@@ -326,13 +326,13 @@ class SigLIP(_Contrastive):
         """
         logits = (scale * x) @ ops.transpose(y) + offset
         if own:
-            number = ops.row_numbers(x)
+            number = ops.row_indices(x)
             pair = ops.unsqueeze(number) == number[None, :]
             logits = ops.where(pair, -logits, logits)
-        total = ops.total64(w * (ops.softplus(logits) @ v))
+        total = ops.sum64(w * (ops.softplus(logits) @ v))
         slope = ops.sigmoid(logits)
         if own:
             slope = ops.where(pair, -slope, slope)
         dx = scale * w * (slope @ (v * y))
         dy = scale * v * (ops.transpose(slope) @ (w * x))
-        return total, dx, dy, ops.total64(w * (slope @ v))
+        return total, dx, dy, ops.sum64(w * (slope @ v))

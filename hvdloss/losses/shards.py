@@ -7,9 +7,9 @@ sample, m_k the largest on rank k, s_k = sum_c exp(z_c - m_k) over that rank's c
     log sum_c exp(z_c) = M + log sum_k s_k exp(m_k - M)
     loss = (that) - z_y
 
-so that a rank tells the others two or three numbers per sample, and none of its logits. All ranks then know
+so that a rank sends the others two or three numbers per sample, and none of its logits. All ranks then know
 the loss, and each knows the softmax of its own columns, which is all that its gradient needs (the scheme
-of Megatron-LM, Shoeybi et al. 2019, section 3). The numbers of all ranks travel in one all-gather, in
+of Megatron-LM, Shoeybi et al. 2019, section 3). The numbers of all ranks are exchanged in one all-gather, in
 which the ranks also find out whether they were called alike.
 """
 
@@ -129,49 +129,49 @@ class ClassShards:
 
 
 class RowOps(ArrayOps, Protocol):
-    """What these formulas need of a framework besides; none of it carries a gradient.
+    """More operations that these formulas need from a framework; none carries a gradient.
 
-    A matrix here is (samples, columns), a row of numbers (samples,). What "may overwrite" a matrix may
-    return it changed, for it is the caller's own.
+    A matrix here is (samples, columns), a row (samples,). Operations that "may overwrite" a matrix may work
+    in place: it belongs to the caller.
     """
 
-    def copied(self, x: Any, factor: float) -> Any:
-        """Return ``x * factor`` as a matrix of one's own, in a dtype fit for sums."""
+    def scaled_copy(self, x: Any, factor: float) -> Any:
+        """Return ``x * factor`` as a new matrix, in a dtype fit for sums."""
 
     def row_max(self, x: Any) -> Any:
         """Return the largest entry of each row of a matrix."""
 
-    def row_total(self, x: Any) -> Any:
+    def row_sum(self, x: Any) -> Any:
         """Return the sum of each row of a matrix."""
 
-    def pick(self, x: Any, column: Any) -> Any:
+    def gather_columns(self, x: Any, column: Any) -> Any:
         """Return one entry of each row of a matrix."""
 
-    def replaced(self, x: Any, column: Any, where: Any, value: Any) -> Any:
-        """Return a matrix with one entry of each row replaced, `where` that holds; may overwrite `x`."""
+    def scatter_columns(self, x: Any, column: Any, where: Any, value: Any) -> Any:
+        """Return a matrix with one entry of each row replaced, where `where` holds; may overwrite `x`."""
 
-    def less_rows(self, x: Any, row: Any, own: bool) -> Any:
-        """Return a matrix less one number per row, in that one's dtype; may overwrite `x` if `own`."""
+    def subtract_rows(self, x: Any, row: Any, own: bool) -> Any:
+        """Return a matrix minus one number per row, in the dtype of `row`; may overwrite `x` if `own`."""
 
-    def times_rows(self, x: Any, row: Any) -> Any:
+    def scale_rows(self, x: Any, row: Any) -> Any:
         """Return a matrix times one number per row; may overwrite `x`."""
 
-    def exp_over(self, x: Any) -> Any:
+    def exp_inplace(self, x: Any) -> Any:
         """Return the exponential; may overwrite `x`."""
 
-    def rows_or_zero(self, x: Any, present: Any) -> Any:
+    def mask_rows(self, x: Any, present: Any) -> Any:
         """Return a matrix with zeros in rows that are not `present`; may overwrite `x`."""
 
-    def position(self, columns: Any, index: Any) -> tuple[Any, Any]:
-        """Return where each `index` stands in the ascending `columns`, int64, and whether it does.
+    def find_columns(self, columns: Any, index: Any) -> tuple[Any, Any]:
+        """Return the position of each `index` in the ascending `columns`, int64, and whether it is there.
 
-        A place within the columns also where it does not.
+        A valid position also where it is not.
         """
 
-    def places(self, x: Any) -> Any:
+    def element_indices(self, x: Any) -> Any:
         """Return 0, 1, 2, ... for a vector, int64."""
 
-    def first(self, x: Any, condition: Any) -> Any:
+    def first_where(self, x: Any, condition: Any) -> Any:
         """Return the first entry of a vector where `condition` holds, float64; 0 without any."""
 
     def maximum(self, x: Any, y: Any) -> Any:
@@ -181,7 +181,7 @@ class RowOps(ArrayOps, Protocol):
 class NumpyRowOps(NumpyOps):
     """:class:`RowOps` for NumPy: the reference."""
 
-    def copied(self, x: Any, factor: float) -> Any:
+    def scaled_copy(self, x: Any, factor: float) -> Any:
         """Multiply."""
         x = np.asarray(x)
         return x * np.asarray(factor, dtype=self.losses(x[:0]).dtype)
@@ -190,47 +190,47 @@ class NumpyRowOps(NumpyOps):
         """Find."""
         return x.max(-1)
 
-    def row_total(self, x: Any) -> Any:
+    def row_sum(self, x: Any) -> Any:
         """Sum."""
         return x.sum(-1)
 
-    def pick(self, x: Any, column: Any) -> Any:
+    def gather_columns(self, x: Any, column: Any) -> Any:
         """Index."""
         return np.take_along_axis(x, column[:, None], -1)[:, 0]
 
-    def replaced(self, x: Any, column: Any, where: Any, value: Any) -> Any:
+    def scatter_columns(self, x: Any, column: Any, where: Any, value: Any) -> Any:
         """Set in place."""
         at = np.flatnonzero(where)
         x[at, column[at]] = value[at]
         return x
 
-    def less_rows(self, x: Any, row: Any, own: bool) -> Any:
+    def subtract_rows(self, x: Any, row: Any, own: bool) -> Any:
         """Subtract."""
         return np.subtract(x, row[:, None], out=x if own else None)
 
-    def times_rows(self, x: Any, row: Any) -> Any:
+    def scale_rows(self, x: Any, row: Any) -> Any:
         """Multiply in place."""
         return np.multiply(x, row[:, None], out=x)
 
-    def exp_over(self, x: Any) -> Any:
+    def exp_inplace(self, x: Any) -> Any:
         """Compute in place."""
         return np.exp(x, out=x)
 
-    def rows_or_zero(self, x: Any, present: Any) -> Any:
+    def mask_rows(self, x: Any, present: Any) -> Any:
         """Set in place."""
         x[~present] = 0
         return x
 
-    def position(self, columns: Any, index: Any) -> tuple[Any, Any]:
+    def find_columns(self, columns: Any, index: Any) -> tuple[Any, Any]:
         """Search."""
         at = np.minimum(np.searchsorted(columns, index), len(columns) - 1)
         return at, columns[at] == index
 
-    def places(self, x: Any) -> Any:
+    def element_indices(self, x: Any) -> Any:
         """Count."""
         return np.arange(len(x), dtype=np.int64)
 
-    def first(self, x: Any, condition: Any) -> Any:
+    def first_where(self, x: Any, condition: Any) -> Any:
         """Find."""
         return np.float64(x[np.argmax(condition)] if np.any(condition) else 0)
 
@@ -316,7 +316,7 @@ class Part:
         present: whether the element counts, (N,).
         slope: of the target's logit by what was given, (N,); None for 1.
         highest: m_k, -inf where all logits are, (N,).
-        message: what the others are told, a vector.
+        message: to the other ranks, a vector.
     """
 
     powers: Any
@@ -364,7 +364,7 @@ class ShardedSoftmax:
 
     @property
     def rows(self) -> int:
-        """How many numbers per element a rank tells the others."""
+        """Numbers per element that a rank sends to the others."""
         return 4 if self.label_smoothing else 3
 
     def check_shapes(
@@ -396,10 +396,10 @@ class ShardedSoftmax:
 
     def _fingerprint(self) -> int:
         margin: Any = self.margin
-        if not isinstance(margin, CosFace | ArcFace | None):  # whose text may tell a place in memory
+        if not isinstance(margin, CosFace | ArcFace | None):  # its repr may have a memory address
             margin = type(margin).__qualname__
-        told = (self.shards, self.label_smoothing, margin, self.scale, self.ignore_index)
-        return zlib.crc32(repr(told).encode()) % _HASH
+        settings = (self.shards, self.label_smoothing, margin, self.scale, self.ignore_index)
+        return zlib.crc32(repr(settings).encode()) % _HASH
 
     def part(self, ops: RowOps, logits: Any, target: Any, rank: int, columns: Any = None) -> Part:
         """Return what this rank knows of a batch.
@@ -419,39 +419,39 @@ class ShardedSoftmax:
         if columns is None:
             here, column = owned, ops.where(owned, local, ops.zeros_like(local))
         else:
-            column, found = ops.position(columns, local)
+            column, found = ops.find_columns(columns, local)
             here = owned & found
 
         shaped, slope = False, None  # whether `z` is a copy already
         z = logits
         if self.margin is not None or self.scale != 1.0:
-            z, shaped = ops.copied(z, self.scale), True
+            z, shaped = ops.scaled_copy(z, self.scale), True
         if self.margin is not None:
-            value, slope = self.margin.apply(ops, ops.losses(ops.pick(logits, column)))
-            z = ops.replaced(z, column, here, value * self.scale)
+            value, slope = self.margin.apply(ops, ops.losses(ops.gather_columns(logits, column)))
+            z = ops.scatter_columns(z, column, here, value * self.scale)
         highest = ops.losses(ops.row_max(z))
         zero = ops.zeros_like(highest)
         shift = _shift(ops, highest)
-        at_target = ops.where(here, ops.losses(ops.pick(z, column)), zero)
-        z = ops.less_rows(z, shift, shaped)
-        gaps = [ops.row_total(z) * -1.0] if self.label_smoothing else []
-        powers = ops.exp_over(z)
-        told = [highest, ops.row_total(powers), at_target, *gaps]
+        at_target = ops.where(here, ops.losses(ops.gather_columns(z, column)), zero)
+        z = ops.subtract_rows(z, shift, shaped)
+        gaps = [ops.row_sum(z) * -1.0] if self.label_smoothing else []
+        powers = ops.exp_inplace(z)
+        own_rows = [highest, ops.row_sum(powers), at_target, *gaps]
 
-        mixed = ((target % _HASH + 1) * (ops.places(target) * 8191 % _HASH + 1)) % _HASH
+        mixed = ((target % _HASH + 1) * (ops.element_indices(target) * 8191 % _HASH + 1)) % _HASH
         elements = ops.count(target == target)
         header = {
             "length": elements * self.rows + HEADER,
             "elements": elements,
             "columns": ops.scalar64(float(count), target) if columns is None else ops.count(columns >= 0),
             "outside": ops.count(outside),
-            "example": ops.first(target, outside),
+            "example": ops.first_where(target, outside),
             "missing": ops.count(owned & ~here),
-            "targets": ops.total64(mixed) % _HASH,
+            "targets": ops.sum64(mixed) % _HASH,
             "settings": ops.scalar64(float(self._fingerprint()), target),
         }
-        numbers = ops.row64([header[key] for key in _FIELDS])
-        message = ops.concat([ops.cast_like(numbers, highest), *told], 0)
+        numbers = ops.stack64([header[key] for key in _FIELDS])
+        message = ops.concat([ops.cast_like(numbers, highest), *own_rows], 0)
         return Part(powers, column, here, present, slope, highest, message)
 
     def suspect(self, ops: RowOps, heads: Any) -> Any:
@@ -472,17 +472,17 @@ class ShardedSoftmax:
         """
         shards = self.shards
         count = self.rows
-        told = [ops.reshape(messages[rank, HEADER:], (count, -1)) for rank in range(shards.ranks)]
-        highest = functools.reduce(ops.maximum, (row[0] for row in told))
-        total = sum(row[1] * _power(ops, row[0], highest) for row in told)
-        target = sum(row[2] for row in told)
+        rows = [ops.reshape(messages[rank, HEADER:], (count, -1)) for rank in range(shards.ranks)]
+        highest = functools.reduce(ops.maximum, (row[0] for row in rows))
+        total = sum(row[1] * _power(ops, row[0], highest) for row in rows)
+        target = sum(row[2] for row in rows)
         e = self.label_smoothing
         losses = ops.log(total) + (1.0 - e) * (highest - target)
         if e:
             # sum_c (M - z_c), added up without cancellation; columns may have been sampled.
             gaps = sum(
                 messages[rank, _FIELDS.index("columns")] * (highest - _shift(ops, row[0])) + row[3]
-                for rank, row in enumerate(told)
+                for rank, row in enumerate(rows)
             )
             losses = losses + gaps * (e / self.columns(messages))
         factor = _power(ops, part.highest, highest) / total
@@ -505,15 +505,15 @@ class ShardedSoftmax:
         e = self.label_smoothing
         upstream = ops.where(part.present, upstream, ops.zeros_like(upstream)) * self.scale
         even = e / columns
-        probability = ops.pick(part.powers, part.column) * factor
+        probability = ops.gather_columns(part.powers, part.column) * factor
         at_target = (probability - (1.0 - e) - even) * upstream
         if part.slope is not None:
             at_target = at_target * part.slope
-        out = ops.times_rows(part.powers, factor * upstream)
+        out = ops.scale_rows(part.powers, factor * upstream)
         if e:
-            out = ops.less_rows(out, upstream * even, True)
-        out = ops.replaced(out, part.column, part.here, at_target)
-        return ops.rows_or_zero(out, part.present)
+            out = ops.subtract_rows(out, upstream * even, True)
+        out = ops.scatter_columns(out, part.column, part.here, at_target)
+        return ops.mask_rows(out, part.present)
 
 
 def _shift(ops: ArrayOps, highest: Any) -> Any:
@@ -553,13 +553,13 @@ def check_headers(table: npt.NDArray[Any], rule: ShardedSoftmax, what: str, rank
     """
     headers = [dict(zip(_FIELDS, row, strict=True)) for row in table.tolist()]
 
-    def told(key: str) -> str:
+    def listed(key: str) -> str:
         return ", ".join(f"rank {r}: {h[key]:.0f}" for r, h in zip(ranks, headers, strict=True))
 
     if len({h["elements"] for h in headers}) > 1:
         raise ShapeError(
             f"{what}: the ranks that share the classes have different numbers of elements "
-            f"({told('elements')}); they must all have the same batch"
+            f"({listed('elements')}); they must all have the same batch"
         )
     if len({h["settings"] for h in headers}) > 1:
         raise AgreementError(

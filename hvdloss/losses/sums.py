@@ -19,7 +19,7 @@ from typing import Any
 
 from hvdloss.errors import ConfigError, ShapeError
 from hvdloss.losses.base import GlobalLoss, Group, Measured
-from hvdloss.reduction import ArrayOps, weights_for
+from hvdloss.reduction import ArrayOps, broadcast_weights
 
 __all__ = [
     "R2",
@@ -92,7 +92,7 @@ class SumsLoss(GlobalLoss):
         like = prediction if target is None else target
         axes = len(ops.shape(prediction)) - self.columns
         while len(ops.shape(like)) > axes >= 0:
-            like = ops.at_last(like, 0)
+            like = ops.index_last(like, 0)
         return ops.cast_like(ops.ones_like(ops.losses(like)), ops.losses(prediction))
 
     def sums(self, ops: ArrayOps, prediction: Any, target: Any, weight: Any = None, *, rank: int = 0) -> Any:
@@ -110,7 +110,7 @@ class SumsLoss(GlobalLoss):
     ) -> tuple[Any, list[int | None]]:
         """Return the sums as one vector, and how many each statistic has (None: a scalar)."""
         ones = self.elements(ops, prediction, target)
-        w = ones if weight is None else weights_for(ops, weight, ones, rank)
+        w = ones if weight is None else broadcast_weights(ops, weight, ones, rank)
         axes = len(ops.shape(ones))
         sums, widths = [], []
         for number, statistic in enumerate(self.statistics(ops, prediction, target)):
@@ -130,7 +130,7 @@ class SumsLoss(GlobalLoss):
                 )
             if not given:
                 statistic, kept = statistic * ops.as64(ones), 0
-            total = _weighted(ops, statistic, ops.spread(w, statistic) if kept else w, kept)
+            total = _weighted(ops, statistic, ops.expand_trailing(w, statistic) if kept else w, kept)
             sums.append(ops.reshape(total, (-1,)))
             width = given[-1] if kept else None
             if kept and width is None:
@@ -172,7 +172,7 @@ class SumsLoss(GlobalLoss):
         if total is None:
             found = group.all_reduce(local, f"hvdloss.{self.name}", replicated=True)
         else:
-            found = ops.known(local, total)
+            found = ops.with_value(local, total)
         value = self.loss_of(ops, found, widths)
         # Without its own fault a rank is as much to blame as all others for a value that f makes of sums.
         fine = ops.count(~ops.isfinite(found)) == 0
@@ -183,13 +183,13 @@ class SumsLoss(GlobalLoss):
 def _weighted(ops: ArrayOps, statistic: Any, weight: Any, keep: int) -> Any:
     """Return the weighted sum over all axes but the last `keep`, float64; what has weight 0 may be NaN."""
     w = ops.as64(weight)
-    return ops.total_leading(ops.where(w != 0, ops.as64(statistic) * w, ops.zeros_like(w)), keep)
+    return ops.sum_leading(ops.where(w != 0, ops.as64(statistic) * w, ops.zeros_like(w)), keep)
 
 
 def _per_target(ops: ArrayOps, prediction: Any, target: Any, classes: bool) -> Any:
     """Return ones: one per target, which of `classes` may be probabilities, with their axis."""
     if classes and len(ops.shape(target)) == len(ops.shape(prediction)):
-        target = ops.at_last(ops.last_axis(target, ops.class_axis(prediction)), 0)
+        target = ops.index_last(ops.move_axis_last(target, ops.class_axis(prediction)), 0)
     return ops.cast_like(ops.ones_like(ops.losses(target)), ops.losses(prediction))
 
 
@@ -235,12 +235,12 @@ class _Overlap(SumsLoss):
         if self.task == "binary":
             return super()._sums(ops, prediction, target, weight, rank)
         ones = self.elements(ops, prediction, target)
-        w = ones if weight is None else weights_for(ops, weight, ones, rank)
+        w = ones if weight is None else broadcast_weights(ops, weight, ones, rank)
         axis = ops.class_axis(prediction)
         shapes = ops.shape(prediction), ops.shape(target)
-        prediction = ops.last_axis(prediction, axis)
+        prediction = ops.move_axis_last(prediction, axis)
         if len(shapes[0]) == len(shapes[1]):
-            target = ops.last_axis(target, axis)
+            target = ops.move_axis_last(target, axis)
         elif self.task == "multilabel":
             raise ShapeError(
                 f"{self.name} of labels needs a target per label: prediction {shapes[0]}, target {shapes[1]} "
@@ -251,11 +251,11 @@ class _Overlap(SumsLoss):
             raise ShapeError(
                 f"{self.name} needs to know the number of classes: prediction {shapes[0]} (rank {rank})"
             )
-        w = ops.last_axis(w, axis) if self.task == "multilabel" else ops.spread(w, prediction)
+        w = ops.move_axis_last(w, axis) if self.task == "multilabel" else ops.expand_trailing(w, prediction)
         sums = []
         for statistic in self.statistics(ops, prediction, target):
             total = _weighted(ops, statistic, w, 1)
-            sums.append(ops.reshape(ops.total(total) if self.average == "micro" else total, (-1,)))
+            sums.append(ops.reshape(ops.sum(total) if self.average == "micro" else total, (-1,)))
         return ops.concat(sums, 0), [None if self.average == "micro" else classes] * 3
 
     def statistics(self, ops: ArrayOps, prediction: Any, target: Any) -> Sequence[Any]:
@@ -278,7 +278,7 @@ class _Overlap(SumsLoss):
         there = below > 0
         one = ops.as64(ops.ones_like(below))
         ratio = ops.where(there, above, one * 0) / ops.where(there, below, one)
-        return 1 - ops.total(ratio) / ops.total(ops.where(there, one, one * 0))
+        return 1 - ops.sum(ratio) / ops.sum(ops.where(there, one, one * 0))
 
 
 class SoftDice(_Overlap):
@@ -573,10 +573,10 @@ class CalibrationError(SumsLoss):
         p = ops.as64(prediction)
         p = ops.sigmoid(p) if self.from_logits else p
         edges = [i / self.bins for i in range(1, self.bins)]
-        column = ops.one_hot(ops.bin_of(p, ops.vector64(edges, p)), ops.zeros64(self.bins, p))
+        column = ops.one_hot(ops.bucketize(p, ops.vector64(edges, p)), ops.zeros64(self.bins, p))
         return 1.0, ops.unsqueeze(p - ops.as64(target)) * column
 
     def finish(self, ops: ArrayOps, *sums: Any) -> Any:
         """Return the mean of the bins' gaps."""
         weight, gaps = sums
-        return ops.total(abs(gaps)) / weight
+        return ops.sum(abs(gaps)) / weight

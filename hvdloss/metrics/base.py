@@ -20,22 +20,16 @@ import numpy.typing as npt
 from hvdloss.errors import ConfigError, ShapeError, WeightError
 from hvdloss.objective import IGNORED
 
-__all__ = ["Array", "Elements", "Metric", "State", "choice", "elements", "whole_number"]
+__all__ = ["Array", "Elements", "Metric", "State", "check_choice", "elements"]
 
 Array = npt.NDArray[Any]
 State = tuple[Array, ...]
 
 
-def choice(name: str, value: Any, known: tuple[Any, ...]) -> None:
+def check_choice(name: str, value: Any, known: tuple[Any, ...]) -> None:
     """Raise ConfigError unless `value` is one of `known`."""
     if value not in known:
         raise ConfigError(f"{name}={value!r} is not known; choose one of {', '.join(map(repr, known))}")
-
-
-def whole_number(name: str, value: Any, least: int) -> None:
-    """Raise ConfigError unless `value` is an integer of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-        raise ConfigError(f"{name}={value!r} must be an integer of at least {least}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -264,7 +258,7 @@ class Metric:
         return tuple(x + y for x, y in zip(a, b, strict=True))
 
     def pack(self, state: State) -> State:
-        """Return the statistic in as few bytes as tell it exactly, to be sent and merged."""
+        """Return the statistic in as few bytes as represent it exactly, to be sent and merged."""
         return state
 
     def finish(self, state: State) -> Any:

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from hvdloss.checks import check_int
 from hvdloss.errors import ConfigError
-from hvdloss.metrics.base import Array, Elements, Metric, State, choice, elements, whole_number
+from hvdloss.metrics.base import Array, Elements, Metric, State, check_choice, elements
 from hvdloss.metrics.regression import _MeanOf, total_of
 from hvdloss.numpy_ops import NumpyOps
 
@@ -36,7 +37,7 @@ class Classes(Metric):
 
     def __post_init__(self) -> None:
         if self.classes is not None:
-            whole_number("classes", self.classes, 2)
+            check_int("classes", self.classes, 2)
 
     def read(self, prediction: Any, target: Any, weight: Any) -> Elements:
         """Return the elements."""
@@ -99,7 +100,7 @@ class Accuracy(Classes):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        whole_number("top_k", self.top_k, 1)
+        check_int("top_k", self.top_k, 1)
         if self.top_k > (self.classes or 1):
             raise ConfigError(f"top_k={self.top_k} is more than there are classes; pass classes=")
 
@@ -142,7 +143,7 @@ class ConfusionMatrix(Classes):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        choice("normalize", self.normalize, (None, "true", "pred", "all"))
+        check_choice("normalize", self.normalize, (None, "true", "pred", "all"))
 
     def key(self) -> Hashable:
         """Return what matrices share."""
@@ -166,7 +167,7 @@ class ConfusionMatrix(Classes):
 
 @dataclasses.dataclass(frozen=True)
 class _Rate(Classes):
-    """A rate of hits among what was predicted or is there; its arguments are told at Precision."""
+    """A rate of hits among what was predicted or is there; see Precision for the arguments."""
 
     classes: int | None = None
     _: dataclasses.KW_ONLY
@@ -177,7 +178,7 @@ class _Rate(Classes):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        choice("average", self.average, _AVERAGES)
+        check_choice("average", self.average, _AVERAGES)
         if self.average == "binary" and self.classes not in (None, 2):
             raise ConfigError(f'average="binary" is for two classes, not classes={self.classes}')
 
@@ -359,8 +360,8 @@ class CalibrationError(Classes):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        whole_number("bins", self.bins, 1)
-        choice("norm", self.norm, ("l1", "l2", "max"))
+        check_int("bins", self.bins, 1)
+        check_choice("norm", self.norm, ("l1", "l2", "max"))
 
     def key(self) -> Hashable:
         """Return what the norms share."""

@@ -13,26 +13,26 @@ import numpy as np
 from hvdloss import errors
 from hvdloss.communicator import Communicator, OneProcess
 from hvdloss.errors import AgreementError, ConfigError, HvdlossError, NoWeightError
-from hvdloss.guard import ranks_apart
-from hvdloss.hearing import hearing, parsed
+from hvdloss.guard import mismatched_ranks
+from hvdloss.messages import decode_errors, parse_json
 from hvdloss.metrics.base import Metric, State
 
-__all__ = ["Metrics", "read", "written"]
+__all__ = ["Metrics", "decode_states", "encode_states"]
 
 
 class Metrics:
-    """Metrics over the samples of all ranks: exact for ratios and orders too, with uneven ranks or none.
+    """Metrics over the samples of all ranks: exact, also for ratios and rankings, and with uneven ranks.
 
-    ``update`` is local. ``compute``, which all ranks must call, merges the ranks' statistics and gives every
-    rank the value of one process that saw all samples. Metrics that need the same statistic (precision,
-    recall, F1) keep it once.
+    ``update`` is local. ``compute``, which all ranks must call, merges the ranks' statistics and returns on
+    every rank the value of one process with all samples. Metrics with the same statistic (precision, recall,
+    F1) share it.
 
     Args:
         metrics: one metric, or a dict of metrics by name. All see the same predictions and targets.
-        communicator: gives the ranks when it is asked.
+        communicator: returns the ranks when called.
 
     Raises:
-        ConfigError: no metric.
+        ConfigError: not a metric.
 
     >>> from hvdloss.metrics import MAE, RMSE
     >>> metrics = Metrics({"mae": MAE(), "rmse": RMSE()})
@@ -65,24 +65,23 @@ class Metrics:
         self.reset()
 
     def reset(self) -> None:
-        """Forget all samples."""
+        """Drop all samples."""
         self._states: dict[Hashable, State] = {key: one.zero() for key, one in self._makers.items()}
         self._updates = 0
         self._fault: list[str] | None = None
 
     def _arrays(self, prediction: Any, target: Any, weight: Any) -> tuple[Any, Any, Any]:
-        """Return what NumPy understands, with the classes as the last axis."""
+        """Return NumPy arrays, with the classes as the last axis."""
         return prediction, target, weight
 
     def update(self, prediction: Any, target: Any = None, weight: Any = None) -> None:
         """Add a batch of this rank. Collectives: none.
 
-        Samples that cannot be used are not raised here, where other ranks would wait in vain, but by
-        :meth:`compute`, on all ranks; the batch they are in is left out.
+        Invalid samples do not raise here, where other ranks would deadlock, but in :meth:`compute`, on all
+        ranks; their batch is left out.
 
         Args:
-            prediction: any shape; what it is (values, labels, scores with the classes as an axis) the metrics
-                say.
+            prediction: any shape; values, labels, or scores with a class axis, depending on the metric.
             target: of the prediction's shape, without the axis of classes; None for :class:`Mean`.
             weight: at least 0, broadcasts against the target; a sample of weight 0 is absent. None: 1 each.
         """
@@ -91,7 +90,7 @@ class Metrics:
             return
         try:
             arrays = self._arrays(prediction, target, weight)
-            # All or none: a batch that one metric cannot use is in none of them.
+            # A batch that is invalid for one metric is added to none.
             after = {key: one.merge(self._states[key], one.of(*arrays)) for key, one in self._makers.items()}
         except HvdlossError as error:
             self._fault = [type(error).__name__, f"update {self._updates}: {error}"]
@@ -99,14 +98,14 @@ class Metrics:
             self._states = after
 
     def compute(self) -> Any:
-        """Return the metrics of all ranks' samples, the same on every rank: a value, or a dict by name.
+        """Return the metrics of all ranks' samples, equal on every rank: a value, or a dict by name.
 
-        What was seen stays, so that more can be added; see :meth:`reset`.
+        Samples are kept, so that more can be added; see :meth:`reset`.
 
         Raises:
-            HvdlossError: on every rank alike. ConfigError, ShapeError or WeightError: samples of some rank
-                that could not be used, naming the first such rank and its update. AgreementError: ranks have
-                other metrics. NoWeightError: no sample with a weight above 0 on any rank.
+            HvdlossError: on every rank alike. ConfigError, ShapeError or WeightError: invalid samples of some
+                rank, naming the first such rank and its update. AgreementError: ranks have different metrics.
+                NoWeightError: no sample with a weight above 0 on any rank.
 
         Collectives: one gather of all metrics' statistics, whatever their number.
         """
@@ -123,15 +122,18 @@ class Metrics:
         return values[""] if self._single else values
 
     def _gathered(self) -> dict[Hashable, State]:
-        """Return all ranks' statistics, merged in the order of the ranks, so the same bits everywhere."""
+        """Return all ranks' statistics, merged in rank order, so bitwise equal on all ranks."""
         packed = [one.pack(self._states[key]) for key, one in self._makers.items()]
         settings = {name: metric.settings() for name, metric in self.metrics.items()}
         ranks = self._communicator()
         found = [
-            read(data) for data in ranks.gather(written(settings, self._fault, packed), "hvdloss.metrics")
+            decode_states(data)
+            for data in ranks.all_gather_bytes(
+                encode_states(settings, self._fault, packed), "hvdloss.metrics"
+            )
         ]
         self._size = len(found)
-        if apart := ranks_apart([head["settings"] for head, _ in found]):
+        if apart := mismatched_ranks([head["settings"] for head, _ in found]):
             raise AgreementError(
                 f"metrics differ between ranks: rank {apart[0]} has {found[apart[0]][0]['settings']}, rank 0 "
                 f"has {found[0][0]['settings']}; make the same metrics in the same order on every rank"
@@ -141,15 +143,15 @@ class Metrics:
                 kind, text = head["fault"]
                 known = {known: getattr(errors, known) for known in errors.__all__}
                 raise known.get(kind, ConfigError)(f"metrics: rank {rank}, {text}")
-        with hearing("statistics"):
+        with decode_errors("statistics"):
             return {
                 key: functools.reduce(one.merge, [states[number] for _, states in found], one.zero())
                 for number, (key, one) in enumerate(self._makers.items())
             }
 
 
-def written(settings: dict[str, str], fault: list[str] | None, states: list[State]) -> bytes:
-    """Return statistics as bytes: a line of JSON that says what there is, and the arrays."""
+def encode_states(settings: dict[str, str], fault: list[str] | None, states: list[State]) -> bytes:
+    """Encode statistics as bytes: a header line of JSON, and the arrays."""
     arrays = [[np.asarray(x, order="C") for x in state] for state in states]
     head = {
         "settings": list(settings.items()),
@@ -159,19 +161,19 @@ def written(settings: dict[str, str], fault: list[str] | None, states: list[Stat
     return b"".join([json.dumps(head).encode(), b"\n", *(x.tobytes() for state in arrays for x in state)])
 
 
-def read(data: bytes) -> tuple[dict[str, Any], list[State]]:
-    """Return what :func:`written` wrote.
+def decode_states(data: bytes) -> tuple[dict[str, Any], list[State]]:
+    """Decode the bytes of :func:`encode_states`.
 
     Raises:
-        AgreementError: the bytes are nothing of the kind.
+        AgreementError: other bytes.
     """
-    with hearing("statistics"):
+    with decode_errors("statistics"):
         return _read(data)
 
 
 def _read(data: bytes) -> tuple[dict[str, Any], list[State]]:
     at = data.index(b"\n") + 1
-    head = parsed(data[:at])
+    head = parse_json(data[:at])
     if not isinstance(dict(head["settings"]), dict) or not isinstance(head["fault"], list | None):
         raise ValueError("of another form")
     states = []

@@ -1,8 +1,8 @@
 """Metrics of an order of scores: ROC AUC and average precision, exactly or from histograms.
 
-Exactly, every rank tells its scores: distinct ones once, with the weight of positives and negatives that
+Exactly, every rank sends its scores: distinct ones once, with the weight of positives and negatives that
 have it, in the fewest bytes that hold them (6 per sample of float32 scores without weights). From
-histograms, `bins` numbers are told whatever the number of samples, and the value comes with a bound of its
+histograms, `bins` numbers are sent whatever the number of samples, and the value comes with a bound of its
 error.
 """
 
@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hvdloss.metrics.base import Array, Elements, State, choice, whole_number
+from hvdloss.checks import check_int
+from hvdloss.metrics.base import Array, Elements, State, check_choice
 from hvdloss.metrics.classification import Classes, probabilities
 from hvdloss.numpy_ops import NumpyOps
 
@@ -59,7 +60,7 @@ def _join(tables: State) -> State:
     if len(counts) == 1:
         return tables
     parts = [np.concatenate(tables[i::_CHUNK]) for i in range(1, _CHUNK)]
-    # Rows lie by table and class; the classes of each are told again.
+    # Rows lie by table and class; the classes of each are repeated.
     classes = np.concatenate([np.repeat(np.arange(len(c)), c) for c in counts])
     order = np.argsort(classes, kind="stable")
     total = np.sum(counts, axis=0)
@@ -78,7 +79,7 @@ def _narrow(values: Array) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class _Ranking(Classes):
-    """A metric of how positives rank among negatives; its arguments are told at AUC."""
+    """A metric of how positives rank among negatives; see AUC for the arguments."""
 
     classes: int | None = None
     _: dataclasses.KW_ONLY
@@ -88,9 +89,9 @@ class _Ranking(Classes):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        choice("average", self.average, ("macro", "weighted", "micro", None))
+        check_choice("average", self.average, ("macro", "weighted", "micro", None))
         if self.bins is not None:
-            whole_number("bins", self.bins, 2)
+            check_int("bins", self.bins, 2)
 
     def key(self) -> Hashable:
         """Return what AUC and average precision share."""

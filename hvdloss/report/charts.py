@@ -22,7 +22,7 @@ from xml.etree import ElementTree
 import numpy as np
 import numpy.typing as npt
 
-from hvdloss.extras import library
+from hvdloss.extras import optional_import
 from hvdloss.report.reading import Record
 from hvdloss.report.summary import Hardest, bins, class_table, hardest, parts_of_time, summarize
 
@@ -102,7 +102,7 @@ def amount(value: float, _: Any = None) -> str:
 
 
 def unit_of_time(seconds: float) -> tuple[float, str]:
-    """Return the unit that so many seconds are best told in: its length and its name."""
+    """Return the best unit for this many seconds: its length and its name."""
     for length, name in ((86400.0, "days"), (3600.0, "h"), (60.0, "min")):
         if seconds >= 2 * length:
             return length, name
@@ -165,7 +165,7 @@ class Canvas:
         return self.palette[name]
 
     def title(self, artist: Any, text: str) -> None:
-        """Have a drawn thing tell of itself when pointed at."""
+        """Add a tooltip to a drawn element."""
         gid = f"t{len(self.titles)}"
         artist.set_gid(gid)
         self.titles[gid] = text
@@ -173,7 +173,7 @@ class Canvas:
 
 @contextmanager
 def _style(palette: dict[str, str]) -> Iterator[None]:
-    matplotlib = library("matplotlib", "report", "a report's charts")
+    matplotlib = optional_import("matplotlib", "report", "a report's charts")
     settings = {
         "svg.fonttype": "none",
         "svg.hashsalt": "hvdloss",
@@ -466,7 +466,7 @@ def _draw_hardest(canvas: Canvas, found: Hardest) -> Any:
 
 
 def charts_of(record: Record, prefix: str = "") -> dict[str, list[Chart]]:
-    """Return the charts of a run by section; empty for what the record does not tell."""
+    """Return the charts of a run by section; empty for what the record lacks."""
     if not record.steps:
         return {}
     summary = summarize(record)

@@ -1,4 +1,4 @@
-"""The page of a run: one HTML file that needs nothing else, of records that nobody vouches for.
+"""The page of a run: one HTML file that needs nothing else, of untrusted records.
 
 All text goes through the template's escaping; the content security policy allows the page's own style sheet,
 by its hash, and nothing else: no script, no request. Light and dark follow the system, or a switch that works
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from hvdloss._version import __version__
-from hvdloss.extras import library
+from hvdloss.extras import optional_import
 from hvdloss.report.charts import DARK, LIGHT, Chart, charts_of, comparison_chart
 from hvdloss.report.reading import Record
 from hvdloss.report.summary import Summary, class_table, hardest, is_number, summarize
@@ -254,21 +254,21 @@ def faults_table(record: Record) -> Table | None:
 
 
 def settings_tables(record: Record) -> list[Table]:
-    """Return settings, terms, how gradients travel, and the environment."""
+    """Return settings, terms, the communication plan, and the environment."""
     head = record.runs[-1]
-    travel: dict[str, Any] = {}
-    if record.travels:
-        last = record.travels[-1]
-        travel = {
+    comm_plan: dict[str, Any] = {}
+    if record.comm_plans:
+        last = record.comm_plans[-1]
+        comm_plan = {
             name: one.get("value") if isinstance(one, dict) else one
             for name, one in last.get("choices", {}).items()
         }
-        travel |= last.get("travel") or {}
+        comm_plan |= last.get("comm_plan") or {}
     tables = [
         ("Settings of the run", head.get("settings", {})),
         ("Objective", head.get("objective", {})),
         *((f"Term “{name}”", term) for name, term in head.get("terms", {}).items()),
-        ("How gradients travel", travel),
+        ("Communication plan", comm_plan),
         ("Environment", {"framework": head.get("framework", "–"), **head.get("environment", {})}),
     ]
     return [
@@ -383,7 +383,7 @@ _STATUS = {
     "finished": "The run finished.",
     "failed": "The run ended with an error; see faults.",
     "interrupted": "The run was interrupted.",
-    "running": "No end is recorded: the run goes on, or was killed.",
+    "running": "No end is recorded: the run is still going, or was killed.",
 }
 
 
@@ -403,7 +403,7 @@ def run_of(record: Record, prefix: str = "") -> Run:
         ("ranks", _n(summary.ranks), _hosts(record)),
         ("held up by communication", _n(summary.held_up, percent), "of all ranks' time"),
         ("averaging would be off by", _n(summary.averaging_error, percent), _worst(summary)),
-        ("decisions", _n(summary.decisions), "by the terms' acts"),
+        ("decisions", _n(summary.decisions), "by the terms' policies"),
         ("faults", _n(summary.faults), f"{number(summary.skipped)} step(s) skipped"),
     ]
     decisions, faults, epochs = decisions_table(record), faults_table(record), epochs_table(record)
@@ -448,7 +448,7 @@ def run_of(record: Record, prefix: str = "") -> Run:
         Section(
             "decisions",
             "Decisions",
-            "" if decisions else "Nothing was decided: no term has acts, or they saw no reason to.",
+            "" if decisions else "Nothing was decided: no term has policies, or they saw no reason to.",
             tables=[decisions] if decisions else (),
             open=True,
         ),
@@ -505,7 +505,7 @@ def html(records: Sequence[Record]) -> str:
     Raises:
         ConfigError: jinja2 or matplotlib is missing.
     """
-    jinja2 = library("jinja2", "report", "a report's page")
+    jinja2 = optional_import("jinja2", "report", "a report's page")
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE),
         autoescape=True,
@@ -532,7 +532,7 @@ def html(records: Sequence[Record]) -> str:
 
 def _markup(text: str) -> Any:
     """Mark as safe what was made here: the style sheet, and drawings, in which matplotlib escapes."""
-    return library("markupsafe", "report", "a report's page").Markup(text)
+    return optional_import("markupsafe", "report", "a report's page").Markup(text)
 
 
 def _style() -> str:

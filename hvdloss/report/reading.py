@@ -18,7 +18,7 @@ __all__ = ["MOST_BYTES", "Record", "Tail", "read"]
 Array = npt.NDArray[np.float64]
 MOST_BYTES = 1 << 30
 _BY_KIND = {
-    **{kind: kind + "s" for kind in ("run", "step", "travel", "epoch", "decision", "fault", "end")},
+    **{kind: kind + "s" for kind in ("run", "step", "comm_plan", "epoch", "decision", "fault", "end")},
     **{kind: kind for kind in ("ranks", "classes", "hardest", "undone")},
 }
 _UNDONE = ("steps", "epochs", "decisions", "classes", "hardest")  # faults have happened
@@ -34,13 +34,13 @@ class Record:
         steps: those that were kept, in order of time; those that were undone are not among them.
         ranks: changes of the number of ranks.
         classes: weighted counts of classes by rank.
-        travels: how gradients travelled, whenever it changed.
+        comm_plans: how gradients were sent, whenever it changed.
         epochs: with their metrics.
-        decisions: of the terms' acts.
+        decisions: of the terms' policies.
         faults: what went wrong.
         hardest: the hardest classes or samples.
         undone: which steps were undone (an elastic job went back to its last commit, or a run that was taken
-            up again to its checkpoint): after `step`, up to `until`. What was told of them is in no list.
+            up again to its checkpoint): after `step`, up to `until`. Their lines are in no list.
         ends: how it ended; fewer than `runs` while it runs, and after a crash.
         unknown: lines of kinds that this version does not know.
         half: whether a half-written last line was passed over.
@@ -51,7 +51,7 @@ class Record:
     steps: list[dict[str, Any]] = field(default_factory=list)
     ranks: list[dict[str, Any]] = field(default_factory=list)
     classes: list[dict[str, Any]] = field(default_factory=list)
-    travels: list[dict[str, Any]] = field(default_factory=list)
+    comm_plans: list[dict[str, Any]] = field(default_factory=list)
     epochs: list[dict[str, Any]] = field(default_factory=list)
     decisions: list[dict[str, Any]] = field(default_factory=list)
     faults: list[dict[str, Any]] = field(default_factory=list)

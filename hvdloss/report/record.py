@@ -24,16 +24,16 @@ from pathlib import Path
 from typing import IO, Any
 
 from hvdloss._version import __version__
-from hvdloss.checks import whole
+from hvdloss.checks import check_int
 from hvdloss.errors import ConfigError, UsageError
 from hvdloss.private import make_folder, open_private
-from hvdloss.report.following import Following, check_teller
 from hvdloss.report.schema import FORMAT, TEXT_MOST, checked, encoded, plain, scrubbed
 from hvdloss.report.steps import RankReport, StepReport
+from hvdloss.report.subscription import Subscription, check_reporting_rank
 from hvdloss.term import Decision
 from hvdloss.tuning import launched
 
-__all__ = ["MOST_EVENTS", "Recorder", "about_run"]
+__all__ = ["MOST_EVENTS", "Recorder", "run_metadata"]
 
 _log = logging.getLogger("hvdloss.report")
 MOST_EVENTS = 10_000  # lines of decisions, of faults, of epochs, ... each
@@ -49,15 +49,15 @@ _PACKAGES = {
 }
 
 
-def about_run(
+def run_metadata(
     hvd: Any, framework: str, settings: Mapping[str, Any], controller: Any, ranks: int
 ) -> dict[str, Any]:
-    """Return what sinks are told at the beginning: plain values, without secrets, paths or names of hosts.
+    """Return the metadata of a run for sinks: plain values, without secrets, paths or host names.
 
     Args:
         hvd: a Horovod module, or its one-process stand-in.
         framework: "torch", "tensorflow" or "keras".
-        settings: of the objective: what its ``settings()`` gives.
+        settings: of the objective, from its ``settings()``.
         controller: of its terms.
         ranks: how many there are.
     """
@@ -82,8 +82,8 @@ def about_run(
         },
         "environment": environment,
     }
-    told: dict[str, Any] = plain(out)
-    return told
+    metadata: dict[str, Any] = plain(out)
+    return metadata
 
 
 def _versions() -> dict[str, str]:
@@ -109,23 +109,22 @@ class Recorder:
 
     Only one rank writes; on others everything here does nothing. The file can be read at any time
     (:func:`hvdloss.report.read`, ``hvdloss report``), after a crash as well, and only its owner can. Without
-    ``with`` it is closed when the process ends. What goes wrong with the file is a warning, once; training
-    goes on.
+    ``with`` it is closed when the process ends. An error of the file is a warning, once; training goes on.
 
     Args:
         path: of the file; folders are made.
         name: of the run, for the page; the file's name if empty.
-        settings: of the run, for the page: anything plain. What is named like a secret (password, token, key)
-            is left out, and of paths only the last name is kept.
-        classes: the classes' names, if a term counts classes (``DataSkew``).
-        max_steps: about how many lines of steps there may be. With more, every second, fourth, eighth... is
+        settings: of the run, for the page: anything plain. Values named like a secret (password, token, key)
+            are left out, and of paths only the last name is kept.
+        classes: names of the classes, if a term counts classes (``DataSkew``).
+        max_steps: approximate bound on the lines of steps. With more, every second, fourth, eighth... is
             kept.
-        recent: how many of the last steps are always there.
+        recent: number of the last steps that are always kept.
         max_bytes: the same bound in bytes, for many ranks.
-        exists: what to do if there is such a file: ``"raise"``, ``"append"`` (a run that is taken up again),
-            or ``"replace"``. When the ranks of an elastic job change, whoever writes goes on in the file.
-        rank: which one writes, counted among all ranks. Of a process set that it is not in nothing is
-            recorded: where sets train models of their own, name a rank of each.
+        exists: what to do if the file exists: ``"raise"``, ``"append"`` (to resume a run), or ``"replace"``.
+            When the ranks of an elastic job change, the writing rank appends to the file.
+        rank: the writing rank, counted among all ranks. A process set without it is not recorded: where sets
+            train their own models, name a rank of each.
 
     Raises:
         ConfigError: an argument that cannot be used. ``follow`` raises it on that rank where the file exists
@@ -153,7 +152,7 @@ class Recorder:
             ("recent", recent, 1),
             ("max_bytes", max_bytes, 1),
         ):
-            whole(word, value, least)
+            check_int(word, value, least)
         if recent > max_steps // 2:
             raise ConfigError(f"recent={recent} must be at most half of max_steps={max_steps}")
         if exists not in ("raise", "append", "replace"):
@@ -163,11 +162,11 @@ class Recorder:
         self.name, self.settings = name, dict(settings or {})
         self.classes = None if classes is None else [str(one) for one in classes]
         self.max_steps, self.recent, self.max_bytes, self.exists = max_steps, recent, max_bytes, exists
-        check_teller(rank)
+        check_reporting_rank(rank)
         self.rank = rank
         #: Steps that were not written, since the queue was full; and events, of which there were too many.
         self.left_out = 0
-        self._following: Following | None = None
+        self._subscription: Subscription | None = None
         self._file: IO[bytes] | None = None
         self._queue: queue.SimpleQueue[tuple[str, float, Any] | None] = queue.SimpleQueue()
         self._hurry = threading.Event()
@@ -189,24 +188,24 @@ class Recorder:
         self._ordinal: list[int] = []  # of the lines that are steps: the how many-th it is
         self._steps, self._stride = 0, 1
         self._events: dict[str, int] = {}
-        self._travel: Any = None
+        self._comm_plan: Any = None
         self._counts: dict[str, Any] | None = None  # what was counted of classes, and is not written yet
 
     # -- the file ---------------------------------------------------------------------------------
 
     def open(self) -> None:
-        """Make the file, or open it to go on; calling it again does nothing.
+        """Create the file, or open it to append; calling it again does nothing.
 
         Raises:
-            ConfigError: it exists (``exists="raise"``), is no record (``"append"``), or cannot be made.
+            ConfigError: it exists (``exists="raise"``), is not a record (``"append"``), or cannot be created.
         """
         if self._file is not None or self._closed:
             return
         try:
             make_folder(self.path.parent)
-            self._begin_file()
+            self._reset_file_state()
             if self.exists == "append" and self.path.exists():
-                self._take_up()
+                self._restore_from_file()
                 self._file = open_private(self.path, "r+b")
                 self._file.truncate(self._size)  # half a line of a writer that was killed
                 self._file.seek(self._size)
@@ -216,8 +215,8 @@ class Recorder:
                 self._file = open_private(self.path, "xb")
         except FileExistsError as error:
             raise ConfigError(
-                f"path={str(self.path)!r}: there is a record already; pass exists='append' to go on with it, "
-                f"'replace' to begin anew, or another path"
+                f"path={str(self.path)!r}: there is a record already; pass exists='append' to append to it, "
+                f"'replace' to replace it, or another path"
             ) from error
         except OSError as error:
             raise ConfigError(f"path={str(self.path)!r}: cannot write the record: {error}") from error
@@ -227,14 +226,14 @@ class Recorder:
         self._writer.start()
         atexit.register(self._at_exit)
 
-    def _begin_file(self) -> None:
-        """Forget what a file that was released held."""
+    def _reset_file_state(self) -> None:
+        """Reset the state of the file."""
         self._size, self._lines, self._ordinal, self._steps, self._stride = 0, [], [], 0, 1
         self._samples, self._found_before, self._before = 0.0, None, None
         self._step, self._epochs = 0, []
 
-    def _take_up(self) -> None:
-        """Find out what the file holds."""
+    def _restore_from_file(self) -> None:
+        """Restore the state from an existing file."""
         with open(self.path, "rb") as file:
             for number, text in enumerate(file, start=1):
                 if not text.endswith(b"\n"):
@@ -252,15 +251,15 @@ class Recorder:
         self._written_step = self._step
 
     def _go_back(self, step: int) -> None:
-        """Forget what came after a step."""
+        """Undo what came after a step."""
         self._step = step
         while self._epochs and self._epochs[-1][0] > step:
             self._epochs.pop()
 
-    def release(self) -> None:
-        """Let go of the file, for it may be another rank that writes it when an elastic job's ranks change.
+    def before_reset(self) -> None:
+        """Release the file: another rank may write it after an elastic job's ranks change.
 
-        Nothing is written any more, not even an end, until :meth:`ranks` says that this rank still writes.
+        Nothing more is written, not even an end, until :meth:`ranks` is called on this rank.
         """
         self._again, self.exists = True, "append"
         if self._file is not None and not self._closed and os.getpid() == self._pid:
@@ -268,7 +267,7 @@ class Recorder:
             self._file = None
 
     def _stop(self) -> None:
-        """Have the writer write what it has, and end."""
+        """Let the writer flush and end."""
         assert self._writer is not None
         self._queue.put(None)
         self._hurry.set()
@@ -283,22 +282,22 @@ class Recorder:
             self._ordinal.append(self._steps)
             self._steps += 1
 
-    # -- what it is told, by the thread that trains -----------------------------------------------
+    # -- events, in the training thread -----------------------------------------------------------
 
-    def begin(self, about: Mapping[str, Any]) -> None:
-        """Write the head: what :func:`about_run` gives."""
+    def begin(self, metadata: Mapping[str, Any]) -> None:
+        """Write the header, from :func:`run_metadata`."""
         self.open()
         if self._file is None or self._begun:
             return
         self._begun = True
-        self._head = {"format": FORMAT, "name": self.name, **about, "settings": self.settings}
+        self._head = {"format": FORMAT, "name": self.name, **metadata, "settings": self.settings}
         self._put("run", self._head)
 
     def step(self, report: StepReport) -> None:
-        """Take in a finished step; it is written later, by another thread."""
+        """Record a finished step; another thread writes it later."""
         if not self._begun:
             self.begin({"ranks": len(report.ranks)})
-        # A run that is taken up without its count of steps begins with 1, and nothing is undone.
+        # A run resumed without its step count begins with 1, and nothing is undone.
         if report.step <= self._step and (report.step > 1 or self._again):
             self._put("undone", {"step": report.step - 1, "until": self._step})
             self._go_back(report.step - 1)
@@ -309,20 +308,20 @@ class Recorder:
             self.left_out += 1
 
     def decision(self, decision: Decision) -> None:
-        """Write what a term's act decided."""
+        """Write a decision of a policy."""
         self._put("decision", decision)
 
     def ranks(self, number: int) -> None:
-        """Write that there are so many ranks from here on, and take up the file if it was released."""
+        """Write the number of ranks from here on, and reopen the file if it was released."""
         if self._begun and self._file is None and not self._broken:
             self.open()
-            if not self._size:  # somebody took the file away
+            if not self._size:  # somebody removed the file
                 self._put("run", self._head)
         self._put("ranks", {"ranks": number})
 
     def lost(self, error: BaseException) -> None:
-        """Write why ranks were lost without which an elastic job goes on."""
-        self._put("fault", _told(error))
+        """Write why ranks were lost; the elastic job goes on without them."""
+        self._put("fault", _error_record(error))
 
     def epoch(self, number: int | None = None, metrics: Mapping[str, Any] | None = None, **more: Any) -> None:
         """Write that an epoch is over, with its metrics.
@@ -379,7 +378,7 @@ class Recorder:
         if isinstance(error, SystemExit) and error.code in (None, 0):
             self._status = "finished"
             return
-        self._put("fault", _told(error))
+        self._put("fault", _error_record(error))
 
     def _put(self, kind: str, what: Any) -> None:
         writes = self._file is not None and not self._closed and not self._broken
@@ -390,9 +389,9 @@ class Recorder:
 
     def close(self) -> None:
         """Write the end, wait until all is on its way to the disk, and close; again does nothing."""
-        if self._following is not None:
-            following, self._following = self._following, None
-            following.close()
+        if self._subscription is not None:
+            subscription, self._subscription = self._subscription, None
+            subscription.close()
         if self._closed:
             return
         if self._begun and self._file is not None and os.getpid() == self._pid:
@@ -406,16 +405,18 @@ class Recorder:
             self.fault(error)
         self.close()
 
-    def _begin_following(self, tells: Callable[[], bool], following: Callable[[], Following]) -> None:
-        """Follow, with the file made first on the rank that tells."""
-        if self._following is not None or self._closed:
+    def _subscribe(
+        self, is_reporting_rank: Callable[[], bool], subscribe: Callable[[], Subscription]
+    ) -> None:
+        """Subscribe; the reporting rank creates the file first."""
+        if self._subscription is not None or self._closed:
             raise UsageError(
                 f"the recorder of {self.path.name} follows an optimizer already, or was closed; make "
                 f"another one, with a file of its own"
             )
-        if tells():
+        if is_reporting_rank():
             self.open()
-        self._following = following()
+        self._subscription = subscribe()
 
     def __enter__(self) -> Any:
         return self
@@ -477,10 +478,10 @@ class Recorder:
             line |= {name: getattr(what, name) for name in ("step", "what", "before", "after", "reason")}
         else:
             line |= {**({} if kind == "run" else {"step": self._written_step}), **what}
-        told = plain(line)
+        record = plain(line)
         if kind == "epoch":  # the accuracy of tokens is no secret
-            told["metrics"] = {str(name)[:200]: plain(value) for name, value in what["metrics"].items()}
-        self._write(told)
+            record["metrics"] = {str(name)[:200]: plain(value) for name, value in what["metrics"].items()}
+        self._write(record)
 
     _written_step = 0
 
@@ -491,17 +492,19 @@ class Recorder:
         self._note(str(line["kind"]), len(data))
 
     def _of_step(self, report: StepReport, at: float) -> list[dict[str, Any]]:
-        """Return the lines of a step: what changed of how it travelled, the step, what was wrong."""
+        """Return the lines of a step: a changed communication plan, the step, and errors."""
         self._count(report)
         self._written_step = report.step
         head = {"time": round(at, 3), "step": report.step}
         lines: list[dict[str, Any]] = []
         choices = dict(report.choices)
-        travel = choices.pop("travel", None)
-        if (choices or travel) and (told := plain({"choices": choices, "travel": travel})) != self._travel:
-            self._travel = told
-            if self._room("travel"):
-                lines.append({"kind": "travel", **head, **told})
+        comm_plan = choices.pop("comm_plan", None)
+        if (choices or comm_plan) and (
+            plan := plain({"choices": choices, "comm_plan": comm_plan})
+        ) != self._comm_plan:
+            self._comm_plan = plan
+            if self._room("comm_plan"):
+                lines.append({"kind": "comm_plan", **head, **plan})
         size = len(report.ranks)
         columns = report.ranks.columns()
         # Numbers are plain but for those that are not finite, which plain() would look for one by one.
@@ -518,20 +521,20 @@ class Recorder:
             ranks["dropped"] = columns["dropped"]
         terms = {}
         for name, term in report.terms.items():
-            terms[name] = told = {
+            terms[name] = entry = {
                 "values": plain(term.values),
                 "total": plain(term.total),
                 "priced": plain(term.priced),
             }
             for key, value in term.details.items():
-                if key in told or isinstance(value, bool | str):
+                if key in entry or isinstance(value, bool | str):
                     continue
                 if (
                     value is None
                     or isinstance(value, int | float)
                     or (isinstance(value, list) and len(value) == size and _numbers(value))
                 ):
-                    told[key] = plain(value)
+                    entry[key] = plain(value)
             lines += self._classes(name, term, head, size)
         losses = {name: plain(asdict(one)) for name, one in report.losses.items()}
         lines.append(
@@ -591,8 +594,8 @@ class Recorder:
             self._counts = line
             return []
         self._counts = None
-        told: dict[str, Any] = plain(line)
-        return [told]
+        record: dict[str, Any] = plain(line)
+        return [record]
 
     def _write_counts(self) -> None:
         """Write the last counts, if they are not."""
@@ -639,7 +642,7 @@ class Recorder:
         self._lines, self._ordinal, self._size = lines, ordinals, size
 
 
-def _told(error: BaseException) -> dict[str, Any]:
+def _error_record(error: BaseException) -> dict[str, Any]:
     """Return the fault of an exception."""
     ranks = [int(rank) for rank in getattr(error, "ranks", ())]
     text = scrubbed(str(error).partition("\n")[0])

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from hvdloss.errors import ConfigError
-from hvdloss.hearing import parsed
+from hvdloss.messages import parse_json
 
 __all__ = ["FORMAT", "KINDS", "checked", "encoded", "plain", "scrubbed"]
 
@@ -165,7 +165,7 @@ KINDS: dict[str, tuple[dict[str, Check], dict[str, Check]]] = {
         {"step": _count, "term": _text, "counts": _list_of(_NUMBERS)},
         {"names": _maybe(_list_of(_text)), "edges": _maybe(_NUMBERS), "unit": _text},
     ),
-    "travel": ({"step": _count}, {"choices": _table, "travel": _maybe(_table)}),
+    "comm_plan": ({"step": _count}, {"choices": _table, "comm_plan": _maybe(_table)}),
     "epoch": ({"step": _count, "epoch": _count, "metrics": _table}, {}),
     "decision": ({"step": _count, "what": _text, "before": _any, "after": _any, "reason": _text}, {}),
     "fault": ({"step": _count, "error": _text, "ranks": _list_of(_count), "text": _text}, {}),
@@ -189,7 +189,7 @@ def checked(text: bytes, where: str, first: bool = False) -> dict[str, Any] | No
         ConfigError: it is no such line; names the field.
     """
     try:
-        line = parsed(text)
+        line = parse_json(text)
     except ValueError as error:
         raise ConfigError(f"{where} is no JSON ({error}); the file is damaged, or no record") from error
     try:
@@ -214,7 +214,7 @@ def _checked(line: Any, where: str, first: bool) -> dict[str, Any] | None:
         )
     if not isinstance(kind, str) or kind not in KINDS:
         return None
-    if kind != "step":  # whose texts nobody shows
+    if kind != "step":  # its texts are not shown
         line = {key: _clean(one) for key, one in line.items()}
     needed, allowed = KINDS[kind]
     _check(line, {**_EVERY, **needed}, allowed, f"{where} ({kind})")

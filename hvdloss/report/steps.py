@@ -47,21 +47,21 @@ class RankReport:
 
 
 class Interest:
-    """Whether somebody on this rank reads what single ranks did; a copy is nobody's.
+    """Whether this rank reads the parts of single ranks; a copy starts without interest.
 
     Args:
-        tell: called when somebody begins to.
+        notify: called when reading begins.
     """
 
-    def __init__(self, tell: Callable[[], None] | None = None) -> None:
+    def __init__(self, notify: Callable[[], None] | None = None) -> None:
         self.on = False
-        self._tell = tell
+        self._notify = notify
 
     def begin(self) -> None:
         """Note that somebody reads, from the next step on."""
         self.on = True
-        if self._tell is not None:
-            self._tell()
+        if self._notify is not None:
+            self._notify()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Interest, ()
@@ -80,7 +80,7 @@ class RankReports(Sequence[RankReport]):
         lost: the ranks whose loss is not known.
         skew: one per rank, or None.
         dropped: one per rank; empty for none.
-        interest: told when somebody looks at what was not gathered.
+        interest: set when somebody reads what was not gathered.
     """
 
     def __init__(
@@ -153,9 +153,9 @@ class RankReports(Sequence[RankReport]):
         elements, micro_batches = _rounded(columns[_COUNTS])
         weight, communication, computation = columns[_NUMBERS].tolist()
         nonfinite = [""] * size
-        for rank in ledgers.where("nonfinite_gradients"):
+        for rank in ledgers.ranks_with("nonfinite_gradients"):
             nonfinite[rank] = "gradient"
-        for rank in ledgers.where("nonfinite_losses"):
+        for rank in ledgers.ranks_with("nonfinite_losses"):
             nonfinite[rank] = "loss"
         return {
             "rank": list(range(size)),
@@ -252,7 +252,7 @@ class TermReport:
         values: one per rank.
         total: their sum.
         priced: ``price * total``, its part of the objective.
-        details: what else the term tells; plain values.
+        details: more of the term; plain values.
     """
 
     unit: str
@@ -275,14 +275,14 @@ class StepReport:
         elements: number of elements with a weight other than zero.
         objective_value: the loss plus the priced terms.
         ranks: one :class:`RankReport` per rank; with many ranks see :class:`RankReports`.
-        choices: how gradients travelled: value and decider of every choice of
-            :class:`hvdloss.tuning.Tuning` and of the launch, and as ``"travel"`` the numbers of messages,
-            of buckets, and of gradients that travelled alone or sparse, as this rank has them.
+        choices: how gradients were sent: value and decider of every choice of
+            :class:`hvdloss.tuning.Tuning` and of the launch, and as ``"comm_plan"`` the numbers of messages,
+            of buckets, and of unbucketed and sparse gradients, as this rank has them.
         terms: by name, what the objective's terms came to (:class:`TermReport`).
         skipped: steps so far in which nothing was updated, since a loss or gradient was NaN or infinite
-            (``nonfinite="skip"``); `ranks` tell whose it was in this one.
+            (``nonfinite="skip"``); `ranks` show which rank it was in this one.
         samples: elements of all steps up to this one, those before a checkpoint or commit that training went
-            on from among them; None where nobody counted.
+            on from among them; None where they were not counted.
         losses: by name, what each came to (:class:`LossReport`), if the optimizer has several objectives.
     """
 
@@ -317,12 +317,12 @@ class StepReport:
         """Return the report of the step whose ranks' ledgers these are.
 
         `nonfinite` is the objective's policy; `skipped`, and `dropped` by rank (none if empty), what it came
-        to so far; `samples` the elements of all steps; `interest` is told when somebody looks at `ranks`
+        to so far; `samples` the elements of all steps; `interest` is set when somebody reads `ranks`
         that were not gathered; `losses` what each of several came to.
         """
         ledgers = Ledgers.of(ledgers)
-        # Sums that were not finite travelled as zeros: what is left is no loss of these elements.
-        lost = [] if nonfinite == "drop" else ledgers.where("nonfinite_losses")
+        # Sums that were not finite were sent as zeros: the rest is not the loss of these elements.
+        lost = [] if nonfinite == "drop" else ledgers.ranks_with("nonfinite_losses")
         loss = (
             float("nan")
             if lost

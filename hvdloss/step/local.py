@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from hvdloss.ledger import FAULTS
-from hvdloss.reduction import MEASURED
+from hvdloss.ledger import FAULT_COLUMNS
+from hvdloss.reduction import TENSOR_FIELDS
 from hvdloss.step.outcome import Action, Outcome
 
 __all__ = ["LocalSums", "local_outcome"]
@@ -22,7 +22,7 @@ def local_outcome(row: Sequence[float], untracked: int, nonfinite: bool, drops: 
         nonfinite: whether a gradient is NaN or infinite.
         drops: whether such a rank adds nothing to a step.
     """
-    sound = bool(row) and not untracked and row[1] > 0 and not any(row[FAULTS.start : MEASURED])
+    sound = bool(row) and not untracked and row[1] > 0 and not any(row[FAULT_COLUMNS.start : TENSOR_FIELDS])
     if not sound or (nonfinite and drops):
         return Outcome(Action.EMPTY)
     return Outcome(Action.SKIP_LOCAL if nonfinite else Action.UPDATE)  # a GradScaler may be about to see it

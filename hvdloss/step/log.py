@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from hvdloss.controller import Controller, counts_of
-from hvdloss.ledger import Ledgers, offenders
+from hvdloss.controller import Controller, parse_counts
+from hvdloss.ledger import Ledgers, nonfinite_ranks
 from hvdloss.report import StepReport
 from hvdloss.report.steps import Interest, LossReport
 
@@ -22,7 +22,7 @@ class StepLog:
         controller: of the objective's terms.
         reduction: of the objective.
         nonfinite: its policy.
-        choices: how gradients travel, for the report.
+        choices: how gradients comm_stats, for the report.
 
     Attributes:
         steps: finished steps, with local ones.
@@ -58,7 +58,7 @@ class StepLog:
         """Count the ranks that add nothing to a step (``nonfinite="drop"``)."""
         before = self._dropped if len(self._dropped) == len(ledgers) else np.zeros(len(ledgers), np.int64)
         self._dropped = before.copy()  # earlier reports have the one before
-        self._dropped[offenders(ledgers)] += 1
+        self._dropped[nonfinite_ranks(ledgers)] += 1
 
     def undo(self) -> None:
         """Take back a step whose update raises."""
@@ -96,13 +96,13 @@ class StepLog:
         """Whether somebody on this rank reads what single ranks did."""
         return bool(self._listeners) or self.interest.on
 
-    def listen(self, listener: Callable[[StepReport], None]) -> None:
+    def add_listener(self, listener: Callable[[StepReport], None]) -> None:
         """Have `listener` called with the report of every step that begins from now on."""
         if not self._listeners:
             self._pending = False
         self._listeners.append(listener)
 
-    def unlisten(self, listener: Callable[[StepReport], None]) -> None:
+    def remove_listener(self, listener: Callable[[StepReport], None]) -> None:
         """Call `listener` no more."""
         if listener in self._listeners:
             self._listeners.remove(listener)
@@ -122,7 +122,7 @@ class StepLog:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a run that goes on needs, equal on all ranks."""
-        return {"steps": self.steps, "samples": self.samples, "terms": self._controller.memory()}
+        return {"steps": self.steps, "samples": self.samples, "terms": self._controller.state_dict()}
 
     def load_state_dict(self, state: Any, *, same_ranks: bool) -> None:
         """Go on from a :meth:`state_dict`; no collective.
@@ -130,6 +130,6 @@ class StepLog:
         Raises:
             ConfigError: it is none.
         """
-        counts = counts_of(state, "is not of a DistributedOptimizer")
-        self._controller.remember(state["terms"], same_ranks=same_ranks)
+        counts = parse_counts(state, "is not of a DistributedOptimizer")
+        self._controller.load_state_dict(state["terms"], same_ranks=same_ranks)
         self.steps, self.samples = counts

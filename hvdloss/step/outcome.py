@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from hvdloss.errors import HvdlossError
-from hvdloss.ledger import Ledgers, judge
+from hvdloss.ledger import Ledgers, check_step
 
 __all__ = ["Action", "Outcome", "outcome_of"]
 
@@ -59,5 +59,5 @@ def outcome_of(ledgers: Ledgers, step: int, policy: str, exceeds: Callable[[], b
         return Outcome()
     if policy == "skip":
         return Outcome(Action.SKIP)
-    error = judge(ledgers, step)
+    error = check_step(ledgers, step)
     return Outcome() if error is None else Outcome(Action.RAISE, error)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from hvdloss.agreement import raise_together
+from hvdloss.agreement import raise_on_all_ranks
 from hvdloss.communicator import Communicator
 from hvdloss.controller import Controller
 from hvdloss.errors import HvdlossError, NoWeightError, UsageError
-from hvdloss.ledger import Ledger, Ledgers, agreed_factor, judge
+from hvdloss.ledger import Ledger, Ledgers, check_step, common_factor
 from hvdloss.passes import bypassed_error, division_error
 from hvdloss.step.log import StepLog
 from hvdloss.step.outcome import Action, Outcome, outcome_of
@@ -31,7 +31,7 @@ class StepState:
         reduction: of the objective.
         nonfinite: its policy.
         passes: the most backward passes that a step has.
-        choices: how gradients travel, for the report.
+        choices: how gradients comm_stats, for the report.
 
     Attributes:
         phase: where the step is.
@@ -112,9 +112,9 @@ class StepState:
             failed=float(self.failure is not None),
             communication=self.timer.comm_s,
             computation=self.timer.compute_s,
-            more=float(self.status.more),
-            leaving=float(self.status.leaving()),
-            reading=float(self.log.is_read),
+            has_next=float(self.status.has_next),
+            preemption_requested=float(self.status.preemption_requested()),
+            rows_requested=float(self.log.is_read),
             **known,
         )
 
@@ -134,8 +134,8 @@ class StepState:
             mine = self.failure
             if mine is None and ledgers[communicator.rank].failed:
                 mine = division_error(self.phase.done, self.phase.passes)
-            raise_together(communicator, mine, f"{self.name}.failed", f"step {step}")
-        error = judge(ledgers, step, self.nonfinite, gradients=gradients)
+            raise_on_all_ranks(communicator, mine, f"{self.name}.failed", f"step {step}")
+        error = check_step(ledgers, step, self.nonfinite, gradients=gradients)
         if isinstance(error, NoWeightError) and self.sums.bypassed:
             error = bypassed_error(step)
         if error is not None:
@@ -157,7 +157,7 @@ class StepState:
 
     def agree_on_factor(self, ledgers: Ledgers) -> None:
         """Take note of what all ranks multiplied their losses with."""
-        self.factor = agreed_factor(ledgers, self.factor)
+        self.factor = common_factor(ledgers, self.factor)
 
     def take_outcome(self, changed: Callable[[], UsageError | None]) -> Outcome:
         """Return what becomes of the update, once; take back a step whose update raises.
@@ -179,4 +179,4 @@ class StepState:
     def refuse_skip(self) -> None:
         """Have a step that would be skipped raise: too late to have changed nothing."""
         if self.outcome.action is Action.SKIP and self.log.ledgers is not None:
-            self.outcome = Outcome(Action.RAISE, judge(self.log.ledgers, self.log.step))
+            self.outcome = Outcome(Action.RAISE, check_step(self.log.ledgers, self.log.step))

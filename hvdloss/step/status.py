@@ -17,21 +17,21 @@ class RankStatus:
         error: why this rank cannot go on; None while it can.
         leaving: asked whether this rank is to leave.
         heard: how many exchanges of ledgers there were, and whether a rank had more by the last.
-        wished: the ranks that are to leave, as all know.
+        preempted_ranks: the ranks that are to leave, as all know.
     """
 
     def __init__(self) -> None:
-        self.leaving: Callable[[], bool] = lambda: False
+        self.preemption_requested: Callable[[], bool] = lambda: False
         self.reset()
 
     def reset(self) -> None:
         """Forget what was of other ranks."""
-        self.more = False
+        self.has_next = False
         self.error: BaseException | None = None
-        self.heard = (0, False)
-        self.wished: tuple[int, ...] = ()
+        self.sync_status = (0, False)
+        self.preempted_ranks: tuple[int, ...] = ()
 
     def hear(self, ledgers: Ledgers) -> None:
         """Take note of what all ranks tell."""
-        self.heard = (self.heard[0] + 1, bool(ledgers.total("more")))
-        self.wished = tuple(ledgers.where("leaving"))
+        self.sync_status = (self.sync_status[0] + 1, bool(ledgers.total("has_next")))
+        self.preempted_ranks = tuple(ledgers.ranks_with("preemption_requested"))

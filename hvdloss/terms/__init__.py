@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from hvdloss.term import Act, Batch, Closed, Decision, Term, Travel
+from hvdloss.term import Batch, CommStats, Decision, Policy, StepStats, Term
 from hvdloss.terms.communication import CommunicationCost
 from hvdloss.terms.skew import DataSkew
 
-__all__ = ["Act", "Batch", "Closed", "CommunicationCost", "DataSkew", "Decision", "Term", "Travel"]
+__all__ = ["Batch", "CommStats", "CommunicationCost", "DataSkew", "Decision", "Policy", "StepStats", "Term"]

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hvdloss.communicator import Communicator
-from hvdloss.term import Act, Closed, Term, Travel, check_price
+from hvdloss.term import CommStats, Policy, StepStats, Term, check_price
 from hvdloss.terms.link import LinkModel, calibrate
 
 __all__ = ["CommunicationCost"]
@@ -21,21 +21,22 @@ Array = npt.NDArray[np.float64]
 class CommunicationCost(Term):
     """C(k): exposed communication, in seconds per rank and step.
 
-    *Exposed* is the time a rank was held up, from the moment its gradients were complete until those of
-    all ranks were there; what overlapped computation costs nothing. The rank that was last waited for
-    nobody: what it was exposed to is the time it takes to *move* the bytes, and what others were exposed
-    to beyond that is *waiting* for slower ranks. No clocks are compared across machines.
+    *Exposed* is the time a rank was blocked, from the moment its gradients were complete until those of
+    all ranks had been summed; what overlapped computation costs nothing. The last rank did not wait:
+    its exposed time is what *moving* the bytes takes, and what other ranks have above it is *waiting* for
+    slower ranks. No clocks are compared across machines.
 
     The values in a step's report are those of the step before, since a step's costs are known when it is
-    over; after local steps (:class:`hvdloss.control.SyncPeriod`) they cover the whole stretch.
+    over; after local steps (:class:`hvdloss.control.SyncPeriod`) they cover all of them.
 
     Args:
         price: of one exposed second, in units of the loss.
-        acts: :class:`hvdloss.control.BatchShares`, :class:`hvdloss.control.SyncPeriod`,
+        policies: :class:`hvdloss.control.BatchShares`, :class:`hvdloss.control.SyncPeriod`,
             :class:`hvdloss.control.AdaptiveCompression`.
         calibrate: fit the link before the first step with a few all-reduces of growing size (about half
             a second); afterwards each exchange of parameters refines the fit. Without it predictions
-            start once two different sizes have been exchanged.
+            start once two different sizes have been exchanged. The default is to calibrate if a policy
+            needs the link.
 
     Attributes:
         link: the fitted :class:`hvdloss.terms.link.LinkModel`, equal on all ranks.
@@ -45,32 +46,32 @@ class CommunicationCost(Term):
 
     name = "communication"
     unit = "s"
-    remembers_of_ranks = (
-        *("link", "exposed", "waiting", "moving", "computation", "steps", "travel", "spread"),
+    per_rank_state_attrs = (
+        *("link", "exposed", "waiting", "moving", "computation", "steps", "comm_stats", "drift"),
         *("_before", "_moved"),
     )
 
     def __init__(
-        self, price: float = 0.0, *, acts: Sequence[Act] = (), calibrate: bool | None = None
+        self, price: float = 0.0, *, policies: Sequence[Policy] = (), calibrate: bool | None = None
     ) -> None:
         self.price = check_price(price, "CommunicationCost")
-        self.acts = tuple(acts)
-        # Those who decide by the link need it from the start.
-        needed = any(getattr(act, "needs_link", False) for act in acts)
+        self.policies = tuple(policies)
+        # Policies that decide by the link need it from the start.
+        needed = any(getattr(policy, "needs_link", False) for policy in policies)
         self.calibrates = needed if calibrate is None else bool(calibrate)
-        self.begin(0, 1)
+        self.reset(0, 1)
 
-    def begin(self, rank: int, size: int) -> None:
-        """Start afresh with these ranks."""
+    def reset(self, rank: int, size: int) -> None:
+        """Start over with these ranks."""
         self.link = LinkModel(size)
-        self._before = Travel()
+        self._before = CommStats()
         self.exposed = np.zeros(size)
         self.waiting = np.zeros(size)
         self.moving = 0.0
         self.computation = np.zeros(size)
         self.steps = 1
-        self.travel = Travel()
-        self.spread = math.nan
+        self.comm_stats = CommStats()
+        self.drift = math.nan
         self._moved = (math.nan, 0.0)
 
     def prepare(self, communicator: Communicator) -> None:
@@ -78,51 +79,51 @@ class CommunicationCost(Term):
         if self.calibrates and communicator.size > 1 and self.link.fit() is None:
             calibrate(communicator, self.link)
 
-    def prepared(self) -> Any:
+    def prepared_state(self) -> Any:
         """Return the link's state if it was fitted."""
-        return self.link.state() if self.calibrates else None
+        return self.link.state_dict() if self.calibrates else None
 
-    def restore_prepared(self, state: Any) -> None:
-        """Take over another run's link."""
-        self.link = LinkModel.restore(state)
+    def load_prepared_state(self, state: Any) -> None:
+        """Restore the link of another run."""
+        self.link = LinkModel.from_state_dict(state)
 
-    def close(self, step: Closed) -> Array:
+    def on_step_end(self, step: StepStats) -> Array:
         """Return each rank's exposed seconds in the step before."""
         self.exposed = np.array(step.column("communication"))
         self.computation = np.array(step.column("computation"))
         self.moving = float(self.exposed.min())
         self.waiting = self.exposed - self.moving
-        # How the seconds in this table came about: their exchange was the one before this.
-        self.travel, self._before = self._before, step.travel
-        self.steps = self.travel.steps
-        self.spread = self._spread(step)
-        if self.travel.parameters and self.moving > 0 and self.travel.bytes:
-            self.link.add(self.moving, self.travel.bytes, self.travel.messages)
+        # The seconds in this table were measured in the exchange before this one.
+        self.comm_stats, self._before = self._before, step.comm_stats
+        self.steps = self.comm_stats.steps
+        self.drift = self._relative_drift(step)
+        if self.comm_stats.parameters and self.moving > 0 and self.comm_stats.bytes:
+            self.link.add(self.moving, self.comm_stats.bytes, self.comm_stats.messages)
         return self.exposed
 
-    def _spread(self, step: Closed) -> float:
-        """Return how far ranks moved apart: the variance of their moves over the square of the mean one.
+    def _relative_drift(self, step: StepStats) -> float:
+        """Return how far the ranks drifted: the variance of their updates over the squared mean update.
 
-        Of the exchange before this one, whose mean move is known now. Lengths may differ in their last
-        bits between machines: rank 0's counts, on all ranks.
+        Of the exchange before this one, whose mean update is known now. Lengths may differ in their last
+        bits between machines, so all ranks use rank 0's.
         """
         moved, self._moved = self._moved, (math.nan, 0.0)
-        if step.travel.parameters:
-            self._moved = float(step.column("moved").sum()), float(step.column("denominator").sum())
-        together = float(step.column("together")[0])
+        if step.comm_stats.parameters:
+            self._moved = float(step.column("drift_sqnorm").sum()), float(step.column("denominator").sum())
+        together = float(step.column("mean_update_sqnorm")[0])
         if not moved[0] >= 0 or not moved[1] > 0 or not together > 0:
             return math.nan
         return max(0.0, moved[0] / (moved[1] * together) - 1.0)
 
     def details(self) -> dict[str, Any]:
-        """Return waiting and moving apart, bytes and messages, and the fit."""
+        """Return waiting and moving separately, bytes and messages, and the fit."""
         fit = self.link.fit()
         return {
             "waiting": self.waiting.tolist(),
             "moving": self.moving,
-            "bytes": self.travel.bytes,
-            "messages": self.travel.messages,
-            "steps": self.travel.steps,
+            "bytes": self.comm_stats.bytes,
+            "messages": self.comm_stats.messages,
+            "steps": self.comm_stats.steps,
             "alpha": None if fit is None else fit.alpha,
             "alpha_std": None if fit is None else fit.alpha_std,
             "beta": None if fit is None else fit.beta,

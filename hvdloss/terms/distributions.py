@@ -1,7 +1,7 @@
 """How ranks' data differ, and what to do about it: the formulas behind the data-skew term D(k).
 
 Everything starts from *counts*: weighted target histograms, one row per rank, shape ``(ranks, bins)``, every
-entry finite and >= 0. A row of zeros is a rank without data, a column of zeros a class that nobody saw.
+entry finite and >= 0. A row of zeros is a rank without data, a column of zeros a class that no rank saw.
 They may have any scale: what is computed from them neither overflows nor becomes NaN.
 
 ==============================  ==========================================================================
@@ -536,8 +536,8 @@ def q_fair(losses: npt.ArrayLike, q: float) -> Array:
 def pooled_edges(sketches: npt.ArrayLike, sizes: npt.ArrayLike, bins: int) -> Array:
     """Return inner bin edges that cut the data of all ranks into bins of nearly equal weight.
 
-    Each rank tells its data by a *sketch*: its own quantiles at evenly spaced probabilities from 0 to 1 (what
-    ``np.quantile(targets, np.linspace(0, 1, points))`` gives), read as a distribution that is uniform between
+    Each rank describes its data by a *sketch*: its own quantiles at evenly spaced probabilities from 0 to 1
+    (``np.quantile(targets, np.linspace(0, 1, points))``), read as a distribution that is uniform between
     neighbouring quantiles. The edges are the quantiles 1/bins, ..., (bins - 1)/bins of the ranks' mixture.
     For one rank, or ranks with equal sketches, they interpolate the sketch; in general they err by at most
     about half a step of the sketches, 1 / (2 (points - 1)), in probability.
@@ -714,14 +714,10 @@ class Window:
         self._fresh: list[Array] = []  # arrays since the last renewal
         self._suffixes: list[Array] = []  # sums of the last 1, 2, ... arrays before it
 
-    def memory(self) -> dict[str, Any]:
-        """Return :meth:`state`."""
-        return self.state()
-
-    def remembered(self, state: Mapping[str, Any]) -> Window:
-        """Return a window like this one that holds what :meth:`memory` told of."""
+    def from_state_dict(self, state: Mapping[str, Any]) -> Window:
+        """Return a window of the same kind with this :meth:`state_dict`."""
         new = Window(self.steps, self.half_life)
-        new.restore(state)
+        new.load_state_dict(state)
         return new
 
     @property
@@ -773,8 +769,8 @@ class Window:
             self._suffixes.append(running)
         self._sum = None
 
-    def state(self) -> dict[str, Any]:
-        """Return all of it as plain numbers and lists, fit for JSON, for :meth:`restore`."""
+    def state_dict(self) -> dict[str, Any]:
+        """Return all of it as plain numbers and lists, ready for JSON, for :meth:`load_state_dict`."""
         return {
             "steps": self.steps,
             "half_life": self.half_life,
@@ -785,8 +781,8 @@ class Window:
             "suffixes": [one.ravel().tolist() for one in self._suffixes],
         }
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Become what :meth:`state` was taken of, to the last bit.
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore a :meth:`state_dict`, bitwise.
 
         Raises:
             ConfigError: the state is of a window with another `steps` or `half_life`, or not a state. Nothing
@@ -806,14 +802,14 @@ class Window:
             }
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(
-                f"state is not what Window.state() returns ({type(error).__name__}: {error}); "
+                f"state is not what Window.state_dict() returns ({type(error).__name__}: {error}); "
                 "start a new window if it is lost"
             ) from None
         if kind != (self.steps, self.half_life):
             raise ConfigError(
                 f"state is of a window with steps={kind[0]} and half_life={kind[1]}, but this one has "
                 f"steps={self.steps} and half_life={self.half_life}; "
-                "make the window with the same, or start it anew"
+                "make the window with the same, or start a new one"
             )
         self._shape, self._count = shape, count
         self._sum = arrays["sum"][0] if arrays["sum"] else None

@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from hvdloss.communicator import Communicator
 from hvdloss.errors import ConfigError, UsageError
-from hvdloss.hearing import hear, hearing
+from hvdloss.messages import decode_all, decode_errors
 
 __all__ = ["Fit", "LinkModel", "Prediction", "calibrate", "probe_sizes", "ring_beta"]
 
@@ -233,24 +233,17 @@ class LinkModel:
         variance = var_a * m * m + 2.0 * cov * m * b + var_g * b * b
         return Prediction(alpha * m + inverse * b, math.sqrt(max(variance, 0.0)))
 
-    def state(self) -> dict[str, Any]:
-        """Return all there is to the model as plain numbers, lists and dicts, ready for JSON."""
+    def state_dict(self) -> dict[str, Any]:
+        """Return the whole model as plain numbers, lists and dicts, ready for JSON."""
         return {
             "ranks": self.ranks,
             "window": self.window,
             "samples": [[one.seconds, one.bytes, one.messages] for one in self._samples],
         }
 
-    memory = state
-
     @classmethod
-    def remembered(cls, state: Mapping[str, Any]) -> LinkModel:
-        """Return the model of a :meth:`memory`; see :meth:`restore`."""
-        return cls.restore(state)
-
-    @classmethod
-    def restore(cls, state: Mapping[str, Any]) -> LinkModel:
-        """Return the model whose :meth:`state` this is; it fits and predicts the same to the last bit.
+    def from_state_dict(cls, state: Mapping[str, Any]) -> LinkModel:
+        """Return the model of a :meth:`state_dict`; it fits and predicts bitwise the same.
 
         Raises:
             ConfigError: not such a state.
@@ -261,7 +254,7 @@ class LinkModel:
         except ConfigError:
             raise
         except (KeyError, TypeError, ValueError) as error:
-            raise ConfigError(f"state={state!r:.200} is not what LinkModel.state() returns") from error
+            raise ConfigError(f"state={state!r:.200} is not what LinkModel.state_dict() returns") from error
         if len(samples) > model.window:
             raise ConfigError(f"state has {len(samples)} samples, more than its window={model.window}")
         for sample in samples:
@@ -440,7 +433,7 @@ def calibrate(
     """Measure blocking sums of several sizes on all ranks, add their times to `model`, and return its fit.
 
     Every rank makes the same sums, whatever its own clock says: when to stop is decided from numbers that
-    the ranks agreed on. A sum's time is the smallest over ranks, since who came last waited for nobody;
+    the ranks agreed on. A sum's time is the smallest over ranks, since the last rank did not wait;
     all ranks add the same times, so that models which were equal before are equal after, to the last bit.
 
     Args:
@@ -468,13 +461,13 @@ def calibrate(
     def timed(size: int) -> float:
         array = np.zeros(size // 8)
         began = time.perf_counter()
-        communicator.sum(array, f"{name}.{size}")
+        communicator.all_reduce(array, f"{name}.{size}")
         return time.perf_counter() - began
 
     def agreed(seconds: float) -> tuple[float, float]:
         """Return the mean over ranks of `seconds`, and of the seconds spent so far."""
         mine = np.array([seconds, time.perf_counter() - began])
-        mean = communicator.sum(mine, f"{name}.agreed") / communicator.size
+        mean = communicator.all_reduce(mine, f"{name}.agreed") / communicator.size
         return float(mean[0]), float(mean[1])
 
     began = time.perf_counter()
@@ -504,8 +497,8 @@ def calibrate(
             if len(times) < most:
                 times.append(timed(size))
         _, spent = agreed(0.0)
-    everyone = hear(communicator.gather(json.dumps(mine).encode(), f"{name}.all"), "times")
-    with hearing("times"):
+    everyone = decode_all(communicator.all_gather_bytes(json.dumps(mine).encode(), f"{name}.all"), "times")
+    with decode_errors("times"):
         for rows in zip(*everyone, strict=True):
             for seconds in zip(*(times for _, times in rows), strict=True):
                 model.add(min(seconds), rows[0][0])

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hvdloss.errors import ConfigError, UsageError
-from hvdloss.term import Act, Batch, Closed, Term, check_price
+from hvdloss.term import Batch, Policy, StepStats, Term, check_price
 from hvdloss.terms.distributions import (
     MEASURES,
     Window,
@@ -24,23 +24,23 @@ __all__ = ["DataSkew"]
 
 Array = npt.NDArray[np.float64]
 
-_POINTS = 33  # quantiles that a rank tells of its real targets
+_POINTS = 33  # quantiles that a rank sends of its real targets
 _UNITS = {"js": "nats", "tv": "share", "w1": "target units"}
 
 
 class DataSkew(Term):
     """D(k): the divergence of rank k's weighted target histogram from that of all ranks together.
 
-    Histograms are sums: micro-batches add up, ranks' histograms travel with the ledgers, and every rank
-    knows all of them. They cover the last `window` steps, or decay with `half_life`. A rank without data
-    has a skew of 0; a class that a rank never saw is an empty bin.
+    Histograms are sums: micro-batches add up, ranks' histograms are exchanged with the ledgers, and every
+    rank knows all of them. They cover the last `window` steps, or decay with `half_life`. A rank without
+    data has a skew of 0; a class that a rank never saw is an empty bin.
 
     Args:
         price: of one unit of divergence, in units of the loss.
         classes: number of classes; targets are class indices, or probabilities along the predictions'
             class axis. With ``multilabel=True`` targets are 0 or 1 for each class, along the last axis.
-        bins: instead of `classes`, for real targets: so many bins between shared quantiles, which are
-            found in the first `warmup` steps from what all ranks tell.
+        bins: instead of `classes`, for real targets: number of bins between shared quantiles, which are
+            estimated in the first `warmup` steps from all ranks' targets.
         of: ``"target"``, or ``"keys"``: integers that the caller passes along, ``objective(prediction,
             target, keys=hospital)``; `classes` says how many there are.
         label: a function of the target that gives the label, where the target holds more than that; in
@@ -49,8 +49,8 @@ class DataSkew(Term):
             in target units for real targets, in class numbers for ordered classes).
         window: steps that count; 100 if `half_life` is not given either.
         half_life: steps after which a step counts half.
-        warmup: steps in which quantiles are learnt.
-        acts: :class:`hvdloss.control.ImportanceWeights`, ``ClassBalance``, ``RankWeights``, ``Proximal``.
+        warmup: steps in which quantiles are estimated.
+        policies: :class:`hvdloss.control.ImportanceWeights`, ``ClassBalance``, ``RankWeights``, ``Proximal``.
 
     Attributes:
         counts: the window's weighted histograms, float64 ``(ranks, bins)``.
@@ -64,8 +64,8 @@ class DataSkew(Term):
     """
 
     name = "skew"
-    remembers = ("edges", "positions")
-    remembers_of_ranks = ("_window", "counts", "skew", "overall", "_sketches", "_sketched")
+    state_attrs = ("edges", "positions")
+    per_rank_state_attrs = ("_window", "counts", "skew", "overall", "_sketches", "_sketched")
 
     def __init__(
         self,
@@ -80,7 +80,7 @@ class DataSkew(Term):
         window: int | None = None,
         half_life: float | None = None,
         warmup: int = 4,
-        acts: Sequence[Act] = (),
+        policies: Sequence[Policy] = (),
     ) -> None:
         self.price = check_price(price, "DataSkew")
         if (classes is None) == (bins is None):
@@ -106,17 +106,19 @@ class DataSkew(Term):
         self.unit = _UNITS[measure]
         self._span = {"steps": window or 100} if half_life is None else {"half_life": half_life}
         Window(**self._span)  # raises what is wrong
-        self.acts = tuple(acts)
-        self.weighs = any(hasattr(act, "table") or hasattr(act, "factors") for act in self.acts)
+        self.policies = tuple(policies)
+        self.has_weights = any(
+            hasattr(policy, "table") or hasattr(policy, "factors") for policy in self.policies
+        )
         # The histogram, and for classes the number of labels that are none; for real targets the
         # quantiles (times the number of elements) and that number.
         self.width = self.bins + (_POINTS + 1 if self.real else 1)
         self.largest = math.log(2) if measure == "js" else 1.0
-        self.begin(0, 1)
-        self.settle()
+        self.reset(0, 1)
+        self.update_state()
 
-    def begin(self, rank: int, size: int) -> None:
-        """Start afresh with these ranks."""
+    def reset(self, rank: int, size: int) -> None:
+        """Start over with these ranks."""
         self.rank = rank
         self._window = Window(**self._span)
         self.counts = np.zeros((size, self.bins))
@@ -133,15 +135,15 @@ class DataSkew(Term):
     def _edge_entries(self) -> int:
         return self.bins if self.real else 0  # a flag and bins - 1 edges
 
-    def settle(self) -> None:
-        """Make the acts' weights what the next batches see."""
+    def update_state(self) -> None:
+        """Set the weights of the policies for the next batches."""
         table = np.ones(self.bins)
         factor = 1.0
-        for act in self.acts:
-            if hasattr(act, "table"):
-                table = table * act.table(self.counts, self.rank)
-            if hasattr(act, "factors"):
-                factor *= float(act.factors[self.rank])
+        for policy in self.policies:
+            if hasattr(policy, "table"):
+                table = table * policy.table(self.counts, self.rank)
+            if hasattr(policy, "factors"):
+                factor *= float(policy.factors[self.rank])
         front = np.zeros(self._edge_entries)
         if self.real and self.edges is not None:
             front = np.concatenate([[1.0], self.edges])
@@ -171,42 +173,42 @@ class DataSkew(Term):
     def _per_class(self, batch: Batch, labels: Any, axis: int) -> tuple[Any, Any]:
         """Return labels of shape ``(..., classes)``, and the elements' weights, broadcast to it."""
         ops = batch.ops
-        labels = ops.last_axis(labels, axis)
+        labels = ops.move_axis_last(labels, axis)
         if ops.shape(labels)[-1] not in (None, self.bins):
             raise ConfigError(
                 f"targets with {ops.shape(labels)[-1]} classes, but DataSkew(classes={self.bins})"
             )
         weight = batch.weight
         if len(ops.shape(weight)) < len(ops.shape(labels)):
-            weight = ops.spread(weight, labels)
+            weight = ops.expand_trailing(weight, labels)
         return labels, weight
 
     def _index(self, batch: Batch, labels: Any) -> Any:
         """Return each element's bin, in the shape of the losses; classes are not yet clipped."""
         ops = batch.ops
         if self.real:
-            return ops.bin_of(labels, batch.state[1 : self.bins])
-        return ops.spread(ops.integers(labels), batch.losses)
+            return ops.bucketize(labels, batch.state[1 : self.bins])
+        return ops.expand_trailing(ops.to_int64(labels), batch.losses)
 
     def observe(self, batch: Batch) -> Any:
-        """Return the batch's weighted histogram, and what the quantiles are learnt from."""
+        """Return the batch's weighted histogram, and the sums that quantiles are estimated from."""
         ops = batch.ops
         labels = self._labels(batch)
         axis = self._soft(batch, labels)
         if axis is not None:
             labels, weight = self._per_class(batch, labels, axis)
-            return ops.join64([ops.class_totals(labels, weight), ops.zeros64(1, batch.losses)])
+            return ops.concat64([ops.class_sums(labels, weight), ops.zeros64(1, batch.losses)])
         index, weight = self._index(batch, labels), batch.weight
         if self.real:
             known = batch.state[:1]
             sketch, size = ops.quantiles(labels, weight, _POINTS)
             histogram = ops.histogram(index, weight, self.bins) * known
-            return ops.join64([histogram, sketch * size * (1.0 - known), size * (1.0 - known)])
+            return ops.concat64([histogram, sketch * size * (1.0 - known), size * (1.0 - known)])
         outside = ((index < 0) | (index >= self.bins)) & (weight != 0)
-        return ops.join64([ops.histogram(index, weight, self.bins), ops.count(outside)])
+        return ops.concat64([ops.histogram(index, weight, self.bins), ops.count(outside)])
 
     def weights(self, batch: Batch) -> Any:
-        """Return the acts' factors for the elements' weights."""
+        """Return the policies' factors for the elements' weights."""
         ops = batch.ops
         table = batch.state[self._edge_entries : self._edge_entries + self.bins]
         factor = batch.state[-1]
@@ -215,36 +217,36 @@ class DataSkew(Term):
         if axis is None:
             found = ops.take(table, self._index(batch, labels), self.bins)
         elif self.multilabel and len(ops.shape(labels)) == len(ops.shape(batch.losses)):
-            found = ops.blend(labels, table)  # per element: the class's factor where the label is set
+            found = ops.interpolate(labels, table)  # per element: the class's factor where the label is set
         else:
-            found = ops.mixed(ops.last_axis(labels, axis), table)
+            found = ops.label_mean(ops.move_axis_last(labels, axis), table)
         return ops.cast_like(found * factor, batch.weight)
 
     # -- a step -----------------------------------------------------------------------------------
 
-    def close(self, step: Closed) -> Array:
+    def on_step_end(self, step: StepStats) -> Array:
         """Add the step to the window; return each rank's divergence."""
-        told = step.rows[:, self.bins :]
+        extra = step.sums[:, self.bins :]
         if self.real:
             if self.edges is None:
-                self._learn(told)
+                self._estimate_edges(extra)
                 return self.skew
-        elif (told[:, 0] > 0).any():
-            ranks = ", ".join(map(str, np.flatnonzero(told[:, 0])))
+        elif (extra[:, 0] > 0).any():
+            ranks = ", ".join(map(str, np.flatnonzero(extra[:, 0])))
             raise ConfigError(
-                f"step {step.step}: {told[:, 0].sum():.0f} label(s) outside 0..{self.bins - 1} on rank(s) "
+                f"step {step.step}: {extra[:, 0].sum():.0f} label(s) outside 0..{self.bins - 1} on rank(s) "
                 f"{ranks}, but DataSkew(classes={self.bins}). Nothing was updated. Pass the number of "
                 f"classes there are, or give such elements the weight 0."
             )
-        self._window.add(step.rows[:, : self.bins])
+        self._window.add(step.sums[:, : self.bins])
         assert self._window.total is not None
         self.counts = self._window.total
         self.skew, self.overall = divergences(self.counts, self.measure, self.positions)
         return self.skew
 
-    def _learn(self, told: Array) -> None:
-        """Take note of what ranks told of their quantiles; after enough steps, fix the edges."""
-        self._sketches = self._sketches + told
+    def _estimate_edges(self, sketches: Array) -> None:
+        """Add the ranks' quantile sketches of one step; after enough steps, fix the edges."""
+        self._sketches = self._sketches + sketches
         self._sketched += 1
         if self._sketched < self.warmup or not self._sketches[:, -1].any():
             return
@@ -257,14 +259,14 @@ class DataSkew(Term):
 
     def details(self) -> dict[str, Any]:
         """Return the histograms, the overall skew, and what the weights cost."""
-        table = [act for act in self.acts if hasattr(act, "table")]
+        table = [policy for policy in self.policies if hasattr(policy, "table")]
         sizes = None
         if table:
             sizes = []
             for rank, row in enumerate(self.counts):
                 product = np.ones(self.bins)
-                for act in table:
-                    product = product * act.table(self.counts, rank)
+                for policy in table:
+                    product = product * policy.table(self.counts, rank)
                 sizes.append(effective_sample_size(row, product))
         return {
             "measure": self.measure,
@@ -273,7 +275,7 @@ class DataSkew(Term):
             "edges": None if self.edges is None else self.edges.tolist(),
             "effective_sample_size": sizes,
             "rank_weights": next(
-                (act.factors.tolist() for act in self.acts if hasattr(act, "factors")), None
+                (policy.factors.tolist() for policy in self.policies if hasattr(policy, "factors")), None
             ),
         }
 
@@ -289,7 +291,7 @@ class DataSkew(Term):
 
 
 def _centres(points: Array, sizes: Array, edges: Array) -> Array:
-    """Return the mean of the targets in each bin, by what the ranks' quantiles tell of them.
+    """Return the mean of the targets in each bin, estimated from the ranks' quantiles.
 
     In the outer bins most targets lie near the edge, far from the middle between it and the extreme.
     """

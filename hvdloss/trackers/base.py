@@ -9,12 +9,12 @@ from abc import ABC, abstractmethod
 from types import TracebackType
 from typing import Any
 
-from hvdloss.checks import whole
+from hvdloss.checks import check_int
 from hvdloss.errors import ConfigError
-from hvdloss.extras import library
+from hvdloss.extras import optional_import
 from hvdloss.report.steps import StepReport
 from hvdloss.trackers.scalars import scalars
-from hvdloss.world import launched_as
+from hvdloss.world import launcher_rank
 
 __all__ = ["Tracker", "first_rank"]
 
@@ -26,7 +26,7 @@ def first_rank() -> bool:
         backend = sys.modules.get(f"hvdloss.{framework}._backend")
         if backend is not None and backend.hvd.is_initialized():
             return bool(backend.hvd.rank() == 0)
-    return launched_as() in (None, "0")
+    return launcher_rank() in (None, "0")
 
 
 class Tracker(ABC):
@@ -56,8 +56,8 @@ class Tracker(ABC):
     def __init__(
         self, *, every: int = 1, prefix: str = "hvdloss/", per_rank: int = 64, active: bool | None = None
     ) -> None:
-        self.every = whole("every", every, 1)
-        self.per_rank = whole("per_rank", per_rank, 0)
+        self.every = check_int("every", every, 1)
+        self.per_rank = check_int("per_rank", per_rank, 0)
         self.prefix, self.active = prefix, active
         self.failures = 0
         self._open = self._closed = False
@@ -73,7 +73,7 @@ class Tracker(ABC):
             return
         try:
             if not self._open:
-                self._begin(library(self.library, self.extra, f"logging to {self.title}"))
+                self._begin(optional_import(self.library, self.extra, f"logging to {self.title}"))
                 self._open = True
             numbers = scalars(report, per_rank=self.per_rank)
             self._log(report.step, {self.prefix + name: value for name, value in numbers.items()})

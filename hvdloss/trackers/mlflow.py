@@ -20,7 +20,7 @@ class MLflow(Tracker):
     Args:
         experiment: whose run it makes; made if it is not there.
         tracking_uri: of the store, such as ``"sqlite:///runs/mlflow.db"``; None for MLflow's own choice.
-        run_id: of a run to go on with; None for the active one, or a new one.
+        run_id: of a run to resume; None for the active one, or a new one.
         run_name: of a new run.
         options: of :class:`Tracker`.
 

@@ -55,10 +55,10 @@ def scalars(report: StepReport, *, per_rank: int = 64) -> dict[str, float]:
         out |= {"averaged_loss": averaged, "averaging_error": error}
     weight = np.array(columns["weight"])
     share = weight / report.weight if report.weight > 0 else np.zeros(len(weight))
-    told = {name: columns[name] for name in ("loss", "weight", "elements", "communication", "computation")}
+    shown = {name: columns[name] for name in ("loss", "weight", "elements", "communication", "computation")}
     if columns["skew"][0] is not None:
-        told["skew"] = columns["skew"]
-    for what, values in {**told, "share": share}.items():
+        shown["skew"] = columns["skew"]
+    for what, values in {**shown, "share": share}.items():
         numbers = np.array(values, dtype=np.float64)
         if len(numbers) <= per_rank:
             out.update({f"ranks/{rank}/{what}": value for rank, value in enumerate(numbers.tolist())})

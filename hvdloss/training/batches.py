@@ -17,7 +17,7 @@ class TransformedBatches:
     """Batches of a loader, each changed by a function that is given random numbers of its own.
 
     Numbers follow from the seed, the rank, the epoch and the step in it: ranks get different ones, a rerun
-    the same, and an epoch that goes on in the middle those it would have had.
+    the same, and an epoch resumed in the middle those it would have had.
 
     Args:
         loader: any iterable of batches. Iterating again is the next epoch; a loader with ``state_dict`` goes
@@ -54,7 +54,7 @@ class TransformedBatches:
     def __iter__(self) -> Iterator[Any]:
         """Give the batches of what is left of this epoch, or of the next one."""
         if self._begun and not hasattr(self.loader, "state_dict"):
-            self.epoch, self.step = self.epoch + 1, 0  # a loop that was left is not gone on with
+            self.epoch, self.step = self.epoch + 1, 0  # an interrupted loop is not continued
         self._begun = True
         for batch in self.loader:
             rng = generator_for(self.seed, rank=self.rank, epoch=self.epoch, step=self.step, stream="batch")
@@ -62,16 +62,16 @@ class TransformedBatches:
             yield self.transform(batch, rng)
         self.epoch, self.step, self._begun = self.epoch + 1, 0, False
 
-    def mark(self) -> Any:
-        """Return what :meth:`state_dict` makes the position of now from, later."""
-        mark = getattr(self.loader, "mark", None)
-        return self.epoch, self.step, mark() if mark else self._inner()
+    def get_position(self) -> Any:
+        """Return the current position for a later :meth:`state_dict`."""
+        position = getattr(self.loader, "get_position", None)
+        return self.epoch, self.step, position() if position else self._inner()
 
-    def rewind(self, mark: Any) -> None:
-        """Go back to an earlier position of a loop that was left, from :meth:`mark`."""
-        self.epoch, self.step, inner = mark
-        if hasattr(self.loader, "rewind"):
-            self.loader.rewind(inner)
+    def set_position(self, position: Any) -> None:
+        """Go back to an earlier position of an interrupted loop, from :meth:`get_position`."""
+        self.epoch, self.step, inner = position
+        if hasattr(self.loader, "set_position"):
+            self.loader.set_position(inner)
         elif inner is not None and hasattr(self.loader, "load_state_dict"):
             self.loader.load_state_dict(inner)
 
@@ -79,16 +79,16 @@ class TransformedBatches:
         state = getattr(self.loader, "state_dict", None)
         return state() if state else None
 
-    def state_dict(self, mark: Any = None) -> dict[str, Any]:
+    def state_dict(self, position: Any = None) -> dict[str, Any]:
         """Return the position, with the loader's; the batch given last counts as used.
 
         Args:
-            mark: of an earlier position in this loop, from :meth:`mark`; None for the present one.
+            position: an earlier one of this loop, from :meth:`get_position`; None for the current one.
 
         Collectives: those of the loader's own.
         """
-        epoch, step, inner = self.mark() if mark is None else mark
-        if hasattr(self.loader, "mark"):
+        epoch, step, inner = self.get_position() if position is None else position
+        if hasattr(self.loader, "get_position"):
             inner = self.loader.state_dict(inner)  # type: ignore[attr-defined]
         return {"version": 1, "epoch": epoch, "step": step, "loader": inner}
 

@@ -1,7 +1,7 @@
 """Checkpoints of a whole training run: written whole or not at all, verified when they are loaded.
 
 A checkpoint is a file of JSON (the manifest) and one file of tensors (safetensors) for each part that has
-any. The manifest takes its name last, so it makes the checkpoint: it tells the size and the SHA-256 of every
+any. The manifest takes its name last, so it makes the checkpoint: it has the size and the SHA-256 of every
 other file, and of itself. Every checkpoint has a number of its own, and no file is ever written over.
 Nothing is pickled, and nothing that is read can run code.
 """
@@ -24,17 +24,17 @@ import numpy as np
 
 from hvdloss.communicator import Communicator, OneProcess
 from hvdloss.errors import CheckpointError, ConfigError
-from hvdloss.hearing import hear
+from hvdloss.messages import decode_all
 from hvdloss.training.files import write_atomically
 from hvdloss.training.tree import (
     FromArray,
     ToArray,
+    flatten_tree,
     numpy_array,
     of_numpy,
-    packed,
-    put_together,
-    take_apart,
-    unpacked,
+    pack_arrays,
+    unflatten_tree,
+    unpack_arrays,
 )
 from hvdloss.training.tree import strictly as read_json
 
@@ -45,13 +45,13 @@ __all__ = [
     "Part",
     "StateDict",
     "read_checkpoint",
-    "state_of_bytes",
+    "state_from_bytes",
     "state_to_bytes",
 ]
 
 FORMAT, VERSION = "hvdloss checkpoint", 1
 LARGEST_MANIFEST = 1 << 28  # bytes
-_PIECE = 1 << 27  # bytes that travel in one message
+_PIECE = 1 << 27  # bytes of one message
 _MANIFEST = re.compile(r"(\d{8})\.json")
 _TENSORS = re.compile(r"(\d{8})\.([A-Za-z_]\w{0,63})\.safetensors")
 _UNFINISHED = re.compile(r"\.unfinished-\d{8}\.(json|[A-Za-z_]\w{0,63}\.safetensors)")
@@ -135,9 +135,9 @@ class Checkpoint:
             adapter knows besides. Their states are the same on all ranks.
         keep: how many checkpoints are kept: those written last.
         root: the rank that writes and reads.
-        random_numbers: whether each rank's random numbers are saved, and go on where they were when as many
+        random_numbers: whether each rank's random state is saved, and restored when as many
             ranks load them.
-        mode, folder_mode: of the files, and of the folder if it is made: for nobody else by default.
+        mode, folder_mode: of the files, and of the folder if it is made: private by default.
         communicator: gives the ranks when it is asked.
 
     Raises:
@@ -207,7 +207,7 @@ class Checkpoint:
         communicator = self._communicator()
         number = [0]
         states: dict[str, Any] = {}
-        told: list[Any] = [None]
+        state: list[Any] = [None]
 
         def take() -> None:
             if isinstance(step, bool) or not isinstance(step, int) or step < 0:
@@ -219,12 +219,12 @@ class Checkpoint:
             for name, part in self._parts.items():
                 states[name] = part.state()
             if self.random_numbers:
-                told[0] = self.random_state()
+                state[0] = self.random_state()
 
-        self._all_well(take, "save")
+        self._on_all_ranks(take, "save")
         if self.random_numbers:
-            mine = _as_bytes(take_apart(told[0], self.to_array, name="random numbers"))
-            ranks = communicator.gather(mine, "hvdloss.checkpoint.random")
+            mine = _as_bytes(flatten_tree(state[0], self.to_array, name="random numbers"))
+            ranks = communicator.all_gather_bytes(mine, "hvdloss.checkpoint.random")
             states[_RANDOM] = [np.frombuffer(one, dtype=np.uint8) for one in ranks]
         states[_VALUES] = values
 
@@ -232,11 +232,11 @@ class Checkpoint:
             if communicator.rank == self.root:
                 number[0] = self._write(step, states, communicator.size)
 
-        numbers = self._all_well(write, "save", number)
+        numbers = self._on_all_ranks(write, "save", number)
         return self.path / f"{numbers[self.root]:08d}.json"
 
     def _write(self, step: int, states: Mapping[str, Any], ranks: int) -> int:
-        held = {name: take_apart(state, self.to_array, name=name) for name, state in states.items()}
+        held = {name: flatten_tree(state, self.to_array, name=name) for name, state in states.items()}
         known = self._numbers()
         number = max(known, default=0) + 1
         manifest: dict[str, Any] = {
@@ -249,9 +249,9 @@ class Checkpoint:
         }
         options: dict[str, Any] = {"mode": self.mode, "folder_mode": self.folder_mode}
         for name, (tree, arrays) in held.items():
-            data = packed(arrays)
-            told = {"tree": tree, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-            manifest["parts"][name] = told
+            data = pack_arrays(arrays)
+            entry = {"tree": tree, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+            manifest["parts"][name] = entry
             if data:
                 write_atomically(self._tensors(number, name), lambda f, d=data: f.write(d), **options)  # type: ignore[misc]
         text = _signed(manifest)
@@ -291,7 +291,7 @@ class Checkpoint:
 
         Args:
             number: of the checkpoint; None for the newest.
-            fallback: where the newest is damaged go on from the one before, with a warning that says what
+            fallback: if the newest is damaged, use the one before, with a warning that says what
                 was passed over; False to raise instead.
 
         Returns:
@@ -311,7 +311,7 @@ class Checkpoint:
             if communicator.rank == self.root:
                 found[0] = self._find(number, fallback)
 
-        self._all_well(find, "load")
+        self._on_all_ranks(find, "load")
         message = self._from_root(communicator, found[0])
         if message is None:
             return None
@@ -321,7 +321,7 @@ class Checkpoint:
         def load() -> None:
             loaded.append(self._load(manifest, data, communicator))
 
-        self._all_well(load, "load")
+        self._on_all_ranks(load, "load")
         skipped = manifest["skipped"]
         if skipped:
             lines = "; ".join(f"{name}: {why}" for name, why in skipped.items())
@@ -359,23 +359,23 @@ class Checkpoint:
 
     def _from_root(self, communicator: Communicator, found: Any) -> Any:
         """Return what the root found, on every rank."""
-        blob, told = b"", b"null"
+        blob, head = b"", b"null"
         if found is not None:
             manifest, data = found
-            told = json.dumps([manifest, [[name, len(one)] for name, one in data.items()]]).encode()
+            head = json.dumps([manifest, [[name, len(one)] for name, one in data.items()]]).encode()
             blob = b"".join(data.values())
         if communicator.size == 1:
             return found
-        texts = communicator.gather(told, "hvdloss.checkpoint.manifest")
-        (heard,) = hear([texts[self.root]], "checkpoint")
-        if heard is None:
+        texts = communicator.all_gather_bytes(head, "hvdloss.checkpoint.manifest")
+        (received,) = decode_all([texts[self.root]], "checkpoint")
+        if received is None:
             return None
-        manifest, sizes = heard
+        manifest, sizes = received
         total = sum(size for _, size in sizes)
         pieces = []
         for start in range(0, total, _PIECE):
             mine = blob[start : start + _PIECE]
-            pieces.append(communicator.gather(mine, "hvdloss.checkpoint.data")[self.root])
+            pieces.append(communicator.all_gather_bytes(mine, "hvdloss.checkpoint.data")[self.root])
         whole = memoryview(b"".join(pieces))
         data, at = {}, 0
         for name, size in sizes:
@@ -393,7 +393,9 @@ class Checkpoint:
 
         def tree(name: str) -> Any:
             try:
-                return put_together(parts[name]["tree"], unpacked(data.get(name, b"")), self.from_array)
+                return unflatten_tree(
+                    parts[name]["tree"], unpack_arrays(data.get(name, b"")), self.from_array
+                )
             except CheckpointError as error:
                 raise CheckpointError(f"part {name!r} of checkpoint {manifest['number']}: {error}") from error
 
@@ -419,29 +421,29 @@ class Checkpoint:
 
     # -- together ---------------------------------------------------------------------------------
 
-    def _all_well(self, act: Callable[[], Any], what: str, tell: list[int] | None = None) -> list[Any]:
-        """Do something on every rank; raise on all if it fails on one. Returns what ranks tell."""
-        told: list[Any] = ["", "", None, str(self.path)]  # which ranks may have under other names
+    def _on_all_ranks(self, act: Callable[[], Any], what: str, value: list[int] | None = None) -> list[Any]:
+        """Run `act` on every rank; raise on all if it fails on one. Returns the ranks' values."""
+        outcome: list[Any] = ["", "", None, str(self.path)]  # ranks may have different paths
         cause: Exception | None = None
         try:
             act()
         except Exception as error:  # raised on every rank below
             if type(error).__module__.startswith("horovod"):
-                raise  # ranks are gone: nobody hears
-            told[:2], cause = [type(error).__name__, str(error)], error
+                raise  # ranks are gone, and no exchange is possible
+            outcome[:2], cause = [type(error).__name__, str(error)], error
         else:
-            told[2] = tell[0] if tell else None
+            outcome[2] = value[0] if value else None
         name = f"hvdloss.checkpoint.{what}"
-        texts = self._communicator().gather(json.dumps(told).encode(), name)
-        heard = hear(texts, "checkpoint", lambda one: isinstance(one, list) and len(one) == 4)
-        for rank, (kind, text, _, path) in enumerate(heard):
+        texts = self._communicator().all_gather_bytes(json.dumps(outcome).encode(), name)
+        outcomes = decode_all(texts, "checkpoint", lambda one: isinstance(one, list) and len(one) == 4)
+        for rank, (kind, text, _, path) in enumerate(outcomes):
             if not kind:
                 continue
             if kind == ConfigError.__name__:
                 raise ConfigError(f"rank {rank}: {text}") from cause
             text = text if kind == CheckpointError.__name__ else f"{kind}: {text}"
             raise CheckpointError(f"{path!r}: rank {rank} could not {what} a checkpoint: {text}") from cause
-        return [one[2] for one in heard]
+        return [one[2] for one in outcomes]
 
 
 # -- reading ----------------------------------------------------------------------------------------------
@@ -458,21 +460,21 @@ def _signed(manifest: Mapping[str, Any]) -> bytes:
 
 def _as_bytes(held: Any) -> bytes:
     tree, arrays = held
-    text, data = json.dumps(tree).encode(), packed(arrays)
+    text, data = json.dumps(tree).encode(), pack_arrays(arrays)
     return len(text).to_bytes(8, "little") + text + data
 
 
 def _of_bytes(data: bytes, from_array: FromArray) -> Any:
     size = int.from_bytes(data[:8], "little")
-    return put_together(read_json(data[8 : 8 + size]), unpacked(data[8 + size :]), from_array)
+    return unflatten_tree(read_json(data[8 : 8 + size]), unpack_arrays(data[8 + size :]), from_array)
 
 
 def state_to_bytes(tree: Any, to_array: ToArray = numpy_array, *, name: str = "state") -> bytes:
-    """Return a tree as bytes, for a message; see :func:`hvdloss.training.tree.take_apart`."""
-    return _as_bytes(take_apart(tree, to_array, name=name))
+    """Return a tree as bytes, for a message; see :func:`hvdloss.training.tree.flatten_tree`."""
+    return _as_bytes(flatten_tree(tree, to_array, name=name))
 
 
-def state_of_bytes(data: bytes, from_array: FromArray = of_numpy) -> Any:
+def state_from_bytes(data: bytes, from_array: FromArray = of_numpy) -> Any:
     """Return the tree of :func:`state_to_bytes`.
 
     Raises:
@@ -487,28 +489,28 @@ def parse_manifest(text: bytes, number: int) -> dict[str, Any]:
     Raises:
         CheckpointError: it is not.
     """
-    told = read_json(text)
-    if not isinstance(told, dict) or told.get("format") != FORMAT:
+    manifest = read_json(text)
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise CheckpointError("this is no manifest of a checkpoint")
-    if told.get("version") != VERSION:
+    if manifest.get("version") != VERSION:
         raise CheckpointError(
-            f"its version is {told.get('version')!r:.100}, and this program reads {VERSION}; load it with "
-            f"the release that wrote it"
+            f"its version is {manifest.get('version')!r:.100}, and this program reads {VERSION}; load it "
+            f"with the release that wrote it"
         )
-    claimed = told.pop("sha256", None)
+    claimed = manifest.pop("sha256", None)
     try:
-        found = hashlib.sha256(_canonical(told)).hexdigest()
+        found = hashlib.sha256(_canonical(manifest)).hexdigest()
     except (ValueError, RecursionError, UnicodeEncodeError) as error:
         raise CheckpointError(f"this is no manifest of a checkpoint: {error!s:.100}") from error
     if claimed != found:
         raise CheckpointError("the manifest was changed or cut off: its SHA-256 is another one")
     whole = all(
-        isinstance(told.get(key), int) and not isinstance(told[key], bool) and told[key] >= 0
+        isinstance(manifest.get(key), int) and not isinstance(manifest[key], bool) and manifest[key] >= 0
         for key in ("number", "step", "ranks")
     )
-    parts = told.get("parts")
-    if not whole or told["number"] != number or not isinstance(parts, dict):
-        raise CheckpointError(f"the manifest does not tell of checkpoint {number}")
+    parts = manifest.get("parts")
+    if not whole or manifest["number"] != number or not isinstance(parts, dict):
+        raise CheckpointError(f"the manifest is not that of checkpoint {number}")
     for name, part in parts.items():
         fine = (
             _TENSORS.fullmatch(f"{number:08d}.{name}.safetensors")
@@ -521,7 +523,7 @@ def parse_manifest(text: bytes, number: int) -> dict[str, Any]:
         )
         if not fine:
             raise CheckpointError(f"the manifest's part {name!r:.100} is none")
-    return told
+    return manifest
 
 
 def _contents(path: Path, size: int | None) -> bytes:
@@ -562,7 +564,7 @@ def read_checkpoint(path: str | os.PathLike[str], number: int) -> tuple[dict[str
                 )
             data[name] = held
         try:
-            put_together(part["tree"], unpacked(held), lambda kind, array: None)
+            unflatten_tree(part["tree"], unpack_arrays(held), lambda kind, array: None)
         except CheckpointError as error:
             raise CheckpointError(f"part {name!r}: {error}") from error
     return manifest, data

@@ -19,7 +19,7 @@ from hvdloss.errors import (
     NoWeightError,
     WeightError,
 )
-from hvdloss.hearing import hear
+from hvdloss.messages import decode_all
 from hvdloss.training.files import write_atomically
 
 __all__ = ["BestCheckpoint", "EarlyStopping", "Monitor", "merged_value"]
@@ -52,7 +52,7 @@ def merged_value(
 
     Collectives: one gather of two numbers.
     """
-    ranks = hear(communicator.gather(_told(value, weight), name), "value", _is_value)
+    ranks = decode_all(communicator.all_gather_bytes(_encode_value(value, weight), name), "value", _is_value)
     for rank, (_, _, fault) in enumerate(ranks):
         if fault:
             raise ConfigError(f"rank {rank}: {fault}")
@@ -90,27 +90,27 @@ def merged_value(
     return above / math.fsum(total)
 
 
-def _is_value(told: Any) -> bool:
-    """Whether a rank's words are a number, a weight or none, and what is wrong with them or nothing."""
-    value, weight, fault = told
+def _is_value(message: Any) -> bool:
+    """Whether a rank's message is a number, a weight or None, and an error or None."""
+    value, weight, fault = message
     if fault:
         return isinstance(fault, str)
     float(value)
     return weight is None or float(weight) is not None
 
 
-def _told(value: Any, weight: Any) -> bytes:
-    """Return a rank's value and weight; or what is wrong with them, so that all ranks can raise it."""
-    told: list[Any] = []
+def _encode_value(value: Any, weight: Any) -> bytes:
+    """Encode a rank's value and weight, or their error, which all ranks raise."""
+    numbers: list[Any] = []
     for name, number in (("value", value), ("weight", weight)):
         if number is None and name == "weight":
-            told.append(None)
+            numbers.append(None)
             continue
         try:
-            told.append(repr(float(number)))
+            numbers.append(repr(float(number)))
         except (TypeError, ValueError):
             return json.dumps([None, None, f"{name}={number!r} is no number"]).encode()
-    return json.dumps([*told, None]).encode()
+    return json.dumps([*numbers, None]).encode()
 
 
 class Monitor:
@@ -294,18 +294,18 @@ class BestCheckpoint(Monitor):
         if better is not None:
             held = [state]
             if callable(state):  # on all ranks, before anything is written
-                self._all_well(lambda: held.insert(0, state()), "could not give the best state")
+                self._on_all_ranks(lambda: held.insert(0, state()), "could not give the best state")
             if self._communicator().rank == self.root:
-                self._all_well(
+                self._on_all_ranks(
                     lambda: write_atomically(self.path, lambda file: self.write(file, held[0])), _WRITING
                 )
             else:
-                self._all_well(lambda: None, _WRITING)
+                self._on_all_ranks(lambda: None, _WRITING)
         self._note(better)
         return better is not None
 
-    def _all_well(self, act: Callable[[], Any], what: str) -> None:
-        """Do something on every rank; raise on all if it fails on one."""
+    def _on_all_ranks(self, act: Callable[[], Any], what: str) -> None:
+        """Run `act` on every rank; raise on all if it fails on one."""
         problem = ""
         try:
             act()
@@ -314,8 +314,8 @@ class BestCheckpoint(Monitor):
             cause: Exception | None = error
         else:
             cause = None
-        told = self._communicator().gather(problem.encode(), f"hvdloss.{type(self).__name__}.done")
-        for rank, text in enumerate(told):
+        texts = self._communicator().all_gather_bytes(problem.encode(), f"hvdloss.{type(self).__name__}.done")
+        for rank, text in enumerate(texts):
             if text:
                 raise ConfigError(f"path={str(self.path)!r}: rank {rank} {what}: {text.decode()}") from cause
 
@@ -353,5 +353,7 @@ class BestCheckpoint(Monitor):
             if self._communicator().rank == self.root:
                 held[0] = self.path.read_bytes()
 
-        self._all_well(read, "could not read the best state")
-        return self._communicator().gather(held[0], f"hvdloss.{type(self).__name__}.read")[self.root]
+        self._on_all_ranks(read, "could not read the best state")
+        return self._communicator().all_gather_bytes(held[0], f"hvdloss.{type(self).__name__}.read")[
+            self.root
+        ]

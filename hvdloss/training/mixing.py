@@ -59,7 +59,7 @@ def partners(
         samples: how many there are; may be 0.
         alpha: above 0. Small: most samples nearly unmixed; 1: any share as likely.
         rng: of this rank, epoch and step.
-        present: which samples have a weight; the others stay as they are and are nobody's partner.
+        present: which samples have a weight; the others stay unchanged and are not used as partners.
 
     Raises:
         ConfigError: `alpha` not above 0.

@@ -21,34 +21,34 @@ import numpy as np
 from hvdloss.communicator import Communicator, OneProcess
 from hvdloss.errors import ConfigError, UsageError
 
-__all__ = ["EXIT_STATUS", "Preemption", "Wishes"]
+__all__ = ["EXIT_STATUS", "Preemption", "PreemptionChannel"]
 
-#: What a shell tells of a process that SIGTERM ended. Schedulers take it for "ended, not done": Kubernetes
-#: starts a pod again (restartPolicy OnFailure); 0 would mean that training is complete.
+#: The exit status that a shell reports for a process ended by SIGTERM. Schedulers take it for "ended, not
+#: done": Kubernetes restarts a pod (restartPolicy OnFailure); 0 would mean that training is complete.
 EXIT_STATUS = 128 + signal.SIGTERM
 
 
-class Wishes(Protocol):
-    """How ranks tell each other in their steps that they are to leave."""
+class PreemptionChannel(Protocol):
+    """How ranks announce a preemption in the ledgers of their steps."""
 
-    leaving: Callable[[], bool]  # whether this rank is to leave; asked when the step's ledger is made
+    preemption_requested: Callable[[], bool]  # of this rank; called when the step's ledger is made
 
     @property
-    def wished(self) -> tuple[int, ...]:
-        """Which ranks said so in the last step that was exchanged; the same on all ranks."""
+    def preempted_ranks(self) -> tuple[int, ...]:
+        """Ranks with a request in the last step that was exchanged; equal on all ranks."""
 
 
 class Preemption:
-    """Notices SIGTERM, and tells in the steps of an optimizer; see the adapters' for an example.
+    """Handles SIGTERM, and notifies all ranks in the steps of an optimizer; see the adapters' for an example.
 
-    A second SIGTERM changes nothing; SIGKILL ends a process at once, and costs what was done since the last
+    A second SIGTERM changes nothing; SIGKILL ends a process at once, and loses what was done since the last
     checkpoint.
 
     Args:
-        wishes: how ranks tell each other; None for a small all-reduce in every call.
-        signals: what is noticed.
+        channel: the optimizer's; None for a small all-reduce in every call.
+        signals: that are handled.
         status: with which ranks exit.
-        communicator: gives the ranks when it is asked.
+        communicator: returns the ranks when called.
         shutdown: Horovod's.
 
     Raises:
@@ -58,7 +58,7 @@ class Preemption:
 
     def __init__(
         self,
-        wishes: Wishes | None,
+        channel: PreemptionChannel | None,
         *,
         signals: Sequence[int] = (signal.SIGTERM,),
         status: int = EXIT_STATUS,
@@ -70,13 +70,13 @@ class Preemption:
         if threading.current_thread() is not threading.main_thread():
             raise UsageError("signals are handled in the main thread: make the Preemption there")
         self.status = status
-        #: Whether this rank was told to leave.
-        self.asked = False
-        self._wishes, self._communicator, self._shutdown = wishes, communicator, shutdown
+        #: Whether this rank received a signal.
+        self.requested = False
+        self._channel, self._communicator, self._shutdown = channel, communicator, shutdown
         self._ranks: tuple[int, ...] = ()
         self._before: dict[int, Any] = {}
-        if wishes is not None:
-            wishes.leaving = lambda: self.asked
+        if channel is not None:
+            channel.preemption_requested = lambda: self.requested
         for number in signals:
             try:
                 self._before[number] = signal.signal(number, self._notice)
@@ -85,12 +85,12 @@ class Preemption:
                 raise ConfigError(f"signals: {number!r} cannot be handled: {error}") from error
 
     def _notice(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
+        self.requested = True
 
     def close(self) -> None:
-        """Handle signals as before."""
-        if self._wishes is not None:
-            self._wishes.leaving = lambda: False
+        """Restore the previous signal handlers."""
+        if self._channel is not None:
+            self._channel.preemption_requested = lambda: False
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before.clear()
@@ -100,46 +100,46 @@ class Preemption:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Handle signals as before."""
+        """Restore the previous signal handlers."""
         self.close()
 
     @property
     def ranks(self) -> tuple[int, ...]:
-        """Which ranks were told to leave, as all ranks know; of the last call."""
+        """Ranks that received a signal, as of the last call; equal on all ranks."""
         return self._ranks
 
     def __call__(self) -> bool:
-        """Return whether to leave, the same on all ranks; to be called after every optimizer step.
+        """Return whether to leave, equal on all ranks; call it after every optimizer step.
 
         Collectives: none with an optimizer; else one all-reduce of a number, and of one per rank where a
-            rank was told.
+            rank received a signal.
         """
-        if self._wishes is not None:
-            self._ranks = self._wishes.wished
+        if self._channel is not None:
+            self._ranks = self._channel.preempted_ranks
         else:
             communicator = self._communicator()
             self._ranks = ()
-            if communicator.sum(np.array([float(self.asked)]), "hvdloss.preemption")[0]:
-                told = np.zeros(communicator.size)
-                told[communicator.rank] = self.asked
-                heard = communicator.sum(told, "hvdloss.preemption.ranks")
-                self._ranks = tuple(int(rank) for rank in np.flatnonzero(heard))
+            if communicator.all_reduce(np.array([float(self.requested)]), "hvdloss.preemption")[0]:
+                flags = np.zeros(communicator.size)
+                flags[communicator.rank] = self.requested
+                flags = communicator.all_reduce(flags, "hvdloss.preemption.ranks")
+                self._ranks = tuple(int(rank) for rank in np.flatnonzero(flags))
         return bool(self._ranks)
 
     def leave(self, everyone: bool | None = None) -> None:
-        """End this process, after what was to be kept is kept: with the exit status `status`.
+        """End this process with the exit status `status`; save what is to be kept before.
 
         Args:
-            everyone: whether all ranks leave, or only those that were told to: the others go on from the
-                commit that was just made. None: all, but in an elastic job, where the machine of some ranks
-                goes away and the others stay.
+            everyone: whether all ranks leave, or only those with a signal: the others go on from the last
+                commit. None: all, except in an elastic job, where some ranks lose their machine and the
+                others stay.
 
         Raises:
             SystemExit: on ranks that leave.
         """
         if everyone is None:
             everyone = os.environ.get("HOROVOD_ELASTIC") != "1"
-        if not everyone and not self.asked:
+        if not everyone and not self.requested:
             return
         self._shutdown()
         self.close()

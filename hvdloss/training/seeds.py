@@ -7,14 +7,14 @@ import zlib
 
 import numpy as np
 
-from hvdloss.checks import whole
+from hvdloss.checks import check_int
 
 __all__ = ["generator_for", "seed_for", "seed_process"]
 
 
 def _sequence(seed: int, rank: int, epoch: int, step: int, stream: str) -> np.random.SeedSequence:
     for name, value in (("seed", seed), ("rank", rank), ("epoch", epoch), ("step", step)):
-        whole(name, value, 0)
+        check_int(name, value, 0)
     # The length parts streams whose CRC is equal; and a key of five parts is no other sequence's spawn.
     word = stream.encode()
     return np.random.SeedSequence(
@@ -31,7 +31,7 @@ def seed_for(seed: int, *, rank: int = 0, epoch: int = 0, step: int = 0, stream:
 
     Args:
         seed: of the run, any integer of at least 0.
-        rank, epoch, step: whose numbers; where they go on after an interruption they are the same.
+        rank, epoch, step: the numbers belong to; the same after an interruption.
         stream: what for: ``"dropout"``, ``"mixup"``, ...
 
     Raises:

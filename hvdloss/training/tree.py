@@ -1,4 +1,4 @@
-"""Trees of values as JSON and arrays, for files and messages that nobody has to unpickle."""
+"""Trees of values as JSON and arrays, for files and messages without pickles."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from hvdloss.errors import CheckpointError, ConfigError
 
-__all__ = ["Held", "packed", "put_together", "take_apart", "unpacked"]
+__all__ = ["Held", "flatten_tree", "pack_arrays", "unflatten_tree", "unpack_arrays"]
 
 Arrays = dict[str, npt.NDArray[Any]]
 #: Returns the kind of a framework's array and its values; None for what is none.
@@ -45,7 +45,7 @@ def of_numpy(kind: str, array: npt.NDArray[Any]) -> Any:
     return array
 
 
-def take_apart(tree: Any, to_array: ToArray = numpy_array, *, name: str = "state") -> Held:
+def flatten_tree(tree: Any, to_array: ToArray = numpy_array, *, name: str = "state") -> Held:
     """Return a tree as a JSON value, and the arrays in it by their place.
 
     Args:
@@ -100,8 +100,10 @@ def take_apart(tree: Any, to_array: ToArray = numpy_array, *, name: str = "state
     return part(tree, "", 0), arrays
 
 
-def put_together(told: Any, arrays: Mapping[str, npt.NDArray[Any]], from_array: FromArray = of_numpy) -> Any:
-    """Return the tree that :func:`take_apart` took apart.
+def unflatten_tree(
+    description: Any, arrays: Mapping[str, npt.NDArray[Any]], from_array: FromArray = of_numpy
+) -> Any:
+    """Return the tree that :func:`flatten_tree` took apart.
 
     Raises:
         CheckpointError: what it never gives.
@@ -133,10 +135,10 @@ def put_together(told: Any, arrays: Mapping[str, npt.NDArray[Any]], from_array: 
                 return out
         raise CheckpointError(f"not a value of a checkpoint: {value!r:.100}")
 
-    return part(told, 0)
+    return part(description, 0)
 
 
-def packed(arrays: Arrays) -> bytes:
+def pack_arrays(arrays: Arrays) -> bytes:
     """Return arrays as the bytes of a safetensors file; nothing for none."""
     if not arrays:
         return b""
@@ -145,7 +147,7 @@ def packed(arrays: Arrays) -> bytes:
     return save(arrays)
 
 
-def unpacked(data: bytes) -> Arrays:
+def unpack_arrays(data: bytes) -> Arrays:
     """Return the arrays of :func:`packed`.
 
     Raises:

@@ -20,29 +20,29 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hvdloss.lazy import lazily
+from hvdloss.lazy import lazy_module
 
 if TYPE_CHECKING:
-    from hvdloss.watch.activity import beneath, blocking
+    from hvdloss.watch.activity import blocking, called_by_blocking
     from hvdloss.watch.service import (
-        begins_with,
-        begun,
         check,
         current,
-        did,
-        explained,
-        follow,
-        given_up,
+        enter_exchange,
+        excluded_error,
+        is_rank_loss,
         limits_from_environment,
+        on_step,
+        record_activity,
+        report_error,
+        root_cause,
         same_fate,
         start,
-        stepped,
         stop,
-        tell_error,
+        track,
         waiting,
         waiting_for,
         waiting_in_step,
-        watched,
+        wrap_init,
     )
     from hvdloss.watch.verdict import Fault, Limits, RankState, Wait
 
@@ -51,34 +51,34 @@ __all__ = [
     "Limits",
     "RankState",
     "Wait",
-    "begins_with",
-    "begun",
-    "beneath",
     "blocking",
+    "called_by_blocking",
     "check",
     "current",
-    "did",
-    "explained",
-    "follow",
-    "given_up",
+    "enter_exchange",
+    "excluded_error",
+    "is_rank_loss",
     "limits_from_environment",
+    "on_step",
+    "record_activity",
+    "report_error",
+    "root_cause",
     "same_fate",
     "start",
-    "stepped",
     "stop",
-    "tell_error",
+    "track",
     "waiting",
     "waiting_for",
     "waiting_in_step",
-    "watched",
+    "wrap_init",
 ]
 
 # Loaded on first use: a host's agent imports its own modules from here, and nothing heavy.
-__getattr__, __dir__ = lazily(
+__getattr__, __dir__ = lazy_module(
     __name__,
     {
         **dict.fromkeys(__all__, "service"),  # but for these:
         **dict.fromkeys(("Fault", "Limits", "RankState", "Wait"), "verdict"),
-        **dict.fromkeys(("beneath", "blocking"), "activity"),
+        **dict.fromkeys(("called_by_blocking", "blocking"), "activity"),
     },
 )

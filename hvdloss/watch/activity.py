@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from hvdloss.watch.verdict import REACHED, STACK, RankState, Wait, key_of
 
-__all__ = ["Activity", "beneath", "blocking", "stack_of_main"]
+__all__ = ["Activity", "blocking", "called_by_blocking", "stack_of_main"]
 
 Noted = tuple[str, int | None, tuple[int, ...], int, float, int]  # as a Wait, with when it began
 _PLACE = operator.attrgetter("f_code.co_filename", "f_lineno", "f_code.co_name")  # of a frame
@@ -63,9 +63,9 @@ class _Graph:
 
 
 class Activity:
-    """The waits, steps and last deed of this process.
+    """The waits, steps and last activity of this process.
 
-    Written by the thread that trains, read by the one that watches; every field is replaced whole.
+    Written by the training thread, read by the watching one; every field is replaced as a whole.
     """
 
     def __init__(self) -> None:
@@ -77,7 +77,7 @@ class Activity:
         self._did: tuple[str, float] = ("", time.monotonic())
 
     def begin(self) -> None:
-        """Count steps from here: ranks have come or gone, and count alike from now on."""
+        """Count steps from here: the ranks have changed, and start counting together."""
         self._steps = {}
         self._counts.clear()
         for graph in list(self._graphs.values()):
@@ -85,24 +85,24 @@ class Activity:
 
     @contextmanager
     def waiting(self, what: str, members: tuple[int, ...] = ()) -> Iterator[None]:
-        """Name the exchange that a function of :func:`blocking` waits in until the block ends.
+        """Name the exchange that a :func:`blocking` function waits in until the block ends.
 
-        What else happens in the block (a callback, a finalizer, a look at tensors) is no waiting.
+        Anything else in the block (a callback, a finalizer, reading tensors) does not count as waiting.
 
         Args:
-            what: names the exchange, on all of its ranks alike.
-            members: the ranks of it; empty for all.
+            what: name of the exchange, the same on all of its ranks.
+            members: its ranks; empty for all.
         """
         members = tuple(sorted(members))
-        with self._wait(what, None, members, self.begun(what, members)):
+        with self._wait(what, None, members, self.enter_exchange(what, members)):
             yield
 
-    def begun(self, what: str, members: tuple[int, ...] = ()) -> int:
-        """Say that this rank has given its part in an exchange; return its ordinal among those of its name.
+    def enter_exchange(self, what: str, members: tuple[int, ...] = ()) -> int:
+        """Record that this rank has entered an exchange; return its ordinal among exchanges with this name.
 
         Args:
-            what: names the exchange, on all of its ranks alike.
-            members: the ranks of it, in ascending order; empty for all.
+            what: name of the exchange, the same on all of its ranks.
+            members: its ranks, in ascending order; empty for all.
         """
         key = key_of(what, members)
         count = self._counts[key] = self._counts.pop(key, 0) + 1
@@ -112,7 +112,7 @@ class Activity:
 
     @contextmanager
     def waiting_for(self, what: str, members: tuple[int, ...], count: int) -> Iterator[None]:
-        """Name the exchange that was :meth:`begun` as what is waited in, unless something else is named."""
+        """Wait in the exchange given to :meth:`enter_exchange`, unless another one is named already."""
         if self._waits:
             yield
             return
@@ -135,30 +135,30 @@ class Activity:
         finally:
             self._waits = before
 
-    def stepped(self, name: str) -> None:
-        """Say that a step of an optimizer is finished."""
+    def on_step(self, name: str) -> None:
+        """Record that a step of an optimizer is finished."""
         self._steps = {**self._steps, name: self._steps.get(name, 0) + 1}
         self._did = ("finished a step", time.monotonic())
 
-    def follow(
+    def track(
         self, name: str, exchange: Any, members: tuple[int, ...] = (), *, inside: str = "", steps: bool = True
     ) -> None:
-        """Have ``exchange.progress()`` tell how many steps have begun to wait, and how many are over.
+        """Track an exchange in a graph by ``exchange.progress()``: the numbers of waits begun and ended.
 
-        For steps that run in a graph. It is called in another thread, and forgotten with its owner. Of
-        several exchanges of one name and the same ranks, the last one made is followed.
+        It is called in another thread, and dropped with its owner. Of several exchanges with one name and the
+        same ranks, the latest is tracked.
 
         Args:
-            name: of the optimizer, on all of its ranks alike.
-            exchange: what knows.
-            members: the ranks of it; empty for all.
+            name: of the optimizer, the same on all of its ranks.
+            exchange: has ``progress()``.
+            members: its ranks; empty for all.
             inside: the package whose code the main thread is in while it waits; empty for any.
-            steps: whether these are steps of an optimizer, and not exchanges by themselves.
+            steps: whether these are optimizer steps, and not single exchanges.
         """
         self._graphs = {**self._graphs, (name, tuple(sorted(members))): _Graph(exchange, inside, steps)}
 
-    def did(self, what: str) -> None:
-        """Say what was just done: "begun epoch 3", "read a batch"."""
+    def record_activity(self, what: str) -> None:
+        """Record what was just done: "begun epoch 3", "read a batch"."""
         self._did = (what, time.monotonic())
 
     def _in_graphs(self, steps: dict[str, int], counts: dict[str, int], now: float) -> Noted | None:
@@ -225,7 +225,7 @@ class Activity:
             rank,
             steps=steps,
             wait=wait,
-            did=what,
+            last_activity=what,
             ago=now - when,
             stack=stack_of_main() if stack else (),
             reached=reached,
@@ -239,23 +239,23 @@ class Activity:
 
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
-_blocking: set[Any] = set()  # code of functions that do nothing but block
-# Packages whose functions a blocking one calls; what else is called meanwhile (a finalizer) is no waiting.
-_beneath = {"horovod", "tensorflow", "contextlib"}
+_blocking: set[Any] = set()  # code of functions that only block
+# Packages whose functions are called by blocking ones; anything else on the stack (a finalizer) is no wait.
+_called_by_blocking = {"horovod", "tensorflow", "contextlib"}
 
 
 def blocking(function: _Function) -> _Function:
-    """Declare a function to do nothing but wait for other ranks, after this rank has given what is its part.
+    """Mark a function that only waits for other ranks, after this rank has contributed its part.
 
-    A rank counts as waiting only while its main thread is in such a function, and in nothing else on top.
+    A rank counts as waiting only while its main thread is in such a function, with nothing else on top.
     """
     _blocking.add(function.__code__)
     return function
 
 
-def beneath(package: str) -> None:
-    """Declare that functions of a package are called by blocking ones, and do nothing else but wait."""
-    _beneath.add(package)
+def called_by_blocking(package: str) -> None:
+    """Mark a package whose functions are called by blocking ones, and only wait."""
+    _called_by_blocking.add(package)
 
 
 def _blocked() -> bool:
@@ -263,7 +263,7 @@ def _blocked() -> bool:
     for code, module in _frames_of_main(8):
         if code in _blocking:
             return True
-        if not (module.partition(".")[0] in _beneath or module.startswith("hvdloss.watch")):
+        if not (module.partition(".")[0] in _called_by_blocking or module.startswith("hvdloss.watch")):
             return False
     return False
 

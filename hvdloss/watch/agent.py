@@ -92,34 +92,34 @@ class Plan:
             found += [rank for host in level for rank in self.hosts[host]]
         return found
 
-    def told(self) -> dict[str, Any]:
+    def as_message(self) -> dict[str, Any]:
         """Return it as JSON."""
         hosts = [pack(ranks) for ranks in self.hosts]
         return {**vars(self), "key": self.key.hex(), "hosts": hosts, "limits": vars(self.limits)}
 
     @classmethod
-    def heard(cls, told: dict[str, Any]) -> Plan:
-        """Return the plan that a rank told."""
+    def from_message(cls, message: dict[str, Any]) -> Plan:
+        """Return the plan in a message."""
         return cls(
-            bytes.fromhex(told["key"]),
-            tuple(unpack(ranks) for ranks in told["hosts"]),
-            int(told["index"]),
-            Limits(**told["limits"]),
-            tuple(told["addresses"]),
-            told["name"],
-            int(told["fan_out"]),
+            bytes.fromhex(message["key"]),
+            tuple(unpack(ranks) for ranks in message["hosts"]),
+            int(message["index"]),
+            Limits(**message["limits"]),
+            tuple(message["addresses"]),
+            message["name"],
+            int(message["fan_out"]),
         )
 
 
 class _Rank:
-    """A rank of this host: its connection, its process, and what it last said."""
+    """A rank of this host: its connection, its process, and its last known state."""
 
     def __init__(self, rank: int, link: Link, process: Process) -> None:
         self.link: Link | None = link
         self.process = process
         self.state = RankState(rank)
         self.since = 0.0  # when its wait began, by this process's clock
-        self.failed = False  # it told an error
+        self.failed = False  # it reported an error
         self.quiet_since = 0.0  # when its connection ended without a goodbye
 
     @property
@@ -127,9 +127,9 @@ class _Rank:
         """Whether it has neither ended nor been lost."""
         return self.state.status == "running"
 
-    def hear(self, told: dict[str, Any]) -> None:
+    def update(self, told: dict[str, Any]) -> None:
         """Take in what it says of itself."""
-        self.state.hear(told)
+        self.state.update(told)
         self.state.process = ""
         if self.state.wait is not None:
             self.since = time.monotonic() - self.state.wait.seconds
@@ -146,7 +146,7 @@ class _Question:
     hosts_until: float
     ranks: set[int] = field(default_factory=set)  # of this host, that were asked and have not answered
     hosts: set[int] = field(default_factory=set)
-    heard: set[int] = field(default_factory=set)  # ranks that have answered
+    answered: set[int] = field(default_factory=set)  # ranks that have answered
     looked: bool = False  # whether what became of this host's ranks is being found out
     counted: bool = False  # whether that is part of the answer
     answer: Any = None
@@ -226,7 +226,7 @@ class Agent:
     def _reach(self, index: int) -> None:
         link = self._dialled(index)
         link.who = ("above", index)
-        link.tell({"host": self.plan.index})
+        link.send({"host": self.plan.index})
         self._above, self._above_is, self._told = link, index, None
 
     def _dialled(self, index: int) -> Link:
@@ -309,7 +309,7 @@ class Agent:
             self.root.look(now)
         elif self._above is not None and summary.gist != self._told and now >= self._told_at + TICK:
             self._told, self._told_at = summary.gist, now
-            self._above.tell({"summary": summary.told()})
+            self._above.send({"summary": summary.as_message()})
         for link in list(self._links):
             if link.writing:
                 link.flush()
@@ -438,7 +438,7 @@ class Agent:
         if index != self._above_is:
             self._gone(rank, what, None)
             return
-        given_up = time.monotonic() < self._back + _BACK_S
+        excluded = time.monotonic() < self._back + _BACK_S
 
         def then(tally: Tally) -> None:  # each host that reported to the first one finds it by itself
             fault = (
@@ -446,7 +446,7 @@ class Agent:
                 if what
                 else verdict.lost(tally.step, rank)
             )
-            self._spread({"fault": fault.told(), "given_up": given_up})
+            self._spread({"fault": fault.as_message(), "excluded": excluded})
 
         self.ask("count", (), _DEEPER_S, then)
 
@@ -489,7 +489,7 @@ class Agent:
             link.who = ("rank", rank)
             if process.fileno() >= 0:
                 self._selector.register(process.fileno(), selectors.EVENT_READ, self._process_ended)
-            link.tell({"welcome": 1})
+            link.send({"welcome": 1})
         elif "host" in message and link.sock.family != socket.AF_UNIX:
             index = int(message["host"])
             if not 0 < index < len(self.plan.hosts) or index in self._below:
@@ -498,19 +498,19 @@ class Agent:
             link.who = ("below", index)
             self._below[index] = link
             if self._fault is not None:  # its own way up was cut as the others were told
-                link.tell(self._fault)
+                link.send(self._fault)
         else:
             self._drop(link)
 
     def _hear_rank(self, one: _Rank, message: dict[str, Any]) -> None:
         rank = one.state.rank
         if "state" in message:
-            one.hear(message["state"])
+            one.update(message["state"])
         if "answer" in message and (question := self._questions.get(int(message["answer"]))) is not None:
             question.ranks.discard(rank)
-            question.heard.add(rank)
+            question.answered.add(rank)
         if "fault" in message:
-            fault = Fault.heard(message["fault"])
+            fault = Fault.from_message(message["fault"])
             one.failed = fault.kind != "broken"
             self._error(fault)
         if "bye" in message:
@@ -527,24 +527,24 @@ class Agent:
         if self.plan.index == 0:
             self._tell_below({"ended": 1})
         elif self._above is not None:
-            self._above.tell({"host_ended": self.plan.index})
+            self._above.send({"host_ended": self.plan.index})
 
     def _hear_below(self, index: int, message: dict[str, Any]) -> None:
         if "host_ended" in message:
             self._ended_hosts.add(int(message["host_ended"]))
             if self._above is not None:
-                self._above.tell(message)
+                self._above.send(message)
         if "summary" in message:
-            self._said[index] = (Summary.heard(message["summary"]), time.monotonic())
+            self._said[index] = (Summary.from_message(message["summary"]), time.monotonic())
         if "gone" in message:
-            rank, what, told = message["gone"]
+            rank, what, last_state = message["gone"]
             state = None
-            if told is not None:
+            if last_state is not None:
                 state = RankState(int(rank))
-                state.hear(told)
+                state.update(last_state)
             self._gone(int(rank), str(what), state)
         if "fault" in message:
-            self._error(Fault.heard(message["fault"]))
+            self._error(Fault.from_message(message["fault"]))
         if "warn" in message:
             self.warn(str(message["warn"]))
         if "reply" in message and (question := self._questions.get(int(message["reply"]))) is not None:
@@ -564,16 +564,16 @@ class Agent:
 
             def then(answer: Any) -> None:
                 if above is not None:
-                    above.tell({"reply": number, "with": answer.told()})
+                    above.send({"reply": number, "with": answer.as_message()})
 
-            exchanges = [Exchange.heard(one) for one in message["exchanges"]]
+            exchanges = [Exchange.from_message(one) for one in message["exchanges"]]
             self.ask(str(message["kind"]), exchanges, float(message["seconds"]), then)
 
     def _error(self, fault: Fault) -> None:
         if self.root is not None:
             self.root.error(fault, time.monotonic())
         elif self._above is not None:
-            self._above.tell({"fault": fault.told()})
+            self._above.send({"fault": fault.as_message()})
 
     def _gone(self, rank: int, what: str, state: RankState | None) -> None:
         if any(rank in self.plan.hosts[index] for index in self._ended_hosts):
@@ -581,11 +581,11 @@ class Agent:
         if self.root is not None:
             self.root.gone(rank, what, state)
         elif self._above is not None:
-            self._above.tell({"gone": [rank, what, None if state is None else state.told()]})
+            self._above.send({"gone": [rank, what, None if state is None else state.as_message()]})
 
     def _tell_below(self, message: dict[str, Any]) -> None:
         for link in self._below.values():
-            link.tell(message)
+            link.send(message)
 
     # -- processes --------------------------------------------------------------------------------
 
@@ -640,11 +640,11 @@ class Agent:
         for rank, one in self._ranks.items():
             if one.running and one.link is not None:
                 question.ranks.add(rank)
-                one.link.tell({"ask": number, "keys": keys, "stack": wants_stack})
-        told = [one.told() for one in exchanges]
+                one.link.send({"ask": number, "keys": keys, "stack": wants_stack})
+        messages = [one.as_message() for one in exchanges]
         for index, link in self._below.items():
             question.hosts.add(index)
-            link.tell({"ask": number, "kind": kind, "exchanges": told, "seconds": _DEEPER_S * seconds})
+            link.send({"ask": number, "kind": kind, "exchanges": messages, "seconds": _DEEPER_S * seconds})
         self._questions[number] = question
 
     def _look_for(self, question: _Question) -> None:
@@ -653,7 +653,7 @@ class Agent:
         states = []
         for rank, one in self._ranks.items():
             state = one.state
-            if one.running and rank not in question.heard:
+            if one.running and rank not in question.answered:
                 state = RankState(**{**vars(state), "wait": None, "process": one.process.describe()})
             states.append(state)
         if question.kind == "count":
@@ -690,24 +690,24 @@ class Agent:
     def _add(self, question: _Question, answer: Any) -> None:
         if isinstance(answer, dict):
             if question.kind == "count":
-                answer = Tally.heard(answer, len(question.exchanges))
+                answer = Tally.from_message(answer, len(question.exchanges))
             else:
-                answer = Found.heard(answer)
+                answer = Found.from_message(answer)
         question.answer.add(answer)
 
     # -- what is said -----------------------------------------------------------------------------
 
     def announce(self, fault: Fault) -> None:
         """Tell all ranks what is wrong."""
-        self._spread({"fault": fault.told()})
+        self._spread({"fault": fault.as_message()})
 
     def _spread(self, message: dict[str, Any]) -> None:
         self._fault = message
         self._tell_below(message)
-        fault = Fault.heard(message["fault"])
+        fault = Fault.from_message(message["fault"])
         for rank, one in self._ranks.items():
             if one.link is not None:
-                one.link.tell(message)
+                one.link.send(message)
             # Nobody can go on, nor even leave, while the connections of a stopped process are open and dead.
             if fault.kind == "silent" and rank in fault.ranks:
                 one.process.end()
@@ -718,17 +718,17 @@ class Agent:
         for one in self._ranks.values():
             one.failed = False
             if one.link is not None:
-                one.link.tell({"alone": 1})
+                one.link.send({"alone": 1})
 
     def warn(self, text: str) -> None:
         """Have a rank log a warning: the lowest one here that answers, of the first host."""
         if self.root is None and self._above is not None:
-            self._above.tell({"warn": text})
+            self._above.send({"warn": text})
             return
         for _, one in sorted(self._ranks.items()):
             # One in native code, or stopped, would log it when that is over.
             if one.link is not None and one.process.look() and one.process.state not in "Tt":
-                one.link.tell({"warn": text})
+                one.link.send({"warn": text})
                 return
 
 
@@ -738,7 +738,7 @@ def main() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    agent = Agent(Plan.heard(json.loads(sys.stdin.readline())))
+    agent = Agent(Plan.from_message(json.loads(sys.stdin.readline())))
     print(json.dumps(agent.addresses), flush=True)
     table = sys.stdin.readline()
     if not table:

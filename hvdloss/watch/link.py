@@ -98,10 +98,10 @@ class Link:
             self._channel = Channel(self._key, nonces, hub=self._listener)
             early, self._early = self._early, []
             for message in early:
-                self.tell(message)
+                self.send(message)
         return self._channel.feed(data)
 
-    def tell(self, message: dict[str, Any]) -> None:
+    def send(self, message: dict[str, Any]) -> None:
         """Send a message, now or as soon as the other end reads."""
         if self._channel is None:
             self._early.append(message)

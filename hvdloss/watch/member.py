@@ -49,7 +49,7 @@ class Member:
         self._closed = False
         self._alone = False
         self._away = False  # the agent is
-        self._given_up = False
+        self._excluded = False
         self._sending = threading.Lock()
         self._told = -1  # serial of the wait that the agent knows of
         self._held: list[socket.socket] = []
@@ -106,25 +106,25 @@ class Member:
         return self._fault
 
     @property
-    def given_up(self) -> bool:
-        """Whether what is wrong is that this very rank, or its host, was away for too long."""
-        return self._given_up
+    def excluded(self) -> bool:
+        """Whether the fault is that this rank, or its host, was away for too long."""
+        return self._excluded
 
-    def take(self) -> Fault | None:
-        """Return what is wrong, to be raised by the caller: nothing needs to be ended by force then."""
+    def take_fault(self) -> Fault | None:
+        """Return the fault for the caller to raise: nothing needs to be ended by force then."""
         if self._fault is not None:
             self._taken = True
         return self._fault
 
-    def tell(self, fault: Fault, seconds: float = 4.0) -> Fault | None:
-        """Tell all ranks what is wrong, unless they know of something.
+    def report_fault(self, fault: Fault, seconds: float = 4.0) -> Fault | None:
+        """Report a fault to all ranks, unless there is one already.
 
         Returns:
-            What all are told by then; None if all ranks failed by themselves.
+            The fault that all ranks raise; None if all ranks failed by themselves.
         """
         with self._changed:
             self._alone = False
-            if self._fault is None and self._send({"fault": fault.told()}):
+            if self._fault is None and self._send({"fault": fault.as_message()}):
                 self._changed.wait_for(
                     lambda: self._fault is not None or self._closed or self._alone or self._away, seconds
                 )
@@ -141,7 +141,7 @@ class Member:
             return
         self._closed = True  # before it is said: the agent may be quicker to close
         if bye and self._fault is None:
-            self._send({"state": self.activity.state(self.rank).told(), "bye": 1})
+            self._send({"state": self.activity.state(self.rank).as_message(), "bye": 1})
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_WR)
         self._thread.join(1.0)
@@ -193,13 +193,13 @@ class Member:
         asked.setdefault("keys", ())
         state = self.activity.state(self.rank, **asked)
         self._told = -1 if state.wait is None else state.wait.serial
-        self._send({"state": state.told(), **more})
+        self._send({"state": state.as_message(), **more})
 
     def _hear(self, message: dict[str, Any]) -> None:
         if "fault" in message:
-            fault = Fault.heard(message["fault"])
-            self._given_up = (fault.kind == "silent" and self.rank in fault.ranks) or bool(
-                message.get("given_up")
+            fault = Fault.from_message(message["fault"])
+            self._excluded = (fault.kind == "silent" and self.rank in fault.ranks) or bool(
+                message.get("excluded")
             )
             self._found(fault)
         if "alone" in message:

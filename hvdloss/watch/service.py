@@ -33,7 +33,7 @@ from hvdloss.errors import (
     NoWeightError,
     RankError,
 )
-from hvdloss.hearing import hear
+from hvdloss.messages import decode_all
 from hvdloss.watch import process
 from hvdloss.watch.activity import Activity
 from hvdloss.watch.agent import FAN_OUT, Plan
@@ -41,24 +41,24 @@ from hvdloss.watch.member import Member
 from hvdloss.watch.verdict import Fault, Limits, error_text
 
 __all__ = [
-    "begins_with",
-    "begun",
     "check",
     "current",
-    "did",
-    "explained",
-    "follow",
-    "given_up",
+    "enter_exchange",
+    "excluded_error",
+    "is_rank_loss",
     "limits_from_environment",
+    "on_step",
+    "record_activity",
+    "report_error",
+    "root_cause",
     "same_fate",
     "start",
-    "stepped",
     "stop",
-    "tell_error",
+    "track",
     "waiting",
     "waiting_for",
     "waiting_in_step",
-    "watched",
+    "wrap_init",
 ]
 
 _log = logging.getLogger("hvdloss.watch")
@@ -75,11 +75,11 @@ _before: Any = None  # the excepthook that was there
 
 waiting = _activity.waiting
 waiting_for = _activity.waiting_for
-begun = _activity.begun
+enter_exchange = _activity.enter_exchange
 waiting_in_step = _activity.waiting_in_step
-stepped = _activity.stepped
-follow = _activity.follow
-did = _activity.did
+on_step = _activity.on_step
+track = _activity.track
+record_activity = _activity.record_activity
 
 
 def current() -> Member | None:
@@ -144,8 +144,8 @@ def start(communicator: Communicator, abort: Callable[[], None]) -> bool:
     host = hashlib.sha256(process.host().encode()).hexdigest()[:16]
     key = secrets.token_hex(32) if communicator.rank == 0 else ""
     mine = {"host": host, "settings": settings, "problem": problem, "key": key}
-    texts = communicator.gather(json.dumps(mine).encode(), "hvdloss.watch.settings")
-    ranks = hear(texts, "settings of the watch", lambda told: told.keys() == mine.keys())
+    texts = communicator.all_gather_bytes(json.dumps(mine).encode(), "hvdloss.watch.settings")
+    ranks = decode_all(texts, "settings of the watch", lambda told: told.keys() == mine.keys())
     for rank, told in enumerate(ranks):
         if told["problem"]:
             raise ConfigError(f"rank {rank}: {told['problem']}")
@@ -173,8 +173,8 @@ def start(communicator: Communicator, abort: Callable[[], None]) -> bool:
             offer["at"] = agent.begin()
         except (OSError, ValueError) as error:
             offer["problem"] = f"the watch's agent of rank {first}'s host did not begin: {error}"
-    texts = communicator.gather(json.dumps(offer).encode(), "hvdloss.watch.offer")
-    offers = hear(texts, "address of the watch", lambda told: told.keys() == offer.keys())
+    texts = communicator.all_gather_bytes(json.dumps(offer).encode(), "hvdloss.watch.offer")
+    offers = decode_all(texts, "address of the watch", lambda told: told.keys() == offer.keys())
     problem = next((told["problem"] for told in offers if told["problem"]), "")
     if agent is not None and not problem:
         try:
@@ -187,7 +187,9 @@ def start(communicator: Communicator, abort: Callable[[], None]) -> bool:
             member = Member(communicator.rank, offers[first]["name"], job, _activity, abort)
         except (OSError, HvdlossError) as error:
             problem = f"rank {communicator.rank} does not reach its host's agent: {error}"
-    problems = [text.decode() for text in communicator.gather(problem.encode(), "hvdloss.watch.begun")]
+    problems = [
+        text.decode() for text in communicator.all_gather_bytes(problem.encode(), "hvdloss.watch.begun")
+    ]
     with _lock:
         _member, _pid = member, os.getpid()
     if any(problems):
@@ -270,7 +272,7 @@ class HostAgent:
         Raises:
             OSError, ValueError: it did not begin.
         """
-        self._say(self._plan.told())
+        self._say(self._plan.as_message())
         return self._line()
 
     def connect(self, table: Any) -> None:
@@ -301,8 +303,8 @@ class HostAgent:
         self._process.wait()
 
 
-def begins_with(hvd: Any, communicator_of: Callable[[Any], Communicator]) -> dict[str, Callable[..., Any]]:
-    """Return ``init`` and ``shutdown`` of a Horovod module, with which the watch begins and ends.
+def wrap_init(hvd: Any, communicator_of: Callable[[Any], Communicator]) -> dict[str, Callable[..., Any]]:
+    """Return ``init`` and ``shutdown`` of a Horovod module, wrapped to start and stop the watch.
 
     Args:
         hvd: the module, or its one-process stand-in.
@@ -349,7 +351,7 @@ def _disconnect() -> None:
 
 
 def stop(*, bye: bool = True) -> None:
-    """End the watch of this process, if there is one; the others are told that this rank ended."""
+    """Stop the watch of this process, if there is one; the others are notified that this rank ended."""
     global _member, _pid
     with _shutting_down, _lock:
         if _pid != os.getpid():
@@ -440,18 +442,18 @@ def _raisable(fault: Fault) -> RankError:
 
 
 def check() -> None:
-    """Raise what is wrong on any rank, if that is known; cheap.
+    """Raise the fault of any rank, if there is one; cheap.
 
     Raises:
         RankError, LostRankError, StallError: the same on all ranks.
     """
     member = _member
-    if member is not None and member.fault is not None and (fault := member.take()) is not None:
+    if member is not None and member.fault is not None and (fault := member.take_fault()) is not None:
         raise _raisable(fault)
 
 
-def watched(error: BaseException) -> bool:
-    """Return whether an error says only that others are gone: Horovod gave up, or the watch found it."""
+def is_rank_loss(error: BaseException) -> bool:
+    """Return whether an error only means that ranks are gone: Horovod gave up, or the watch found it."""
     text = f"{type(error).__name__} {error}"
     return type(error).__name__ == "HorovodInternalError" or any(
         sign in text
@@ -464,8 +466,8 @@ def watched(error: BaseException) -> bool:
     )
 
 
-def explained(error: BaseException) -> BaseException:
-    """Return why a collective failed, if the ranks know it; else the error itself.
+def root_cause(error: BaseException) -> BaseException:
+    """Return the root cause of a failed collective, if the ranks know it; else the error itself.
 
     Args:
         error: Horovod's own, or TensorFlow's about it.
@@ -473,13 +475,13 @@ def explained(error: BaseException) -> BaseException:
     member = current()
     if member is None or isinstance(error, RankError):
         return error
-    if not watched(error) and member.fault is None:
+    if not is_rank_loss(error) and member.fault is None:
         return error
-    fault = member.take()
+    fault = member.take_fault()
     if fault is None:
         step = _activity.state(member.rank).step
         text = " ".join(str(error).split())[:500]
-        fault = member.tell(
+        fault = member.report_fault(
             Fault(
                 "broken",
                 (member.rank,),
@@ -494,10 +496,10 @@ def explained(error: BaseException) -> BaseException:
     return out
 
 
-def given_up() -> RankError | None:
-    """Return what to raise where this very rank was silent for so long that the others took it for lost."""
+def excluded_error() -> RankError | None:
+    """Return the error of this rank if the others took it for lost, since it was silent for too long."""
     member = current()
-    if member is None or not member.given_up:
+    if member is None or not member.excluded:
         return None
     error = LostRankError(
         f"rank {member.rank} was away for longer than HVDLOSS_WATCH_SILENCE allows: it was stopped, or its "
@@ -508,19 +510,19 @@ def given_up() -> RankError | None:
     return error
 
 
-def tell_error(error: BaseException) -> RankError | None:
-    """Tell all ranks of an exception on this one that ends its training.
+def report_error(error: BaseException) -> RankError | None:
+    """Report an exception that ends this rank's training to all ranks.
 
     Returns:
-        The error that all ranks raise for it, or for what they were told of before, of which this one is a
-        consequence; None if there is nobody to tell, or it says itself what all know.
+        The error that all ranks raise for it, or for an earlier fault that caused it; None without a watch,
+        or if all ranks raise this error anyway.
     """
     member = current()
     if member is None or _known(error):
         return None
-    # Where all were told of something, Horovod was ended: whatever this rank was about failed in some way.
-    if watched(error) or member.fault is not None:
-        found = explained(error)
+    # After a fault Horovod was shut down, and whatever this rank was doing failed in some way.
+    if is_rank_loss(error) or member.fault is not None:
+        found = root_cause(error)
         return found if isinstance(found, RankError) else None
     frames = traceback.extract_tb(error.__traceback__)
     frame = next(
@@ -530,13 +532,13 @@ def tell_error(error: BaseException) -> RankError | None:
         "" if frame is None else f"{os.path.basename(frame.filename)}, line {frame.lineno}, in {frame.name}"
     )
     state = _activity.state(member.rank)
-    told = Fault("error", (member.rank,), error_text(member.rank, state.step, error, where))
-    fault = member.tell(told)
+    own = Fault("error", (member.rank,), error_text(member.rank, state.step, error, where))
+    fault = member.report_fault(own)
     return None if fault is None else _raisable(fault)
 
 
 def _known(error: BaseException) -> bool:
-    """Return whether all ranks raise this one, from numbers or texts that all of them have."""
+    """Return whether all ranks raise this error anyway, from data that all of them have."""
     if isinstance(error, RankError):
         return bool(error.ranks)
     return isinstance(error, AgreementError | NonFiniteLossError | NoWeightError) or getattr(
@@ -545,24 +547,24 @@ def _known(error: BaseException) -> bool:
 
 
 def _uncaught(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    """The process ends with an exception: tell the others first, and say what they are told."""
-    told = None
+    """Exception hook: report the exception to the other ranks, then print what they raise."""
+    reported = None
     with contextlib.suppress(Exception):
-        told = tell_error(error)
-    if told is None:
+        reported = report_error(error)
+    if reported is None:
         _before(kind, error, trace)
         return
-    if told.__cause__ is None:
-        told.__cause__ = error
-    _before(type(told), told, told.__traceback__)
+    if reported.__cause__ is None:
+        reported.__cause__ = error
+    _before(type(reported), reported, reported.__traceback__)
 
 
 @contextlib.contextmanager
 def same_fate() -> Iterator[None]:
-    """Raise what goes wrong in the block on every rank, as the same error, even if it is caught there.
+    """Raise an exception of the block on every rank, as the same error, even if it is caught later.
 
-    An exception that nobody catches is told to all ranks anyway; this is for code that catches exceptions
-    around the training loop, for notebooks and for test runners::
+    An uncaught exception is reported to all ranks anyway; this is for code that catches exceptions around the
+    training loop, for notebooks and for test runners::
 
         with hvd.same_fate():
             train()
@@ -575,7 +577,7 @@ def same_fate() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        told = tell_error(error)
+        told = report_error(error)
         if told is None:
             raise
         raise told from error

@@ -85,19 +85,19 @@ class Exchange:
             return state.steps.get(self.what, 0) >= self.step
         return state.reached.get(self.key, 0) >= self.count > 0
 
-    def told(self) -> list[Any]:
+    def as_message(self) -> list[Any]:
         """Return it as JSON."""
         return [self.what, self.step, pack(self.members), self.count]
 
     @classmethod
-    def heard(cls, told: Any) -> Exchange:
+    def from_message(cls, message: Any) -> Exchange:
         """Return the exchange that another process told of.
 
         Raises:
             ConfigError: it is none.
         """
         try:
-            what, step, members, count = told
+            what, step, members, count = message
             return cls(
                 str(what)[:TEXT], None if step is None else int(step), unpack(str(members)), int(count)
             )
@@ -180,21 +180,21 @@ class Tally:
         self.step = max(self.step, other.step)
         self.blocked += other.blocked
 
-    def told(self) -> dict[str, Any]:
+    def as_message(self) -> dict[str, Any]:
         """Return it as JSON."""
         return dict(vars(self))
 
     @classmethod
-    def heard(cls, told: Any, exchanges: int) -> Tally:
+    def from_message(cls, message: Any, exchanges: int) -> Tally:
         """Return the tally that another process told.
 
         Raises:
             ConfigError: it is none of so many exchanges.
         """
         try:
-            rows: dict[str, Any] = {name: [int(n) for n in told[name]] for name in _ROWS}
-            rows["away"] = [[int(n) for n in row] for row in told["away"]]
-            blocked, step = int(told["blocked"]), int(told["step"])
+            rows: dict[str, Any] = {name: [int(n) for n in message[name]] for name in _ROWS}
+            rows["away"] = [[int(n) for n in row] for row in message["away"]]
+            blocked, step = int(message["blocked"]), int(message["step"])
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"no tally was told: {type(error).__name__}: {error}") from None
         if any(len(row) != exchanges for row in [*rows.values(), *rows["away"]]):
@@ -284,23 +284,23 @@ class Summary:
         counts = {key: ranks for key, (_, ranks, _) in self.exchanges.items()}
         return (self.left, self.lost, self.errors, self.waiting, counts)
 
-    def told(self) -> dict[str, Any]:
+    def as_message(self) -> dict[str, Any]:
         """Return it as JSON."""
         numbers = {name: getattr(self, name) for name in ("left", "lost", "errors", "waiting")}
-        return {**numbers, "exchanges": [[one.told(), n, seconds] for one, n, seconds in self.most]}
+        return {**numbers, "exchanges": [[one.as_message(), n, seconds] for one, n, seconds in self.most]}
 
     @classmethod
-    def heard(cls, told: Any) -> Summary:
+    def from_message(cls, message: Any) -> Summary:
         """Return what another process told.
 
         Raises:
             ConfigError: it is no summary.
         """
         try:
-            numbers: Any = {name: int(told[name]) for name in ("left", "lost", "errors", "waiting")}
+            numbers: Any = {name: int(message[name]) for name in ("left", "lost", "errors", "waiting")}
             out = cls(**numbers)
-            for one, ranks, seconds in told["exchanges"]:
-                out.put(Exchange.heard(one), int(ranks), float(seconds))
+            for one, ranks, seconds in message["exchanges"]:
+                out.put(Exchange.from_message(one), int(ranks), float(seconds))
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"no summary was told: {type(error).__name__}: {error}") from None
         return out
@@ -324,25 +324,25 @@ class Found:
         self.ranks = tuple(sorted((*self.ranks, *other.ranks)))
         self.states = sorted((*self.states, *other.states), key=lambda state: state.rank)[: self.most]
 
-    def told(self) -> dict[str, Any]:
+    def as_message(self) -> dict[str, Any]:
         """Return it as JSON."""
         return {
             "ranks": pack(self.ranks),
-            "states": [{"rank": one.rank, "status": one.status, **one.told()} for one in self.states],
+            "states": [{"rank": one.rank, "status": one.status, **one.as_message()} for one in self.states],
         }
 
     @classmethod
-    def heard(cls, told: Any) -> Found:
+    def from_message(cls, message: Any) -> Found:
         """Return what another process found.
 
         Raises:
             ConfigError: it is nothing of the kind.
         """
         try:
-            ranks = unpack(str(told["ranks"]))
-            states = [RankState(int(one["rank"]), str(one["status"])) for one in list(told["states"])[:64]]
-            for state, one in zip(states, told["states"], strict=False):
-                state.hear(one)
+            ranks = unpack(str(message["ranks"]))
+            states = [RankState(int(one["rank"]), str(one["status"])) for one in list(message["states"])[:64]]
+            for state, one in zip(states, message["states"], strict=False):
+                state.update(one)
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"no ranks were told: {type(error).__name__}: {error}") from None
         return cls(ranks, states)

@@ -106,7 +106,7 @@ class RankState:
     status: str = "running"
     steps: dict[str, int] = field(default_factory=dict)
     wait: Wait | None = None
-    did: str = ""
+    last_activity: str = ""
     ago: float = 0.0
     stack: tuple[str, ...] = ()
     reached: dict[str, int] = field(default_factory=dict)
@@ -117,28 +117,28 @@ class RankState:
         """The step that it is in, of the optimizer with the most steps, counted from 1."""
         return max(self.steps.values(), default=0) + 1
 
-    def told(self) -> dict[str, Any]:
-        """Return what a rank tells of itself, as JSON."""
+    def as_message(self) -> dict[str, Any]:
+        """Return the state as a JSON message."""
         wait = None if self.wait is None else {**asdict(self.wait), "members": pack(self.wait.members)}
         return {
             "steps": self.steps,
             "wait": wait,
-            "did": self.did,
+            "last_activity": self.last_activity,
             "ago": self.ago,
             "stack": list(self.stack),
             "reached": self.reached,
             "process": self.process,
         }
 
-    def hear(self, told: Mapping[str, Any]) -> None:
-        """Take in what the rank told.
+    def update(self, message: Mapping[str, Any]) -> None:
+        """Update the state from the rank's message.
 
         Raises:
-            ConfigError: it is not of that form; nothing is changed then.
+            ConfigError: a message of another form; nothing is changed then.
         """
         try:
-            steps = {str(name): int(count) for name, count in dict(told["steps"]).items()}
-            wait = told["wait"]
+            steps = {str(name): int(count) for name, count in dict(message["steps"]).items()}
+            wait = message["wait"]
             if wait is not None:
                 step = wait["step"]
                 members = unpack(str(wait["members"]))
@@ -150,14 +150,14 @@ class RankState:
                     float(wait["seconds"]),
                     int(wait["count"]),
                 )
-            did, ago = str(told["did"])[:TEXT], float(told["ago"])
-            stack = tuple(str(frame)[:TEXT] for frame in list(told["stack"])[-STACK:])
-            last = list(dict(told["reached"]).items())[-REACHED:]
+            last_activity, ago = str(message["last_activity"])[:TEXT], float(message["ago"])
+            stack = tuple(str(frame)[:TEXT] for frame in list(message["stack"])[-STACK:])
+            last = list(dict(message["reached"]).items())[-REACHED:]
             reached = {str(key)[:TEXT]: int(count) for key, count in last}
-            process = str(told.get("process", ""))[:TEXT]
+            process = str(message.get("process", ""))[:TEXT]
         except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
-            raise ConfigError(f"rank {self.rank} told no state: {type(error).__name__}: {error}") from None
-        self.steps, self.wait, self.did, self.ago = steps, wait, did, ago
+            raise ConfigError(f"rank {self.rank} sent no state: {type(error).__name__}: {error}") from None
+        self.steps, self.wait, self.last_activity, self.ago = steps, wait, last_activity, ago
         self.stack, self.reached, self.process = stack, reached, process
 
     def describe(self) -> str:
@@ -166,7 +166,11 @@ class RankState:
             return f"rank {self.rank} has ended after {self.done()}"
         if self.status == "lost":
             return f"rank {self.rank} is gone, after {self.done()}"
-        doing = f"last known to have {self.did} {self.ago:.0f} s ago" if self.did else "nothing known yet"
+        doing = (
+            f"last known to have {self.last_activity} {self.ago:.0f} s ago"
+            if self.last_activity
+            else "nothing known yet"
+        )
         if self.wait is not None:
             doing = f"waits in {self.wait.place} for {self.wait.seconds:.0f} s"
         if self.process:
@@ -206,22 +210,22 @@ class Fault:
     ranks: tuple[int, ...]
     text: str
 
-    def told(self) -> dict[str, Any]:
+    def as_message(self) -> dict[str, Any]:
         """Return it as JSON."""
         return asdict(self)
 
     @classmethod
-    def heard(cls, told: Any) -> Fault:
-        """Return the fault that another rank told.
+    def from_message(cls, message: Any) -> Fault:
+        """Return the fault in a message.
 
         Raises:
-            ConfigError: it is none.
+            ConfigError: not a fault.
         """
         try:
-            kind, text = str(told["kind"]), str(told["text"])
-            ranks = tuple(int(rank) for rank in told["ranks"])
+            kind, text = str(message["kind"]), str(message["text"])
+            ranks = tuple(int(rank) for rank in message["ranks"])
         except (KeyError, TypeError, ValueError) as error:
-            raise ConfigError(f"no fault was told: {type(error).__name__}: {error}") from None
+            raise ConfigError(f"not a fault: {type(error).__name__}: {error}") from None
         if kind not in _ERRORS:
             raise ConfigError(f"kind={kind[:40]!r} of a fault is not known")
         return cls(kind, ranks, text)

@@ -17,7 +17,7 @@ import struct
 from typing import Any
 
 from hvdloss.errors import HvdlossError
-from hvdloss.hearing import parsed
+from hvdloss.messages import parse_json
 
 __all__ = ["LIMIT", "NONCE", "Channel", "WireError"]
 
@@ -90,7 +90,7 @@ class Channel:
             self._heard += 1
             del self._buffer[:whole]
             try:
-                message = parsed(payload)
+                message = parse_json(payload)
             except ValueError as error:
                 raise WireError(f"a frame holds no JSON: {error}") from None
             if not isinstance(message, dict):

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from hvdloss.cli import bench as bench_module
 from hvdloss.cli.bench import _goals, ratio_interval
 from hvdloss.cli.errors import Exit
-from hvdloss.ledger import WIDTH
+from hvdloss.ledger import LEDGER_WIDTH
 from tests.cli.conftest import run_cli
 
 pytest.importorskip("torch")
@@ -63,7 +63,7 @@ def test_steps_are_measured_counted_and_drawn(tmp_path: Path) -> None:
     assert sent["compute"] == {"messages": 0, "bytes": 0}
     assert sent["horovod"] == {"messages": 8, "bytes": 4 * entries}
     # One bucket: the gradients, a flag each, and 2 ledgers of 10 float64 as four numbers each.
-    assert sent["hvdloss"] == {"messages": 1, "bytes": 4 * (entries + 8 + 2 * WIDTH * 4)}
+    assert sent["hvdloss"] == {"messages": 1, "bytes": 4 * (entries + 8 + 2 * LEDGER_WIDTH * 4)}
     assert all(peak > 4 * entries for peak in conv["memory"].values())
 
 
@@ -78,7 +78,7 @@ def test_the_messages_of_tapes_are_counted(tmp_path: Path) -> None:
     entries = 60 * (64 * 64 + 64)
     assert found["workloads"]["tf-small"]["messages"] == {
         "horovod": {"messages": 120, "bytes": 4 * entries},
-        "hvdloss": {"messages": 1, "bytes": 4 * (entries + 2 * WIDTH * 4)},
+        "hvdloss": {"messages": 1, "bytes": 4 * (entries + 2 * LEDGER_WIDTH * 4)},
     }
 
 

@@ -15,7 +15,7 @@ from hvdloss.cli import simulate as module
 from hvdloss.cli.errors import Exit
 from hvdloss.cli.simulate import COUNT, RATE, TIME, simulate
 from hvdloss.control import BatchShares, SyncPeriod
-from hvdloss.control.log import decide_again
+from hvdloss.control.log import replay
 from hvdloss.control.simulation import (
     ComputeModel,
     Figures,
@@ -23,7 +23,7 @@ from hvdloss.control.simulation import (
     TrainingPlan,
     simulate_training,
 )
-from hvdloss.ledger import WIDTH
+from hvdloss.ledger import LEDGER_WIDTH
 from hvdloss.terms.link import LinkModel
 from tests.cli.conftest import run_cli
 
@@ -69,7 +69,7 @@ def test_what_is_simulated_is_what_was_asked_for() -> None:
     assert found["settings"]["network"]["bandwidth"] == pytest.approx(12.5e6)
     four = found["results"][1]
     assert four["plan"] is None
-    payload = 4e6 + 4 * WIDTH * 16
+    payload = 4e6 + 4 * LEDGER_WIDTH * 16
     expected = 32 * 2e-3 + 3 * 6 * 1e-3 + 1.5 * payload / 12.5e6
     assert four["plain"]["whole"]["step_seconds"] == pytest.approx(expected)
     assert set(four["plain"]["settled"]) == {field.name for field in fields(Figures)}
@@ -118,7 +118,7 @@ def test_a_measured_link_feeds_the_network(tmp_path: Path) -> None:
     for n in (8, 2**20):
         link.add(1e-3 + n / 1e9, n)
     apart = [tmp_path / "a.json", tmp_path / "b.json"]
-    apart[0].write_text(json.dumps(link.state()))
+    apart[0].write_text(json.dumps(link.state_dict()))
     apart[1].write_text(json.dumps({"ranks": 4, "alpha_s": 1.4e-3, "beta_bytes_per_s": 0.6e9}))
     again = numbers("-np", 8, "--steps", 2, "--link", apart[0], "--link", apart[1])["settings"]["network"]
     assert again["latency"] == pytest.approx(got["latency"])
@@ -154,8 +154,8 @@ def test_pictures_numbers_and_logs_are_written(tmp_path: Path) -> None:
         "1s",
     )
     found = numbers(*options, "--log", log)["results"][0]["plan"]["decisions"]
-    acts = (BatchShares(128), SyncPeriod("predicted", interval=1.0))
-    again = decide_again(TrainingPlan(4, 128, 100e6, acts=acts).controller(), log)
+    policies = (BatchShares(128), SyncPeriod("predicted", interval=1.0))
+    again = replay(TrainingPlan(4, 128, 100e6, policies=policies).controller(), log)
     assert [(one.step, one.what, one.after) for one in again] == [
         (one["step"], one["what"], one["after"]) for one in found
     ]
@@ -165,7 +165,7 @@ def test_pictures_numbers_and_logs_are_written(tmp_path: Path) -> None:
 def test_the_command_line_and_the_library_give_the_same_numbers() -> None:
     found = numbers("-np", 4, "--steps", 50, "--seed", 5, "--tail", "0.05:200ms", "--slow-share", "0.25:3")
     compute = ComputeModel(noise=0.05, tail=0.05, tail_seconds=0.2, slow_share=0.25, slow_factor=3.0)
-    plan = TrainingPlan(4, 128, 100e6, steps=50, acts=(BatchShares(128),), compute=compute, seed=5)
+    plan = TrainingPlan(4, 128, 100e6, steps=50, policies=(BatchShares(128),), compute=compute, seed=5)
     assert found["results"][0]["plan"] == simulate_training(plan).as_dict()
 
 
@@ -185,8 +185,8 @@ def test_the_command_line_and_the_library_give_the_same_numbers() -> None:
         (["--tail", "2:1s"], "tail=2.0"),
         (["--noise", "-1"], "noise=-1.0"),
         (["--period", "often"], "'often' is neither a number of steps nor one of adacomm, predicted, priced"),
-        (["--period", "4", "--first", "2"], "first= of SyncPeriod belongs to a rule"),
-        (["--first", "2"], "--first belongs to a --period"),
+        (["--period", "4", "--initial-period", "2"], "initial_period= of SyncPeriod belongs to a rule"),
+        (["--initial-period", "2"], "--initial-period belongs to a --period"),
         (["--outer", "0.7:0.9"], "--outer belongs to a --period"),
         (["--period", "4", "--outer", "0.7:1.5"], "momentum in [0, 1)"),
         (["--gain", "1"], "gain=1.0"),

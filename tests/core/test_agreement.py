@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hvdloss.agreement import Agreed, agree, agree_on_items
+from hvdloss.agreement import Consistent, check_consistency, check_items_consistent
 from hvdloss.communicator import OneProcess, simulate
 from hvdloss.errors import AgreementError, ConfigError, HvdlossError
 from hvdloss.plan import ParameterInfo
@@ -24,7 +24,7 @@ SETTINGS = {"objective": "mse", "reduction": "mean", "passes": 1, "groups": None
 
 
 def outcomes(size, *, parameters=None, checksums=None, order=None, settings=None):
-    """Return what each rank gets: :class:`Agreed`, or the message of its AgreementError.
+    """Return what each rank gets: :class:`Consistent`, or the message of its AgreementError.
 
     Each argument maps a rank to what it holds; left out, all hold the same.
     """
@@ -33,7 +33,7 @@ def outcomes(size, *, parameters=None, checksums=None, order=None, settings=None
         mine = parameters(c.rank) if parameters else MODEL
         sums = checksums(c.rank) if checksums else [11, 22, 33, 44][: len(mine)]
         try:
-            return agree(
+            return check_consistency(
                 c,
                 mine,
                 lambda: sums,
@@ -63,16 +63,16 @@ def on(ranks, value, other):
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_equal_ranks_agree(size):
-    assert outcomes(size, order=lambda rank: [3, 2, 1, 0]) == [Agreed(MODEL, [3, 2, 1, 0])] * size
+    assert outcomes(size, order=lambda rank: [3, 2, 1, 0]) == [Consistent(MODEL, [3, 2, 1, 0])] * size
 
 
 def test_one_process_agrees_with_itself():
-    agreed = agree(OneProcess(), MODEL, lambda: [1, 2, 3, 4], [1, 0], SETTINGS, name="agreement")
-    assert agreed == Agreed(MODEL, [1, 0])
+    agreed = check_consistency(OneProcess(), MODEL, lambda: [1, 2, 3, 4], [1, 0], SETTINGS, name="agreement")
+    assert agreed == Consistent(MODEL, [1, 0])
 
 
 def test_nothing_to_agree_on():
-    assert outcomes(2, parameters=lambda rank: [], settings=lambda rank: {}) == [Agreed([], [])] * 2
+    assert outcomes(2, parameters=lambda rank: [], settings=lambda rank: {}) == [Consistent([], [])] * 2
 
 
 @settings(max_examples=30)
@@ -82,7 +82,7 @@ def test_a_gradient_that_is_sparse_anywhere_is_sparse_everywhere(seen):
         return [replace(p, sparse=s) for p, s in zip(MODEL, seen[rank], strict=True)]
 
     union = [replace(p, sparse=any(rank[i] for rank in seen)) for i, p in enumerate(MODEL)]
-    assert outcomes(len(seen), parameters=parameters) == [Agreed(union, [])] * len(seen)
+    assert outcomes(len(seen), parameters=parameters) == [Consistent(union, [])] * len(seen)
 
 
 @settings(max_examples=30)
@@ -102,7 +102,7 @@ def test_a_rank_without_gradients_leaves_the_order_alone():
 
 def test_checksums_are_whole_numbers_of_any_size():
     big = [2**64 - 1, 2**63, -(2**63), 0]
-    assert outcomes(2, checksums=lambda rank: big) == [Agreed(MODEL, [])] * 2
+    assert outcomes(2, checksums=lambda rank: big) == [Consistent(MODEL, [])] * 2
     apart = outcomes(2, checksums=on({1}, [2**64 - 2, *big[1:]], big))
     assert "embedding.weight" in the_message(apart)
 
@@ -111,15 +111,15 @@ def test_it_costs_one_small_sum():
     calls = []
 
     class Counting(OneProcess):
-        def gather(self, data, name):
+        def all_gather_bytes(self, data, name):
             calls.append(("gather", name, len(data)))
-            return super().gather(data, name)
+            return super().all_gather_bytes(data, name)
 
-        def sum(self, array, name):
+        def all_reduce(self, array, name):
             calls.append(("sum", name, len(array)))
-            return super().sum(array, name)
+            return super().all_reduce(array, name)
 
-    agree(Counting(), MODEL, lambda: [1, 2, 3, 4], [], SETTINGS, name="first step")
+    check_consistency(Counting(), MODEL, lambda: [1, 2, 3, 4], [], SETTINGS, name="first step")
     assert calls == [("sum", "first step", 32)]
 
 
@@ -234,11 +234,11 @@ def test_the_first_parameter_that_a_rank_does_not_have_is_named():
 
 
 def items_of(size, work):
-    """Return what each rank of :func:`agree_on_items` gets: None, or its error as text."""
+    """Return what each rank of :func:`check_items_consistent` gets: None, or its error as text."""
 
     def outcome(c):
         try:
-            return agree_on_items(c, lambda: work(c.rank), name="n", what="tensor", way_out="Mend it.")
+            return check_items_consistent(c, lambda: work(c.rank), name="n", what="tensor", remedy="Mend it.")
         except (HvdlossError, KeyError) as error:
             return f"{type(error).__name__}: {error}"
 

@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 
 from hvdloss import CheckpointError, ConfigError, simulate
 from hvdloss.training import Checkpoint, CheckpointWarning
-from hvdloss.training.checkpoint import parse_manifest, read_checkpoint, state_of_bytes, state_to_bytes
-from hvdloss.training.tree import put_together, unpacked
+from hvdloss.training.checkpoint import parse_manifest, read_checkpoint, state_from_bytes, state_to_bytes
+from hvdloss.training.tree import unflatten_tree, unpack_arrays
 
 
 class Holder:
@@ -75,12 +75,12 @@ def test_what_is_saved_is_what_is_loaded(tree):
         if "two arrays have this place" in str(error):  # of the keys 1 and "1"
             return
         raise
-    assert same(state_of_bytes(data), tree)
+    assert same(state_from_bytes(data), tree)
 
 
 @given(st.binary(max_size=300))
 def test_no_bytes_do_worse_than_an_error(data):
-    for read in (unpacked, state_of_bytes, lambda b: parse_manifest(b, 1)):
+    for read in (unpack_arrays, state_from_bytes, lambda b: parse_manifest(b, 1)):
         with contextlib.suppress(CheckpointError):
             read(data)
 
@@ -98,7 +98,7 @@ json_values = st.recursive(
 @given(json_values)
 def test_no_json_does_worse_than_an_error(told):
     with contextlib.suppress(CheckpointError):
-        put_together(told, {"x": np.ones(2)})
+        unflatten_tree(told, {"x": np.ones(2)})
 
 
 @pytest.fixture(scope="module")
@@ -161,9 +161,9 @@ def test_a_claimed_size_takes_no_memory(tmp_path):
     header = json.dumps({"x": {"dtype": "F64", "shape": [2**37], "data_offsets": [0, 2**40]}}).encode()
     tracemalloc.start()
     with pytest.raises(CheckpointError):
-        unpacked(len(header).to_bytes(8, "little") + header)
+        unpack_arrays(len(header).to_bytes(8, "little") + header)
     with pytest.raises(CheckpointError):
-        unpacked((2**62).to_bytes(8, "little") + header)
+        unpack_arrays((2**62).to_bytes(8, "little") + header)
     big = tmp_path / "00000001.json"
     with open(big, "wb") as file:
         file.truncate(2**40)  # a sparse one

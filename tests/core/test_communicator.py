@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 import hvdloss
 from hvdloss.communicator import OneProcess, simulate
 from hvdloss.errors import ConfigError, HvdlossError, NoWeightError
-from hvdloss.ledger import Ledger, judge, pack, unpack
+from hvdloss.ledger import Ledger, check_step, pack, unpack
 from hvdloss.numpy_ops import NumpyOps
-from hvdloss.reduction import REDUCTIONS, contribution
+from hvdloss.reduction import REDUCTIONS, reduce_losses
 
 OPS = NumpyOps()
 
@@ -50,7 +50,7 @@ def promptly(size, work, seconds=10.0):
 def test_a_sum_over_ranks_is_the_sum_of_what_they_brought(size, length, data):
     whole = st.integers(-(2**40), 2**40).map(float)
     brought = [np.array(data.draw(st.lists(whole, min_size=length, max_size=length))) for _ in range(size)]
-    for result in promptly(size, lambda c: c.sum(brought[c.rank], "x")):
+    for result in promptly(size, lambda c: c.all_reduce(brought[c.rank], "x")):
         assert result.dtype == np.float64
         assert result.tolist() == sum(brought[1:], brought[0]).tolist()
 
@@ -63,7 +63,7 @@ def test_ranks_are_added_in_rank_order(size, shape):
     in_order = parts[0].copy()
     for part in parts[1:]:
         in_order = in_order + part
-    for result in promptly(size, lambda c: c.sum(parts[c.rank], "x")):
+    for result in promptly(size, lambda c: c.all_reduce(parts[c.rank], "x")):
         assert result.shape == shape
         assert result.tobytes() == in_order.tobytes()
 
@@ -77,7 +77,7 @@ def test_sums_are_equal_to_the_bit_on_all_ranks_and_between_repeats():
 
         def work(c, repeat=repeat):
             time.sleep(0.002 * ((c.rank + repeat) % 4))
-            return c.sum(parts[c.rank], "x").tobytes()
+            return c.all_reduce(parts[c.rank], "x").tobytes()
 
         seen.update(promptly(4, work))
     assert len(seen) == 1
@@ -85,8 +85,10 @@ def test_sums_are_equal_to_the_bit_on_all_ranks_and_between_repeats():
 
 def test_many_exchanges_in_a_row_do_not_mix():
     def work(c):
-        sums = [c.sum(np.array([float(step * 10 + c.rank)]), f"step {step}").item() for step in range(100)]
-        return sums, [c.gather(bytes([c.rank, step]), f"bytes {step}") for step in range(100)]
+        sums = [
+            c.all_reduce(np.array([float(step * 10 + c.rank)]), f"step {step}").item() for step in range(100)
+        ]
+        return sums, [c.all_gather_bytes(bytes([c.rank, step]), f"bytes {step}") for step in range(100)]
 
     for sums, gathered in promptly(3, work):
         assert sums == [30.0 * step + 3.0 for step in range(100)]
@@ -98,10 +100,10 @@ def test_a_result_is_the_ranks_own():
 
     def work(c):
         mine = np.ones(3)
-        first = c.sum(mine, "a")
+        first = c.all_reduce(mine, "a")
         mine += 100.0
         first += c.rank
-        c.sum(np.zeros(1), "all have written")
+        c.all_reduce(np.zeros(1), "all have written")
         return first.tolist()
 
     assert promptly(3, work) == [[3.0] * 3, [4.0] * 3, [5.0] * 3]
@@ -128,10 +130,10 @@ def test_simulated_ranks_with_ledgers_equal_one_process(reduction, size, seed):
         ledger = Ledger.zero()
         for part in parts[c.rank :: c.size]:
             share = 1 / len(parts)
-            row = contribution(OPS, losses[part], weights[part], reduction, share=share).row(OPS)
+            row = reduce_losses(OPS, losses[part], weights[part], reduction, share=share).row(OPS)
             ledger = ledger.merge(Ledger.of_row(row))
-        ledgers = unpack(c.sum(pack(ledger, c.rank, c.size), "ledgers"))
-        assert judge(ledgers, 1) is None
+        ledgers = unpack(c.all_reduce(pack(ledger, c.rank, c.size), "ledgers"))
+        assert check_step(ledgers, 1) is None
         assert ledgers[c.rank] == ledger
         whole = Ledger.zero()
         for one in ledgers:
@@ -140,7 +142,7 @@ def test_simulated_ranks_with_ledgers_equal_one_process(reduction, size, seed):
 
     wholes = promptly(size, work)
     assert len(set(wholes)) == 1
-    alone = Ledger.of_row(contribution(OPS, losses, weights, reduction).row(OPS))
+    alone = Ledger.of_row(reduce_losses(OPS, losses, weights, reduction).row(OPS))
     scale = np.nansum(np.abs(losses) * weights) / max(alone.denominator, 1e-9)
     assert wholes[0].finish(reduction) == pytest.approx(
         alone.finish(reduction), rel=1e-12, abs=1e-12 * max(scale, 1.0)
@@ -152,7 +154,7 @@ def test_simulated_ranks_with_ledgers_equal_one_process(reduction, size, seed):
 def test_a_fault_on_one_rank_is_the_same_error_on_every_rank():
     def work(c):
         mine = Ledger(denominator=1.0, nonfinite_losses=float(c.rank == 1))
-        return judge(unpack(c.sum(pack(mine, c.rank, c.size), "ledgers")), 4)
+        return check_step(unpack(c.all_reduce(pack(mine, c.rank, c.size), "ledgers")), 4)
 
     errors = promptly(3, work)
     assert {(type(error).__name__, str(error)) for error in errors} == {
@@ -167,14 +169,14 @@ def test_a_fault_on_one_rank_is_the_same_error_on_every_rank():
 @settings(max_examples=40)
 @given(st.lists(st.binary(max_size=20), min_size=1, max_size=6))
 def test_gather_keeps_the_order_of_ranks_and_uneven_lengths(texts):
-    assert promptly(len(texts), lambda c: c.gather(texts[c.rank], "x")) == [texts] * len(texts)
+    assert promptly(len(texts), lambda c: c.all_gather_bytes(texts[c.rank], "x")) == [texts] * len(texts)
 
 
 def test_gathered_lists_are_the_ranks_own():
     def work(c):
-        got = c.gather(b"%d" % c.rank, "a")
+        got = c.all_gather_bytes(b"%d" % c.rank, "a")
         got.append(b"more")
-        c.gather(b"", "all have written")
+        c.all_gather_bytes(b"", "all have written")
         return got
 
     assert promptly(2, work) == [[b"0", b"1", b"more"]] * 2
@@ -199,19 +201,24 @@ def test_no_ranks_at_all_is_refused(size):
 
 def test_one_simulated_rank_is_one_process():
     def work(c):
-        return c.rank, c.size, c.sum(np.array([1.5, -2.0]), "x").tolist(), c.gather(b"abc", "y")
+        return (
+            c.rank,
+            c.size,
+            c.all_reduce(np.array([1.5, -2.0]), "x").tolist(),
+            c.all_gather_bytes(b"abc", "y"),
+        )
 
     assert promptly(1, work) == [work(OneProcess())] == [(0, 1, [1.5, -2.0], [b"abc"])]
 
 
 def test_one_process_returns_a_float64_copy():
     mine = np.array([1, 2, 3], dtype=np.float32)
-    total = OneProcess().sum(mine, "x")
+    total = OneProcess().all_reduce(mine, "x")
     assert total.dtype == np.float64
     total[0] = 9.0
     assert mine.tolist() == [1.0, 2.0, 3.0]
     mine64 = np.ones(2)
-    assert not np.shares_memory(OneProcess().sum(mine64, "x"), mine64)
+    assert not np.shares_memory(OneProcess().all_reduce(mine64, "x"), mine64)
 
 
 # What goes wrong
@@ -227,12 +234,12 @@ def test_a_rank_that_raises_releases_the_others_and_its_own_error_surfaces(culpr
 
     def work(c):
         try:
-            c.sum(np.ones(1), "before")
+            c.all_reduce(np.ones(1), "before")
             if c.rank == culprit:
                 time.sleep(0.01)  # the others wait already
                 raise Trouble("mine")
-            c.sum(np.ones(1), "after")
-            c.gather(b"", "never")
+            c.all_reduce(np.ones(1), "after")
+            c.all_gather_bytes(b"", "never")
         finally:
             released.append(c.rank)
 
@@ -245,7 +252,7 @@ def test_a_rank_that_raises_releases_the_others_and_its_own_error_surfaces(culpr
 
 def test_when_all_ranks_raise_the_same_error_surfaces():
     def work(c):
-        error = judge(unpack(c.sum(pack(Ledger(), c.rank, c.size), "ledgers")), 1)
+        error = check_step(unpack(c.all_reduce(pack(Ledger(), c.rank, c.size), "ledgers")), 1)
         assert error is not None
         raise error
 
@@ -257,16 +264,16 @@ def test_a_rank_that_exits_releases_the_others():
     def work(c):
         if c.rank == 1:
             raise SystemExit(3)
-        c.sum(np.ones(1), "x")
+        c.all_reduce(np.ones(1), "x")
 
     with pytest.raises(SystemExit):
         promptly(3, work)
 
 
 CALLS = {
-    "two names": lambda c: c.sum(np.ones(1), f"x{c.rank}"),
-    "one other name": lambda c: c.sum(np.ones(1), "odd" if c.rank == 2 else "even"),
-    "two kinds": lambda c: c.sum(np.ones(1), "x") if c.rank else c.gather(b"", "x"),
+    "two names": lambda c: c.all_reduce(np.ones(1), f"x{c.rank}"),
+    "one other name": lambda c: c.all_reduce(np.ones(1), "odd" if c.rank == 2 else "even"),
+    "two kinds": lambda c: c.all_reduce(np.ones(1), "x") if c.rank else c.all_gather_bytes(b"", "x"),
 }
 
 
@@ -278,7 +285,7 @@ def test_ranks_that_call_different_collectives_raise_instead_of_hanging(call):
 
 def test_sums_of_different_shapes_raise_instead_of_hanging():
     with pytest.raises((HvdlossError, ValueError)):
-        promptly(3, lambda c: c.sum(np.ones(1 + c.rank), "x"))
+        promptly(3, lambda c: c.all_reduce(np.ones(1 + c.rank), "x"))
 
 
 @pytest.mark.parametrize("early", [0, 1])
@@ -286,9 +293,9 @@ def test_a_rank_that_returns_while_others_wait_raises_instead_of_hanging(early):
     """A collective that one rank never calls can never end."""
 
     def work(c):
-        c.sum(np.ones(1), "all")
+        c.all_reduce(np.ones(1), "all")
         if c.rank != early:
-            c.sum(np.ones(1), "not all")
+            c.all_reduce(np.ones(1), "not all")
 
     with pytest.raises(HvdlossError):
         promptly(3, work, seconds=3.0)
@@ -298,7 +305,7 @@ def test_ranks_that_all_return_after_different_work_are_fine():
     def work(c):
         with contextlib.suppress(ZeroDivisionError):
             _ = 1 / c.rank
-        return c.sum(np.ones(1), "x").item()
+        return c.all_reduce(np.ones(1), "x").item()
 
     assert promptly(3, work) == [3.0] * 3
 

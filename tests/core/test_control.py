@@ -12,29 +12,29 @@ from hypothesis import strategies as st
 import hvdloss
 from hvdloss.apportion import apportion
 from hvdloss.control import AdaptiveCompression, BatchShares, OuterStep, SharedBatches, SyncPeriod
-from hvdloss.control.log import FORMAT, decide_again, follow, read, record
+from hvdloss.control.log import FORMAT, read, record, replay, use_logged_times
 from hvdloss.controller import Controller
 from hvdloss.errors import ConfigError, UsageError
-from hvdloss.ledger import COLUMN, WIDTH
-from hvdloss.term import Travel
+from hvdloss.ledger import COLUMN, LEDGER_WIDTH
+from hvdloss.term import CommStats
 from hvdloss.terms.link import LinkModel
 
 
-def controlled(*acts, size=2, rank=0, **options):
-    term = hvdloss.CommunicationCost(acts=acts, **{"calibrate": False, **options})
+def controlled(*policies, size=2, rank=0, **options):
+    term = hvdloss.CommunicationCost(policies=policies, **{"calibrate": False, **options})
     controller = Controller((term,))
-    controller.begin(rank, size)
+    controller.reset(rank, size)
     return controller, term
 
 
-def close(controller, step, *, computation=0.1, communication=0.01, loss=1.0, travel=None):
-    table = np.zeros((controller.size, WIDTH))
+def close(controller, step, *, computation=0.1, communication=0.01, loss=1.0, comm_stats=None):
+    table = np.zeros((controller.size, LEDGER_WIDTH))
     table[:, COLUMN["denominator"]] = 1.0
     table[:, COLUMN["numerator"]] = loss
     table[:, COLUMN["computation"]] = computation
     table[:, COLUMN["communication"]] = communication
     before = len(controller.decisions)
-    controller.close(step, table, travel or Travel(messages=2, bytes=10**6, full_bytes=10**6))
+    controller.on_step_end(step, table, comm_stats or CommStats(messages=2, bytes=10**6, full_bytes=10**6))
     return controller.decisions[before:]
 
 
@@ -93,7 +93,7 @@ def test_noise_moves_nothing():
 
 
 def test_a_rank_keeps_its_least():
-    shares = BatchShares(100, every=2, least=10)
+    shares = BatchShares(100, every=2, min_per_rank=10)
     run_shares(shares, np.array([1e-3, 1.0]), 30)
     assert shares.sizes.tolist() == [90, 10]
 
@@ -127,7 +127,7 @@ def test_between_exchanges_batches_are_known_ahead():
         ({"batch_size": 1.5}, "batch_size=1.5"),
         ({"batch_size": 8, "every": 0}, "every=0"),
         ({"batch_size": 8, "gain": 1.0}, "gain=1.0"),
-        ({"batch_size": 8, "least": -1}, "least=-1"),
+        ({"batch_size": 8, "min_per_rank": -1}, "min_per_rank=-1"),
         ({"batch_size": 8, "delay": True}, "delay=True"),
     ],
 )
@@ -174,7 +174,7 @@ def test_ranks_batches_are_the_epoch(samples, size, batch, shuffle, drop_last):
 
 
 def local(steps, bytes=4 * 10**6):
-    return Travel(messages=2, bytes=bytes, full_bytes=bytes, steps=steps, parameters=True)
+    return CommStats(messages=2, bytes=bytes, full_bytes=bytes, steps=steps, parameters=True)
 
 
 def test_a_constant_period_and_its_beginning():
@@ -194,11 +194,11 @@ def test_a_constant_period_and_its_beginning():
 
 
 def test_adacomm_follows_the_loss():
-    controller, _ = controlled(period := SyncPeriod("adacomm", first=20, interval=1.0))
+    controller, _ = controlled(period := SyncPeriod("adacomm", initial_period=20, interval=1.0))
     seen = []
     for step in range(1, 121):  # a tenth of a second each
         loss = 4 * math.exp(-step / 15)
-        close(controller, step, computation=0.09, communication=0.01, loss=loss, travel=local(20))
+        close(controller, step, computation=0.09, communication=0.01, loss=loss, comm_stats=local(20))
         seen.append(period.period)
     assert seen == sorted(seen, reverse=True)
     assert seen[-1] == 1
@@ -218,17 +218,19 @@ def with_link(term, seconds_per_mb, alpha=1e-4):
 
 
 def chosen_period(rule, seconds_per_mb, computation, *, price=0.0, falling=0.0, **options):
-    controller, term = controlled(period := SyncPeriod(rule, interval=0.5, most=100, **options), price=price)
+    controller, term = controlled(
+        period := SyncPeriod(rule, interval=0.5, max_period=100, **options), price=price
+    )
     with_link(term, seconds_per_mb)
     for step in range(1, 60):
-        travel = local(period.period)
+        comm_stats = local(period.period)
         close(
             controller,
             step * 10,
             computation=computation * period.period,
             communication=0.05,
             loss=10 - falling * step,
-            travel=travel,
+            comm_stats=comm_stats,
         )
         term.link = LinkModel(2)
         with_link(term, seconds_per_mb)
@@ -268,13 +270,13 @@ def test_a_higher_price_of_communication_means_fewer_exchanges():
 def test_without_a_fit_nothing_is_decided():
     controller, _ = controlled(SyncPeriod("predicted", interval=0.01))
     for step in range(1, 20):
-        assert close(controller, step, travel=Travel(messages=1)) == []
+        assert close(controller, step, comm_stats=CommStats(messages=1)) == []
 
 
 def test_deciding_by_the_link_calibrates_it():
-    assert hvdloss.CommunicationCost(acts=(SyncPeriod("predicted"),)).calibrates
-    assert hvdloss.CommunicationCost(acts=(AdaptiveCompression(),)).calibrates
-    assert not hvdloss.CommunicationCost(acts=(SyncPeriod(4), BatchShares(8))).calibrates
+    assert hvdloss.CommunicationCost(policies=(SyncPeriod("predicted"),)).calibrates
+    assert hvdloss.CommunicationCost(policies=(AdaptiveCompression(),)).calibrates
+    assert not hvdloss.CommunicationCost(policies=(SyncPeriod(4), BatchShares(8))).calibrates
 
 
 @pytest.mark.parametrize(
@@ -283,9 +285,9 @@ def test_deciding_by_the_link_calibrates_it():
         (("often",), "period='often'"),
         ((0,), "period=0"),
         ((2.0,), "period=2.0"),
-        ((4, {"first": 2}), "first= of SyncPeriod belongs to a rule"),
-        (("adacomm", {"first": 0}), "period=0"),
-        (("adacomm", {"most": 0}), "most=0"),
+        ((4, {"initial_period": 2}), "initial_period= of SyncPeriod belongs to a rule"),
+        (("adacomm", {"initial_period": 0}), "period=0"),
+        (("adacomm", {"max_period": 0}), "max_period=0"),
         ((4, {"start": -1}), "start=-1"),
         ((4, {"interval": 0}), "interval=0"),
         ((4, {"smoothness": math.inf}), "smoothness=inf"),
@@ -312,40 +314,40 @@ def test_the_outer_step_is_nesterov_sgd():
         gradient = -mean  # the outer gradient is the old parameters minus the new (Sutskever et al. 2013)
         momentum = 0.9 * momentum + gradient
         theta = theta - 0.7 * (gradient + 0.9 * momentum)
-        move, velocity = outer.move(mean, velocity)
+        move, velocity = outer.update(mean, velocity)
         ours = ours + move
         assert np.allclose(ours, theta, rtol=1e-13)
-    assert np.allclose(OuterStep(1.0, 0.0).move(mean, velocity)[0], mean)
+    assert np.allclose(OuterStep(1.0, 0.0).update(mean, velocity)[0], mean)
 
 
 # -- compression --------------------------------------------------------------------------------------
 
 
 def test_compression_is_for_slow_links_and_ends_with_them():
-    controller, term = controlled(act := AdaptiveCompression(gain=0.1, every=2))
+    controller, term = controlled(policy := AdaptiveCompression(gain=0.1, every=2))
     seen = []
     for step in range(1, 13):
         with_link(term, 0.1 if step < 7 else 1e-7)
         close(controller, step, computation=0.05, communication=0.1)
-        seen.append(act.on)
+        seen.append(policy.on)
     assert seen == [False] * 1 + [True] * 6 + [False] * 5
     assert [d.after for d in controller.decisions] == ["fp16", "none"]
 
 
 def test_where_messages_dominate_compression_stays_off():
-    controller, term = controlled(act := AdaptiveCompression(gain=0.01, every=1))
+    controller, term = controlled(policy := AdaptiveCompression(gain=0.01, every=1))
     for step in range(1, 10):
         with_link(term, 1e-4, alpha=0.1)
         close(controller, step, computation=0.05, communication=0.2)
-    assert not act.on
+    assert not policy.on
 
 
 def test_what_overlaps_computation_cannot_be_saved():
-    controller, term = controlled(act := AdaptiveCompression(gain=0.1, every=1))
+    controller, term = controlled(policy := AdaptiveCompression(gain=0.1, every=1))
     for step in range(1, 10):
         with_link(term, 0.1)
         close(controller, step, computation=0.5, communication=1e-4)
-    assert not act.on
+    assert not policy.on
 
 
 @pytest.mark.parametrize("arguments", [{"gain": 0}, {"gain": 1}, {"every": 0}, {"every": 1.5}])
@@ -358,7 +360,7 @@ def test_arguments_of_compression(arguments):
 
 
 def fresh():
-    return controlled(BatchShares(64, every=3), SyncPeriod("adacomm", first=8, interval=0.5))
+    return controlled(BatchShares(64, every=3), SyncPeriod("adacomm", initial_period=8, interval=0.5))
 
 
 def trained(controller, seed=0, steps=40):
@@ -370,7 +372,7 @@ def trained(controller, seed=0, steps=40):
             computation=rng.lognormal(-2, 0.2, 2) * [1, 2],
             communication=rng.lognormal(-4, 0.2, 2),
             loss=float(np.exp(-step / 10)) + 0.01,
-            travel=local(2),
+            comm_stats=local(2),
         )
 
 
@@ -379,7 +381,7 @@ def test_the_log_decides_again(tmp_path):
     record(controller, tmp_path / "log.jsonl")
     trained(controller)
     assert {d.what for d in controller.decisions} == {"batch sizes", "period"}
-    again = decide_again(fresh()[0], tmp_path / "log.jsonl")
+    again = replay(fresh()[0], tmp_path / "log.jsonl")
     assert again == controller.decisions
     lines = list(read(tmp_path / "log.jsonl"))
     assert lines[0]["format"] == FORMAT
@@ -392,7 +394,7 @@ def test_following_a_log_ignores_the_clocks(tmp_path):
     record(controller, tmp_path / "log.jsonl")
     trained(controller)
     other, _ = fresh()
-    follow(other, tmp_path / "log.jsonl")
+    use_logged_times(other, tmp_path / "log.jsonl")
     trained(other, seed=99)  # other times, the same losses
     assert other.decisions == controller.decisions
     with pytest.raises(ConfigError, match="step 41 of 2 ranks is not in"):
@@ -411,9 +413,9 @@ def test_logs_that_cannot_be_used(tmp_path):
     assert kinds[0] is None
     assert kinds.count("step") == 5
     with pytest.raises(ConfigError, match="written with other terms"):
-        decide_again(controlled(BatchShares(64))[0], path)
+        replay(controlled(BatchShares(64))[0], path)
     with pytest.raises(ConfigError, match="written with other terms"):
-        follow(Controller((hvdloss.DataSkew(classes=3),)), path)
+        use_logged_times(Controller((hvdloss.DataSkew(classes=3),)), path)
     with pytest.raises(ConfigError, match="cannot read"):
         list(read(tmp_path / "none"))
     for text in ("[1]\n", '{"format": "something else"}\n', "nonsense\n"):

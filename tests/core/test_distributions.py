@@ -789,21 +789,21 @@ def test_a_window_goes_on_from_its_state_to_the_last_bit(kind, many, at):
         one.add(array)
     other = Window(**kind)
     other.add(np.ones(3))  # forgotten by restoring
-    other.restore(json.loads(json.dumps(one.state(), allow_nan=False)))
+    other.load_state_dict(json.loads(json.dumps(one.state_dict(), allow_nan=False)))
     assert other.count == one.count
     for array in [*many[at:], np.arange(3.0)]:
         one.add(array)
         other.add(array)
         assert other.total.tolist() == one.total.tolist()
         assert other.count == one.count
-        assert other.state() == one.state()
+        assert other.state_dict() == one.state_dict()
 
 
 @pytest.mark.parametrize("kind", [{"steps": 3}, {"half_life": 3}], ids=str)
 def test_the_state_of_a_new_window_is_empty(kind):
     used = Window(**kind)
     used.add([1.0])
-    used.restore(json.loads(json.dumps(Window(**kind).state())))
+    used.load_state_dict(json.loads(json.dumps(Window(**kind).state_dict())))
     assert used.total is None
     assert used.count == 0
     used.add(np.ones((2, 2)))  # any shape again
@@ -817,7 +817,7 @@ def test_a_window_holds_any_shape(kind, shape):
     for _ in range(5):
         window.add(np.ones(shape))
         other = Window(**kind)
-        other.restore(json.loads(json.dumps(window.state())))
+        other.load_state_dict(json.loads(json.dumps(window.state_dict())))
         assert window.total.shape == other.total.shape == shape
         np.testing.assert_array_equal(window.total, other.total)
 
@@ -832,9 +832,9 @@ def test_a_window_keeps_to_itself(kind):
         mine[:] = 99
         window.total[:] = 99
         assert window.total.tolist() == before
-    state = window.state()
+    state = window.state_dict()
     window.add(np.zeros(2))
-    assert state != window.state()
+    assert state != window.state_dict()
 
 
 # Bad arguments
@@ -975,8 +975,8 @@ def test_a_window_refuses_another_shape_and_goes_on(kind):
     [
         ({"steps": 5}, "state is of a window with steps=5 and half_life=None, but this one has steps=2"),
         ({"steps": None, "half_life": 1.0}, "state is of a window with steps=None and half_life=1.0"),
-        ({"shape": [3]}, "state is not what Window.state() returns (ValueError"),
-        ({"count": None}, "state is not what Window.state() returns (TypeError"),
+        ({"shape": [3]}, "state is not what Window.state_dict() returns (ValueError"),
+        ({"count": None}, "state is not what Window.state_dict() returns (TypeError"),
     ],
     ids=str,
 )
@@ -984,12 +984,12 @@ def test_a_window_refuses_another_window_s_state_and_goes_on(change, message):
     window = Window(steps=2)
     for array in ([1.0, 2.0], [3.0, 4.0], [5.0, 6.0]):
         window.add(array)
-    before = window.state()
+    before = window.state_dict()
     with pytest.raises(ConfigError, match=re.escape(message)):
-        window.restore({**before, **change})
+        window.load_state_dict({**before, **change})
     with pytest.raises(ConfigError, match=re.escape("(KeyError: 'fresh')")):
-        window.restore({name: value for name, value in before.items() if name != "fresh"})
-    assert window.state() == before
+        window.load_state_dict({name: value for name, value in before.items() if name != "fresh"})
+    assert window.state_dict() == before
 
 
 # The house

@@ -16,7 +16,17 @@ from hypothesis import strategies as st
 
 from hvdloss.errors import ConfigError, UsageError
 from hvdloss.exact import Digits, digits_for
-from hvdloss.ledger import COLUMN, FAULTS, WIDTH, Ledger, Ledgers, Sums, exact_sum, judge, offenders
+from hvdloss.ledger import (
+    COLUMN,
+    FAULT_COLUMNS,
+    LEDGER_WIDTH,
+    Ledger,
+    Ledgers,
+    Sums,
+    check_step,
+    exact_sum,
+    nonfinite_ranks,
+)
 from hvdloss.reduction import REDUCTIONS
 from hvdloss.report import StepReport
 from hvdloss.report.steps import Interest
@@ -89,7 +99,7 @@ sound = st.builds(
     communication=st.floats(0, 10),
     computation=st.floats(0, 10),
 )
-FAULTY = [name for name, column in COLUMN.items() if column in range(*FAULTS.indices(WIDTH))]
+FAULTY = [name for name, column in COLUMN.items() if column in range(*FAULT_COLUMNS.indices(LEDGER_WIDTH))]
 
 
 def summed(ledgers, precision=24, order=None):
@@ -146,38 +156,40 @@ def test_any_fault_on_any_rank_is_seen_in_the_sums_and_named(ledgers, faults, po
                 ledgers[rank] = replace(ledgers[rank], **{field: value})
     there = any(getattr(one, field) for one in ledgers for field in FAULTY)
     alone = summed(ledgers)
-    assert alone.ask == there
+    assert alone.needs_rows == there
     whole = Ledgers.of(ledgers)
     if there:  # then the rows are asked for
         alone = alone.with_rows(whole.rows)
         for field in FAULTY:
-            assert alone.where(field) == [rank for rank, one in enumerate(ledgers) if getattr(one, field)]
-    assert offenders(alone) == offenders(whole)
-    told, expected = judge(alone, 4, policy), judge(whole, 4, policy)
+            assert alone.ranks_with(field) == [
+                rank for rank, one in enumerate(ledgers) if getattr(one, field)
+            ]
+    assert nonfinite_ranks(alone) == nonfinite_ranks(whole)
+    told, expected = check_step(alone, 4, policy), check_step(whole, 4, policy)
     assert (type(told), str(told)) == (type(expected), str(expected))
 
 
-@pytest.mark.parametrize("field", ["leaving", "hooks", "reading", "rescaled"])
+@pytest.mark.parametrize("field", ["preemption_requested", "hooks", "rows_requested", "rescaled"])
 def test_who_leaves_and_that_somebody_reads_is_asked(field):
     ledgers = [Ledger(denominator=1.0), Ledger(denominator=1.0, **{field: 1.0})]
-    assert summed(ledgers).ask
-    assert not summed([Ledger(denominator=1.0, more=1.0)] * 2).ask
+    assert summed(ledgers).needs_rows
+    assert not summed([Ledger(denominator=1.0, has_next=1.0)] * 2).needs_rows
 
 
 def test_times_and_moves_are_not_summed():
-    totals = Ledgers.of([Ledger(1.0, 1.0, communication=3.0, moved=2.0)] * 2).totals
-    assert totals[COLUMN["communication"]] == totals[COLUMN["moved"]] == 0
-    assert len(totals) == WIDTH
+    totals = Ledgers.of([Ledger(1.0, 1.0, communication=3.0, drift_sqnorm=2.0)] * 2).totals
+    assert totals[COLUMN["communication"]] == totals[COLUMN["drift_sqnorm"]] == 0
+    assert len(totals) == LEDGER_WIDTH
 
 
 def test_weights_too_large_to_be_added_up_are_refused():
     ledgers = [Ledger(1.0, 1e308, 1e308, 1.0, 1.0)] * 3
     for some in (summed(ledgers), Ledgers.of(ledgers)):
-        assert "add up to more than float64 holds" in str(judge(some, 2))
+        assert "add up to more than float64 holds" in str(check_step(some, 2))
 
 
 def test_of_very_many_ranks_the_first_are_named():
-    error = judge([Ledger(failed=1.0)] * 100, 1)
+    error = check_step([Ledger(failed=1.0)] * 100, 1)
     assert "ranks 0, 1, 2" in str(error)
     assert "15 and 84 more cannot go on" in str(error)
 

@@ -24,7 +24,7 @@ from hvdloss.explain import (
     permutation_importance,
     shap_values,
 )
-from hvdloss.explain.exchange import Told, tell
+from hvdloss.explain.exchange import RankMessage, exchange_messages
 from hvdloss.explain.sample import moves, random_keys, smallest
 from hvdloss.losses import Correlation
 from hvdloss.metrics import ConfusionMatrix
@@ -531,7 +531,9 @@ def test_an_unknown_explainer():
 
 def test_what_ranks_tell_each_other_arrives():
     def work(c):
-        told = tell(c, "n", "testing", lambda: Told({"rank": c.rank}, a=np.full(c.rank, "x"), b=np.eye(2)))
+        told = exchange_messages(
+            c, "n", "testing", lambda: RankMessage({"rank": c.rank}, a=np.full(c.rank, "x"), b=np.eye(2))
+        )
         return [(one.note, one["a"].tolist(), one["b"].shape) for one in told]
 
     assert simulate(2, work)[0] == [({"rank": 0}, [], (2, 2)), ({"rank": 1}, ["x"], (2, 2))]

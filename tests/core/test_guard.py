@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from hvdloss.communicator import simulate
 from hvdloss.errors import AgreementError, ConfigError
-from hvdloss.guard import checksum, compare, due, ranks_apart
+from hvdloss.guard import assert_synchronized, checksum, due, mismatched_ranks
 
 
 @given(st.lists(st.floats(width=32), min_size=1, max_size=50), st.data())
@@ -28,7 +28,7 @@ def test_an_empty_array_has_a_checksum() -> None:
 
 @given(st.lists(st.integers(0, 2), min_size=1, max_size=6))
 def test_ranks_apart_are_those_unlike_rank_0(values: list[int]) -> None:
-    assert ranks_apart(values) == [i for i, v in enumerate(values) if v != values[0]]
+    assert mismatched_ranks(values) == [i for i, v in enumerate(values) if v != values[0]]
 
 
 @pytest.mark.parametrize(("every", "expected"), [(None, []), (1, [1, 2, 3, 4]), (2, [2, 4])])
@@ -48,7 +48,7 @@ def told(names: list[list[str]], sums: list[list[int]]) -> list[str]:
     def body(communicator: object) -> str:
         rank = communicator.rank  # type: ignore[attr-defined]
         try:
-            compare(communicator, names[rank], sums[rank], name="g", when="after step 7")  # type: ignore[arg-type]
+            assert_synchronized(communicator, names[rank], sums[rank], name="g", when="after step 7")  # type: ignore[arg-type]
         except AgreementError as error:
             return str(error)
         return ""

@@ -24,17 +24,17 @@ from hvdloss.errors import (
 )
 from hvdloss.ledger import (
     COLUMN,
-    NONFINITE,
-    POLICIES,
-    WIDTH,
+    LEDGER_WIDTH,
+    NONFINITE_COLUMNS,
+    NONFINITE_MODES,
     Ledger,
-    check_policy,
-    judge,
-    offenders,
+    check_nonfinite_mode,
+    check_step,
+    nonfinite_ranks,
     pack,
     unpack,
 )
-from hvdloss.reduction import MEASURED
+from hvdloss.reduction import TENSOR_FIELDS
 
 NAMES = [field.name for field in fields(Ledger)]
 whole_numbers = st.integers(-(2**40), 2**40).map(float)
@@ -42,7 +42,7 @@ finite = st.floats(-1e100, 1e100)
 
 
 def ledgers_of(numbers):
-    return st.lists(numbers, min_size=WIDTH, max_size=WIDTH).map(lambda row: Ledger(*row))
+    return st.lists(numbers, min_size=LEDGER_WIDTH, max_size=LEDGER_WIDTH).map(lambda row: Ledger(*row))
 
 
 counts = st.integers(0, 5).map(float)
@@ -95,10 +95,10 @@ def test_a_ledger_cannot_be_changed():
         Ledger().weight = 1.0  # type: ignore[misc]
 
 
-@given(st.lists(finite, min_size=MEASURED, max_size=MEASURED), st.floats(0, 5), st.floats(0, 5))
+@given(st.lists(finite, min_size=TENSOR_FIELDS, max_size=TENSOR_FIELDS), st.floats(0, 5), st.floats(0, 5))
 def test_a_row_becomes_the_first_fields(row, strays, communication):
-    ledger = Ledger.of_row(np.array(row), strays=strays, communication=communication)
-    assert astuple(ledger) == (*row, 0.0, strays, 0.0, communication, *[0.0] * 9)
+    ledger = Ledger.of_row(np.array(row), untracked_backwards=strays, communication=communication)
+    assert astuple(ledger) == (*row, 0.0, strays, 0.0, communication, *[0.0] * 10)
     assert all(type(value) is float for value in astuple(ledger))
 
 
@@ -115,7 +115,7 @@ def test_unpack_inverts_the_sum_of_packs(ledgers):
 def test_pack_fills_its_own_row_only(ledger, size, data):
     rank = data.draw(st.integers(0, size - 1))
     table = pack(ledger, rank, size)
-    assert table.shape == (size, WIDTH)
+    assert table.shape == (size, LEDGER_WIDTH)
     assert table.dtype == np.float64
     assert tuple(table[rank]) == astuple(ledger)
     assert not np.delete(table, rank, axis=0).any()
@@ -138,23 +138,23 @@ def accepted_or_refused(table):
 numeric = st.one_of(hnp.boolean_dtypes(), hnp.integer_dtypes(), hnp.floating_dtypes(sizes=(16, 32, 64)))
 
 
-@given(hnp.arrays(numeric, hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=WIDTH + 1)))
+@given(hnp.arrays(numeric, hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=LEDGER_WIDTH + 1)))
 def test_unpack_of_any_numbers_is_ledgers_or_a_config_error(table):
     ledgers = accepted_or_refused(table)
     number = table.dtype.kind != "b"  # truth values are no sums
-    good = number and table.ndim == 2 and table.shape[1] == WIDTH and bool(np.isfinite(table).all())
+    good = number and table.ndim == 2 and table.shape[1] == LEDGER_WIDTH and bool(np.isfinite(table).all())
     assert (ledgers is not None) == good
     if ledgers is not None:
         assert [astuple(one) for one in ledgers] == [tuple(row) for row in table.astype(float).tolist()]
 
 
 @given(
-    hnp.arrays(np.float64, st.tuples(st.integers(1, 4), st.just(WIDTH)), elements=finite),
+    hnp.arrays(np.float64, st.tuples(st.integers(1, 4), st.just(LEDGER_WIDTH)), elements=finite),
     st.sampled_from([math.nan, math.inf, -math.inf]),
     st.data(),
 )
 def test_unpack_refuses_one_bad_entry(table, bad, data):
-    table[data.draw(st.integers(0, len(table) - 1)), data.draw(st.integers(0, WIDTH - 1))] = bad
+    table[data.draw(st.integers(0, len(table) - 1)), data.draw(st.integers(0, LEDGER_WIDTH - 1))] = bad
     with pytest.raises(ConfigError, match="NaN or infinity"):
         unpack(table)
 
@@ -168,18 +168,18 @@ JUNK = {
     "object": object(),
     "empty list": [],
     "list of an empty list": [[]],
-    "ragged rows": [[1.0] * WIDTH, [1.0]],
-    "row of text": [["x"] * WIDTH],
-    "row of None": [[None] * WIDTH],
-    "row of dicts": [[{}] * WIDTH],
-    "integers beyond float64": [[10**400] * WIDTH],
-    "too wide": np.ones((2, WIDTH + 1)),
-    "too narrow": np.ones((2, WIDTH - 1)),
-    "one dimension": np.ones(WIDTH),
-    "three dimensions": np.ones((1, 1, WIDTH)),
-    "array of text": np.full((1, WIDTH), "1.0 kg"),
-    "array of objects": np.full((1, WIDTH), object()),
-    "complex numbers": np.full((1, WIDTH), 1j),
+    "ragged rows": [[1.0] * LEDGER_WIDTH, [1.0]],
+    "row of text": [["x"] * LEDGER_WIDTH],
+    "row of None": [[None] * LEDGER_WIDTH],
+    "row of dicts": [[{}] * LEDGER_WIDTH],
+    "integers beyond float64": [[10**400] * LEDGER_WIDTH],
+    "too wide": np.ones((2, LEDGER_WIDTH + 1)),
+    "too narrow": np.ones((2, LEDGER_WIDTH - 1)),
+    "one dimension": np.ones(LEDGER_WIDTH),
+    "three dimensions": np.ones((1, 1, LEDGER_WIDTH)),
+    "array of text": np.full((1, LEDGER_WIDTH), "1.0 kg"),
+    "array of objects": np.full((1, LEDGER_WIDTH), object()),
+    "complex numbers": np.full((1, LEDGER_WIDTH), 1j),
 }
 
 
@@ -195,8 +195,8 @@ scalars = st.one_of(
 )
 junk_tables = st.one_of(
     scalars,
-    st.recursive(scalars, lambda inner: st.lists(inner, max_size=WIDTH), max_leaves=3 * WIDTH),
-    st.lists(st.lists(scalars, min_size=WIDTH, max_size=WIDTH), max_size=3),
+    st.recursive(scalars, lambda inner: st.lists(inner, max_size=LEDGER_WIDTH), max_leaves=3 * LEDGER_WIDTH),
+    st.lists(st.lists(scalars, min_size=LEDGER_WIDTH, max_size=LEDGER_WIDTH), max_size=3),
     st.dictionaries(st.text(max_size=2), st.floats(), max_size=3),
 )
 
@@ -210,11 +210,11 @@ def test_unpack_of_anything_is_ledgers_or_a_config_error(junk):
 
 # Judging
 
-FAULTS = [  # in order of precedence
+FAULT_COLUMNS = [  # in order of precedence
     ("negative_weights", WeightError, "below zero"),
     ("nonfinite_weights", WeightError, "NaN or infinite"),
     ("nonfinite_losses", NonFiniteLossError, "loss is NaN or infinite"),
-    ("strays", UsageError, "without passing through"),
+    ("untracked_backwards", UsageError, "without passing through"),
     ("nonfinite_gradients", NonFiniteGradientError, "the loss is finite, but a gradient is NaN or infinite"),
 ]
 
@@ -229,15 +229,15 @@ def ranks_named(message):
 @given(st.lists(sound_ledgers, min_size=1, max_size=5), st.integers(1, 10**6))
 def test_a_step_with_weight_and_without_faults_is_sound(ledgers, step):
     ledgers[-1] = replace(ledgers[-1], denominator=ledgers[-1].denominator + 1.0)
-    assert judge(ledgers, step) is None
+    assert check_step(ledgers, step) is None
 
 
-@pytest.mark.parametrize(("field", "kind", "words"), FAULTS)
+@pytest.mark.parametrize(("field", "kind", "words"), FAULT_COLUMNS)
 @pytest.mark.parametrize("ranks", [[0], [2], [0, 2], [0, 1, 2]])
 def test_each_fault_is_named_with_its_step_and_ranks(field, kind, words, ranks):
     sound = Ledger(numerator=1.0, denominator=2.0, weight=2.0, elements=2.0, micro_batches=1.0)
     ledgers = [replace(sound, **{field: 1.0}) if rank in ranks else sound for rank in range(3)]
-    error = judge(ledgers, 17)
+    error = check_step(ledgers, 17)
     assert type(error) is kind
     assert "step 17" in str(error)
     assert words in str(error)
@@ -248,20 +248,20 @@ def test_each_fault_is_named_with_its_step_and_ranks(field, kind, words, ranks):
 @given(
     st.lists(sound_ledgers, min_size=1, max_size=4),
     st.dictionaries(
-        st.sampled_from([field for field, _, _ in FAULTS]),
+        st.sampled_from([field for field, _, _ in FAULT_COLUMNS]),
         st.sets(st.integers(0, 3), min_size=1),
         min_size=1,
     ),
 )
 def test_of_several_faults_the_first_cause_is_told(ledgers, faults):
     expected = None
-    for field, kind, _ in FAULTS:
+    for field, kind, _ in FAULT_COLUMNS:
         ranks = sorted(rank for rank in faults.get(field, ()) if rank < len(ledgers))
         for rank in ranks:
             ledgers[rank] = replace(ledgers[rank], **{field: 2.0})
         if ranks and expected is None:
             expected = (kind, ranks)
-    error = judge(ledgers, 1)
+    error = check_step(ledgers, 1)
     if expected is None:
         assert error is None or type(error) is NoWeightError
     else:
@@ -270,21 +270,21 @@ def test_of_several_faults_the_first_cause_is_told(ledgers, faults):
 
 @pytest.mark.parametrize("size", [1, 2, 5])
 def test_no_weight_anywhere_is_an_error(size):
-    error = judge([Ledger(micro_batches=1.0)] * size, 3)
+    error = check_step([Ledger(micro_batches=1.0)] * size, 3)
     assert type(error) is NoWeightError
     assert "step 3" in str(error)
     assert f"{size} rank(s)" in str(error)
 
 
 def test_one_rank_with_weight_is_enough():
-    assert judge([Ledger(), Ledger(denominator=0.25), Ledger()], 1) is None
+    assert check_step([Ledger(), Ledger(denominator=0.25), Ledger()], 1) is None
 
 
 # Policies for what is not finite
 
 TOLERATED = ("nonfinite_losses", "nonfinite_gradients")
 some_faults = st.dictionaries(
-    st.sampled_from([field for field, _, _ in FAULTS]), st.sets(st.integers(0, 3), min_size=1)
+    st.sampled_from([field for field, _, _ in FAULT_COLUMNS]), st.sets(st.integers(0, 3), min_size=1)
 )
 
 
@@ -297,16 +297,16 @@ def spoiled(ledgers, faults):
 
 
 def test_the_columns_of_the_tolerated_faults():
-    assert NAMES[NONFINITE] == list(TOLERATED) == [name for name in NAMES if COLUMN[name] in (7, 8)]
+    assert NAMES[NONFINITE_COLUMNS] == list(TOLERATED) == [name for name in NAMES if COLUMN[name] in (7, 8)]
 
 
 @given(st.lists(sound_ledgers, min_size=4, max_size=4), some_faults, st.sampled_from(["skip", "drop"]))
 def test_a_policy_forgives_what_is_not_finite_and_nothing_else(ledgers, faults, policy):
     ledgers[0] = replace(ledgers[0], denominator=1.0)
     others = {field: ranks for field, ranks in faults.items() if field not in TOLERATED}
-    told = judge(spoiled(ledgers, faults), 9, policy)
-    alone = judge(spoiled(ledgers, others), 9, policy)
-    strict = judge(spoiled(ledgers, others), 9)
+    told = check_step(spoiled(ledgers, faults), 9, policy)
+    alone = check_step(spoiled(ledgers, others), 9, policy)
+    strict = check_step(spoiled(ledgers, others), 9)
     assert (type(told), str(told)) == (type(alone), str(alone)) == (type(strict), str(strict))
 
 
@@ -314,8 +314,8 @@ def test_a_policy_forgives_what_is_not_finite_and_nothing_else(ledgers, faults, 
 def test_offenders_are_those_that_are_not_finite(ledgers, faults):
     ledgers = spoiled(ledgers, faults)
     losses, gradients = (faults.get(field, set()) for field in TOLERATED)
-    assert offenders(ledgers) == sorted(losses | gradients)
-    assert offenders(ledgers, gradients=False) == sorted(losses)
+    assert nonfinite_ranks(ledgers) == sorted(losses | gradients)
+    assert nonfinite_ranks(ledgers, gradients=False) == sorted(losses)
 
 
 @given(st.lists(sound_ledgers, min_size=4, max_size=4), some_faults)
@@ -323,9 +323,9 @@ def test_gradients_can_be_judged_later(ledgers, faults):
     """Judging without gradients, and then gradients alone, tells what judging once tells."""
     ledgers[0] = replace(ledgers[0], denominator=1.0)
     ledgers = spoiled(ledgers, faults)
-    first = judge(ledgers, 9, gradients=False)
+    first = check_step(ledgers, 9, gradients=False)
     assert not isinstance(first, NonFiniteGradientError)
-    whole = judge(ledgers, 9)
+    whole = check_step(ledgers, 9)
     if first is None:
         assert (whole is None) == (not faults.get("nonfinite_gradients"))
     else:
@@ -334,17 +334,19 @@ def test_gradients_can_be_judged_later(ledgers, faults):
 
 def test_dropping_every_rank_leaves_no_step():
     gone = Ledger(micro_batches=1.0, nonfinite_losses=1.0)
-    error = judge([gone, replace(gone, nonfinite_losses=0.0, nonfinite_gradients=1.0), Ledger()], 4, "drop")
+    error = check_step(
+        [gone, replace(gone, nonfinite_losses=0.0, nonfinite_gradients=1.0), Ledger()], 4, "drop"
+    )
     assert type(error) is NoWeightError
     assert "any of 3 rank(s) that is left after dropping ranks 0, 1, whose" in str(error)
-    assert judge([gone, Ledger(denominator=1.0)], 4, "drop") is None
+    assert check_step([gone, Ledger(denominator=1.0)], 4, "drop") is None
 
 
 @pytest.mark.parametrize("policy", ["ignore", "", None, 1])
 def test_an_unknown_policy_is_refused(policy):
     with pytest.raises(ConfigError, match=r"nonfinite=.*'raise', 'skip', 'drop'"):
-        check_policy(policy)
-    assert [check_policy(known) for known in POLICIES] == list(POLICIES)
+        check_nonfinite_mode(policy)
+    assert [check_nonfinite_mode(known) for known in NONFINITE_MODES] == list(NONFINITE_MODES)
 
 
 @given(st.lists(ledgers_of(st.sampled_from([0.0, 0.0, 1.0, 2.0])), min_size=1, max_size=4))
@@ -354,25 +356,25 @@ def test_judging_depends_on_its_arguments_only(ledgers):
     verdicts = []
     for _ in range(size):
         table = sum(pack(ledger, rank, size) for rank, ledger in enumerate(ledgers))
-        verdicts.append(judge(unpack(table), 5))
-        judge([Ledger(strays=1.0)], 6)  # what was judged in between leaves no trace
+        verdicts.append(check_step(unpack(table), 5))
+        check_step([Ledger(untracked_backwards=1.0)], 6)  # what was judged in between leaves no trace
     assert len({(type(verdict), str(verdict)) for verdict in verdicts}) == 1
     assert verdicts[0] is None or isinstance(verdicts[0], HvdlossError)
 
 
 def test_the_columns_of_faults_are_all_that_make_a_step_unsound():
     names = list(ledger_module.COLUMN)
-    assert names[ledger_module.FAULTS] == [
+    assert names[ledger_module.FAULT_COLUMNS] == [
         "negative_weights",
         "nonfinite_weights",
         "nonfinite_losses",
         "nonfinite_gradients",
-        "strays",
+        "untracked_backwards",
         "failed",
     ]
-    assert names[ledger_module.NONFINITE] == ["nonfinite_losses", "nonfinite_gradients"]
+    assert names[ledger_module.NONFINITE_COLUMNS] == ["nonfinite_losses", "nonfinite_gradients"]
     sound = Ledger(numerator=1.0, denominator=1.0, weight=1.0, elements=1.0)
     for name in names[4:]:
-        error = judge([sound, Ledger(**{**vars(sound), name: 1.0})], 3)
-        assert (error is not None) == (name in names[ledger_module.FAULTS]), name
+        error = check_step([sound, Ledger(**{**vars(sound), name: 1.0})], 3)
+        assert (error is not None) == (name in names[ledger_module.FAULT_COLUMNS]), name
         assert error is None or "rank 1" in str(error) or "rank(s) 1" in str(error), name

@@ -38,6 +38,10 @@ def measured(rng, alpha, beta, count, kind, noise=0.05, slow=0.2, times=10.0) ->
     return list(zip(t.tolist(), size.tolist(), strict=True))
 
 
+def link_of(**state) -> LinkModel:
+    return LinkModel.from_state_dict(state)
+
+
 def model_of(samples, ranks=2, window=512) -> LinkModel:
     model = LinkModel(ranks, window)
     for sample in samples:
@@ -259,7 +263,7 @@ def test_the_oldest_of_the_most_common_makes_room():
     model = LinkModel(2, window=5)
     for seconds, size in [(1, 10), (2, 20), (3, 20), (4, 30), (5, 20), (6, 20), (7, 40)]:
         model.add(seconds, size)
-    assert [sample[:2] for sample in model.state()["samples"]] == [
+    assert [sample[:2] for sample in model.state_dict()["samples"]] == [
         [1, 10],
         [4, 30],
         [5, 20],
@@ -268,7 +272,7 @@ def test_the_oldest_of_the_most_common_makes_room():
     ]
     model.add(8, 50)
     model.add(9, 60)  # no size twice any more: the oldest of all goes
-    assert [sample[0] for sample in model.state()["samples"]] == [4, 6, 7, 8, 9]
+    assert [sample[0] for sample in model.state_dict()["samples"]] == [4, 6, 7, 8, 9]
 
 
 def test_a_link_that_changed_is_learned_anew():
@@ -355,11 +359,11 @@ def test_a_restored_model_goes_on_to_the_last_bit(alpha, beta, seed, count):
     rng = np.random.default_rng(seed)
     samples = measured(rng, alpha, beta, count + 10, "few")
     model = model_of(samples[:count], ranks=3, window=20)
-    other = LinkModel.restore(json.loads(json.dumps(model.state(), allow_nan=False)))
+    other = LinkModel.from_state_dict(json.loads(json.dumps(model.state_dict(), allow_nan=False)))
     for sample in samples[count:]:
         model.add(*sample)
         other.add(*sample)
-    assert other.state() == model.state()
+    assert other.state_dict() == model.state_dict()
     assert other.fit() == model.fit()
     assert other.predict(12345, 2, ranks=7) == model.predict(12345, 2, ranks=7)
 
@@ -388,9 +392,15 @@ def test_a_restored_model_goes_on_to_the_last_bit(alpha, beta, seed, count):
         (lambda: LinkModel(2).predict(1, alpha=-1), "alpha=-1"),
         (lambda: LinkModel(2).predict(1, alpha=math.inf), "alpha=inf"),
         (lambda: LinkModel(1).predict(1, ranks=2), "ranks=2"),
-        (lambda: LinkModel.restore({"ranks": 2}), "not what LinkModel.state"),
-        (lambda: LinkModel.restore({"ranks": 2, "window": 9, "samples": [[1, 2]]}), "not what LinkModel"),
-        (lambda: LinkModel.restore({"ranks": 2, "window": 2, "samples": [[1, 2, 3]] * 3}), "window=2"),
+        (lambda: link_of(ranks=2), "not what LinkModel.state_dict"),
+        (
+            lambda: LinkModel.from_state_dict({"ranks": 2, "window": 9, "samples": [[1, 2]]}),
+            "not what LinkModel",
+        ),
+        (
+            lambda: LinkModel.from_state_dict({"ranks": 2, "window": 2, "samples": [[1, 2, 3]] * 3}),
+            "window=2",
+        ),
         (lambda: ring_beta(-1, 2), "link=-1"),
         (lambda: calibrate(OneProcess(), LinkModel(1), budget_s=0), "budget_s=0"),
         (lambda: calibrate(OneProcess(), LinkModel(2)), "ranks=2"),
@@ -403,10 +413,10 @@ def test_what_cannot_be_used_is_named(call, named):
 
 def test_a_refused_time_changes_nothing():
     model = model_of([(1e-3, 10), (2e-3, 1000)])
-    before, fit = model.state(), model.fit()
+    before, fit = model.state_dict(), model.fit()
     with pytest.raises(ConfigError):
         model.add(1.0, math.nan)
-    assert (model.state(), model.fit()) == (before, fit)
+    assert (model.state_dict(), model.fit()) == (before, fit)
 
 
 def test_a_prediction_without_a_fit_says_what_to_do():
@@ -436,17 +446,17 @@ def calibrated(monkeypatch, ranks, alpha, beta, late=None, **options):
             super().__init__(base._room, base.rank)
             self.calls = []
 
-        def sum(self, array, name):
+        def all_reduce(self, array, name):
             self.calls.append((name, array.shape))
             now.setdefault(threading.get_ident(), 0.0)
             number = [called for called, _ in self.calls].count(name)
             delay = late(self.rank, name, number) if late else 0.0
             now[threading.get_ident()] += alpha + array.nbytes / beta + delay
-            return super().sum(array, name)
+            return super().all_reduce(array, name)
 
-        def gather(self, data, name):
+        def all_gather_bytes(self, data, name):
             self.calls.append((name, ()))
-            return super().gather(data, name)
+            return super().all_gather_bytes(data, name)
 
     monkeypatch.setattr(link_module, "time", Time)
 
@@ -463,7 +473,7 @@ def test_a_calibration_finds_the_link(monkeypatch, alpha, beta):
     for model, fit, calls, _ in results:
         assert fit.alpha == pytest.approx(alpha, rel=1e-6)
         assert fit.beta == pytest.approx(beta, rel=1e-6)
-        assert model.state() == results[0][0].state()
+        assert model.state_dict() == results[0][0].state_dict()
         assert calls == results[0][2]
 
 
@@ -498,14 +508,14 @@ def test_who_came_last_is_believed(monkeypatch):
         assert fit.alpha == pytest.approx(1e-3, rel=1e-6)
         assert fit.beta == pytest.approx(5e8, rel=1e-6)
         assert calls == results[0][2]
-        assert model.state() == results[0][0].state()
+        assert model.state_dict() == results[0][0].state_dict()
 
 
 def test_the_first_sum_of_a_size_is_no_sample(monkeypatch):
     ((model, _, _, _), *_) = calibrated(
         monkeypatch, 2, 1e-3, 5e8, lambda rank, name, number: 0.01 if number == 1 else 0.0
     )
-    for seconds, size, messages in model.state()["samples"]:
+    for seconds, size, messages in model.state_dict()["samples"]:
         assert seconds == pytest.approx(1e-3 * messages + size / 5e8)
 
 
@@ -524,7 +534,7 @@ def test_a_second_calibration_adds_to_the_first():
         count = len(model)
         second = calibrate(c, model, budget_s=0.05)
         assert len(model) > count
-        return model.state(), first, second
+        return model.state_dict(), first, second
 
     (one, two) = simulate(2, work)
     assert one == two
@@ -536,11 +546,11 @@ def test_real_waiting_ranks_hold_equal_models():
     class Late(SimulatedRank):
         calls = 0
 
-        def sum(self, array, name):
+        def all_reduce(self, array, name):
             self.calls += 1
             if self.calls % self.size == self.rank:
                 time.sleep(0.001)
-            return super().sum(array, name)
+            return super().all_reduce(array, name)
 
     def work(c):
         model = LinkModel(3)
@@ -548,7 +558,7 @@ def test_real_waiting_ranks_hold_equal_models():
         return model
 
     models = simulate(3, work)
-    assert len({json.dumps(model.state()) for model in models}) == 1
+    assert len({json.dumps(model.state_dict()) for model in models}) == 1
     assert len({model.fit() for model in models}) == 1
     assert len({model.predict(12345, ranks=9) for model in models}) == 1
 

@@ -46,7 +46,7 @@ class Rank:
     """A group of simulated ranks."""
 
     def __init__(self, communicator):
-        self.rank, self.size, self._sum = communicator.rank, communicator.size, communicator.sum
+        self.rank, self.size, self._sum = communicator.rank, communicator.size, communicator.all_reduce
 
     def all_reduce(self, x, name, *, replicated=False):
         assert replicated  # nothing is sent in the backward pass
@@ -153,11 +153,11 @@ def test_cancellation_does_not_hurt_moments():
         (lambda: SumsLoss(mse, mse, columns=2), ["columns=2"]),
         (lambda: Base("correlation", reduction="sum"), ["reduction='sum'", "Correlation"]),
         (
-            lambda: Base(R2(), terms=(CommunicationCost(acts=(SyncPeriod(4),)),)),
+            lambda: Base(R2(), terms=(CommunicationCost(policies=(SyncPeriod(4),)),)),
             ["SyncPeriod", "R2", "every forward pass"],
         ),
         (lambda: Base("dice"), ["loss='dice'", "soft_dice", "cross_entropy"]),
-        (lambda: Base("mse").own_sums(OPS, 0, 0, None, 0), ["mse is no function of sums"]),
+        (lambda: Base("mse").local_statistics(OPS, 0, 0, None, 0), ["mse is no function of sums"]),
     ],
 )
 def test_what_cannot_be_is_refused(make, words):
@@ -195,7 +195,7 @@ def test_statistics_with_columns_and_without():
 def test_names_settings_and_what_is_printed():
     for name, kind in NAMED.items():
         objective = Base(name)
-        assert isinstance(objective.whole, kind)
+        assert isinstance(objective.global_loss, kind)
         json.dumps(objective.settings())
     assert Base(Tversky(0.2, 0.8)).settings() != Base(Tversky(0.2, 0.7)).settings()
     assert "alpha=0.2" in repr(Tversky(0.2, 0.8))

@@ -32,7 +32,7 @@ from hvdloss.metrics import (
     Precision,
     Recall,
 )
-from hvdloss.metrics.collection import read, written
+from hvdloss.metrics.collection import decode_states, encode_states
 from hvdloss.numpy_ops import NumpyOps
 
 K = 4
@@ -411,9 +411,9 @@ def test_one_gather_and_few_bytes():
     sent = []
 
     class Alone(hvdloss.OneProcess):
-        def gather(self, data, name):
+        def all_gather_bytes(self, data, name):
             sent.append(len(data))
-            return super().gather(data, name)
+            return super().all_gather_bytes(data, name)
 
     n = 10_000
     rng = np.random.default_rng(3)
@@ -436,7 +436,7 @@ def test_one_gather_and_few_bytes():
 
 def test_the_wire_gives_back_what_was_written():
     states = [(np.arange(3), np.ones((2, 2), np.float32).T), (), (np.array(1.5),)]
-    head, again = read(written({"a": "b"}, ["ConfigError", "t"], states))
+    head, again = decode_states(encode_states({"a": "b"}, ["ConfigError", "t"], states))
     assert head["fault"] == ["ConfigError", "t"]
     assert head["settings"] == [["a", "b"]]
     for state, other in zip(states, again, strict=True):

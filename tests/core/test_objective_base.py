@@ -15,7 +15,7 @@ from hypothesis.extra import numpy as hnp
 
 from hvdloss.control.period import SyncPeriod
 from hvdloss.errors import ConfigError
-from hvdloss.ledger import POLICIES
+from hvdloss.ledger import NONFINITE_MODES
 from hvdloss.objective import _ALIASES, LOSSES, ObjectiveBase, expand_mask_axes, loss_named
 from hvdloss.reduction import REDUCTIONS
 from hvdloss.terms import CommunicationCost
@@ -34,10 +34,10 @@ class Optimizer:
     def __init__(self):
         self.told = []
 
-    def backward_began(self, row, gradient, graph):
+    def on_backward_begin(self, row, gradient, graph):
         self.told.append(row)
 
-    def backward_of_another(self, name, graph):
+    def on_foreign_backward(self, name, graph):
         self.others = [*getattr(self, "others", []), name]
 
 
@@ -156,11 +156,11 @@ def test_the_base_knows_no_framework():
 
 def test_all_listeners_are_told_of_each_pass_in_order():
     objective, first, second = Objective("mse"), Optimizer(), Optimizer()
-    objective.announce("unheard")
+    objective.notify_backward("unheard")
     objective.attach(first)
-    objective.announce("a")
+    objective.notify_backward("a")
     objective.attach(second)
-    objective.announce("b")
+    objective.notify_backward("b")
     assert (first.told, second.told) == (["a", "b"], ["b"])
 
 
@@ -171,7 +171,7 @@ def test_listeners_are_held_weakly():
     told = goes.told
     del goes
     gc.collect()
-    objective.announce("a")
+    objective.notify_backward("a")
     assert (stays.told, told) == (["a"], [])
 
 
@@ -192,7 +192,7 @@ def test_attaching_declares_the_passes_per_step():
 def test_objectives_do_not_share_listeners():
     one, other, optimizer = Objective("mse"), Objective("mse"), Optimizer()
     one.attach(optimizer)
-    other.announce("a")
+    other.notify_backward("a")
     assert optimizer.told == []
 
 
@@ -265,7 +265,7 @@ def test_the_places_of_the_helper():
 # What is not finite
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", NONFINITE_MODES)
 def test_the_policy_must_agree_between_ranks(policy):
     objective = Objective("mse", nonfinite=policy)
     assert objective.nonfinite == objective.settings()["nonfinite"] == policy
@@ -276,8 +276,8 @@ def test_policies_that_cannot_be_followed_are_refused():
         Objective("mse", nonfinite="never")
     with pytest.raises(ConfigError, match='nonfinite="drop": SoftDice'):
         Objective("soft_dice", nonfinite="drop")
-    acts = (SyncPeriod(2),)
+    policies = (SyncPeriod(2),)
     with pytest.raises(ConfigError, match='nonfinite="skip" with SyncPeriod'):
-        Objective("mse", nonfinite="skip", terms=(CommunicationCost(acts=acts),))
-    Objective("mse", nonfinite="drop", terms=(CommunicationCost(acts=acts),))
+        Objective("mse", nonfinite="skip", terms=(CommunicationCost(policies=policies),))
+    Objective("mse", nonfinite="drop", terms=(CommunicationCost(policies=policies),))
     Objective("soft_dice", nonfinite="skip")

@@ -12,22 +12,22 @@ from hvdloss import ConfigError, UsageError
 from hvdloss.training.preemption import Preemption
 
 
-class Wishes:
-    leaving = staticmethod(lambda: False)
-    wished = ()
+class PreemptionChannel:
+    preemption_requested = staticmethod(lambda: False)
+    preempted_ranks = ()
 
 
 def test_a_signal_is_told_in_the_next_step_and_twice_is_once(monkeypatch):
     before = signal.getsignal(signal.SIGTERM)
-    wishes, ended = Wishes(), []
-    with Preemption(wishes, shutdown=lambda: ended.append(True)) as leaving:
+    channel, ended = PreemptionChannel(), []
+    with Preemption(channel, shutdown=lambda: ended.append(True)) as leaving:
         assert not leaving()
-        assert not wishes.leaving()
+        assert not channel.preemption_requested()
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
-        assert wishes.leaving()
+        assert channel.preemption_requested()
         assert not leaving()  # no other rank knows yet
-        wishes.wished = (0, 2)
+        channel.preempted_ranks = (0, 2)
         assert leaving()
         assert leaving.ranks == (0, 2)
         with pytest.raises(SystemExit) as left:
@@ -35,14 +35,14 @@ def test_a_signal_is_told_in_the_next_step_and_twice_is_once(monkeypatch):
         assert left.value.code == 143
     assert ended == [True]
     assert signal.getsignal(signal.SIGTERM) is before
-    assert not wishes.leaving()
+    assert not channel.preemption_requested()
 
 
 def test_in_an_elastic_job_only_those_leave_that_were_told_to(monkeypatch):
     monkeypatch.setenv("HOROVOD_ELASTIC", "1")
-    wishes = Wishes()
-    wishes.wished = (1,)
-    with Preemption(wishes, status=0) as leaving:
+    channel = PreemptionChannel()
+    channel.preempted_ranks = (1,)
+    with Preemption(channel, status=0) as leaving:
         assert leaving()
         leaving.leave()  # this rank was not
         with pytest.raises(SystemExit):

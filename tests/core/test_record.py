@@ -24,7 +24,7 @@ from hvdloss import world
 from hvdloss.controller import Controller
 from hvdloss.errors import ConfigError, LostRankError, UsageError
 from hvdloss.ledger import Ledger
-from hvdloss.report import Following, LossReport, Recorder, StepReport, TermReport, read
+from hvdloss.report import LossReport, Recorder, StepReport, Subscription, TermReport, read
 from hvdloss.report.reading import Tail
 from hvdloss.report.schema import FORMAT, KINDS, checked, encoded, plain, scrubbed
 from hvdloss.report.summary import class_table, hardest, summarize
@@ -452,10 +452,10 @@ class Steps:
     def __init__(self):
         self.listeners = []
 
-    def listen(self, listener):
+    def add_listener(self, listener):
         self.listeners.append(listener)
 
-    def unlisten(self, listener):
+    def remove_listener(self, listener):
         if listener in self.listeners:
             self.listeners.remove(listener)
 
@@ -477,13 +477,20 @@ class Notes:
         self.closed += 1
 
 
-def following(source, *sinks, tells=True, **options):
-    return Following(source, Controller(), sinks, about=lambda: ABOUT, tells=lambda: tells, **options)
+def following(source, *sinks, is_reporting_rank=True, **options):
+    return Subscription(
+        source,
+        Controller(),
+        sinks,
+        metadata=lambda: ABOUT,
+        is_reporting_rank=lambda: is_reporting_rank,
+        **options,
+    )
 
 
 def test_sinks_are_told_on_one_rank_until_the_end():
     source, notes, other = Steps(), Notes(), Notes()
-    with following(source, notes), following(source, other, tells=False):
+    with following(source, notes), following(source, other, is_reporting_rank=False):
         source.go(1)
         source.go(2)
     source.go(3)
@@ -509,7 +516,7 @@ def test_a_sink_that_fails_is_told_no_more_and_training_goes_on():
 def test_following_lives_and_ends_with_what_it_follows():
     source, notes = Steps(), Notes()
     following(source, notes)  # nobody keeps it
-    waits = weakref.ref(following(source, Notes(), tells=False))
+    waits = weakref.ref(following(source, Notes(), is_reporting_rank=False))
     gc.collect()
     source.go(1)
     assert notes.seen == [1]
@@ -529,17 +536,17 @@ def test_what_is_no_sink_is_refused():
 def test_when_the_ranks_change_another_one_is_told(tmp_path):
     source, first = Steps(), [False]
     recorder = Recorder(tmp_path / "a.jsonl")
-    follows = Following(
-        source, None, (recorder,), about=lambda: ABOUT, tells=lambda: first[0], size=lambda: 3
+    follows = Subscription(
+        source, None, (recorder,), metadata=lambda: ABOUT, is_reporting_rank=lambda: first[0], size=lambda: 3
     )
     source.go(1)
     first[0] = True
-    follows.renew()
+    follows.reset()
     source.go(2)
-    follows.renew()
+    follows.reset()
     source.go(3)
     first[0] = False
-    follows.renew()
+    follows.reset()
     source.go(4)
     follows.close()
     found = read(tmp_path / "a.jsonl")
@@ -549,9 +556,9 @@ def test_when_the_ranks_change_another_one_is_told(tmp_path):
 
 def test_a_recorder_follows_once(tmp_path):
     with Recorder(tmp_path / "a.jsonl") as recorder:
-        recorder._begin_following(lambda: False, lambda: following(Steps(), recorder, closes=False))
+        recorder._subscribe(lambda: False, lambda: following(Steps(), recorder, closes=False))
         with pytest.raises(UsageError, match="follows an optimizer already"):
-            recorder._begin_following(lambda: False, lambda: None)
+            recorder._subscribe(lambda: False, lambda: None)
 
 
 def test_the_error_that_ends_training_is_in_the_record(tmp_path):
@@ -559,7 +566,7 @@ def test_the_error_that_ends_training_is_in_the_record(tmp_path):
     error.ranks = (3,)
     source = Steps()
     recorder = Recorder(tmp_path / "a.jsonl")
-    recorder._begin_following(lambda: False, lambda: following(source, recorder, closes=False))
+    recorder._subscribe(lambda: False, lambda: following(source, recorder, closes=False))
     source.go(1)
     with pytest.raises(LostRankError), recorder:
         raise error
@@ -612,8 +619,12 @@ def ranks_of_a_job(path, teller, **options):
     """Return the runs and recorders of three processes of an elastic job; `teller` says which one tells."""
     runs, recorders = [Steps() for _ in range(3)], [Recorder(path, **options) for _ in range(3)]
     for number, (run, recorder) in enumerate(zip(runs, recorders, strict=True)):
-        Following(
-            run, None, (recorder,), about=lambda: ABOUT, tells=lambda number=number: teller[0] == number
+        Subscription(
+            run,
+            None,
+            (recorder,),
+            metadata=lambda: ABOUT,
+            is_reporting_rank=lambda number=number: teller[0] == number,
         )
     return runs, recorders
 
@@ -626,8 +637,8 @@ def go(runs, step):
 
 def change(error=None):
     """Have the ranks of an elastic job change."""
-    world.release()
-    world.renew(because=error)
+    world.before_reset()
+    world.reset(because=error)
 
 
 @pytest.mark.parametrize("exists", ["raise", "replace", "append"])
@@ -691,7 +702,7 @@ def test_a_rank_that_is_lost_is_a_fault_and_undone_steps_do_not_count(tmp_path):
     assert [(line["error"], line["ranks"]) for line in found.faults] == [("LostRankError", [2])] * 2
     assert [line["step"] for line in found.ranks] == [7]
     assert found.status == "finished"
-    assert world.why() is None
+    assert world.reset_cause() is None
 
 
 def test_samples_are_counted_once_though_the_last_steps_of_a_killed_writer_are_missing(tmp_path):
@@ -715,9 +726,9 @@ def test_a_file_that_was_taken_away_is_begun_anew(tmp_path):
     path = tmp_path / "a.jsonl"
     runs, recorders = ranks_of_a_job(path, [0])
     go(runs, 1)
-    world.release()
+    world.before_reset()
     path.unlink()
-    world.renew()
+    world.reset()
     go(runs, 2)
     recorders[0].close()
     assert read(path).column("step").tolist() == [2]

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from hvdloss.errors import ConfigError, NonFiniteLossError, ShapeError, WeightError
-from hvdloss.ledger import Ledger, judge, pack, unpack
+from hvdloss.ledger import Ledger, check_step, pack, unpack
 from hvdloss.numpy_ops import NumpyOps
-from hvdloss.reduction import MEASURED, REDUCTIONS, check_reduction, contribution, finish
+from hvdloss.reduction import REDUCTIONS, TENSOR_FIELDS, check_reduction, finish, reduce_losses
 
 OPS = NumpyOps()
 DTYPES = {np.float64: 1e-12, np.float32: 1e-5}
@@ -58,7 +58,7 @@ def assert_close(value, losses, weights, reduction, tolerance):
 
 
 def ledger_of(losses, weights, reduction, share=1.0):
-    return Ledger.of_row(contribution(OPS, losses, weights, reduction, share=share).row(OPS))
+    return Ledger.of_row(reduce_losses(OPS, losses, weights, reduction, share=share).row(OPS))
 
 
 @st.composite
@@ -139,7 +139,7 @@ def test_local_means_weighted_by_their_denominators_average_to_it(dtype, reducti
     parts = [part for rank in data.draw(partitions(len(losses))) for part in rank]
     numerator = denominator = 0.0
     for part in parts:
-        one = contribution(OPS, losses[part], weights[part], reduction, share=1 / len(parts))
+        one = reduce_losses(OPS, losses[part], weights[part], reduction, share=1 / len(parts))
         mean = one.mean(OPS)
         assert np.asarray(mean).dtype == dtype
         assert np.isfinite(mean)
@@ -193,13 +193,13 @@ def test_an_element_of_weight_zero_is_absent(dtype, reduction, bad):
     ledger = ledger_of(losses, weights, reduction)
     assert ledger == ledger_of(np.nan_to_num(losses, nan=0, posinf=0, neginf=0), weights, reduction)
     assert ledger.elements == 4
-    assert judge([ledger], 1) is None
+    assert check_step([ledger], 1) is None
     assert_close(ledger.finish(reduction), losses, weights, reduction, DTYPES[dtype])
 
 
 @by_reduction
 def test_the_mean_of_no_weight_is_zero(reduction):
-    one = contribution(OPS, np.full((2, 3), np.nan), np.zeros((2, 3)), reduction)
+    one = reduce_losses(OPS, np.full((2, 3), np.nan), np.zeros((2, 3)), reduction)
     assert one.mean(OPS) == 0.0
     assert one.elements == 0
 
@@ -225,7 +225,7 @@ def test_a_worked_example(reduction, numerator, denominator, loss):
     assert ledger.denominator == denominator
     assert ledger.finish(reduction) == pytest.approx(loss, rel=1e-15)
     assert (ledger.weight, ledger.elements, ledger.micro_batches) == (3.5, 3.0, 1.0)
-    one = contribution(OPS, LOSSES, WEIGHTS, reduction, share=0.25)
+    one = reduce_losses(OPS, LOSSES, WEIGHTS, reduction, share=0.25)
     assert one.mean(OPS) == pytest.approx(numerator / denominator, rel=1e-15)
 
 
@@ -240,7 +240,7 @@ def test_sum_and_batch_mean_scale_with_the_weights_and_mean_does_not():
 def test_the_sum_of_no_weight_is_zero_and_sound():
     ledger = ledger_of(LOSSES, 0.0, "sum")
     assert ledger.finish("sum") == 0.0
-    assert judge([ledger], 1) is None
+    assert check_step([ledger], 1) is None
 
 
 def test_sequences_count_alike_whatever_their_length_and_weight():
@@ -310,10 +310,10 @@ def test_a_weight_fits_exactly_if_numpy_broadcasts_it_to_the_losses(weight_shape
     except ValueError:
         fits = False
     if fits:
-        contribution(OPS, np.zeros(loss_shape), np.ones(weight_shape), "mean")
+        reduce_losses(OPS, np.zeros(loss_shape), np.ones(weight_shape), "mean")
         return
     with pytest.raises(ShapeError) as caught:
-        contribution(OPS, np.zeros(loss_shape), np.ones(weight_shape), "mean")
+        reduce_losses(OPS, np.zeros(loss_shape), np.ones(weight_shape), "mean")
     assert str(weight_shape) in str(caught.value)
     assert str(loss_shape) in str(caught.value)
 
@@ -328,19 +328,19 @@ def test_a_weight_fits_exactly_if_numpy_broadcasts_it_to_the_losses(weight_shape
 def test_the_hint_for_a_weight_that_does_not_fit_works_when_followed(weight_shape, loss_shape):
     losses, weight = np.zeros(loss_shape), np.ones(weight_shape)
     try:
-        contribution(OPS, losses, weight, "mean")
+        reduce_losses(OPS, losses, weight, "mean")
     except ShapeError as error:
         hint = re.search(r"pass weight\[([:None, .]+)\]", str(error))
         if weight_shape == loss_shape[:1]:
             assert hint, "one weight per sample is the common mistake"
         assume(hint is not None)
         index = tuple({":": slice(None), "None": None, "...": ...}[part] for part in hint[1].split(", "))
-        contribution(OPS, losses, weight[index], "mean")
+        reduce_losses(OPS, losses, weight[index], "mean")
 
 
 def test_the_error_of_a_weight_per_sample_names_shapes_rank_and_way_out():
     with pytest.raises(ShapeError) as caught:
-        contribution(OPS, np.zeros((5, 3)), np.ones(5), "mean", rank=2)
+        reduce_losses(OPS, np.zeros((5, 3)), np.ones(5), "mean", rank=2)
     for words in ("(5,)", "(5, 3)", "rank 2", "weight[:, None]"):
         assert words in str(caught.value)
     assert isinstance(caught.value, ConfigError)
@@ -349,7 +349,7 @@ def test_the_error_of_a_weight_per_sample_names_shapes_rank_and_way_out():
 @pytest.mark.parametrize("shape", [(), (5,)])
 def test_a_sequence_mean_needs_a_token_axis(shape):
     with pytest.raises(ShapeError, match=r"sequence_mean.*rank 3"):
-        contribution(OPS, np.zeros(shape), None, "sequence_mean", rank=3)
+        reduce_losses(OPS, np.zeros(shape), None, "sequence_mean", rank=3)
 
 
 # Faults are counted
@@ -365,15 +365,15 @@ def test_bad_weights_and_losses_are_counted_and_the_row_stays_finite(dtype, redu
     shape = (data.draw(st.integers(1, 4)), data.draw(st.integers(1, 3)))
     losses = data.draw(hnp.arrays(dtype, shape, elements=weird))
     weights = data.draw(hnp.arrays(dtype, shape, elements=weird))
-    row = contribution(OPS, losses, weights, reduction).row(OPS)
+    row = reduce_losses(OPS, losses, weights, reduction).row(OPS)
     assert row.dtype == np.float64
-    assert row.shape == (MEASURED,)
+    assert row.shape == (TENSOR_FIELDS,)
     assert np.isfinite(row).all()
     ledger = Ledger.of_row(row)
     flat = weights.ravel().tolist()
     assert ledger.negative_weights == sum(w < 0 for w in flat)
     assert ledger.nonfinite_weights == sum(not math.isfinite(w) for w in flat)
-    verdict = judge([Ledger(denominator=1.0), ledger], 1)
+    verdict = check_step([Ledger(denominator=1.0), ledger], 1)
     if ledger.negative_weights or ledger.nonfinite_weights:
         assert type(verdict) is WeightError
     elif not all(
@@ -402,7 +402,7 @@ def test_weights_whose_sum_overflows_do_not_pass_as_sound(reduction):
     """Each weight is finite; their sum is not, so the loss of the step cannot be told."""
     huge = ledger_of(np.full((1, 2), 0.5), np.full((1, 2), 1e308), reduction)
     other = ledger_of(np.ones((1, 2)), None, reduction)
-    error = judge([other, huge], 1)
+    error = check_step([other, huge], 1)
     if error is None:
         assert merged([other, huge]).finish(reduction) == pytest.approx(0.5 if reduction == "mean" else 0.75)
     else:
@@ -417,20 +417,20 @@ def test_weights_whose_sum_overflows_do_not_pass_as_sound(reduction):
     [("float16", "float32"), ("int64", "float32"), ("float32", "float32"), ("float64", "float64")],
 )
 def test_half_and_whole_numbers_are_summed_in_float32(given_dtype, sum_dtype):
-    one = contribution(OPS, np.array([1, 2, 3], dtype=given_dtype), np.array([1, 0, 2]), "mean")
+    one = reduce_losses(OPS, np.array([1, 2, 3], dtype=given_dtype), np.array([1, 0, 2]), "mean")
     assert one.numerator.dtype == sum_dtype
     assert one.mean(OPS).dtype == sum_dtype
     assert one.mean(OPS) == pytest.approx(7 / 3, rel=1e-6)
 
 
 def test_float16_losses_sum_beyond_the_range_of_float16():
-    assert contribution(OPS, np.full(100, 60000, dtype="float16"), None, "sum").numerator == 6e6
+    assert reduce_losses(OPS, np.full(100, 60000, dtype="float16"), None, "sum").numerator == 6e6
 
 
 @by_reduction
 def test_weights_and_counts_are_exact_in_float32(reduction):
     losses = np.zeros((1, 2), dtype=np.float32)
-    one = contribution(OPS, losses, np.array([[2.0**24, 1.0]]), reduction)
+    one = reduce_losses(OPS, losses, np.array([[2.0**24, 1.0]]), reduction)
     assert one.weight == 2**24 + 1
     for value in (one.denominator, one.weight, one.elements, one.negative, one.nonfinite):
         assert np.asarray(value).dtype == np.float64
@@ -439,7 +439,7 @@ def test_weights_and_counts_are_exact_in_float32(reduction):
 
 
 def test_a_row_has_the_order_of_the_ledger_fields():
-    one = contribution(OPS, LOSSES, WEIGHTS, "mean")
+    one = reduce_losses(OPS, LOSSES, WEIGHTS, "mean")
     marked = replace(one, numerator=np.float64(1), denominator=np.float64(2), weight=np.float64(3))
     marked = replace(marked, elements=np.float64(4), negative=np.float64(6), nonfinite=np.float64(7))
     assert Ledger.of_row(marked.row(OPS)) == Ledger(

@@ -80,23 +80,27 @@ def test_an_interrupted_epoch_uses_every_sample_exactly_once(kind, n, seed, stag
     sharding, used = KINDS[kind](n, seed), collections.Counter()
     state = None
     for ranks, steps, batch_size in [*stages, (3, 10**6, 7)]:
-        epoch = Epoch(sharding, ranks, 2) if state is None else Epoch.of(KINDS[kind](n, seed), state, ranks)
+        epoch = (
+            Epoch(sharding, ranks, 2)
+            if state is None
+            else Epoch.from_state_dict(KINDS[kind](n, seed), state, ranks)
+        )
         steps = min(steps, epoch.steps(batch_size))
         for rank in range(ranks):
             for batch in list(epoch.batches(rank, batch_size))[:steps]:
                 used.update(batch.tolist())
-        epoch.took(steps, batch_size)
-        state = json.loads(json.dumps(epoch.state()))
-    assert epoch.over
+        epoch.advance_steps(steps, batch_size)
+        state = json.loads(json.dumps(epoch.state_dict()))
+    assert epoch.exhausted
     assert used == counted([sharding.order(2)])
 
 
 def test_without_a_change_of_ranks_each_goes_on_where_it_was():
     epoch = Epoch(Shuffled(40, seed=1), 3, 4)
-    epoch.took(2, 5)
-    again = Epoch.of(Shuffled(40, seed=1), epoch.state(), 3)
-    assert all((a == b).all() for a, b in zip(epoch.left, again.left, strict=True))
-    assert again.state() == epoch.state()
+    epoch.advance_steps(2, 5)
+    again = Epoch.from_state_dict(Shuffled(40, seed=1), epoch.state_dict(), 3)
+    assert all((a == b).all() for a, b in zip(epoch.remaining, again.remaining, strict=True))
+    assert again.state_dict() == epoch.state_dict()
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 6])
@@ -153,8 +157,11 @@ def test_no_group_is_split_and_shards_differ_by_a_group_at_most(n, ranks, seed, 
     epoch = Epoch(Grouped(of, seed=seed), ranks)
     sizes = [len(shard) for shard in epoch.shards]
     assert max(sizes) - min(sizes) <= np.bincount(of).max()
-    epoch.take([min(taken, size) for size in sizes])
-    for shards in (epoch.shards, Epoch.of(Grouped(of, seed=seed), epoch.state(), ranks + 1).shards):
+    epoch.advance([min(taken, size) for size in sizes])
+    for shards in (
+        epoch.shards,
+        Epoch.from_state_dict(Grouped(of, seed=seed), epoch.state_dict(), ranks + 1).shards,
+    ):
         found = [set(of[shard].tolist()) for shard in shards]
         assert all(not a & b for i, a in enumerate(found) for b in found[:i])
 
@@ -196,12 +203,15 @@ def test_a_small_alpha_skews_and_a_large_one_does_not():
         (lambda: Weighted([0.0], draws=1, replacement=True), ["all 0"]),
         (lambda: Stratified([[1], [2]]), ["labels of shape (2, 1)"]),
         (lambda: Dirichlet([1, 2], 0.0), ["alpha=0.0"]),
-        (lambda: Epoch(Contiguous(4), 2).take([1]), ["one per rank"]),
-        (lambda: Epoch(Contiguous(4), 2).take([1, 3]), ["rank 1 has 2 samples left"]),
+        (lambda: Epoch(Contiguous(4), 2).advance([1]), ["one per rank"]),
+        (lambda: Epoch(Contiguous(4), 2).advance([1, 3]), ["rank 1 has 2 samples left"]),
         (lambda: Epoch(Contiguous(4), 2).steps(0), ["batch_size=0"]),
-        (lambda: Epoch.of(Contiguous(5), Epoch(Contiguous(4), 2).state(), 2), ["samples: 4 then, 5 now"]),
         (
-            lambda: Epoch.of(Stratified([1, 2]), Epoch(Stratified([1, 1]), 2).state(), 2),
+            lambda: Epoch.from_state_dict(Contiguous(5), Epoch(Contiguous(4), 2).state_dict(), 2),
+            ["samples: 4 then, 5 now"],
+        ),
+        (
+            lambda: Epoch.from_state_dict(Stratified([1, 2]), Epoch(Stratified([1, 1]), 2).state_dict(), 2),
             ["labels", "differ"],
         ),
     ],
@@ -233,7 +243,7 @@ json_like = st.recursive(
 )
 def test_any_state_is_an_epoch_or_a_config_error(state):
     try:
-        epoch = Epoch.of(Contiguous(4), state, 2)
+        epoch = Epoch.from_state_dict(Contiguous(4), state, 2)
     except ConfigError:
         return
     assert epoch.ranks == 2

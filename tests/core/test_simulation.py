@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hvdloss.control import AdaptiveCompression, BatchShares, OuterStep, SyncPeriod
-from hvdloss.control.log import decide_again, read
+from hvdloss.control.log import read, replay
 from hvdloss.control.simulation import (
     BACKWARD,
     ComputeModel,
@@ -26,7 +26,7 @@ from hvdloss.control.simulation import (
     simulate_training,
 )
 from hvdloss.errors import ConfigError
-from hvdloss.ledger import COLUMN, WIDTH
+from hvdloss.ledger import COLUMN, LEDGER_WIDTH
 from hvdloss.terms.link import LinkModel
 
 MODEL = 8e6  # bytes
@@ -41,7 +41,7 @@ def plan(ranks: int = 4, per_rank: int = 32, **more: Any) -> TrainingPlan:
 
 def table_bytes(ranks: int) -> int:
     """What the ledgers add to a bucket of float32: four numbers for each of theirs."""
-    return ranks * WIDTH * 4 * 4
+    return ranks * LEDGER_WIDTH * 4 * 4
 
 
 # -- the formulas -------------------------------------------------------------------------------------
@@ -94,7 +94,7 @@ def test_local_steps_pay_one_exchange_a_stretch_and_wait_once() -> None:
     out = simulate_training(
         plan(
             steps=21,
-            acts=(SyncPeriod(5),),
+            policies=(SyncPeriod(5),),
             compute=ComputeModel(1e-3, slow=slow),
             network=network,
             loss=LossModel(drift=0.25),
@@ -103,7 +103,7 @@ def test_local_steps_pay_one_exchange_a_stretch_and_wait_once() -> None:
     # The first step is done together, as by the optimizers that lay out their buckets in it.
     assert out.periods.tolist() == [1] + 20 * [5]
     assert out.exchanges == 5
-    parameters = network.seconds(MODEL + 8 * 4 * WIDTH, 2, 4)
+    parameters = network.seconds(MODEL + 8 * 4 * LEDGER_WIDTH, 2, 4)
     np.testing.assert_allclose(out.step_seconds[1:], 3 * 0.032 + parameters / 5, rtol=1e-12)
     slowdown = SyncPeriod(5).slowdown(5, 0.25)
     assert slowdown > 0
@@ -123,9 +123,9 @@ def test_what_overlaps_the_backward_pass_costs_nothing() -> None:
 
 
 def test_handling_is_paid_by_the_byte_and_never_hidden() -> None:
-    def of(acts: tuple[Any, ...], **more: float) -> float:
+    def of(policies: tuple[Any, ...], **more: float) -> float:
         network = NetworkModel(0, 1e9, overlap=1.0, **more)
-        asked = plan(steps=41, compute=ComputeModel(1e-2), network=network, acts=acts)
+        asked = plan(steps=41, compute=ComputeModel(1e-2), network=network, policies=policies)
         return float(simulate_training(asked).step_seconds[-1])
 
     assert of((), handling=1e-9) - of(()) == pytest.approx(MODEL * 1e-9)
@@ -209,7 +209,7 @@ def test_the_loss_falls_to_its_floor_and_local_steps_count_for_less() -> None:
     assert [model.after(e) for e in (0, 10, 1e12)] == pytest.approx([3.0, 2.0, 1.0])
     exact = simulate_training(plan(loss=model))
     np.testing.assert_allclose(exact.losses, [model.after(e) for e in range(40)])
-    local = simulate_training(plan(loss=model, acts=(SyncPeriod(16),)))
+    local = simulate_training(plan(loss=model, policies=(SyncPeriod(16),)))
     assert local.losses[-1] > exact.losses[-1]
     assert exact.seconds_to(2.0) == pytest.approx(exact.step_seconds[:10].sum())
     assert exact.seconds_to(0.5) is None
@@ -235,11 +235,11 @@ def test_more_bandwidth_is_never_slower(
     ranks: int, bandwidth: float, factor: float, period: int | None, overlap: float, seed: int
 ) -> None:
     def seconds(rate: float) -> float:
-        acts = () if period is None else (SyncPeriod(period),)
+        policies = () if period is None else (SyncPeriod(period),)
         network = NetworkModel(1e-4, rate, overlap=overlap, jitter=0.2)
         compute = ComputeModel(1e-4, noise=0.3, tail=0.1)
         return simulate_training(
-            plan(ranks, steps=9, acts=acts, network=network, compute=compute, seed=seed)
+            plan(ranks, steps=9, policies=policies, network=network, compute=compute, seed=seed)
         ).seconds
 
     assert seconds(bandwidth * factor) <= seconds(bandwidth) * (1 + 1e-12)
@@ -259,8 +259,8 @@ def test_balanced_shares_beat_equal_ones_and_reach_the_ideal_within_rounding(
     network = NetworkModel(0, math.inf)
     asked = plan(ranks, per_rank, compute=compute, network=network)
     equal = simulate_training(asked)
-    shares = BatchShares(asked.batch_size, gain=0.0, least=0)
-    balanced = simulate_training(replace(asked, acts=(shares,)))
+    shares = BatchShares(asked.batch_size, gain=0.0, min_per_rank=0)
+    balanced = simulate_training(replace(asked, policies=(shares,)))
     # Nobody waits when samples go by speed: the batch takes what all speeds together need for it.
     ideal = asked.batch_size / float((1 / (1e-3 * compute.factors(ranks))).sum())
     assert equal.settled.step_seconds == pytest.approx(slow * per_rank * 1e-3)
@@ -272,7 +272,7 @@ def test_balanced_shares_beat_equal_ones_and_reach_the_ideal_within_rounding(
     assert balanced.sizes.sum() == asked.batch_size
 
 
-def acts_of_all_kinds(batch: int) -> tuple[Any, ...]:
+def policies_of_all_kinds(batch: int) -> tuple[Any, ...]:
     return (
         BatchShares(batch),
         SyncPeriod("predicted", interval=0.5, outer=OuterStep()),
@@ -285,7 +285,7 @@ def noisy(ranks: int, steps: int, seed: int = 0, **more: Any) -> TrainingPlan:
         ranks,
         steps=steps,
         seed=seed,
-        acts=acts_of_all_kinds(ranks * 32),
+        policies=policies_of_all_kinds(ranks * 32),
         compute=ComputeModel(noise=0.1, slow_share=0.2, slow_factor=3.0),
         network=NetworkModel(1e-6, 1e8, jitter=0.1),
         loss=LossModel(noise=0.05),
@@ -303,7 +303,7 @@ def test_the_seed_decides_everything() -> None:
     assert same(one, simulate_training(noisy(8, 120)))
     again = noisy(8, 120)
     assert same(one, simulate_training(again))
-    assert same(one, simulate_training(again)), "acts that were used before start afresh"
+    assert same(one, simulate_training(again)), "policies that were used before are reset"
     assert not same(one, simulate_training(noisy(8, 120, seed=1)))
 
 
@@ -312,9 +312,9 @@ def test_ranks_compute_the_same_whatever_was_decided() -> None:
     compute = ComputeModel(0.0, 0.1, noise=0.0, tail=0.2, tail_shape=2.0)
     computing = {
         simulate_training(
-            plan(acts=acts, compute=compute, network=NetworkModel(jitter=0.5), steps=31)
+            plan(policies=policies, compute=compute, network=NetworkModel(jitter=0.5), steps=31)
         ).whole.computing
-        for acts in ((), (BatchShares(128),))
+        for policies in ((), (BatchShares(128),))
     }
     assert len(computing) == 1
 
@@ -324,7 +324,7 @@ def test_the_controller_decides_the_same_again_from_the_log(tmp_path: Path) -> N
     asked = noisy(8, 200)
     out = simulate_training(asked, log=path)
     assert len(out.decisions) > 3
-    assert decide_again(noisy(8, 200).controller(), path) == out.decisions
+    assert replay(noisy(8, 200).controller(), path) == out.decisions
     head, link, *rest = read(path)
     assert head["ranks"] == 8
     assert link["kind"] == "link"
@@ -340,14 +340,14 @@ def test_the_controller_decides_the_same_again_from_the_log(tmp_path: Path) -> N
 
 def test_compression_halves_what_travels_where_bytes_take_the_time() -> None:
     network = NetworkModel(1e-6, 1e7)
-    out = simulate_training(plan(steps=40, acts=(AdaptiveCompression(every=5),), network=network))
+    out = simulate_training(plan(steps=40, policies=(AdaptiveCompression(every=5),), network=network))
     assert out.compressed
     assert [(d.before, d.after) for d in out.decisions] == [("none", "fp16")]
     plain = simulate_training(plan(steps=40, network=network))
     saved = plain.settled.step_seconds - out.settled.step_seconds
     assert saved == pytest.approx(1.5 * MODEL / 2 / 1e7, rel=0.01)
     idle = simulate_training(
-        plan(steps=40, acts=(AdaptiveCompression(every=5),), network=NetworkModel(1e-2, 1e12))
+        plan(steps=40, policies=(AdaptiveCompression(every=5),), network=NetworkModel(1e-2, 1e12))
     )
     assert not idle.compressed
 
@@ -356,8 +356,8 @@ def test_the_predicted_period_is_the_best_of_all() -> None:
     """The rule rests on the model that the simulator follows, so it must find its optimum."""
     compute, network = ComputeModel(1e-3), NetworkModel(1e-4, 1e8)
 
-    def pace(act: SyncPeriod) -> float:
-        out = simulate_training(plan(steps=2001, acts=(act,), compute=compute, network=network))
+    def pace(policy: SyncPeriod) -> float:
+        out = simulate_training(plan(steps=2001, policies=(policy,), compute=compute, network=network))
         return out.seconds / out.effective_steps
 
     ruled = pace(SyncPeriod("predicted", interval=0.1, smoothness=0.1))
@@ -387,7 +387,7 @@ def calls(work: Callable[[], Any]) -> tuple[int, Any]:
 
 
 @pytest.mark.parametrize(
-    "acts",
+    "policies",
     [
         lambda batch: (),
         lambda batch: (BatchShares(batch),),
@@ -396,10 +396,14 @@ def calls(work: Callable[[], Any]) -> tuple[int, Any]:
     ],
     ids=["plain", "shares", "period", "compression"],
 )
-def test_ten_thousand_ranks_take_as_many_operations_as_ten(acts: Callable[[int], tuple[Any, ...]]) -> None:
+def test_ten_thousand_ranks_take_as_many_operations_as_ten(
+    policies: Callable[[int], tuple[Any, ...]],
+) -> None:
     def of(ranks: int) -> TrainingPlan:
         compute = ComputeModel(slow={3: 2.0}, noise=0.01, tail=1e-4)
-        return plan(ranks, steps=60, acts=acts(ranks * 32), compute=compute, network=NetworkModel(1e-7))
+        return plan(
+            ranks, steps=60, policies=policies(ranks * 32), compute=compute, network=NetworkModel(1e-7)
+        )
 
     few, _ = calls(lambda: simulate_training(of(10)))
     many, out = calls(lambda: simulate_training(of(10_000)))
@@ -414,7 +418,7 @@ def test_at_ten_thousand_ranks_shares_follow_speed_and_not_noise() -> None:
         plan(
             ranks,
             steps=150,
-            acts=(BatchShares(32 * ranks),),
+            policies=(BatchShares(32 * ranks),),
             compute=ComputeModel(noise=0.05, slow_share=0.01, slow_factor=3.0),
             network=NetworkModel(0, math.inf),
             seed=3,
@@ -435,7 +439,7 @@ def test_one_hitch_does_not_move_the_predicted_period() -> None:
         plan(
             512,
             steps=600,
-            acts=(SyncPeriod("predicted", interval=0.1),),
+            policies=(SyncPeriod("predicted", interval=0.1),),
             compute=ComputeModel(1e-3, tail=1e-5, tail_seconds=2.0),
             network=NetworkModel(1e-7, 1e8),
         )
@@ -471,16 +475,16 @@ def test_one_hitch_does_not_move_the_predicted_period() -> None:
         (lambda: plan(0), "ranks=0"),
         (lambda: plan(steps=0), "steps=0"),
         (lambda: plan(messages=0), "messages=0"),
-        (lambda: plan(acts=(BatchShares(7),)), "batch_size=128 .* 7"),
-        (lambda: plan(acts=("period",)), "acts has 'period'"),
+        (lambda: plan(policies=(BatchShares(7),)), "batch_size=128 .* 7"),
+        (lambda: plan(policies=("period",)), "policies has .period'"),
         (
             lambda: simulate_training(plan(compute=ComputeModel(slow={4: 2.0}))),
             "number 4, but there are 4 ranks",
         ),
         (lambda: simulate_training(plan(network=NetworkModel(slow={9: 1e6}))), "number 9, but there are 4"),
-        (lambda: simulate_training(plan(acts=(SyncPeriod(2), SyncPeriod(3)))), "two of SyncPeriod"),
+        (lambda: simulate_training(plan(policies=(SyncPeriod(2), SyncPeriod(3)))), "two of SyncPeriod"),
         (
-            lambda: simulate_training(plan(4, batch_size=3, acts=(BatchShares(3),))),
+            lambda: simulate_training(plan(4, batch_size=3, policies=(BatchShares(3),))),
             "3 samples cannot give each of 4 ranks",
         ),
     ],

@@ -236,10 +236,10 @@ class Together:
     def __init__(self, rank: int = 0, size: int = 2) -> None:
         self.rank, self.size = rank, size
 
-    def sum(self, array: np.ndarray, name: str) -> np.ndarray:
+    def all_reduce(self, array: np.ndarray, name: str) -> np.ndarray:
         return array * self.size
 
-    def gather(self, data: bytes, name: str) -> list[bytes]:
+    def all_gather_bytes(self, data: bytes, name: str) -> list[bytes]:
         return [data] * self.size
 
 
@@ -251,24 +251,30 @@ def state(**given) -> StepState:
 def test_a_rank_tells_what_it_knows():
     step = state()
     assert step.ledger() == Ledger()
-    step.status.more = True
-    step.status.leaving = lambda: True
+    step.status.has_next = True
+    step.status.preemption_requested = lambda: True
     step.timer.comm_s, step.timer.compute_s = 0.5, 2.0
     step.refusal = UsageError("x")
-    step.log.listen(print)
-    assert step.ledger(strays=2.0) == Ledger(
-        failed=1.0, more=1.0, leaving=1.0, reading=1.0, communication=0.5, computation=2.0, strays=2.0
+    step.log.add_listener(print)
+    assert step.ledger(untracked_backwards=2.0) == Ledger(
+        failed=1.0,
+        has_next=1.0,
+        preemption_requested=1.0,
+        rows_requested=1.0,
+        communication=0.5,
+        computation=2.0,
+        untracked_backwards=2.0,
     )
 
 
 def test_a_rank_hears_what_all_tell():
     status = RankStatus()
-    status.hear(Ledgers.of([SOUND, Ledger(more=1.0, leaving=1.0)]))
-    assert (status.heard, status.wished) == ((1, True), (1,))
+    status.hear(Ledgers.of([SOUND, Ledger(has_next=1.0, preemption_requested=1.0)]))
+    assert (status.sync_status, status.preempted_ranks) == ((1, True), (1,))
     status.hear(Ledgers.of([SOUND, SOUND]))
-    assert (status.heard, status.wished) == ((2, False), ())
+    assert (status.sync_status, status.preempted_ranks) == ((2, False), ())
     status.reset()
-    assert status.heard == (0, False)
+    assert status.sync_status == (0, False)
 
 
 @pytest.mark.parametrize(
@@ -276,7 +282,7 @@ def test_a_rank_hears_what_all_tell():
     [
         ({"negative_weights": 1.0}, WeightError),
         ({"nonfinite_gradients": 1.0}, NonFiniteGradientError),
-        ({"strays": 1.0}, UsageError),
+        ({"untracked_backwards": 1.0}, UsageError),
         ({"denominator": 0.0}, NoWeightError),
     ],
 )
@@ -351,7 +357,7 @@ def test_a_second_evaluation_cannot_be_skipped():
 def test_other_ranks_make_everything_new_but_what_was_counted():
     step = state()
     step.scale.update(5.0)
-    step.factor, step.status.more, step.timer.comm_s = 3.0, True, 1.0
+    step.factor, step.status.has_next, step.timer.comm_s = 3.0, True, 1.0
     step.sums.untracked, step.refusal = 1, UsageError("x")
     step.phase.to(Event.BEGIN_PASS)
     step.log.steps = 7
@@ -391,7 +397,7 @@ def test_listeners_hear_of_each_step_once_from_the_next_on():
     steps, heard = log(), []
     ledgers = Ledgers.of([SOUND])
     steps.keep(ledgers, 1)
-    steps.listen(lambda report: heard.append(report.step))
+    steps.add_listener(lambda report: heard.append(report.step))
     steps.notify()
     steps.keep(ledgers, 2)
     steps.notify()

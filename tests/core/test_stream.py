@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hvdloss import ConfigError, RankError, UsageError, simulate
-from hvdloss.agreement import raise_together, together
+from hvdloss.agreement import raise_on_all_ranks, run_on_all_ranks
 from hvdloss.data import Epoch, Pieces, RowGroups
-from hvdloss.data.stream import LaneItems, Turns, read_batches
-from hvdloss.data.uneven import Uneven, cut, structure, without_rows
+from hvdloss.data.stream import LaneSchedule, SharedIterable, read_batches
+from hvdloss.data.uneven import Uneven, describe_batch, empty_batch, empty_like
 from hvdloss.errors import AgreementError, DataError
 from hvdloss.training import TransformedBatches
 
@@ -66,8 +66,8 @@ def test_every_row_is_read_once_however_often_ranks_change(rows, lanes, shuffle,
     epoch, seen = Epoch(rule, lanes[0], 2), []
     for number, count in enumerate(lanes):
         if number:
-            epoch = Epoch.of(rule, json.loads(json.dumps(epoch.state())), count)
-        left = epoch.left
+            epoch = Epoch.from_state_dict(rule, json.loads(json.dumps(epoch.state_dict())), count)
+        left = epoch.remaining
         taken = [data.draw(st.integers(0, len(pieces))) for pieces in left]
         if number == len(lanes) - 1:
             taken = [len(pieces) for pieces in left]
@@ -77,8 +77,8 @@ def test_every_row_is_read_once_however_often_ranks_change(rows, lanes, shuffle,
             flat = np.concatenate(got) if got else np.zeros(0, int)
             np.testing.assert_array_equal(flat, rule.row_numbers(pieces[:count], 2))
             seen += flat.tolist()
-        epoch.take(taken)
-    assert epoch.over
+        epoch.advance(taken)
+    assert epoch.exhausted
     assert sorted(seen) == list(range(sum(rows)))
     if not whole:
         sizes = [len(pieces) for pieces in rule.shards(lanes[0])]
@@ -112,7 +112,7 @@ def test_turns_are_those_of_workers(left, lanes, batch_size, steps):
     counts = [*left, *left[::-1], *left][: len(left) - len(left) % lanes] or [left[0]] * lanes
     epoch = Epoch(rule, len(counts))
     epoch.shards = [Pieces([[0, 0, count]]) for count in counts]
-    turns = Turns(epoch, lanes, batch_size)
+    turns = LaneSchedule(epoch, lanes, batch_size)
     expected = []
     for rank in range(len(counts) // lanes):
         own = counts[rank * lanes : (rank + 1) * lanes]
@@ -125,7 +125,7 @@ def test_turns_are_those_of_workers(left, lanes, batch_size, steps):
                 given[lane] = min(given[lane] + batch_size, own[lane])
                 done += 1
         expected += given
-    assert turns.taken(steps) == expected
+    assert turns.consumed(steps) == expected
     most = [sum(-(-c // batch_size) for c in counts[i : i + lanes]) for i in range(0, len(counts), lanes)]
     assert turns.steps == max(most)
 
@@ -138,20 +138,20 @@ def test_turns_are_those_of_workers(left, lanes, batch_size, steps):
     data=st.data(),
 )
 def test_items_are_used_once_however_often_lanes_change(n, parts, lanes, data):
-    position, seen = LaneItems(), []
+    position, seen = SharedIterable(), []
     for count, _ in parts:
-        own = [list(position.of(range(n), count, lane)) for lane in range(count)]
+        own = [list(position.items_for(range(n), count, lane)) for lane in range(count)]
         taken = [data.draw(st.integers(0, len(items))) for items in own]
         seen += [i for items, k in zip(own, taken, strict=True) for i in items[:k]]
-        position = LaneItems.after(json.loads(json.dumps(position.state(taken))))
-    seen += [i for lane in range(lanes) for i in position.of(range(n), lanes, lane)]
+        position = SharedIterable.from_state_dict(json.loads(json.dumps(position.state_dict(taken))))
+    seen += [i for lane in range(lanes) for i in position.items_for(range(n), lanes, lane)]
     assert sorted(seen) == list(range(n))
 
 
 @pytest.mark.parametrize("state", [None, {}, {"version": 1, "epoch": 0, "parts": [[-1]], "sharding": {}}])
 def test_what_is_no_position_is_refused(state):
     with pytest.raises(ConfigError, match="no position in an iterable"):
-        LaneItems.after(state)
+        SharedIterable.from_state_dict(state)
 
 
 # -- ends that nobody knows -----------------------------------------------------------------------
@@ -161,17 +161,17 @@ class Ledger:
     """An optimizer's ledger among simulated ranks."""
 
     def __init__(self, ranks, patience=1):
-        self.ranks, self.patience, self.heard, self.told = ranks, patience, (0, False), (False, None)
+        self.ranks, self.patience, self.sync_status, self.told = ranks, patience, (0, False), (False, None)
 
-    def tell(self, more, error=None):
+    def send_status(self, more, error=None):
         self.told = (more, error)
 
     def step(self):
         more, error = self.told
-        table = self.ranks.sum(np.array([float(more), float(error is not None)]), "ledger")
-        self.heard = (self.heard[0] + 1, bool(table[0]))
+        table = self.ranks.all_reduce(np.array([float(more), float(error is not None)]), "ledger")
+        self.sync_status = (self.sync_status[0] + 1, bool(table[0]))
         if table[1]:
-            raise_together(self.ranks, error, "failed")
+            raise_on_all_ranks(self.ranks, error, "failed")
 
 
 def array(value):
@@ -270,10 +270,10 @@ def test_what_fails_on_one_rank_fails_together():
             return 1
 
         with pytest.raises(RankError, match="rank 1: OSError: disk on fire"):
-            together(ranks, opened, "open", "files")
+            run_on_all_ranks(ranks, opened, "open", "files")
         with pytest.raises(AgreementError, match="files differ between ranks: rank 1 has 1, rank 0 has 0"):
-            together(ranks, lambda: ranks.rank, "open", "files")
-        assert together(ranks, lambda: {"a": [1]}, "open", "files") == {"a": [1]}
+            run_on_all_ranks(ranks, lambda: ranks.rank, "open", "files")
+        assert run_on_all_ranks(ranks, lambda: {"a": [1]}, "open", "files") == {"a": [1]}
 
     simulate(3, work)
 
@@ -288,17 +288,17 @@ class Named(dict):
 def test_a_batch_without_rows_is_held_as_others_are():
     x = np.ones((3, 2))
     batch = Named({0: Pair(x, [x, x]), "words": ["a", "b", "c"], "rows": [{"a": x}, 2], "one": np.float64(1)})
-    empty = cut(batch, zero)
+    empty = empty_like(batch, zero)
     assert type(empty) is Named
     assert type(empty[0]) is Pair
     assert empty[0].x.shape == empty[0].y[1].shape == empty["rows"][0]["a"].shape == (0, 2)
     assert empty["words"] == []
-    told = json.loads(json.dumps(structure(batch, array)))
-    other = without_rows(told, lambda kind, shape: np.zeros(shape, kind))
+    told = json.loads(json.dumps(describe_batch(batch, array)))
+    other = empty_batch(told, lambda kind, shape: np.zeros(shape, kind))
     assert set(other) == {0, "words", "rows", "one"}
     assert other[0][0].shape == (0, 2)
-    with pytest.raises(ConfigError, match="hold a set, of which nobody knows"):
-        structure((x, {1}), array)
+    with pytest.raises(ConfigError, match="hold a set, which cannot be made without rows"):
+        describe_batch((x, {1}), array)
 
 
 class Loader:
@@ -313,14 +313,14 @@ class Loader:
             yield np.full(1, number)
         self.given = 0
 
-    def mark(self):
+    def get_position(self):
         return self.given
 
-    def rewind(self, mark):
-        self.given = mark
+    def set_position(self, position):
+        self.given = position
 
-    def state_dict(self, mark=None):
-        return self.given if mark is None else mark
+    def state_dict(self, position=None):
+        return self.given if position is None else position
 
 
 class Foreign:

@@ -14,10 +14,10 @@ from hvdloss.communicator import OneProcess, simulate
 from hvdloss.control import ClassBalance, ImportanceWeights, Proximal, RankWeights
 from hvdloss.controller import Controller
 from hvdloss.errors import ConfigError, ShapeError, UsageError
-from hvdloss.ledger import COLUMN, WIDTH
+from hvdloss.ledger import COLUMN, LEDGER_WIDTH
 from hvdloss.numpy_ops import NumpyOps
 from hvdloss.objective import ObjectiveBase
-from hvdloss.term import Batch, Closed, Term, Travel
+from hvdloss.term import Batch, CommStats, StepStats, Term
 
 OPS = NumpyOps()
 
@@ -29,8 +29,8 @@ class Objective(ObjectiveBase):
 
 def told(objective, prediction, target, losses, weight=None, keys=None, rank=0, size=1, class_axis=None):
     """Ask an objective's terms about a batch of NumPy arrays."""
-    objective.controller.begin(rank, size)
-    return objective.consult(
+    objective.controller.reset(rank, size)
+    return objective.apply_terms(
         OPS,
         prediction=prediction,
         target=target,
@@ -47,8 +47,8 @@ def told(objective, prediction, target, losses, weight=None, keys=None, rank=0, 
 def table_of(controller, rows, *, denominators=None, losses=None, communication=None, computation=None):
     """Return what ranks would have told together."""
     rows = np.asarray(rows, dtype=np.float64).reshape(len(rows), controller.width)
-    table = np.zeros((len(rows), WIDTH + controller.width))
-    table[:, WIDTH:] = rows
+    table = np.zeros((len(rows), LEDGER_WIDTH + controller.width))
+    table[:, LEDGER_WIDTH:] = rows
     weight = np.ones(len(rows)) if denominators is None else np.asarray(denominators)
     table[:, COLUMN["denominator"]] = table[:, COLUMN["weight"]] = weight
     table[:, COLUMN["numerator"]] = weight * (1.0 if losses is None else np.asarray(losses))
@@ -68,8 +68,8 @@ class Count(Term):
     def observe(self, batch):
         return [batch.ops.count(batch.weight > 0)]
 
-    def close(self, step):
-        return step.rows[:, 0]
+    def on_step_end(self, step):
+        return step.sums[:, 0]
 
 
 @pytest.mark.parametrize("terms", [None, "skew", ("skew",), Count(), (Count,), (3,)])
@@ -99,7 +99,7 @@ def test_a_price_is_a_finite_number(price):
 
 def test_an_act_is_followed_once():
     with pytest.raises(ConfigError, match="two of Proximal"):
-        Objective("mse", terms=(hvdloss.DataSkew(classes=2, acts=(Proximal(), Proximal())),))
+        Objective("mse", terms=(hvdloss.DataSkew(classes=2, policies=(Proximal(), Proximal())),))
 
 
 @pytest.mark.parametrize("sums", [[], [1.0, 2.0], np.zeros((1, 1))])
@@ -113,11 +113,11 @@ def test_sums_have_the_width_that_was_declared(sums):
 @pytest.mark.parametrize("values", [[1.0], [1.0, math.nan], [[1.0, 2.0]], 3.0])
 def test_a_term_has_one_finite_value_per_rank(values):
     term = Count()
-    term.close = lambda step: values
+    term.on_step_end = lambda step: values
     controller = Objective("mse", terms=(term,)).controller
-    controller.begin(0, 2)
-    with pytest.raises(ConfigError, match=r"Count.close\(\) must give one finite value per rank"):
-        controller.close(1, table_of(controller, [[1.0], [2.0]]), Travel())
+    controller.reset(0, 2)
+    with pytest.raises(ConfigError, match=r"Count.on_step_end\(\) must return one finite value per rank"):
+        controller.on_step_end(1, table_of(controller, [[1.0], [2.0]]), CommStats())
 
 
 def test_a_term_without_observe_says_so():
@@ -136,12 +136,12 @@ def test_values_and_prices_reach_the_report():
     assert [one.tolist() for one in sums] == [[4.0]]
     assert weight.tolist() == [0.0, 1.0, 2.0]  # as it was given
     controller = objective.controller
-    controller.begin(0, 2)
+    controller.reset(0, 2)
     assert controller.reports() == {}
-    controller.close(1, table_of(controller, [[4.0], [6.0]]), Travel())
+    controller.on_step_end(1, table_of(controller, [[4.0], [6.0]]), CommStats())
     report = controller.reports()["count"]
     assert (report.values, report.total, report.priced, report.unit) == ([4.0, 6.0], 10.0, 2.5, "elements")
-    assert objective.settings()["terms.count"] == {"price": 0.25, "acts": []}
+    assert objective.settings()["terms.count"] == {"price": 0.25, "policies": []}
 
 
 def test_sums_that_are_not_finite_stay_here():
@@ -153,7 +153,7 @@ def test_sums_that_are_not_finite_stay_here():
 
 def test_weights_and_penalties_of_several_terms_combine():
     class Doubling(Count):
-        weighs = penalizes = True
+        has_weights = has_penalty = True
 
         def weights(self, batch):
             return np.full(batch.losses.shape, 2.0)
@@ -179,10 +179,10 @@ def test_a_weight_that_does_not_broadcast_is_refused_before_terms_see_it():
 def test_begin_starts_afresh_only_for_other_ranks():
     calls = []
     term = Count()
-    term.begin = lambda rank, size: calls.append((rank, size))
+    term.reset = lambda rank, size: calls.append((rank, size))
     controller = Objective("mse", terms=(term,)).controller
     for rank, size in ((0, 1), (0, 1), (0, 2), (0, 2), (1, 2)):
-        controller.begin(rank, size)
+        controller.reset(rank, size)
     assert calls == [(0, 1), (0, 2), (1, 2)]
     assert controller.size == 2
 
@@ -244,22 +244,22 @@ def test_labels_outside_are_counted_unless_they_weigh_nothing():
     _, sums = observe(term, np.array([-100, 1, 3, -1]), weight=np.array([0.0, 1, 1, 1]))
     assert sums.tolist() == [0.0, 1.0, 0.0, 2.0]
     controller = Controller((term,))
-    controller.begin(0, 2)
+    controller.reset(0, 2)
     with pytest.raises(ConfigError, match=r"step 7: 2 label\(s\) outside 0..2 on rank\(s\) 1"):
-        controller.close(7, table_of(controller, [[1, 0, 0, 0], sums]), Travel())
+        controller.on_step_end(7, table_of(controller, [[1, 0, 0, 0], sums]), CommStats())
 
 
 def test_real_targets_learn_their_bins_from_all_ranks():
     targets = [np.random.default_rng(rank).normal(rank, 1, 400) for rank in range(3)]
     term = hvdloss.DataSkew(bins=10, measure="w1", warmup=2)
     controller = Controller((term,))
-    controller.begin(0, 3)
+    controller.reset(0, 3)
     for step in range(1, 4):
         rows = [
             sum(observe(term, half)[1] for half in np.array_split(targets[rank], 2)) * (rank < 2)
             for rank in range(3)
         ]
-        controller.close(step, table_of(controller, rows), Travel())
+        controller.on_step_end(step, table_of(controller, rows), CommStats())
         if step == 1:
             assert term.edges is None
             assert term.skew.tolist() == [0.0] * 3
@@ -299,12 +299,12 @@ def test_arguments_of_data_skew(arguments, words):
 def closed(term, counts, losses=None, rank=0):
     """Close a step whose histograms are these; return the controller."""
     controller = Controller((term,))
-    controller.begin(rank, len(counts))
+    controller.reset(rank, len(counts))
     rows = np.concatenate([counts, np.zeros((len(counts), 1))], axis=1)
-    controller.close(
+    controller.on_step_end(
         1,
         table_of(controller, rows, denominators=np.asarray(counts).sum(1), losses=losses),
-        Travel(),
+        CommStats(),
     )
     return controller
 
@@ -314,7 +314,7 @@ COUNTS = np.array([[8.0, 2.0, 0.0], [1.0, 4.0, 0.0], [0.0, 0.0, 0.0]])
 
 def test_importance_weights_reach_the_batches():
     for target, goal in (("uniform", [1, 1, 1]), ("global", [9, 6, 0]), ([0.2, 0.8, 0.0], [0.2, 0.8, 0])):
-        term = hvdloss.DataSkew(classes=3, acts=(ImportanceWeights(target, clip=None),))
+        term = hvdloss.DataSkew(classes=3, policies=(ImportanceWeights(target, clip=None),))
         controller = closed(term, COUNTS, rank=0)
         labels = np.array([0] * 8 + [1] * 2)
         batch, _ = observe(term, labels)
@@ -329,7 +329,7 @@ def test_importance_weights_reach_the_batches():
 
 def test_class_balance_is_of_all_ranks():
     for kind, expected in (("inverse", 9 / 6), ("effective", (1 - 0.9**9) / (1 - 0.9**6))):
-        term = hvdloss.DataSkew(classes=3, acts=(ClassBalance(kind, beta=0.9),))
+        term = hvdloss.DataSkew(classes=3, policies=(ClassBalance(kind, beta=0.9),))
         tables = []
         for rank in range(3):
             closed(term, COUNTS, rank=rank)
@@ -340,42 +340,42 @@ def test_class_balance_is_of_all_ranks():
 
 
 def test_multilabel_weights_are_per_label():
-    term = hvdloss.DataSkew(classes=3, multilabel=True, acts=(ClassBalance(),))
+    term = hvdloss.DataSkew(classes=3, multilabel=True, policies=(ClassBalance(),))
     closed(term, COUNTS)
     batch, _ = observe(term, np.array([[1, 0, 1], [0, 1, 0]]))
     weight = term.weights(batch)
-    table = term.acts[0].table(term.counts, 0)
+    table = term.policies[0].table(term.counts, 0)
     assert np.allclose(weight, [[table[0], 1, table[2]], [1, table[1], 1]])
 
 
 def test_rank_weights_favour_the_worse():
     for kind in ("dro", "agnostic", "q_fair"):
-        act = RankWeights(kind, step=0.1, q=2.0)
-        term = hvdloss.DataSkew(classes=3, acts=(act,))
+        policy = RankWeights(kind, step=0.1, q=2.0)
+        term = hvdloss.DataSkew(classes=3, policies=(policy,))
         controller = closed(term, COUNTS, losses=[1.0, 3.0, 0.0])
-        assert act.factors[1] > act.factors[0]
+        assert policy.factors[1] > policy.factors[0]
         data = COUNTS.sum(1) / COUNTS.sum()
         if kind != "q_fair":
-            assert (act.factors * data).sum() == pytest.approx(1, abs=0.2)
+            assert (policy.factors * data).sum() == pytest.approx(1, abs=0.2)
         else:
-            assert act.factors[1] / act.factors[0] == pytest.approx(9)
+            assert policy.factors[1] / policy.factors[0] == pytest.approx(9)
         batch, _ = observe(term, np.array([0, 1]))
-        assert np.allclose(term.weights(batch), act.factors[0])
-        assert controller.reports()["skew"].details["rank_weights"] == act.factors.tolist()
+        assert np.allclose(term.weights(batch), policy.factors[0])
+        assert controller.reports()["skew"].details["rank_weights"] == policy.factors.tolist()
 
 
 def test_rank_weights_without_any_loss_stay_as_they_are():
-    act = RankWeights()
-    closed(hvdloss.DataSkew(classes=3, acts=(act,)), np.zeros((3, 3)))
-    assert act.factors.tolist() == [1.0] * 3
+    policy = RankWeights()
+    closed(hvdloss.DataSkew(classes=3, policies=(policy,)), np.zeros((3, 3)))
+    assert policy.factors.tolist() == [1.0] * 3
 
 
 def test_the_proximal_pull_is_priced_by_the_term():
-    act = Proximal()
-    term = hvdloss.DataSkew(price=0.5, classes=3, acts=(act,))
+    policy = Proximal()
+    term = hvdloss.DataSkew(price=0.5, classes=3, policies=(policy,))
     closed(term, COUNTS, rank=1)
-    assert act.mu == pytest.approx(0.5 * term.skew[1] / math.log(2))
-    assert act.mu > 0
+    assert policy.mu == pytest.approx(0.5 * term.skew[1] / math.log(2))
+    assert policy.mu > 0
 
 
 @pytest.mark.parametrize(
@@ -402,22 +402,22 @@ def test_arguments_of_the_acts_on_skew(make, words):
 
 def test_a_target_of_another_length_is_told_at_the_first_step():
     with pytest.raises(ConfigError, match="2 numbers, but there are 3 bins"):
-        closed(hvdloss.DataSkew(classes=3, acts=(ImportanceWeights([1.0, 1.0]),)), COUNTS)
+        closed(hvdloss.DataSkew(classes=3, policies=(ImportanceWeights([1.0, 1.0]),)), COUNTS)
 
 
 # -- communication ------------------------------------------------------------------------------------
 
 
-def exchange(controller, step, exposed, travel=None, **columns):
+def exchange(controller, step, exposed, comm_stats=None, **columns):
     rows = np.zeros((len(exposed), controller.width))
     table = table_of(controller, rows, communication=exposed, **columns)
-    controller.close(step, table, travel or Travel(messages=2, bytes=1000, full_bytes=1000))
+    controller.on_step_end(step, table, comm_stats or CommStats(messages=2, bytes=1000, full_bytes=1000))
     return controller.reports()["communication"]
 
 
 def test_waiting_is_told_apart_from_moving_bytes():
     controller = Controller((hvdloss.CommunicationCost(price=2.0),))
-    controller.begin(0, 3)
+    controller.reset(0, 3)
     exchange(controller, 1, [0.0, 0.0, 0.0])
     report = exchange(controller, 2, [0.5, 0.2, 0.3])
     assert report.values == [0.5, 0.2, 0.3]
@@ -430,13 +430,13 @@ def test_waiting_is_told_apart_from_moving_bytes():
 def test_exchanges_of_parameters_fit_the_link():
     term = hvdloss.CommunicationCost()
     controller = Controller((term,))
-    controller.begin(0, 2)
+    controller.reset(0, 2)
     previous = None
     for step in range(1, 40):
         bytes = 10**6 * (1 + step % 3)
-        travel = Travel(messages=2, bytes=bytes, full_bytes=bytes, steps=4, parameters=True)
+        comm_stats = CommStats(messages=2, bytes=bytes, full_bytes=bytes, steps=4, parameters=True)
         exposed = 0.0 if previous is None else 2e-4 + previous / 1e8  # of the exchange before
-        exchange(controller, step, [exposed + 0.01, exposed], travel)
+        exchange(controller, step, [exposed + 0.01, exposed], comm_stats)
         previous = bytes
     fit = term.link.fit()
     assert fit.alpha == pytest.approx(1e-4, rel=0.05)
@@ -446,41 +446,41 @@ def test_exchanges_of_parameters_fit_the_link():
 def test_the_spread_is_that_of_the_exchange_before():
     term = hvdloss.CommunicationCost()
     controller = Controller((term,))
-    controller.begin(1, 2)
-    travel = Travel(messages=1, bytes=8, full_bytes=8, steps=2, parameters=True)
+    controller.reset(1, 2)
+    comm_stats = CommStats(messages=1, bytes=8, full_bytes=8, steps=2, parameters=True)
     # Moves (1, 0) and (0, 1) of weight 1 and 3: mean (0.25, 0.75), squared length 0.625.
     table = table_of(controller, np.zeros((2, 0)), denominators=[1.0, 3.0])
-    table[:, COLUMN["moved"]] = [1.0, 3.0]
-    controller.close(1, table, travel)
-    assert math.isnan(term.spread)
-    table[:, COLUMN["together"]] = [0.625, 99.0]  # rank 0's counts on all ranks
-    controller.close(2, table, travel)
-    assert term.spread == pytest.approx(1 / 0.625 - 1)
+    table[:, COLUMN["drift_sqnorm"]] = [1.0, 3.0]
+    controller.on_step_end(1, table, comm_stats)
+    assert math.isnan(term.drift)
+    table[:, COLUMN["mean_update_sqnorm"]] = [0.625, 99.0]  # rank 0's counts on all ranks
+    controller.on_step_end(2, table, comm_stats)
+    assert term.drift == pytest.approx(1 / 0.625 - 1)
 
 
 def test_calibration_is_alike_on_all_ranks_and_done_once():
     def work(communicator):
         term = hvdloss.CommunicationCost(calibrate=True)
         controller = Controller((term,))
-        controller.begin(communicator.rank, communicator.size)
+        controller.reset(communicator.rank, communicator.size)
         controller.prepare(communicator)
-        state = term.link.state()
+        state = term.link.state_dict()
         controller.prepare(OneProcess())
-        assert term.link.state() == state
+        assert term.link.state_dict() == state
         return state
 
     first, *others = simulate(3, work)
     assert all(other == first for other in others)
-    assert hvdloss.CommunicationCost().prepared() is None
+    assert hvdloss.CommunicationCost().prepared_state() is None
 
 
 def test_closed_steps_know_their_losses():
     controller = Controller((Count(),))
     table = table_of(controller, [[1.0], [1.0]], denominators=[4.0, 0.0], losses=[0.5, 0.0])
-    step = Closed(1, 0, table[:, :WIDTH], table[:, WIDTH:], Travel())
+    step = StepStats(1, 0, table[:, :LEDGER_WIDTH], table[:, LEDGER_WIDTH:], CommStats())
     assert step.losses[0] == 0.5
     assert math.isnan(step.losses[1])
     assert step.loss == 0.5
-    nobody = Closed(1, 0, np.zeros((2, WIDTH)), np.zeros((2, 1)), Travel())
+    nobody = StepStats(1, 0, np.zeros((2, LEDGER_WIDTH)), np.zeros((2, 1)), CommStats())
     assert math.isnan(nobody.loss)
     assert nobody.size == 2

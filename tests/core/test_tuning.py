@@ -9,14 +9,14 @@ import pytest
 
 from hvdloss import single
 from hvdloss.errors import ConfigError
-from hvdloss.plan import ALONE_BYTES, BUCKET_BYTES, FIRST_BUCKET_BYTES
-from hvdloss.tuning import VARIABLES, Choice, choose, cycle_time, forget_accidents, launched
+from hvdloss.plan import BUCKET_BYTES, FIRST_BUCKET_BYTES, UNBUCKETED_BYTES
+from hvdloss.tuning import VARIABLES, Choice, choose, cycle_time, launched, remove_invalid_settings
 
 
 def test_the_rule_decides_where_nobody_else_does() -> None:
     tuning = choose(environ={})
     assert (tuning.bucket_bytes, tuning.first_bytes) == (BUCKET_BYTES, FIRST_BUCKET_BYTES)
-    assert (tuning.alone_bytes, tuning.overlap.value) == (ALONE_BYTES, 1)
+    assert (tuning.unbucketed_bytes, tuning.overlap.value) == (UNBUCKETED_BYTES, 1)
     assert {choice["by"] for choice in tuning.as_dict().values()} == {"rule"}
 
 
@@ -26,7 +26,7 @@ def test_an_argument_wins_over_the_environment_and_that_over_the_rule() -> None:
     assert tuning.bucket_cap_mb == Choice(3.5, "HVDLOSS_BUCKET_CAP_MB")
     assert tuning.overlap == Choice(0.0, "HVDLOSS_OVERLAP")
     assert tuning.first_bytes == 2 * 2**20
-    assert tuning.alone_mb.by == "rule"
+    assert tuning.unbucketed_mb.by == "rule"
     tuning = choose(bucket_cap_mb=8, overlap=True, environ=environ)
     assert tuning.bucket_cap_mb == Choice(8.0, "argument")
     assert tuning.overlap == Choice(1.0, "argument")
@@ -37,10 +37,10 @@ def test_the_first_bucket_is_never_larger_than_the_others_by_rule() -> None:
 
 
 def test_no_gradient_alone() -> None:
-    tuning = choose(environ={"HVDLOSS_ALONE_MB": "inf"})
-    assert tuning.alone_bytes is None
-    assert math.isinf(tuning.alone_mb.value)
-    assert json.loads(json.dumps(tuning.as_dict(), allow_nan=False))["alone_mb"]["value"] is None
+    tuning = choose(environ={"HVDLOSS_UNBUCKETED_MB": "inf"})
+    assert tuning.unbucketed_bytes is None
+    assert math.isinf(tuning.unbucketed_mb.value)
+    assert json.loads(json.dumps(tuning.as_dict(), allow_nan=False))["unbucketed_mb"]["value"] is None
 
 
 @pytest.mark.parametrize("variable", sorted(VARIABLES))
@@ -62,7 +62,7 @@ def test_empty_variables_are_none() -> None:
 
 def test_what_horovod_run_sets_by_accident_is_forgotten() -> None:
     environ = {"HOROVOD_CYCLE_TIME": "(None,)", "HOROVOD_CACHE_CAPACITY": "512", "OTHER": "(None,)"}
-    forget_accidents(environ)
+    remove_invalid_settings(environ)
     assert environ == {"HOROVOD_CACHE_CAPACITY": "512", "OTHER": "(None,)"}
     assert cycle_time({"HOROVOD_CYCLE_TIME": "soon"}).value == 0  # as Horovod reads it
 

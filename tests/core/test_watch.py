@@ -117,7 +117,7 @@ states = st.builds(
 @given(states)
 def test_states_and_faults_survive_json(state):
     copy = RankState(state.rank, state.status)
-    copy.hear(json.loads(json.dumps(state.told())))
+    copy.update(json.loads(json.dumps(state.as_message())))
     assert copy == state
     for fault in (
         verdict.lost(3, state.rank, state),
@@ -126,7 +126,7 @@ def test_states_and_faults_survive_json(state):
         verdict.deadlocked(3, (state.rank,), [state]),
         verdict.stalled(3, (state.rank,), [state], "x", 9.0, Limits(stall=5.0)),
     ):
-        assert Fault.heard(json.loads(json.dumps(fault.told()))) == fault
+        assert Fault.from_message(json.loads(json.dumps(fault.as_message()))) == fault
         error = fault.error()
         assert isinstance(error, RankError)
         assert error.ranks == fault.ranks == (state.rank,)
@@ -141,7 +141,7 @@ def test_a_fault_of_many_ranks_says_how_many_and_shows_some():
     assert len(text) < 2000
 
 
-PARTS = ("steps", "wait", "did", "ago", "stack", "reached")
+PARTS = ("steps", "wait", "last_activity", "ago", "stack", "reached")
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
@@ -153,11 +153,11 @@ json_values = st.recursive(
 def test_what_is_no_state_and_no_fault_is_refused_and_changes_nothing(told):
     state = RankState(1, steps={"a": 3})
     try:
-        state.hear(told)
+        state.update(told)
     except ConfigError:
         assert state == RankState(1, steps={"a": 3})
     with pytest.raises(ConfigError):
-        Fault.heard(told)
+        Fault.from_message(told)
 
 
 def test_errors_of_ours_keep_their_way_out_and_others_get_one():
@@ -183,8 +183,8 @@ def test_one_process_has_nobody_to_watch():
     assert watch.current() is None
     watch.check()
     error = ValueError("mine")
-    assert watch.tell_error(error) is None
-    assert watch.explained(error) is error
+    assert watch.report_error(error) is None
+    assert watch.root_cause(error) is error
     with pytest.raises(ValueError, match="mine"), watch.same_fate():
         raise error
 
@@ -232,7 +232,7 @@ class Counted:
 
 def test_steps_of_graphs_are_followed_and_counted_anew_after_a_reset():
     activity, graph = Activity(), Counted()
-    activity.follow("g", graph, (0, 1))
+    activity.track("g", graph, (0, 1))
     assert activity.state(0).wait is None
     graph.counts = (3, 2)
     state = activity.state(0)
@@ -256,12 +256,12 @@ def test_steps_of_graphs_are_followed_and_counted_anew_after_a_reset():
 def test_a_graph_that_has_failed_is_not_waited_in_for_ever():
     """It began to wait, and raised instead: nothing says that it ended but where the main thread is."""
     activity, graph = Activity(), Counted()
-    activity.follow("g", graph, inside="tests_of_no_such_package")
+    activity.track("g", graph, inside="tests_of_no_such_package")
     graph.counts = (1, 0)
     assert activity.state(0).wait is None  # this code is not that package's
     assert activity.state(0).steps == {"g": 1}
     activity, graph = Activity(), Counted()
-    activity.follow("g", graph, inside="threading")
+    activity.track("g", graph, inside="threading")
     graph.counts = (1, 0)
     seen, over = [], threading.Event()
 
@@ -393,21 +393,21 @@ def test_only_a_function_that_does_nothing_but_block_is_a_wait():
         assert other.seen == [None] * 5
     block(other := Other(activity))  # nothing says what it blocks in
     assert other.seen == [None] * 5
-    activity.stepped("o")
+    activity.on_step("o")
     with activity.waiting_in_step("o"):
         block(other := Other(activity))
         assert other.seen[0].step == 2
     state = activity.state(0)
     assert state.wait is None
-    assert state.did == "finished a step"
+    assert state.last_activity == "finished a step"
     assert any("test_watch.py" in frame for frame in state.stack)
     assert np.isfinite(state.ago)
 
 
 def test_what_was_begun_is_counted_by_name_and_ranks_and_only_the_last_names_are_told():
     activity = Activity()
-    assert [activity.begun("x") for _ in range(3)] == [1, 2, 3]
-    assert activity.begun("x", (0, 1)) == 1
+    assert [activity.enter_exchange("x") for _ in range(3)] == [1, 2, 3]
+    assert activity.enter_exchange("x", (0, 1)) == 1
     with activity.waiting_for("x", (), 3):
         block(other := Other(activity))
     assert (other.seen[0].what, other.seen[0].count) == ("x", 3)
@@ -416,7 +416,7 @@ def test_what_was_begun_is_counted_by_name_and_ranks_and_only_the_last_names_are
         block(other := Other(activity))
     assert other.seen[0].step == 1
     for number in range(5000):
-        activity.begun(f"x{number}")
+        activity.enter_exchange(f"x{number}")
     assert list(activity.state(0).reached) == [f"x{number}" for number in range(5000 - REACHED, 5000)]
 
 

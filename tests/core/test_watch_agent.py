@@ -68,7 +68,7 @@ class Rank:
         raise AssertionError(f"rank {self.rank} said nothing of {what}, but {self.said}")
 
     def fault(self) -> Fault:
-        return Fault.heard(self.hear("fault"))
+        return Fault.from_message(self.hear("fault"))
 
     def send(self, number: int) -> None:
         os.kill(self.pid, number)

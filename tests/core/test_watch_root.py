@@ -110,12 +110,16 @@ def test_tallies_and_findings_of_parts_add_up_and_survive_json(states, cut):
     whole = Tally.of(states, EXCHANGES)
     total = Tally.zero(len(EXCHANGES))
     for part in (states[:cut], states[cut:]):
-        total.add(Tally.heard(json.loads(json.dumps(Tally.of(part, EXCHANGES).told())), len(EXCHANGES)))
+        total.add(
+            Tally.from_message(json.loads(json.dumps(Tally.of(part, EXCHANGES).as_message())), len(EXCHANGES))
+        )
     assert total == whole
     for kind in ("inside", "away", "left", "ended"):
         parts = Found()
         for part in (states[cut:], states[:cut]):
-            parts.add(Found.heard(json.loads(json.dumps(search(part, kind, EXCHANGES[:1]).told()))))
+            parts.add(
+                Found.from_message(json.loads(json.dumps(search(part, kind, EXCHANGES[:1]).as_message())))
+            )
         assert parts == search(states, kind, EXCHANGES[:1])
 
 
@@ -128,18 +132,22 @@ json_values = st.recursive(
 
 @given(json_values)
 def test_what_is_no_tally_no_summary_and_no_exchange_is_refused(told):
-    for read in (lambda: Tally.heard(told, 2), lambda: Summary.heard(told), lambda: Found.heard(told)):
+    for read in (
+        lambda: Tally.from_message(told, 2),
+        lambda: Summary.from_message(told),
+        lambda: Found.from_message(told),
+    ):
         with pytest.raises(ConfigError):
             read()
     with contextlib.suppress(ConfigError):
-        assert Exchange.heard(Exchange.heard(told).told()) == Exchange.heard(told)
+        assert Exchange.from_message(Exchange.from_message(told).as_message()) == Exchange.from_message(told)
 
 
 def test_a_summary_says_the_most_crowded_exchanges_and_does_not_grow():
     summary = Summary()
     for number in range(500):
         summary.put(Exchange(f"x{number}"), 1 + number, 1.0)
-    assert len(json.dumps(Summary.heard(summary.told()).told())) < 4000
+    assert len(json.dumps(Summary.from_message(summary.as_message()).as_message())) < 4000
     assert summary.most[0][1] == 500
 
 
@@ -273,7 +281,9 @@ def test_process_sets_are_judged_apart():
 def test_by_default_waiting_is_warned_about_with_growing_pauses_and_never_an_error():
     one = Job(2, warn=60.0)
     one.wait(0, "o", 5)
-    one.states[1] = RankState(1, steps={"o": 4}, did="begun epoch 3", ago=3.0, stack=("a/train.py:3 in f",))
+    one.states[1] = RankState(
+        1, steps={"o": 4}, last_activity="begun epoch 3", ago=3.0, stack=("a/train.py:3 in f",)
+    )
     assert not one.goes(7300.0).faults
     assert [int(text.partition(" for ")[2].partition(" s")[0]) for text in one.warnings] == pytest.approx(
         [60, 120, 240, 480, 960, 1920, 3840], rel=0.05
@@ -294,7 +304,9 @@ def test_all_in_one_exchange_for_long_is_warned_about_too():
 def test_a_hard_limit_ends_the_job_where_it_is_set():
     one = Job(2, stall=10.0)
     one.wait(0, "o", 3)
-    one.states[1] = RankState(1, steps={"o": 2}, did="finished a step", ago=3.0, stack=("a/b.py:3 in f",))
+    one.states[1] = RankState(
+        1, steps={"o": 2}, last_activity="finished a step", ago=3.0, stack=("a/b.py:3 in f",)
+    )
     assert not one.goes(9.0).faults
     (fault,) = one.goes(8.0).faults
     assert (fault.kind, fault.ranks) == ("stall", (1,))

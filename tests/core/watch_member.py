@@ -62,8 +62,8 @@ def main() -> None:
     while True:
         if member.fault is not None and not told:
             told = True
-            fault = member.take()
-            say(fault=fault.told(), given_up=member.given_up)
+            fault = member.take_fault()
+            say(fault=fault.as_message(), excluded=member.excluded)
         try:
             command, *words = commands.get(timeout=0.02)
         except queue.Empty:
@@ -76,7 +76,7 @@ def main() -> None:
             with activity.waiting_in_step(words[0]):
                 block(member)
         elif command == "stepped":
-            activity.stepped(words[0])
+            activity.on_step(words[0])
         elif command == "finalizer":
             with activity.waiting("x"):
                 finalize(float(words[0]))
@@ -86,8 +86,10 @@ def main() -> None:
             say(files=max(os.dup(0) for _ in range(int(words[0]))))
         elif command == "fail":
             step = activity.state(rank).step
-            found = member.tell(Fault("error", (rank,), error_text(rank, step, ValueError(words[0]), "")))
-            say(told=None if found is None else found.told())
+            found = member.report_fault(
+                Fault("error", (rank,), error_text(rank, step, ValueError(words[0]), ""))
+            )
+            say(told=None if found is None else found.as_message())
         elif command == "bye":
             member.close(bye=True)
             say(left=True)

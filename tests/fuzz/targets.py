@@ -24,31 +24,37 @@ from typing import Any
 import numpy as np
 
 import hvdloss
-from hvdloss.agreement import agree, agree_on_items, raise_together, together
+from hvdloss.agreement import check_consistency, check_items_consistent, raise_on_all_ranks, run_on_all_ranks
 from hvdloss.control import AdaptiveCompression, BatchShares
-from hvdloss.control.log import decide_again, follow, read, record
+from hvdloss.control.log import read, record, replay, use_logged_times
 from hvdloss.controller import Controller
 from hvdloss.data import Csv, Epoch, NumpyFiles, Parquet, Shuffled
-from hvdloss.data.stream import LaneItems
+from hvdloss.data.stream import SharedIterable
 from hvdloss.data.uneven import Uneven
 from hvdloss.errors import AgreementError, HvdlossError
-from hvdloss.explain.exchange import Told, tell
-from hvdloss.guard import compare
-from hvdloss.hearing import parsed
-from hvdloss.ledger import WIDTH, Ledger, judge, pack, unpack
+from hvdloss.explain.exchange import RankMessage, exchange_messages
+from hvdloss.guard import assert_synchronized
+from hvdloss.ledger import LEDGER_WIDTH, Ledger, check_step, pack, unpack
+from hvdloss.messages import parse_json
 from hvdloss.metrics import MAE, Metrics
-from hvdloss.metrics.collection import written
+from hvdloss.metrics.collection import encode_states
 from hvdloss.numpy_ops import NumpyOps
 from hvdloss.objective import expand_mask_axes
 from hvdloss.plan import ParameterInfo
-from hvdloss.reduction import REDUCTIONS, contribution, weights_for
+from hvdloss.reduction import REDUCTIONS, broadcast_weights, reduce_losses
 from hvdloss.report import Recorder, StepReport, TermReport
 from hvdloss.report import read as read_record
 from hvdloss.report.page import run_of, table_of_runs
-from hvdloss.term import Decision, Travel
+from hvdloss.term import CommStats, Decision
 from hvdloss.terms.link import LinkModel
 from hvdloss.training import BestCheckpoint, EarlyStopping, TransformedBatches
-from hvdloss.training.checkpoint import Checkpoint, StateDict, parse_manifest, state_of_bytes, state_to_bytes
+from hvdloss.training.checkpoint import (
+    Checkpoint,
+    StateDict,
+    parse_manifest,
+    state_from_bytes,
+    state_to_bytes,
+)
 from hvdloss.training.decisions import merged_value
 from hvdloss.watch import Fault, RankState
 from hvdloss.watch.tally import Exchange, Found, Summary, Tally
@@ -86,10 +92,10 @@ class Peer:
     def __init__(self, says: bytes, name: str = "") -> None:
         self.says, self.name = says, name  # in exchanges whose name ends so; in others it agrees
 
-    def sum(self, array: Any, name: str) -> Any:
+    def all_reduce(self, array: Any, name: str) -> Any:
         return np.array(array, dtype=np.float64)
 
-    def gather(self, data: bytes, name: str) -> list[bytes]:
+    def all_gather_bytes(self, data: bytes, name: str) -> list[bytes]:
         return [data, self.says if name.endswith(self.name) else data]
 
 
@@ -111,9 +117,13 @@ def file_of(data: bytes, name: str) -> Path:
 
 def ledger_table(data: bytes) -> None:
     rows = np.frombuffer(data[: len(data) // 8 * 8])
-    table = rows[: len(rows) // WIDTH * WIDTH].reshape(-1, WIDTH) if len(rows) >= WIDTH else rows
+    table = (
+        rows[: len(rows) // LEDGER_WIDTH * LEDGER_WIDTH].reshape(-1, LEDGER_WIDTH)
+        if len(rows) >= LEDGER_WIDTH
+        else rows
+    )
     ledgers = unpack(table)
-    if ledgers and judge(ledgers, 1) is None:
+    if ledgers and check_step(ledgers, 1) is None:
         for reduction in REDUCTIONS:
             json.dumps(StepReport.of(1, ledgers, reduction).as_dict())
 
@@ -126,8 +136,8 @@ def shapes(data: bytes) -> None:
     places = expand_mask_axes(a, b)
     if places is not None:
         np.broadcast_to(np.expand_dims(np.zeros(a), places), b)
-    weights_for(NumpyOps(), np.ones(a), np.zeros(b), rank=1)
-    contribution(NumpyOps(), np.zeros(b), np.ones(a), REDUCTIONS[cut % len(REDUCTIONS)])
+    broadcast_weights(NumpyOps(), np.ones(a), np.zeros(b), rank=1)
+    reduce_losses(NumpyOps(), np.zeros(b), np.ones(a), REDUCTIONS[cut % len(REDUCTIONS)])
 
 
 def metric_batch(data: bytes) -> None:
@@ -157,31 +167,31 @@ def differing() -> Iterator[None]:
 
 def items_of_ranks(data: bytes) -> None:
     with differing():
-        agree_on_items(
-            Peer(data, ".items"), lambda: [("w", [1])], name="n", what="tensor", way_out="Mend it."
+        check_items_consistent(
+            Peer(data, ".items"), lambda: [("w", [1])], name="n", what="tensor", remedy="Mend it."
         )
 
 
 def agreement(data: bytes) -> None:
     with differing():
-        agree(Peer(data), PARAMETERS, lambda: [1, 2], [1, 0], {"reduction": "mean"}, name="first")
+        check_consistency(Peer(data), PARAMETERS, lambda: [1, 2], [1, 0], {"reduction": "mean"}, name="first")
 
 
 def checksums(data: bytes) -> None:
     with differing():
-        compare(Peer(data), ["w"], [1], name="checksums", when="now")
+        assert_synchronized(Peer(data), ["w"], [1], name="checksums", when="now")
 
 
 def state_of_ranks(data: bytes) -> None:
-    raise_together(Peer(data), None, "state")
+    raise_on_all_ranks(Peer(data), None, "state")
 
 
 def equal_results(data: bytes) -> None:
-    together(Peer(data), lambda: 3, "result", "results")
+    run_on_all_ranks(Peer(data), lambda: 3, "result", "results")
 
 
 def explanation(data: bytes) -> None:
-    tell(Peer(data), "told", "explaining", lambda: Told({"rows": 3}, x=np.arange(3.0)))
+    exchange_messages(Peer(data), "told", "explaining", lambda: RankMessage({"rows": 3}, x=np.arange(3.0)))
 
 
 def statistics(data: bytes) -> None:
@@ -196,7 +206,7 @@ def said_statistics() -> bytes:
     said: list[bytes] = []
 
     class Listening(Peer):
-        def gather(self, data: bytes, name: str) -> list[bytes]:
+        def all_gather_bytes(self, data: bytes, name: str) -> list[bytes]:
             said.append(data)
             return [data, data]
 
@@ -209,9 +219,9 @@ def said_statistics() -> bytes:
 class _Signals:
     """An optimizer's signals to a loop over uneven batches, of an optimizer that never steps."""
 
-    heard = (0, True)
+    sync_status = (0, True)
 
-    def tell(self, more: bool, error: BaseException | None = None) -> None:
+    def send_status(self, more: bool, error: BaseException | None = None) -> None:
         pass
 
 
@@ -219,7 +229,7 @@ def kind_of_batch(data: bytes) -> None:
     """A rank without batches learns from the other one what a batch is."""
 
     class Second(Peer):
-        def gather(self, mine: bytes, name: str) -> list[bytes]:
+        def all_gather_bytes(self, mine: bytes, name: str) -> list[bytes]:
             return [mine, self.says] if name == "hvdloss.uneven.batch" else [mine, mine]
 
     loop: Uneven[Any] = Uneven(
@@ -237,9 +247,9 @@ def kind_of_batch(data: bytes) -> None:
 
 
 def controlled() -> Controller:
-    term = hvdloss.CommunicationCost(acts=(BatchShares(64), AdaptiveCompression()), calibrate=False)
+    term = hvdloss.CommunicationCost(policies=(BatchShares(64), AdaptiveCompression()), calibrate=False)
     controller = Controller((term,))
-    controller.begin(0, 2)
+    controller.reset(0, 2)
     return controller
 
 
@@ -252,7 +262,7 @@ def good_log() -> bytes:
     table = pack(Ledger(numerator=1.0, denominator=2.0, computation=0.1), 0, 2)
     table += pack(Ledger(numerator=1.0, denominator=2.0, computation=0.3), 1, 2)
     for step in (1, 2):
-        controller.close(step, table, Travel(messages=2, bytes=100, full_bytes=100))
+        controller.on_step_end(step, table, CommStats(messages=2, bytes=100, full_bytes=100))
     data = path.read_bytes()
     path.unlink()
     return data
@@ -273,7 +283,7 @@ def good_record() -> bytes:
     with Recorder(path, settings={"lr": 0.1}, classes=["a", "b"]) as recorder:
         recorder.begin({"ranks": 2, "terms": {"skew": {"unit": "nats"}}, "environment": {"hosts": 1}})
         for step in (1, 2):
-            choices = {"bucket": {"value": 1, "by": "rule"}, "travel": {"messages": 1}}
+            choices = {"bucket": {"value": 1, "by": "rule"}, "comm_plan": {"messages": 1}}
             recorder.step(StepReport.of(step, ledgers, "mean", choices, {"skew": term}, nonfinite="skip"))
         recorder.decision(Decision(2, "period", 1, [2], "why"))
         recorder.epoch(metrics={"loss": 0.5, "recall": [0.5, 1.0], "confusion": [[1, 0], [1, 2]]})
@@ -295,16 +305,16 @@ def run_record(data: bytes) -> None:
 
 def log_decided_again(data: bytes) -> None:
     with np.errstate(all="ignore"):
-        decide_again(controlled(), file_of(data, "control.log"))
+        replay(controlled(), file_of(data, "control.log"))
 
 
 def log_followed(data: bytes) -> None:
     controller = controlled()
-    follow(controller, file_of(data, "control.log"))
+    use_logged_times(controller, file_of(data, "control.log"))
     table = pack(Ledger(denominator=1.0), 0, 2) + pack(Ledger(denominator=1.0), 1, 2)
     with np.errstate(all="ignore"):
         controller.prepare(Peer(b""))
-        controller.close(1, table, Travel())
+        controller.on_step_end(1, table, CommStats())
 
 
 def source(data: bytes, make: Callable[[Path], Any], name: str) -> None:
@@ -359,7 +369,7 @@ def watch_of_hosts(data: bytes) -> None:
     """What one host's agent says to another's."""
     told = None
     with contextlib.suppress(ValueError):  # which a channel refuses
-        told = parsed(data)
+        told = parse_json(data)
     if isinstance(told, dict):
         for key, read in WATCH_OF_HOSTS.items():
             if key in told:
@@ -367,10 +377,10 @@ def watch_of_hosts(data: bytes) -> None:
 
 
 WATCH_OF_HOSTS: dict[str, Callable[[Any], Any]] = {
-    "exchange": Exchange.heard,
-    "found": Found.heard,
-    "summary": Summary.heard,
-    "tally": lambda told: Tally.heard(told, 1),
+    "exchange": Exchange.from_message,
+    "found": Found.from_message,
+    "summary": Summary.from_message,
+    "tally": lambda told: Tally.from_message(told, 1),
 }
 
 
@@ -379,9 +389,9 @@ def watch_message(data: bytes) -> None:
     mac = hmac.digest(hmac.digest(KEY, NONCES, "sha256"), b"m" + struct.pack("!Q", 0) + data, "sha256")
     for message in Channel(KEY, NONCES, hub=True).feed(struct.pack("!I", len(data)) + mac + data):
         if "state" in message:
-            RankState(1).hear(message["state"])
+            RankState(1).update(message["state"])
         if "fault" in message:
-            Fault.heard(message["fault"]).error()
+            Fault.from_message(message["fault"]).error()
 
 
 def checkpoint(data: bytes) -> None:
@@ -432,8 +442,8 @@ SHARDS = Shuffled(12, seed=3)
 
 
 def use_epoch(state: Any) -> None:
-    epoch = Epoch.of(SHARDS, state, 2)
-    assert sum(map(len, epoch.left)) <= 12
+    epoch = Epoch.from_state_dict(SHARDS, state, 2)
+    assert sum(map(len, epoch.remaining)) <= 12
 
 
 def use_transformed(state: Any) -> None:
@@ -449,7 +459,7 @@ def use_monitor(state: Any) -> None:
 
 def use_link(state: Any) -> None:
     with np.errstate(all="ignore"):
-        LinkModel.restore(state).fit()
+        LinkModel.from_state_dict(state).fit()
 
 
 LINK = {"ranks": 2, "window": 8, "samples": [[0.1, 1e6, 1.0], [0.2, 2e6, 1.0], [0.01, 10.0, 1.0]]}
@@ -465,8 +475,10 @@ TARGETS = (
     Target("state-of-ranks", state_of_ranks, (b'["", "", null]', b'["DataError", "gone", null]')),
     Target("equal-results", equal_results, (b'["", "", 3]',)),
     Target("value", lambda data: merged_value(Peer(data), 1.0, 2.0), (b'["1.5", "2.0", null]',)),
-    Target("explanation", explanation, (b"+" + Told({"rows": 2}, x=np.arange(2.0)).pack(), b'-["X","y"]')),
-    Target("statistics", statistics, (said_statistics(), written({}, None, []))),
+    Target(
+        "explanation", explanation, (b"+" + RankMessage({"rows": 2}, x=np.arange(2.0)).pack(), b'-["X","y"]')
+    ),
+    Target("statistics", statistics, (said_statistics(), encode_states({}, None, []))),
     Target(
         "kind-of-batch",
         kind_of_batch,
@@ -485,8 +497,8 @@ TARGETS = (
     Target("wheel-record", wheel_record, (b'{"wheel": "x.whl", "sha256": "00", "facts": {}}',)),
     Target("measured-links", measured_links, (text(LINK), text({"results": [LINK]}))),
     Target("link-model", of_json(use_link), (text(LINK),)),
-    Target("epoch", of_json(use_epoch), (text(Epoch(SHARDS, 3).state()),)),
-    Target("items", of_json(LaneItems.after), (text(LaneItems([[2, 2]]).state()),)),
+    Target("epoch", of_json(use_epoch), (text(Epoch(SHARDS, 3).state_dict()),)),
+    Target("items", of_json(SharedIterable.from_state_dict), (text(SharedIterable([[2, 2]]).state_dict()),)),
     Target(
         "transformed", of_json(use_transformed), (b'{"version": 1, "epoch": 1, "step": 2, "loader": null}',)
     ),
@@ -497,10 +509,10 @@ TARGETS = (
         (
             text(
                 {
-                    "exchange": Exchange("x", 3, (0, 2, 4)).told(),
-                    "found": Found((1, 2), [RankState(1)]).told(),
-                    "summary": Summary(waiting=1, exchanges={"x": (Exchange("x"), 1, 2.0)}).told(),
-                    "tally": Tally.zero(1).told(),
+                    "exchange": Exchange("x", 3, (0, 2, 4)).as_message(),
+                    "found": Found((1, 2), [RankState(1)]).as_message(),
+                    "summary": Summary(waiting=1, exchanges={"x": (Exchange("x"), 1, 2.0)}).as_message(),
+                    "tally": Tally.zero(1).as_message(),
                 }
             ),
         ),
@@ -508,9 +520,12 @@ TARGETS = (
     Target(
         "watch-message",
         watch_message,
-        (text({"state": RankState(1).told()}), text({"fault": Fault("lost", (1,), "gone").told()})),
+        (
+            text({"state": RankState(1).as_message()}),
+            text({"fault": Fault("lost", (1,), "gone").as_message()}),
+        ),
     ),
     Target("manifest", lambda data: parse_manifest(data, 1), (manifest(),)),
-    Target("state-in-bytes", state_of_bytes, (state_to_bytes({"a": [1, 2.5], "w": np.arange(3.0)}),)),
+    Target("state-in-bytes", state_from_bytes, (state_to_bytes({"a": [1, 2.5], "w": np.arange(3.0)}),)),
     Target("monitor", of_json(use_monitor), (text(EarlyStopping(patience=2).state_dict()),)),
 )

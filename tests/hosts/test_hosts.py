@@ -48,7 +48,7 @@ def rank_part(folder: Path) -> None:
 
     hvd.init()
     communicator = communicator_of(hvd.global_process_set)
-    total = communicator.sum(np.array([1.0 + hvd.rank(), 0.5]), "agree")
+    total = communicator.all_reduce(np.array([1.0 + hvd.rank(), 0.5]), "agree")
     model = LinkModel(hvd.size())
     for _ in range(3):
         calibrate(communicator, model, budget_s=0.7)
@@ -64,7 +64,7 @@ def rank_part(folder: Path) -> None:
         "local": [hvd.local_rank(), hvd.local_size(), hvd.cross_rank(), hvd.cross_size()],
         "name": os.uname().nodename,
         "total": total.tolist(),
-        "link": model.state(),
+        "link": model.state_dict(),
         "measured": measured,
     }
     (folder / f"rank-{hvd.rank()}.json").write_text(json.dumps(mine))
@@ -73,15 +73,15 @@ def rank_part(folder: Path) -> None:
 def median_time(hvd, communicator, size: int) -> float:
     """Return the median over repeats of the smallest time over ranks."""
     array = np.zeros(size // 8)
-    communicator.sum(array, f"size.{size}")
+    communicator.all_reduce(array, f"size.{size}")
     times = []
     for _ in range(REPEATS):
         hvd.barrier()
         began = time.perf_counter()
-        communicator.sum(array, f"size.{size}")
+        communicator.all_reduce(array, f"size.{size}")
         times.append(time.perf_counter() - began)
     return statistics.median(
-        np.min([json.loads(t) for t in communicator.gather(json.dumps(times).encode(), "t")], 0)
+        np.min([json.loads(t) for t in communicator.all_gather_bytes(json.dumps(times).encode(), "t")], 0)
     )
 
 
@@ -120,7 +120,7 @@ def test_the_fitted_link_predicts_other_sizes_and_rates(tmp_path: Path, record_p
             assert (one["rank"], one["name"]) == (rank, f"host{rank}")
             assert one["local"] == [0, 1, rank, 2]
             assert one["link"] == ranks[0]["link"]
-        model = LinkModel.restore(ranks[0]["link"])
+        model = LinkModel.from_state_dict(ranks[0]["link"])
         fit = model.fit()
         assert fit is not None
         errors = {

@@ -41,7 +41,7 @@ def _run(folder: Path):
             keras.layers.Dense(2, dtype="float64"),
         ]
     )
-    term = hvdloss.DataSkew(price=0.1, classes=2, window=4, acts=(RankWeights("dro", step=0.5),))
+    term = hvdloss.DataSkew(price=0.1, classes=2, window=4, policies=(RankWeights("dro", step=0.5),))
     objective = hvd.Objective("cross_entropy", terms=(term,))
     model.compile(hvd.DistributedOptimizer(keras.optimizers.AdamW(0.01, weight_decay=0.1)), objective)
     model.optimizer.build(model.trainable_variables)

@@ -69,7 +69,7 @@ def case_fit_on_uneven_shards_is_one_process():
 
 def seen_by_all(rows):
     ranks = communicator_of(hvd.global_process_set)
-    parts = [json.loads(text) for text in ranks.gather(json.dumps(rows).encode(), "seen")]
+    parts = [json.loads(text) for text in ranks.all_gather_bytes(json.dumps(rows).encode(), "seen")]
     return collections.Counter(i for part in parts for i in part)
 
 

@@ -184,7 +184,7 @@ def case_a_loss_scale_optimizer_skips_as_ever():
 @needs(more="gloo-2 gloo-3 mpi-2")
 def case_local_steps():
     def terms():
-        return (hvdloss.CommunicationCost(acts=(SyncPeriod(2),)),)
+        return (hvdloss.CommunicationCost(policies=(SyncPeriod(2),)),)
 
     with pytest.raises(ConfigError, match="SyncPeriod"):
         hvd.Objective("mse", terms=terms(), nonfinite="skip")

@@ -34,7 +34,7 @@ ROWS = 47
 
 def gathered(text: str) -> list[str]:
     ranks = communicator_of(hvd.global_process_set)
-    return [data.decode() for data in ranks.gather(text.encode(), "gathered")]
+    return [data.decode() for data in ranks.all_gather_bytes(text.encode(), "gathered")]
 
 
 @contextlib.contextmanager

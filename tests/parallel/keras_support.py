@@ -12,7 +12,7 @@ import tensorflow as tf
 from tf_support import cuts, data, difference, same_on_all_ranks
 
 import hvdloss.keras as hvd
-from hvdloss.world import numbers_from
+from hvdloss.world import set_name_base
 
 keras.config.set_floatx("float64")
 keras.config.disable_traceback_filtering()
@@ -22,7 +22,7 @@ Batch = tuple[Any, Any, Any]  # x, y, sample_weight
 
 def before_case(number: int) -> None:
     """Give every case its own names on the wire, whatever an earlier one left behind."""
-    numbers_from(1000 * (number + 1))
+    set_name_base(1000 * (number + 1))
     keras.backend.clear_session()
     keras.config.set_floatx("float64")
 

@@ -87,9 +87,12 @@ def case_skew_in_fit_is_that_of_all_labels():
 def case_fit_with_weights_from_terms():
     """Importance and rank weights: each step is that of one process with those weights."""
     numbers = {}
-    for name, act in (("importance", ImportanceWeights("uniform")), ("ranks", RankWeights("dro", step=0.5))):
+    for name, policy in (
+        ("importance", ImportanceWeights("uniform")),
+        ("ranks", RankWeights("dro", step=0.5)),
+    ):
         steps = steps_of(5)
-        term = hvdloss.DataSkew(classes=CLASSES, acts=(act,))
+        term = hvdloss.DataSkew(classes=CLASSES, policies=(policy,))
         model = compiled(hvd.Objective("cross_entropy", terms=(term,)))
         other = network()
         other.compile(sgd(), loss=plain_loss())
@@ -99,15 +102,15 @@ def case_fit_with_weights_from_terms():
             weighted = [(x, y, w * factor[rank][y]) for rank, (x, y, w) in enumerate(step)]
             train_alone(other, [weighted])
             if name == "importance":
-                factor = [act.table(term.counts, rank) for rank in range(hvd.size())]
+                factor = [policy.table(term.counts, rank) for rank in range(hvd.size())]
             else:
-                factor = [np.full(CLASSES, one) for one in act.factors]
+                factor = [np.full(CLASSES, one) for one in policy.factors]
         numbers[name] = difference(model.get_weights(), other.get_weights())
         assert numbers[name] < 1e-12, numbers
         assert hvd.size() == 1 or np.ptp(np.concatenate(factor)) > 1e-3
-        term = hvdloss.DataSkew(classes=CLASSES, acts=(act,))
+        term = hvdloss.DataSkew(classes=CLASSES, policies=(policy,))
         again = compiled(hvd.Objective("cross_entropy", terms=(term,)))
-        act.begin(hvd.rank(), hvd.size())
+        policy.reset(hvd.rank(), hvd.size())
         again.fit(dataset(mine(steps)), verbose=0)
         assert difference(again.get_weights(), model.get_weights()) < 1e-12
     return numbers
@@ -116,19 +119,19 @@ def case_fit_with_weights_from_terms():
 class Spread(hvdloss.Term):
     """A user's own: the mean squared prediction, of which a share is added to the loss."""
 
-    name, unit, width, penalizes = "spread", "logits^2", 2, True
+    name, unit, width, has_penalty = "spread", "logits^2", 2, True
 
     def observe(self, batch):
         square = tf.reduce_sum(batch.prediction**2, -1)
-        return [batch.ops.total64(square * batch.weight), batch.ops.total64(batch.weight)]
+        return [batch.ops.sum64(square * batch.weight), batch.ops.sum64(batch.weight)]
 
     def penalty(self, batch):
         square = tf.reduce_sum(batch.prediction**2, -1)
         total = tf.reduce_sum(batch.weight)
         return 0.1 * tf.math.divide_no_nan(tf.reduce_sum(square * batch.weight), total)
 
-    def close(self, step):
-        return step.rows[:, 0] / np.maximum(step.rows[:, 1], 1e-300)
+    def on_step_end(self, step):
+        return step.sums[:, 0] / np.maximum(step.sums[:, 1], 1e-300)
 
 
 def case_a_term_of_the_users_own_in_fit():
@@ -166,7 +169,7 @@ def case_terms_without_a_price_or_act_change_nothing():
         )
         model.fit(dataset(mine(steps)), epochs=2, verbose=0)
         report = model.optimizer.last_step
-        found.append((model.get_weights(), report.loss, report.choices.get("travel")))
+        found.append((model.get_weights(), report.loss, report.choices.get("comm_plan")))
     same_but_for_a_message(*found)
 
 
@@ -193,7 +196,7 @@ def case_a_label_that_is_no_class():
     class Broken(hvdloss.Term):
         name = "broken"
 
-        def close(self, step):
+        def on_step_end(self, step):
             raise ValueError("a mistake in the user's own term")
 
     model = compiled(hvd.Objective("cross_entropy", terms=(Broken(),)))
@@ -203,8 +206,8 @@ def case_a_label_that_is_no_class():
 
 
 def case_what_cannot_be_done_is_refused():
-    def acting(*acts):
-        return hvd.Objective("cross_entropy", terms=(hvdloss.CommunicationCost(acts=acts),))
+    def acting(*policies):
+        return hvd.Objective("cross_entropy", terms=(hvdloss.CommunicationCost(policies=policies),))
 
     two = network(outputs=2)
     optimizer = hvd.DistributedOptimizer(sgd())
@@ -349,7 +352,7 @@ class Simulation:
             move = sum(w * (one[i] - anchor) for w, one in zip(self.weights, every, strict=True))
             move = move / self.weights.sum()
             if self.outer is not None:
-                move, self.velocity[i] = self.outer.move(move, self.velocity[i])
+                move, self.velocity[i] = self.outer.update(move, self.velocity[i])
             self.anchor[i] = anchor + move
         for model in self.models:
             model.set_weights(self.anchor)
@@ -373,8 +376,8 @@ class Watch(keras.callbacks.Callback):
         same_on_all_ranks(self.model.get_weights())
 
 
-def _fit_locally(steps, epochs=2, *, act, make=sgd, counted=True, more=(), **fit):
-    cost = hvdloss.CommunicationCost(acts=(act,), calibrate=False)
+def _fit_locally(steps, epochs=2, *, policy, make=sgd, counted=True, more=(), **fit):
+    cost = hvdloss.CommunicationCost(policies=(policy,), calibrate=False)
     model = compiled(hvd.Objective("cross_entropy", terms=(cost, *more)), make)
     watch = Watch()
     model.fit(dataset(mine(steps), counted=counted), epochs=epochs, verbose=0, callbacks=[watch], **fit)
@@ -402,7 +405,7 @@ def case_fit_with_local_steps():
         ("unknown, even", steps_of(7), False),
     ):
         model, watch, _ = _fit_locally(
-            steps, 2, act=SyncPeriod(4), counted=counted, validation_data=(batch[0], batch[1])
+            steps, 2, policy=SyncPeriod(4), counted=counted, validation_data=(batch[0], batch[1])
         )
         one = Simulation(4)
         error = 0.0
@@ -424,7 +427,7 @@ def case_fit_with_local_steps_and_more():
     """Outer momentum, accumulation, batches per call, eager, and another fit."""
     numbers = {}
     steps, outer = steps_of(6), OuterStep(0.7, 0.5)
-    model, _, _ = _fit_locally(steps, act=SyncPeriod(3, outer=outer))
+    model, _, _ = _fit_locally(steps, policy=SyncPeriod(3, outer=outer))
     outer = outer if hvd.size() > 1 else None
     one = Simulation(3, outer=outer)
     for _ in range(2):
@@ -438,11 +441,11 @@ def case_fit_with_local_steps_and_more():
     one.exchange()
     numbers["again"] = difference(model.get_weights(), one.models[0].get_weights())
 
-    cost = hvdloss.CommunicationCost(acts=(SyncPeriod(3),))
+    cost = hvdloss.CommunicationCost(policies=(SyncPeriod(3),))
     model = compiled(hvd.Objective("cross_entropy", terms=(cost,)))
     model.compile(model.optimizer, loss=model.loss, steps_per_execution=3)
     model.fit(dataset(mine(steps)), verbose=0)
-    cost = hvdloss.CommunicationCost(acts=(SyncPeriod(3),))
+    cost = hvdloss.CommunicationCost(policies=(SyncPeriod(3),))
     eager = compiled(hvd.Objective("cross_entropy", terms=(cost,)))
     eager.compile(eager.optimizer, loss=eager.loss, run_eagerly=True)
     eager.fit(dataset(mine(steps)), verbose=0)
@@ -461,7 +464,7 @@ def case_fit_with_local_steps_and_more():
         [union([a, b]) for a, b in zip(first, second, strict=True)]
         for first, second in zip(micro[::2], micro[1::2], strict=True)
     ]
-    model, _, _ = _fit_locally(micro, act=SyncPeriod(2), make=accumulating)
+    model, _, _ = _fit_locally(micro, policy=SyncPeriod(2), make=accumulating)
     one = Simulation(2)
     for _ in range(2):
         for step in pairs:
@@ -477,7 +480,7 @@ def case_fit_with_local_steps_and_more():
             for first, second in zip(micro[::2], micro[1::2], strict=True)
         ]
         for counted in (True, False):
-            model, _, _ = _fit_locally(micro, act=SyncPeriod(2), make=accumulating, counted=counted)
+            model, _, _ = _fit_locally(micro, policy=SyncPeriod(2), make=accumulating, counted=counted)
             one = Simulation(2)
             for _ in range(2):
                 for step in pairs:
@@ -494,18 +497,18 @@ def case_fit_with_local_steps_and_more():
 def case_fit_with_a_proximal_pull_and_switching_compression():
     if hvd.size() == 1:
         return None
-    skew = hvdloss.DataSkew(classes=CLASSES, acts=(Proximal(1.0),))
-    model, _, _ = _fit_locally(steps_of(6), act=SyncPeriod(3), more=(skew,))
-    free, _, _ = _fit_locally(steps_of(6), act=SyncPeriod(3))
+    skew = hvdloss.DataSkew(classes=CLASSES, policies=(Proximal(1.0),))
+    model, _, _ = _fit_locally(steps_of(6), policy=SyncPeriod(3), more=(skew,))
+    free, _, _ = _fit_locally(steps_of(6), policy=SyncPeriod(3))
     assert difference(model.get_weights(), free.get_weights()) > 1e-6
-    assert skew.acts[0].mu > 0
-    cost = hvdloss.CommunicationCost(acts=(SyncPeriod(3), Toggled()), calibrate=False)
+    assert skew.policies[0].mu > 0
+    cost = hvdloss.CommunicationCost(policies=(SyncPeriod(3), Toggled()), calibrate=False)
     model = compiled(hvd.Objective("cross_entropy", terms=(cost,)))
     watch = Watch()
     model.fit(dataset(mine(steps_of(6))), epochs=2, verbose=0, callbacks=[watch])
     rough = difference(model.get_weights(), free.get_weights())
     assert 1e-9 < rough < 3e-3, rough
-    cost = hvdloss.CommunicationCost(acts=(Toggled(),), calibrate=False)
+    cost = hvdloss.CommunicationCost(policies=(Toggled(),), calibrate=False)
     model, exact = (compiled(hvd.Objective("cross_entropy", terms=terms)) for terms in ((cost,), ()))
     for one in (model, exact):
         one.fit(dataset(mine(steps_of(6))), verbose=0)
@@ -518,7 +521,7 @@ def case_fit_with_a_proximal_pull_and_switching_compression():
 def case_a_fault_in_a_stretch_of_fit():
     if hvd.size() == 1:
         return
-    cost = hvdloss.CommunicationCost(acts=(SyncPeriod(3),))
+    cost = hvdloss.CommunicationCost(policies=(SyncPeriod(3),))
     model = compiled(hvd.Objective("cross_entropy", terms=(cost,)))
     steps = steps_of(4)
     model.fit(dataset(mine(steps[:1])), verbose=0)
@@ -537,7 +540,7 @@ def case_a_fault_in_a_stretch_of_fit():
 
 @needs(more="gloo-2")
 def case_several_losses_with_local_steps():
-    cost = hvdloss.CommunicationCost(acts=(SyncPeriod(3),))
+    cost = hvdloss.CommunicationCost(policies=(SyncPeriod(3),))
     losses = [hvd.Objective("cross_entropy", terms=(cost,)), hvd.Objective("cross_entropy")]
     steps = _fewer([[(x, (y, 0 * y), (w, w**2)) for x, y, w in step] for step in steps_of(6)])
     for counted in (True, False):
@@ -553,9 +556,9 @@ def case_several_losses_with_local_steps():
 @needs(more="gloo-2")
 def case_a_period_that_goes_back_to_one():
     """Exact steps after local ones: optimizers had moments of their own, and must agree again."""
-    act = SyncPeriod("adacomm", first=4, interval=1e-3)
+    policy = SyncPeriod("adacomm", initial_period=4, interval=1e-3)
     steps = steps_of(9)
-    model, watch, _ = _fit_locally(steps, 3, act=act)
+    model, watch, _ = _fit_locally(steps, 3, policy=policy)
     assert len(watch.seen) == 3
     assert int(model.optimizer.iterations) == 27
     assert model.optimizer.last_step.step == 27
@@ -577,7 +580,7 @@ def case_batch_shares_batch_by_batch():
         # A machine with other work adds to any time; some pause is longer than what it adds.
         for pause in (0.002 * 2**i for i in range(7)):
             shares = BatchShares(12 * hvd.size(), every=4, gain=gain)
-            objective = hvd.Objective("cross_entropy", terms=(hvdloss.CommunicationCost(acts=(shares,)),))
+            objective = hvd.Objective("cross_entropy", terms=(hvdloss.CommunicationCost(policies=(shares,)),))
             model = compiled(objective)
             objective.prepare()
             for indices in SharedBatches(len(x), shares, seed=2):

@@ -6,7 +6,7 @@ import tensorflow as tf
 from tf_support import Network, traced
 
 import hvdloss.tensorflow as hvd
-from hvdloss.world import numbers_from
+from hvdloss.world import set_name_base
 from tests.laws.driver import RATE
 
 LAWS = ("exact",)
@@ -17,7 +17,7 @@ EXCEPT = {
 
 
 def before_case(number):
-    numbers_from(1000 * (number + 1))
+    set_name_base(1000 * (number + 1))
 
 
 class driver:

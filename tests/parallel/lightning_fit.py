@@ -219,7 +219,7 @@ def case_rank_0_alone_logs_and_saves() -> None:
     sink = Sink()
     communicator = communicator_of(hvd.global_process_set)
     own = tempfile.mkdtemp()
-    folder = Path(communicator.gather(own.encode(), "folder")[0].decode())
+    folder = Path(communicator.all_gather_bytes(own.encode(), "folder")[0].decode())
     # Each rank names a folder of its own; rank 0's counts.
     fit(
         Line(),
@@ -228,7 +228,7 @@ def case_rank_0_alone_logs_and_saves() -> None:
         log_every_n_steps=1,
         callbacks=[StepLog(sink), L.pytorch.callbacks.ModelCheckpoint(dirpath=Path(own) / "saved")],
     )
-    communicator.gather(b"", "saved")
+    communicator.all_gather_bytes(b"", "saved")
     assert sink.steps == [1, 2, 3, 4, 5, 6]
     assert sink.closed == 1
     files = [path for path in Path(own).rglob("*") if path.is_file()]

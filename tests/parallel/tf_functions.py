@@ -12,7 +12,7 @@ from tf_support import raised, same_on_all_ranks
 import hvdloss.keras
 import hvdloss.tensorflow as hvd
 from hvdloss.errors import AgreementError, ConfigError, UsageError
-from hvdloss.world import numbers_from
+from hvdloss.world import set_name_base
 from tests.ranks import needs
 
 NEEDS = needs("gloo-2", more="gloo-1 gloo-3 mpi-2")
@@ -20,7 +20,7 @@ NEEDS = needs("gloo-2", more="gloo-1 gloo-3 mpi-2")
 
 def before_case(number: int) -> None:
     """Give every case its own names on the wire, whatever an earlier one left behind."""
-    numbers_from(1000 * (number + 1))
+    set_name_base(1000 * (number + 1))
 
 
 def last() -> int:

@@ -30,7 +30,7 @@ def refused(action, *words: str) -> None:
         text = f"{type(error).__name__}: {error}"
     # Keras adds the addresses of functions around it.
     text = text[: text.find(":")] + text[max(0, text.find("step ")) : text.find("as well)")]
-    texts = communicator_of(hvd.global_process_set).gather(text.encode(), "texts")
+    texts = communicator_of(hvd.global_process_set).all_gather_bytes(text.encode(), "texts")
     assert len(set(texts)) == 1, texts
     for word in ("RankError", *words):
         assert word in text, text
@@ -204,5 +204,5 @@ def case_local_variables_may_be_named_before_the_optimizer_is_built():
         model.fit(data, np.ones((4, 1)), verbose=0, callbacks=callbacks)
         found.append(model.get_weights())
     assert difference(*found) == 0
-    kernels = communicator_of(hvd.global_process_set).gather(found[0][0].tobytes(), "kernels")
+    kernels = communicator_of(hvd.global_process_set).all_gather_bytes(found[0][0].tobytes(), "kernels")
     assert len(set(kernels)) == hvd.size()

@@ -205,7 +205,7 @@ def case_fit_with_local_steps():
     steps = step_batches(np.random.default_rng(5), 4)
     found = []
     for ranks in ("64", "1"):
-        loss = hvdloss.keras.Objective("mse", terms=(hvdloss.CommunicationCost(acts=(SyncPeriod(2),)),))
+        loss = hvdloss.keras.Objective("mse", terms=(hvdloss.CommunicationCost(policies=(SyncPeriod(2),)),))
         model, _ = fitted(ranks, steps, loss)
         same_on_all_ranks(model.get_weights())
         found.append(model.get_weights())
@@ -237,7 +237,7 @@ def case_a_listener_that_came_late_is_told_from_the_next_step_on():
     with summing():
         go(1)
         told = []
-        objective.books.listen(told.append)
+        objective.books.add_listener(told.append)
         go(2)
-        objective.books.unlisten(told.append)
+        objective.books.remove_listener(told.append)
     assert all(report.ranks.gathered for report in told)

@@ -17,7 +17,7 @@ import hvdloss.keras as khvd
 import hvdloss.tensorflow as hvd
 from hvdloss.errors import AgreementError, ConfigError, HvdlossError, ShapeError
 from hvdloss.tensorflow.collectives import copy_to_ranks
-from hvdloss.world import numbers_from
+from hvdloss.world import set_name_base
 from tests.ranks import needs
 
 NEEDS = needs("gloo-2", more="gloo-3")
@@ -27,7 +27,7 @@ EXACT = 1e-11
 
 def before_case(number: int) -> None:
     """Give every case its own names on the wire, and Keras its own."""
-    numbers_from(1000 * (number + 1))
+    set_name_base(1000 * (number + 1))
     keras.backend.clear_session()
     keras.config.set_floatx("float64")
 

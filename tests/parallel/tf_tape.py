@@ -165,7 +165,7 @@ def case_embeddings_sparse_and_dense():
 
 def case_large_gradients_alone_and_totals_that_come_again():
     """From a size on a gradient travels as it lies, and is not divided where the total is the last one's."""
-    os.environ["HVDLOSS_ALONE_MB"] = "2"
+    os.environ["HVDLOSS_UNBUCKETED_MB"] = "2"
     try:
         rng = np.random.default_rng(27)
         big = tf.Variable(rng.normal(size=(512, 520)) / 20)
@@ -193,11 +193,11 @@ def case_large_gradients_alone_and_totals_that_come_again():
                 )
                 worst = max(worst, difference(g, expected))
                 assert worst < 1e-12, (scale, where)
-        travel = {"messages": 2, "buckets": 1, "alone": 1, "sparse": 0}
-        assert objective.last_step.choices["travel"] == travel
+        travel = {"messages": 2, "buckets": 1, "unbucketed": 1, "sparse": 0}
+        assert objective.last_step.choices["comm_plan"] == travel
         return {"relative error": worst}
     finally:
-        del os.environ["HVDLOSS_ALONE_MB"]
+        del os.environ["HVDLOSS_UNBUCKETED_MB"]
 
 
 def case_groups_and_predivide():

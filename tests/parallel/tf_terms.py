@@ -25,7 +25,7 @@ from hvdloss.control import (
 from hvdloss.errors import ConfigError, NonFiniteGradientError, NonFiniteLossError, UsageError, WeightError
 from hvdloss.term import Decision
 from hvdloss.terms.distributions import divergences
-from hvdloss.world import numbers_from
+from hvdloss.world import set_name_base
 from tests.ranks import needs
 
 NEEDS = needs("gloo-2")
@@ -35,7 +35,7 @@ CLASSES = 4
 
 def before_case(number: int) -> None:
     """Give every case its own names on the wire, whatever an earlier one left behind."""
-    numbers_from(1000 * (number + 1))
+    set_name_base(1000 * (number + 1))
 
 
 def batch_of(rank: int, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -168,14 +168,14 @@ def case_keys_soft_and_several_labels():
 class Tempered(hvdloss.Term):
     """A user's own: weighs elements by the square of their weight, and pulls a variable to zero."""
 
-    name, unit, width, weighs, penalizes = "tempered", "mean target", 2, True, True
+    name, unit, width, has_weights, has_penalty = "tempered", "mean target", 2, True, True
 
     def __init__(self, variable):
         self.variable = variable
 
     def observe(self, batch):
         target = tf.cast(batch.target, tf.float64)
-        return [batch.ops.total64(batch.weight * target), batch.ops.total64(batch.weight)]
+        return [batch.ops.sum64(batch.weight * target), batch.ops.sum64(batch.weight)]
 
     def weights(self, batch):
         return batch.weight
@@ -183,8 +183,8 @@ class Tempered(hvdloss.Term):
     def penalty(self, batch):
         return 0.1 * tf.reduce_sum(self.variable**2)
 
-    def close(self, step):
-        return step.rows[:, 0] / np.maximum(step.rows[:, 1], 1e-300)
+    def on_step_end(self, step):
+        return step.sums[:, 0] / np.maximum(step.sums[:, 1], 1e-300)
 
 
 def case_a_term_of_the_users_own():
@@ -224,7 +224,7 @@ class Nonsense(hvdloss.Term):
     def observe(self, batch):
         return [batch.ops.count(batch.weight > 0)]
 
-    def close(self, step):
+    def on_step_end(self, step):
         return [float("nan")] * step.size
 
 
@@ -233,7 +233,7 @@ def case_a_term_that_tells_nonsense_is_refused_everywhere():
         objective = hvd.Objective("cross_entropy", terms=(Nonsense(),))
         call = both(step_of(network(12), objective))[function]
         batch = list(map(tf.constant, batch_of(hvd.rank(), 1)))
-        words = ("Nonsense.close()", "one finite value")
+        words = ("Nonsense.on_step_end()", "one finite value")
         raises_everywhere(ConfigError, lambda call=call, b=batch: call(*b), *words)
         assert objective.last_step is None
 
@@ -255,8 +255,8 @@ def weighted(net, step, factor):
 def case_importance_and_balance_weights():
     worst = 0.0
     for function in (False, True):
-        acts = (ImportanceWeights("uniform", clip=3.0), ClassBalance("effective", beta=0.9))
-        term = hvdloss.DataSkew(classes=CLASSES, acts=acts)
+        policies = (ImportanceWeights("uniform", clip=3.0), ClassBalance("effective", beta=0.9))
+        term = hvdloss.DataSkew(classes=CLASSES, policies=policies)
         objective = hvd.Objective("cross_entropy", terms=(term,))
         net = network(13)
         call = both(step_of(net, objective))[function]
@@ -268,7 +268,7 @@ def case_importance_and_balance_weights():
             for p, one in zip(net.parameters, g, strict=True):
                 p.assign_sub(0.1 * one)
             tables = np.stack(
-                [np.prod([act.table(term.counts, r) for act in acts], 0) for r in range(hvd.size())]
+                [np.prod([policy.table(term.counts, r) for policy in policies], 0) for r in range(hvd.size())]
             )
         assert worst < 1e-12, worst
         assert hvd.size() == 1 or np.ptp(tables, 1).max() > 0.1
@@ -278,8 +278,8 @@ def case_importance_and_balance_weights():
 def case_robust_rank_weights():
     worst = 0.0
     for function, kind in ((False, "q_fair"), (True, "dro"), (True, "agnostic")):
-        act = RankWeights(kind, step=0.5, q=2.0)
-        term = hvdloss.DataSkew(classes=CLASSES, acts=(act,))
+        policy = RankWeights(kind, step=0.5, q=2.0)
+        term = hvdloss.DataSkew(classes=CLASSES, policies=(policy,))
         objective = hvd.Objective("cross_entropy", terms=(term,))
         net = network(14)
         call = both(step_of(net, objective))[function]
@@ -287,7 +287,7 @@ def case_robust_rank_weights():
         for step in range(1, 5):
             g = call(*map(tf.constant, batch_of(hvd.rank(), step)))
             worst = max(worst, difference(g, weighted(net, step, lambda rank, y, f=factors: f[rank])))
-            factors = act.factors
+            factors = policy.factors
             same_on_all_ranks([factors])
         assert worst < 1e-12, worst
         assert hvd.size() == 1 or np.ptp(factors) > 1e-3, factors
@@ -309,7 +309,7 @@ def case_terms_without_a_price_or_act_change_nothing():
             for p, g in zip(net.parameters, call(*map(tf.constant, batch_of(hvd.rank(), step))), strict=True):
                 p.assign_sub(0.1 * g)
         report = objective.last_step
-        found.append(([p.numpy() for p in net.parameters], report.loss, report.choices.get("travel")))
+        found.append(([p.numpy() for p in net.parameters], report.loss, report.choices.get("comm_plan")))
         if len(found) == 2:
             same_but_for_a_message(*found)
             found.clear()
@@ -424,7 +424,7 @@ def case_no_message_waits_for_the_clock():
 class Toggled(AdaptiveCompression):
     """Switches in every step."""
 
-    def close(self, term, step):
+    def on_step_end(self, term, step):
         self.on = not self.on
         return [Decision(step.step, "compression", str(not self.on), str(self.on), "a test")]
 
@@ -432,14 +432,14 @@ class Toggled(AdaptiveCompression):
 def case_compression_switches_while_training():
     numbers = {}
     for function in (False, True):
-        act = Toggled()
-        cost = hvdloss.CommunicationCost(acts=(act,), calibrate=False)
+        policy = Toggled()
+        cost = hvdloss.CommunicationCost(policies=(policy,), calibrate=False)
         objective = hvd.Objective("cross_entropy", terms=(cost,))
         net = network(22)
         call = both(step_of(net, objective))[function]
         full = 8 * sum(p.shape.num_elements() for p in net.parameters)
         for step in range(1, 7):
-            on = act.on
+            on = policy.on
             g = call(*map(tf.constant, batch_of(hvd.rank(), step)))
             error = difference(g, weighted(net, step, lambda rank, y: 1.0))
             assert cost._before.full_bytes == (full if hvd.size() > 1 else 0)
@@ -473,7 +473,7 @@ def case_a_link_is_measured_before_the_first_step():
 
 
 def case_what_cannot_be_done_is_refused():
-    objective = hvd.Objective("mse", terms=(hvdloss.CommunicationCost(acts=(SyncPeriod(4),)),))
+    objective = hvd.Objective("mse", terms=(hvdloss.CommunicationCost(policies=(SyncPeriod(4),)),))
     words = ("SyncPeriod", "DistributedOptimizer")
     raises_everywhere(
         ConfigError, lambda: hvd.DistributedGradientTape(tf.GradientTape(), objective), *words, "tape"
@@ -551,7 +551,7 @@ def simulated(net, make, batches, period, *, outer=None, mu=None):
             ]
             if outer is not None:
                 velocity = [0.0] * 3 if velocity is None else velocity
-                pairs = [outer.move(m, v) for m, v in zip(moves, velocity, strict=True)]
+                pairs = [outer.update(m, v) for m, v in zip(moves, velocity, strict=True)]
                 moves, velocity = zip(*pairs, strict=True)
             anchor = [a + m for a, m in zip(anchor, moves, strict=True)]
             for one in nets:
@@ -565,9 +565,9 @@ def sgd(momentum=0.9):
     return tf.keras.optimizers.SGD(0.1, momentum=momentum)
 
 
-def local_run(act, batches, *, make=sgd, more=(), function=True, seed=18, size=None, **options):
+def local_run(policy, batches, *, make=sgd, more=(), function=True, seed=18, size=None, **options):
     """Train on this rank's batches with local steps; return network, optimizer, term and what was before."""
-    cost = hvdloss.CommunicationCost(acts=(act, *options.pop("acts", ())), calibrate=False)
+    cost = hvdloss.CommunicationCost(policies=(policy, *options.pop("policies", ())), calibrate=False)
     objective = hvd.Objective("cross_entropy", terms=(cost, *more))
     net, start = network(seed), network(seed)
     optimizer = hvd.DistributedOptimizer(make(), objective, **options)
@@ -619,10 +619,10 @@ def case_local_steps_are_averaged_by_weight():
         sums = [sum(b[rank][2].sum() for b in batches[4:]) for rank in range(hvd.size())]
         assert np.allclose([one.weight for one in report.ranks], sums, rtol=1e-12)
         assert [one.micro_batches for one in report.ranks] == [3] * hvd.size()
-        travel = cost._before
-        assert (travel.parameters, travel.steps, travel.messages) == (True, 3, 2)
-        assert travel.bytes == 8 * sum(p.shape.num_elements() for p in net.parameters)
-        assert cost.spread > 0
+        comm_stats = cost._before
+        assert (comm_stats.parameters, comm_stats.steps, comm_stats.messages) == (True, 3, 2)
+        assert comm_stats.bytes == 8 * sum(p.shape.num_elements() for p in net.parameters)
+        assert cost.drift > 0
         assert all(one.communication > 0 and one.computation > 0 for one in report.ranks)
     return numbers
 
@@ -640,8 +640,8 @@ def case_an_outer_nesterov_step():
 
 
 def case_a_proximal_pull_follows_the_skew():
-    act = Proximal(2.0)
-    skew = hvdloss.DataSkew(classes=CLASSES, window=1, acts=(act,))
+    policy = Proximal(2.0)
+    skew = hvdloss.DataSkew(classes=CLASSES, window=1, policies=(policy,))
     # The skew of step 1, which is done together, is what the stretch after it is pulled by.
     mu = 2.0 * divergences(histograms(1))[0] / np.log(2)
     batches = batches_of(4)
@@ -671,7 +671,7 @@ def case_local_steps_with_other_optimizers_and_wires():
     numbers = {"error": error}
     for name, options in (
         ("fp16", {"compression": hvd.Compression.fp16}),
-        ("switched", {"acts": (Toggled(),)}),
+        ("switched", {"policies": (Toggled(),)}),
     ):
         net, _, cost, start = local_run(SyncPeriod(3), batches, make=adam, **options)
         rough = difference(net.parameters, exact)
@@ -709,7 +709,7 @@ def case_local_steps_with_accumulation_and_sum():
         return None
     worst = 0.0
     for reduction in ("mean", "sum"):
-        cost = hvdloss.CommunicationCost(acts=(SyncPeriod(2),))
+        cost = hvdloss.CommunicationCost(policies=(SyncPeriod(2),))
         objective = hvd.Objective("cross_entropy", reduction=reduction, terms=(cost,))
         net = network(19)
         lr = 2.0**-3 if reduction == "mean" else 2.0**-10  # the same in float32, in which Keras has it
@@ -758,7 +758,7 @@ def case_a_fault_in_a_stretch_returns_to_its_beginning():
     if hvd.size() == 1:
         return
     for function in (True, False):
-        cost = hvdloss.CommunicationCost(acts=(SyncPeriod(3),))
+        cost = hvdloss.CommunicationCost(policies=(SyncPeriod(3),))
         term = hvdloss.DataSkew(classes=CLASSES, label=lambda y: tf.where(y == 77, y, 0 * y))
         objective = hvd.Objective("mse", terms=(cost, term))
         net = network(20)
@@ -818,7 +818,7 @@ def case_embeddings_in_local_steps():
     start = np.random.default_rng(20)
     first = start.normal(size=(10, 4))
     table, w = tf.Variable(first), tf.Variable(start.normal(size=(4, CLASSES)))
-    cost = hvdloss.CommunicationCost(acts=(SyncPeriod(2),))
+    cost = hvdloss.CommunicationCost(policies=(SyncPeriod(2),))
     objective = hvd.Objective("cross_entropy", terms=(cost,))
     optimizer = hvd.DistributedOptimizer(sgd(), objective)
 
@@ -847,7 +847,7 @@ def case_batch_shares_follow_speed():
         # A machine with other work adds to any time; some pause is longer than what it adds.
         for pause in (0.002 * 2**i for i in range(7)):
             shares = BatchShares(12 * hvd.size(), every=4, gain=gain)
-            objective = hvd.Objective("cross_entropy", terms=(hvdloss.CommunicationCost(acts=(shares,)),))
+            objective = hvd.Objective("cross_entropy", terms=(hvdloss.CommunicationCost(policies=(shares,)),))
             objective.prepare()  # ranks know each other before the first batch
             net = network(24)
             step = tf.function(step_of(net, objective), reduce_retracing=True)

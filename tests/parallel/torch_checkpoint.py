@@ -92,14 +92,14 @@ def _goes_on(terms):
 
 def case_a_run_that_goes_on_is_the_run_that_was_not_interrupted():
     return _goes_on(
-        lambda: (hvdloss.DataSkew(price=0.1, classes=2, window=4, acts=(RankWeights("dro", step=0.5),)),)
+        lambda: (hvdloss.DataSkew(price=0.1, classes=2, window=4, policies=(RankWeights("dro", step=0.5),)),)
     )
 
 
 def case_local_steps_with_an_outer_step_go_on():
     def terms():
         period = SyncPeriod(3, outer=OuterStep(0.7, 0.9))
-        return (hvdloss.CommunicationCost(acts=(period, BatchShares(8, every=2))),)
+        return (hvdloss.CommunicationCost(policies=(period, BatchShares(8, every=2))),)
 
     folder = _folder()
     hvd.seed_everything(7)

@@ -110,7 +110,7 @@ def case_nobody_waits_for_the_device():
     on_a_gpu()
     most = 0
     for alone in ("4", "0.5"):
-        os.environ["HVDLOSS_ALONE_MB"] = alone
+        os.environ["HVDLOSS_UNBUCKETED_MB"] = alone
         for kind, weight_of in WEIGHTS.items():
             for passes, terms in ((1, ()), (2, ()), (1, (hvdloss.CommunicationCost(),))):
                 model = wide()
@@ -323,7 +323,7 @@ def case_local_steps_on_the_cpu_and_on_the_gpu():
     """Moves of parameters are averaged device by device."""
     g = generator(6)
     model = Apart(g)
-    objective = hvd.Objective("mse", terms=(hvdloss.CommunicationCost(acts=(SyncPeriod(2),)),))
+    objective = hvd.Objective("mse", terms=(hvdloss.CommunicationCost(policies=(SyncPeriod(2),)),))
     opt = hvd.DistributedOptimizer(
         torch.optim.SGD(model.parameters(), lr=0.05), model.named_parameters(), objective
     )

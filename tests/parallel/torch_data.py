@@ -48,7 +48,7 @@ def shardings():
 def seen_by_all(numbers):
     """Return how often each sample was seen, over all ranks."""
     ranks = communicator_of(hvd.global_process_set)
-    parts = [json.loads(text) for text in ranks.gather(json.dumps(numbers).encode(), "seen")]
+    parts = [json.loads(text) for text in ranks.all_gather_bytes(json.dumps(numbers).encode(), "seen")]
     return collections.Counter(i for part in parts for i in part)
 
 
@@ -56,13 +56,13 @@ def case_every_sample_once_per_epoch():
     for sharding in shardings():
         loader = hvd.ShardedLoader(Numbers(), sharding, 4)
         for epoch in range(2):
-            assert loader.epoch.number == epoch or loader.epoch.over
+            assert loader.epoch.number == epoch or loader.epoch.exhausted
             steps, numbers = len(loader), []
             same_on_all_ranks(steps)
             for count, batch in enumerate(loader):
                 assert batch["x"].shape[1:] == (5,)
                 assert len(batch["x"]) == len(batch["word"]) == len(batch["number"])
-                assert len(loader) == steps - count - 1 or loader.epoch.over
+                assert len(loader) == steps - count - 1 or loader.epoch.exhausted
                 numbers += batch["number"].tolist()
             assert count + 1 == steps
             assert seen_by_all(numbers) == collections.Counter(range(SAMPLES)), sharding

@@ -62,7 +62,7 @@ def case_after_a_death():
 def case_tells_the_watch():
     """Passes as far as it knows; the watch has told all ranks that they cannot go on."""
     if hvd.rank() == 1:
-        watch.tell_error(ValueError("rank one tells of this"))
+        watch.report_error(ValueError("rank one tells of this"))
 
 
 def case_after_the_watch():

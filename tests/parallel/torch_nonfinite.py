@@ -115,7 +115,7 @@ def trials(policy, seed, passes=(1, 2)):
     """Trials of several kinds, each with the function that makes its steps."""
     for p in passes:
         for alone in ("4", "0.0001"):  # in a bucket, and each gradient by itself
-            os.environ["HVDLOSS_ALONE_MB"] = alone
+            os.environ["HVDLOSS_UNBUCKETED_MB"] = alone
             for first in (False, True):  # nothing is planned yet, or it is
                 g = generator(seed)
                 trial = Trial(network(g), passes=p, nonfinite=policy)
@@ -534,7 +534,7 @@ def case_local_steps():
     """A rank's own step that is not finite moves nothing: an error at the exchange, or left out."""
     if hvd.size() == 1:
         raise unittest.SkipTest("one rank exchanges at every step")
-    terms = lambda: (hvdloss.CommunicationCost(acts=(SyncPeriod(3),)),)  # noqa: E731
+    terms = lambda: (hvdloss.CommunicationCost(policies=(SyncPeriod(3),)),)  # noqa: E731
     with pytest.raises(ConfigError, match=r"SyncPeriod.*drop"):
         hvd.Objective("mse", terms=terms(), nonfinite="skip")
     for policy in ("raise", "drop"):
@@ -618,7 +618,7 @@ def case_losses_of_all_ranks():
 def case_terms_do_not_see_a_skipped_step():
     closed = []
     skew = hvdloss.DataSkew(classes=2)
-    skew.close, plain = lambda step: (closed.append(step.step), plain(step))[1], skew.close
+    skew.on_step_end, plain = lambda step: (closed.append(step.step), plain(step))[1], skew.on_step_end
     g = generator(17)
     model = network(g, outputs=2)
     objective = hvd.Objective("cross_entropy", terms=(skew,), nonfinite="skip")

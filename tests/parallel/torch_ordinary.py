@@ -551,7 +551,7 @@ def case_memory_that_the_user_changes():
 
     right = [2 - 2 * 0.5**n for n in range(1, 5)]
     for alone in ("4", "0.000001"):  # in a bucket, and by itself
-        os.environ["HVDLOSS_ALONE_MB"] = alone
+        os.environ["HVDLOSS_UNBUCKETED_MB"] = alone
         for change in (cast, stay_double, moved, zeroed, zeroed_and_cast):
             model = nn.Linear(1, 1, bias=False).to(DEVICE)
             nn.init.zeros_(model.weight)

@@ -127,7 +127,7 @@ def case_a_record_is_what_all_ranks_reported():
     assert found.steps[-1]["skipped"] == 1
     assert found.classes[-1]["counts"] == reports[-1].terms["skew"].details["counts"]
     assert found.epochs[0]["metrics"] == {"accuracy": 0.5}
-    text = json.dumps([found.runs, found.travels])
+    text = json.dumps([found.runs, found.comm_plans])
     assert str(Path.home()) not in text
     return {"bytes a step": path.stat().st_size / 6}
 
@@ -135,7 +135,7 @@ def case_a_record_is_what_all_ranks_reported():
 @needs("gloo-2", more="gloo-3 dist-2")
 def case_local_steps_are_recorded_when_ranks_meet():
     path = folder() / "run.jsonl"
-    terms = (hvdloss.CommunicationCost(acts=(SyncPeriod(3),)),)
+    terms = (hvdloss.CommunicationCost(policies=(SyncPeriod(3),)),)
     model, objective, optimizer = parts(terms, "raise")
     recorder = hvd.Recorder(path).follow(objective)
     train(model, objective, optimizer, 7)

@@ -67,7 +67,7 @@ def case_the_steps_are_those_of_a_table():
             assert one.pop("loss") == pytest.approx(another.pop("loss"), rel=limit)
             assert one.pop("objective_value") == pytest.approx(another.pop("objective_value"), rel=limit)
             assert one == another  # weights and elements to the last bit
-        messages = [report.choices["travel"]["messages"] for report in (table, sums)]
+        messages = [report.choices["comm_plan"]["messages"] for report in (table, sums)]
         assert messages[0] == messages[1]
 
 
@@ -149,7 +149,7 @@ def case_terms_see_every_rank_in_every_step():
     found = []
     for ranks in ("64", "1"):
         terms = (
-            hvdloss.CommunicationCost(price=0.1, acts=(BatchShares(8 * hvd.size()),)),
+            hvdloss.CommunicationCost(price=0.1, policies=(BatchShares(8 * hvd.size()),)),
             hvdloss.DataSkew(price=0.1, classes=3),
         )
         with summing(ranks):
@@ -161,7 +161,7 @@ def case_terms_see_every_rank_in_every_step():
 
 
 def case_local_steps():
-    terms = (hvdloss.CommunicationCost(acts=(SyncPeriod(2),)),)
+    terms = (hvdloss.CommunicationCost(policies=(SyncPeriod(2),)),)
     found = []
     for ranks in ("64", "1"):
         with summing(ranks):
@@ -205,10 +205,10 @@ def case_who_is_to_leave_is_known_by_name():
         model, objective, optimizer = parts()
         status = optimizer._hvdloss.state.status
         train(model, objective, optimizer, 1)
-        assert status.wished == ()
-        status.leaving = lambda: hvd.rank() == 1
+        assert status.preempted_ranks == ()
+        status.preemption_requested = lambda: hvd.rank() == 1
         train(model, objective, optimizer, 1)
-        assert status.wished == (1,)
+        assert status.preempted_ranks == (1,)
 
 
 def case_a_closure_is_that_of_all_ranks():

@@ -242,13 +242,13 @@ def case_the_flag_costs_no_message():
             optimizer.zero_grad()
             steps.append(dict(calls - before))
     assert len(steps) == max(counts)
-    travel = optimizer.last_step.choices["travel"]["messages"]
+    travel = optimizer.last_step.choices["comm_plan"]["messages"]
     assert all(step == {"allreduce_async_": travel} for step in steps[1:]), (travel, steps)
 
 
 def case_local_steps_end_together():
     counts = [2 + 5 * rank for rank in range(hvd.size())]
-    terms = (hvdloss.CommunicationCost(acts=(hvdloss.control.SyncPeriod(3),)),)
+    terms = (hvdloss.CommunicationCost(policies=(hvdloss.control.SyncPeriod(3),)),)
     model, optimizer, given = trained(batches_of(counts)[hvd.rank()], terms=terms)
     same_on_all_ranks(flat(model.parameters()).tolist())
     same_on_all_ranks(given)

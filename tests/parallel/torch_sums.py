@@ -239,7 +239,7 @@ def case_with_data_skew_and_its_weights():
     """Terms weigh and see the elements of a loss that is no mean."""
     from hvdloss.control import ClassBalance
 
-    term = hvdloss.DataSkew(classes=2, acts=(ClassBalance(),))
+    term = hvdloss.DataSkew(classes=2, policies=(ClassBalance(),))
     objective = hvd.Objective(SoftDice(), terms=(term,))
     model = network(torch.Generator().manual_seed(3))
     optimizer = hvd.DistributedOptimizer(

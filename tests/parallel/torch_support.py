@@ -22,15 +22,15 @@ import torch.nn.functional as F
 
 import hvdloss.torch as hvd
 from hvdloss.benchmarks.common import device_of
-from hvdloss.torch.ops import AT_HAND, communicator_of
-from hvdloss.world import numbers_from
+from hvdloss.torch.ops import HOST_DEVICES, communicator_of
+from hvdloss.world import set_name_base
 
 
 def _device() -> torch.device:
     """Return where this rank's models and batches lie. Called before Horovod, and NCCL, have begun."""
     kind = os.environ.get("HVDLOSS_TEST_DEVICE", "cpu")
     if kind == "deferred":
-        AT_HAND.clear()
+        HOST_DEVICES.clear()
         kind = "cpu"
     if kind == "cuda":  # convolutions would round to 10 bits otherwise
         torch.backends.cudnn.allow_tf32 = False
@@ -48,8 +48,8 @@ def before_case(number: int) -> None:
 
     On three ranks nearly every gradient travels by itself, elsewhere in buckets: both ways see all cases.
     """
-    os.environ["HVDLOSS_ALONE_MB"] = "0.0001" if hvd.size() == 3 else "4"
-    numbers_from(1000 * (number + 1))
+    os.environ["HVDLOSS_UNBUCKETED_MB"] = "0.0001" if hvd.size() == 3 else "4"
+    set_name_base(1000 * (number + 1))
 
 
 def generator(seed: int) -> torch.Generator:
@@ -157,7 +157,7 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> float:
 def gathered(text: str, process_set: Any = None) -> list[str]:
     """Return every rank's text."""
     ranks = communicator_of(process_set or hvd.global_process_set)
-    return [data.decode() for data in ranks.gather(text.encode(), "gathered")]
+    return [data.decode() for data in ranks.all_gather_bytes(text.encode(), "gathered")]
 
 
 def same_on_all_ranks(value: Any, process_set: Any = None) -> None:

@@ -39,7 +39,7 @@ from hvdloss.control import (
     SharedBatches,
     SyncPeriod,
 )
-from hvdloss.control.log import decide_again, follow, record
+from hvdloss.control.log import record, replay, use_logged_times
 from hvdloss.terms.distributions import divergences
 from hvdloss.terms.link import LinkModel
 from tests.ranks import needs
@@ -169,10 +169,10 @@ def case_keys_soft_and_several_labels():
 class Tempered(hvdloss.Term):
     """A user's own: weighs the elements by a power of their weight, and pulls predictions to zero."""
 
-    name, unit, width, weighs, penalizes = "tempered", "mean target", 2, True, True
+    name, unit, width, has_weights, has_penalty = "tempered", "mean target", 2, True, True
 
     def observe(self, batch):
-        return [batch.ops.total64(batch.weight * batch.target), batch.ops.total64(batch.weight)]
+        return [batch.ops.sum64(batch.weight * batch.target), batch.ops.sum64(batch.weight)]
 
     def weights(self, batch):
         return batch.weight
@@ -181,8 +181,8 @@ class Tempered(hvdloss.Term):
         # What is equal on all ranks counts once; here on one batch it differs, and is averaged like it.
         return 0.1 * self.model[0].weight.square().sum()
 
-    def close(self, step):
-        return step.rows[:, 0] / np.maximum(step.rows[:, 1], 1e-300)
+    def on_step_end(self, step):
+        return step.sums[:, 0] / np.maximum(step.sums[:, 1], 1e-300)
 
 
 def case_a_term_of_the_users_own():
@@ -222,14 +222,16 @@ def case_a_term_that_tells_nonsense_is_refused_everywhere():
         def observe(self, batch):
             return [batch.ops.count(batch.weight > 0)]
 
-        def close(self, step):
+        def on_step_end(self, step):
             return [float("nan")] * step.size
 
     objective = hvd.Objective("cross_entropy", terms=(Wrong(),))
     model = network(generator(12), outputs=CLASSES)
     before = flat(model.parameters())
     steps = train(objective, model, 1)
-    raises_everywhere(hvdloss.ConfigError, lambda: next(steps), "Wrong.close()", "one finite value per rank")
+    raises_everywhere(
+        hvdloss.ConfigError, lambda: next(steps), "Wrong.on_step_end()", "one finite value per rank"
+    )
     assert torch.equal(flat(model.parameters()), before)
 
 
@@ -247,8 +249,8 @@ def weighted_reference(model, step, factor):
 
 
 def case_importance_and_balance_weights():
-    acts = (ImportanceWeights("uniform", clip=3.0), ClassBalance("effective", beta=0.9))
-    term = hvdloss.DataSkew(classes=CLASSES, acts=acts)
+    policies = (ImportanceWeights("uniform", clip=3.0), ClassBalance("effective", beta=0.9))
+    term = hvdloss.DataSkew(classes=CLASSES, policies=policies)
     objective = hvd.Objective("cross_entropy", terms=(term,))
     model = network(generator(13), outputs=CLASSES)
     worst, tables, reference = 0.0, None, copy.deepcopy(model)
@@ -259,7 +261,7 @@ def case_importance_and_balance_weights():
             )
             worst = max(worst, difference(gradients(model), expected))
         counts = term.counts
-        tables = [acts[0].table(counts, r) * acts[1].table(counts, r) for r in range(hvd.size())]
+        tables = [policies[0].table(counts, r) * policies[1].table(counts, r) for r in range(hvd.size())]
         reference.load_state_dict(model.state_dict())
         ess = opt.last_step.terms["skew"].details["effective_sample_size"]
         assert len(ess) == hvd.size()
@@ -272,8 +274,8 @@ def case_importance_and_balance_weights():
 def case_robust_rank_weights():
     numbers = {}
     for kind in ("dro", "agnostic", "q_fair"):
-        act = RankWeights(kind, step=0.5, q=2.0)
-        term = hvdloss.DataSkew(classes=CLASSES, acts=(act,))
+        policy = RankWeights(kind, step=0.5, q=2.0)
+        term = hvdloss.DataSkew(classes=CLASSES, policies=(policy,))
         objective = hvd.Objective("cross_entropy", terms=(term,))
         model = network(generator(14), outputs=CLASSES)
         worst, factors, reference = 0.0, None, copy.deepcopy(model)
@@ -283,7 +285,7 @@ def case_robust_rank_weights():
                     reference, step, lambda rank, y, factors=factors: float(factors[rank])
                 )
                 worst = max(worst, difference(gradients(model), expected))
-            factors = act.factors
+            factors = policy.factors
             same_on_all_ranks(factors.tolist())
             reference.load_state_dict(model.state_dict())
         assert worst < 1e-12, (kind, worst)
@@ -295,10 +297,10 @@ def case_robust_rank_weights():
 def case_terms_without_a_price_or_act_change_nothing():
     # Horovod fuses what comes together, and three ranks' sums round by their place in the message: one
     # bucket makes training the same from run to run.
-    os.environ["HVDLOSS_ALONE_MB"] = "inf"
+    os.environ["HVDLOSS_UNBUCKETED_MB"] = "inf"
     for period in ((), (SyncPeriod(1),)):
         found = []
-        for terms in ((), (hvdloss.CommunicationCost(acts=period), hvdloss.DataSkew(classes=CLASSES))):
+        for terms in ((), (hvdloss.CommunicationCost(policies=period), hvdloss.DataSkew(classes=CLASSES))):
             objective = hvd.Objective("cross_entropy", terms=terms)
             model = network(generator(15), torch.float64, CLASSES).float()
             opt = hvd.DistributedOptimizer(
@@ -311,7 +313,7 @@ def case_terms_without_a_price_or_act_change_nothing():
                     objective(model(x.float()), y, w.float()).backward()
                 opt.step()
             found.append((flat(model.parameters()), opt.last_step.loss))
-            blocking = opt.last_step.choices["travel"]["messages"]
+            blocking = opt.last_step.choices["comm_plan"]["messages"]
             found[-1] += (blocking,)
         assert torch.equal(found[0][0], found[1][0])
         assert found[0][1] == found[1][1]
@@ -436,8 +438,8 @@ def local_reference(model, steps, period, *, outer=None, mu=None, momentum=0.0, 
     return anchor if not done else thetas[hvd.rank()]
 
 
-def local_run(act, steps, *, empty=None, momentum=0.0, seed=18, more=(), **options):
-    cost = hvdloss.CommunicationCost(acts=(act,))
+def local_run(policy, steps, *, empty=None, momentum=0.0, seed=18, more=(), **options):
+    cost = hvdloss.CommunicationCost(policies=(policy,))
     objective = hvd.Objective("cross_entropy", terms=(cost, *more))
     model = network(generator(seed), outputs=CLASSES)
     sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=momentum)
@@ -484,13 +486,13 @@ def case_an_outer_nesterov_step():
     expected = local_reference(network(generator(18), outputs=CLASSES), 9, 2, outer=outer)
     error = difference(flat(model.parameters()), expected)
     assert error < 1e-12, error
-    assert hvd.size() == 1 or cost.spread > 0
+    assert hvd.size() == 1 or cost.drift > 0
     return {"error": error}
 
 
 def case_a_proximal_pull_follows_the_skew():
-    act = Proximal(2.0)
-    skew = hvdloss.DataSkew(classes=CLASSES, window=1, acts=(act,))
+    policy = Proximal(2.0)
+    skew = hvdloss.DataSkew(classes=CLASSES, window=1, policies=(policy,))
     # The skew of step 1, which is done together, is what the stretch after it is pulled by.
     counts = np.stack([histogram(1, rank) for rank in range(hvd.size())])
     mu = 2.0 * divergences(counts)[0] / math.log(2)
@@ -498,7 +500,7 @@ def case_a_proximal_pull_follows_the_skew():
     expected = local_reference(network(generator(18), outputs=CLASSES), 3, 3, mu=mu)
     error = difference(flat(model.parameters()), expected)
     assert error < 1e-12, error
-    assert act.mu == float(mu[hvd.rank()])
+    assert policy.mu == float(mu[hvd.rank()])
     assert hvd.size() == 1 or mu.max() > 0.1
     return {"error": error}
 
@@ -507,7 +509,9 @@ def case_local_steps_with_accumulation_and_sum():
     """Two backward passes per step weigh by what they hold; "sum" weighs ranks alike."""
     for reduction in ("mean", "sum"):
         objective = hvd.Objective(
-            "cross_entropy", reduction=reduction, terms=(hvdloss.CommunicationCost(acts=(SyncPeriod(2),)),)
+            "cross_entropy",
+            reduction=reduction,
+            terms=(hvdloss.CommunicationCost(policies=(SyncPeriod(2),)),),
         )
         model = network(generator(19), outputs=CLASSES)
         lr = 0.1 if reduction == "mean" else 0.001
@@ -544,7 +548,7 @@ def case_local_steps_with_accumulation_and_sum():
 def case_a_fault_in_a_stretch_returns_to_its_beginning():
     if hvd.size() == 1:
         return
-    objective = hvd.Objective("cross_entropy", terms=(hvdloss.CommunicationCost(acts=(SyncPeriod(3),)),))
+    objective = hvd.Objective("cross_entropy", terms=(hvdloss.CommunicationCost(policies=(SyncPeriod(3),)),))
     model = network(generator(20), outputs=CLASSES)
     opt = hvd.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), objective=objective)
 
@@ -588,7 +592,7 @@ def case_a_fault_in_a_stretch_returns_to_its_beginning():
 
 def case_a_skipped_update_keeps_nobody_waiting():
     """A GradScaler skips the update of a rank whose gradients overflow; the others exchange all the same."""
-    objective = hvd.Objective("cross_entropy", terms=(hvdloss.CommunicationCost(acts=(SyncPeriod(2),)),))
+    objective = hvd.Objective("cross_entropy", terms=(hvdloss.CommunicationCost(policies=(SyncPeriod(2),)),))
     model = network(generator(21), outputs=CLASSES).float()
     opt = hvd.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), objective=objective)
     scaler = torch.amp.GradScaler(DEVICE.type, init_scale=4.0)
@@ -627,8 +631,8 @@ def case_the_optimizers_memory_is_shared_when_local_steps_end():
         lambda ps: torch.optim.AdamW(ps, lr=0.02),
         lambda ps: torch.optim.SGD(ps, lr=0.1, momentum=0.9, nesterov=True),
     ):
-        period = SyncPeriod("adacomm", first=4, interval=1e-9)
-        objective = hvd.Objective("cross_entropy", terms=(hvdloss.CommunicationCost(acts=(period,)),))
+        period = SyncPeriod("adacomm", initial_period=4, interval=1e-9)
+        objective = hvd.Objective("cross_entropy", terms=(hvdloss.CommunicationCost(policies=(period,)),))
         model = network(generator(31), outputs=CLASSES)
         opt = hvd.DistributedOptimizer(make(model.parameters()), model.named_parameters(), objective)
         periods = set()
@@ -660,7 +664,7 @@ def case_sparse_gradients_and_frozen_layers_in_local_steps():
 
     torch.manual_seed(3)
     model = Bag().to(DEVICE)
-    objective = hvd.Objective("cross_entropy", terms=(hvdloss.CommunicationCost(acts=(SyncPeriod(2),)),))
+    objective = hvd.Objective("cross_entropy", terms=(hvdloss.CommunicationCost(policies=(SyncPeriod(2),)),))
     opt = hvd.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), objective=objective)
     before = flat(model.parameters())
     for step in range(1, 8):
@@ -693,13 +697,15 @@ def case_compression_where_bytes_dominate():
     if hvd.size() == 1:
         return
     for period in (1, 2):
-        act = AdaptiveCompression(gain=0.05, every=1)
-        cost = hvdloss.CommunicationCost(acts=(act, SyncPeriod(period)), calibrate=False)
+        policy = AdaptiveCompression(gain=0.05, every=1)
+        cost = hvdloss.CommunicationCost(policies=(policy, SyncPeriod(period)), calibrate=False)
         objective = hvd.Objective("cross_entropy", terms=(cost,))
         model = network(generator(22), outputs=CLASSES)
         exact = copy.deepcopy(model)
         opt = hvd.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), objective=objective)
-        plain = hvd.Objective("cross_entropy", terms=(hvdloss.CommunicationCost(acts=(SyncPeriod(period),)),))
+        plain = hvd.Objective(
+            "cross_entropy", terms=(hvdloss.CommunicationCost(policies=(SyncPeriod(period),)),)
+        )
         reference = hvd.DistributedOptimizer(torch.optim.SGD(exact.parameters(), lr=0.1), objective=plain)
         seen = set()
         for step in range(1, 13):
@@ -711,7 +717,7 @@ def case_compression_where_bytes_dominate():
                 if o is opt:
                     time.sleep(0.005)
                 o.step()
-            seen.add(act.on)
+            seen.add(policy.on)
         opt.exchange()
         reference.exchange()
         assert seen == {True, False}, objective.controller.decisions
@@ -739,7 +745,7 @@ def case_batch_shares_follow_speed():
         # A machine with other work adds to any time; some pause is longer than what it adds.
         for pause in (0.001 * 2**i for i in range(7)):
             shares = BatchShares(12 * hvd.size(), every=4, gain=gain)
-            objective = hvd.Objective("mse", terms=(hvdloss.CommunicationCost(acts=(shares,)),))
+            objective = hvd.Objective("mse", terms=(hvdloss.CommunicationCost(policies=(shares,)),))
             model = network(generator(24))
             opt = hvd.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.02), objective=objective)
             curve, seen = [], []
@@ -772,17 +778,17 @@ def case_batch_shares_follow_speed():
 def case_decisions_can_be_made_again_from_the_log():
     """A run that follows the log of another takes its decisions, and ends at its very parameters."""
 
-    os.environ["HVDLOSS_ALONE_MB"] = "inf"  # else Horovod's fusion, and so rounding, depends on timing
+    os.environ["HVDLOSS_UNBUCKETED_MB"] = "inf"  # else Horovod's fusion, and so rounding, depends on timing
 
     def run(path, following, pause=0.0):
         shares = BatchShares(8 * hvd.size(), every=3, gain=0.05)
-        period = SyncPeriod("adacomm", first=4, interval=0.02)
-        terms = (hvdloss.CommunicationCost(acts=(shares, period), calibrate=True),)
+        period = SyncPeriod("adacomm", initial_period=4, interval=0.02)
+        terms = (hvdloss.CommunicationCost(policies=(shares, period), calibrate=True),)
         objective = hvd.Objective("mse", terms=terms)
         model = network(generator(25))
         opt = hvd.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.02), objective=objective)
         if following:
-            follow(objective.controller, path)
+            use_logged_times(objective.controller, path)
         elif hvd.rank() == 0:
             record(objective.controller, path)
         g = generator(26)
@@ -812,12 +818,12 @@ def case_decisions_can_be_made_again_from_the_log():
         same_on_all_ranks([repr(d) for d in controller.decisions])
         terms = (
             hvdloss.CommunicationCost(
-                acts=(
+                policies=(
                     BatchShares(8 * hvd.size(), every=3, gain=0.05),
-                    SyncPeriod("adacomm", first=4, interval=0.02),
+                    SyncPeriod("adacomm", initial_period=4, interval=0.02),
                 ),
                 calibrate=True,
             ),
         )
-        assert decide_again(hvd.Objective("mse", terms=terms).controller, path) == controller.decisions
+        assert replay(hvd.Objective("mse", terms=terms).controller, path) == controller.decisions
         hvd.barrier()

@@ -85,7 +85,7 @@ def trainer(folder: Path, model: Any = None, **settings: Any) -> HorovodTrainer:
 
 def shared_folder() -> Path:
     own = tempfile.mkdtemp(prefix="hvdloss-hf-")
-    return Path(communicator_of(hvd.global_process_set).gather(own.encode(), "folder")[0].decode())
+    return Path(communicator_of(hvd.global_process_set).all_gather_bytes(own.encode(), "folder")[0].decode())
 
 
 def flat(model: nn.Module) -> torch.Tensor:
@@ -157,7 +157,7 @@ def case_training_goes_on_from_the_end_of_an_epoch() -> dict[str, float]:
     folder = shared_folder()
     first = trainer(folder, num_train_epochs=1, save_strategy="epoch")
     first.train()
-    communicator_of(hvd.global_process_set).gather(b"", "saved")
+    communicator_of(hvd.global_process_set).all_gather_bytes(b"", "saved")
     assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-4"]
     second = trainer(folder)
     second.train(resume_from_checkpoint=str(folder / "checkpoint-4"))
@@ -171,7 +171,7 @@ def case_the_middle_of_an_epoch_is_refused() -> None:
     folder = shared_folder()
     first = trainer(folder, max_steps=3, save_strategy="steps", save_steps=3)
     first.train()
-    communicator_of(hvd.global_process_set).gather(b"", "saved")
+    communicator_of(hvd.global_process_set).all_gather_bytes(b"", "saved")
     second = trainer(folder)
     with pytest.raises(UsageError, match="saved in the middle of an epoch"):
         second.train(resume_from_checkpoint=str(folder / "checkpoint-3"))

@@ -54,7 +54,7 @@ def make_record(
         ]
         details = {"counts": counts.tolist(), "overall": 0.1}
         skew = TermReport("nats", 0.05, [0.1] * ranks, 0.1 * ranks, 0.005 * ranks, details)
-        travel = {"bucket": {"value": text or 25, "by": text or "rule"}, "travel": {"messages": 2}}
+        travel = {"bucket": {"value": text or 25, "by": text or "rule"}, "comm_plan": {"messages": 2}}
         recorder.step(StepReport.of(step, ledgers, "mean", travel, {"skew": skew}, nonfinite="skip"))
         if step in (2, 40):
             recorder.decision(Decision(step, text or "period", [1, text], 4, text or f"it pays at {step}"))

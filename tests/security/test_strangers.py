@@ -105,8 +105,8 @@ GARBAGE = {
 class Strangers:
     """Threads that find a job's ports, and do what they can to them."""
 
-    def __init__(self, root: int, acts: dict[str, Callable[[tuple[str, int]], None]]) -> None:
-        self.root, self.acts = root, acts
+    def __init__(self, root: int, policies: dict[str, Callable[[tuple[str, int]], None]]) -> None:
+        self.root, self.policies = root, policies
         self.over = threading.Event()
         self.commands: set[str] = set()
         self.tokens: set[str] = set()
@@ -121,10 +121,10 @@ class Strangers:
         while not self.over.is_set():
             for kind, address in list(self._listening()):
                 self.ports[kind].add(address)
-                names = list(self.acts)
+                names = list(self.policies)
                 for name in (names[number % len(names)], names[(number + 5) % len(names)]):
                     with contextlib.suppress(OSError):  # refused, reset, or silent
-                        self.acts[name]((self._local(address[0]), address[1]))
+                        self.policies[name]((self._local(address[0]), address[1]))
                     self.reached[kind] += 1
                 number += 1
             time.sleep(0.01)
@@ -181,12 +181,12 @@ def launch(folder: Path, *options: str, late: float = 2.0, **variables: str) -> 
     )
 
 
-def disturbed(folder, acts, *options, seconds=150.0, **variables):
+def disturbed(folder, policies, *options, seconds=150.0, **variables):
     """Run a job among strangers; return its status, its output, and the strangers."""
     job = launch(folder, *options, **variables)
-    strangers = Strangers(job.pid, acts)
-    if acts == {"hold": None}:
-        strangers.acts = {"hold": strangers.hold}
+    strangers = Strangers(job.pid, policies)
+    if policies == {"hold": None}:
+        strangers.policies = {"hold": strangers.hold}
     try:
         status = job.wait(seconds)
     except subprocess.TimeoutExpired:
@@ -277,7 +277,7 @@ def test_strangers_at_an_elastic_job_run_nothing_in_it(tmp_path, right):
 
     pickle.loads(payload.replace(str(proof).encode(), str(proof).encode() + b"-here"))  # it is one that works
     assert Path(f"{proof}-here").exists()
-    acts = {
+    policies = {
         "unpickle": says(request("PUT", "/worker_addresses/localhost:0", base64.b64encode(payload))),
         "take-part": says(request("GET", "/rank_and_size/localhost:0")),
         **GARBAGE,
@@ -287,7 +287,7 @@ def test_strangers_at_an_elastic_job_run_nothing_in_it(tmp_path, right):
     script.chmod(0o700)
     status, output, strangers = disturbed(
         tmp_path,
-        acts,
+        policies,
         *("--gloo", "-np", "2", "--min-np", "2", "--max-np", "2", "--network-interfaces", "lo"),
         *("--host-discovery-script", str(script)),
     )

@@ -13,7 +13,7 @@ import hvdloss.tensorflow as hvd  # noqa: E402
 from hvdloss.errors import ConfigError, ShapeError  # noqa: E402
 from hvdloss.numpy_ops import NumpyOps  # noqa: E402
 from hvdloss.objective import LOSSES  # noqa: E402
-from hvdloss.reduction import REDUCTIONS, contribution  # noqa: E402
+from hvdloss.reduction import REDUCTIONS, reduce_losses  # noqa: E402
 from hvdloss.tensorflow import Objective  # noqa: E402
 from hvdloss.tensorflow.ops import NAMED_LOSSES, TensorFlowOps  # noqa: E402
 
@@ -59,12 +59,12 @@ def test_contributions_agree_with_numpy(reduction: str, function: bool):
     losses, w = rng.normal(size=(5, 4)), rng.uniform(size=(5, 1)) * (np.arange(5) % 2)[:, None]
 
     def row(losses, w):
-        return contribution(TensorFlowOps(), losses, w, reduction).row(TensorFlowOps())
+        return reduce_losses(TensorFlowOps(), losses, w, reduction).row(TensorFlowOps())
 
     if function:
         unknown = [tf.TensorSpec((None, None), tf.float64), tf.TensorSpec((None, 1), tf.float64)]
         row = tf.function(row, input_signature=unknown)
-    expected = contribution(NumpyOps(), losses, w, reduction).row(NumpyOps())
+    expected = reduce_losses(NumpyOps(), losses, w, reduction).row(NumpyOps())
     np.testing.assert_allclose(row(tf.constant(losses), tf.constant(w)), expected, rtol=1e-14)
 
 

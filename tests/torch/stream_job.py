@@ -18,7 +18,7 @@ import hvdloss.torch as hvd
 from hvdloss.data import Parquet, RowGroups
 
 CHECKPOINT = 20  # steps
-WIDTH = 64
+LEDGER_WIDTH = 64
 
 
 def data_bytes() -> int:
@@ -35,7 +35,7 @@ def main() -> None:
     folder, size, allowed = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     hvd.init()
     torch.set_num_threads(1)
-    model = torch.nn.Linear(WIDTH, 1)
+    model = torch.nn.Linear(LEDGER_WIDTH, 1)
     torch.nn.init.zeros_(model.weight)
     torch.nn.init.zeros_(model.bias)
     objective = hvd.Objective("mse")

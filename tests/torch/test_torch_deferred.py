@@ -30,7 +30,7 @@ NEED_A_GPU = {
 }
 AS_ON_A_GPU = [name for name in case_names("torch_cuda") if name not in NEED_A_GPU]
 # One for each place that looks at values where it can.
-NONFINITE = [
+NONFINITE_COLUMNS = [
     "drop_is_the_step_of_the_other_ranks",
     "local_steps",
     "sparse_gradients",
@@ -75,7 +75,9 @@ def test_as_on_a_gpu(case: Case, request):
     case.check(request)
 
 
-@parallel_cases("torch_nonfinite", [("gloo", 2)], slow=rest("torch_nonfinite", NONFINITE), group="deferred")
+@parallel_cases(
+    "torch_nonfinite", [("gloo", 2)], slow=rest("torch_nonfinite", NONFINITE_COLUMNS), group="deferred"
+)
 def test_nonfinite(case: Case, request):
     case.check(request)
 
@@ -143,11 +145,11 @@ WEIGHTS = {
 
 
 @pytest.mark.parametrize("weight", WEIGHTS)
-@pytest.mark.parametrize("alone", ["4", "0.5"])
+@pytest.mark.parametrize("unbucketed", ["4", "0.5"])
 @pytest.mark.parametrize("passes", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_nothing_is_read_before_the_ledgers(unread, monkeypatch, weight, alone, passes, dtype):
-    monkeypatch.setenv("HVDLOSS_ALONE_MB", alone)
+def test_nothing_is_read_before_the_ledgers(unread, monkeypatch, weight, unbucketed, passes, dtype):
+    monkeypatch.setenv("HVDLOSS_UNBUCKETED_MB", unbucketed)
     for terms in ((), (hvdloss.CommunicationCost(), hvdloss.DataSkew(bins=4))):
         sizes = [5, 512, 512, 1]
         layers = [torch.nn.Linear(a, b) for a, b in itertools.pairwise(sizes)]
@@ -160,9 +162,9 @@ def test_nothing_is_read_before_the_ledgers(unread, monkeypatch, weight, alone, 
         for _ in range(3):
             step(model, objective, optimizer, passes, weight=WEIGHTS[weight])
         assert all(p.grad.device == META for p in model.parameters())
-        travel = optimizer._hvdloss.message_counts()
-        assert travel["alone"] == (alone == "0.5")
-        assert travel["buckets"] >= 1
+        counts = optimizer._hvdloss.message_counts()
+        assert counts["unbucketed"] == (unbucketed == "0.5")
+        assert counts["buckets"] >= 1
 
 
 def test_a_rank_without_a_batch_tells_from_the_device_of_the_others(unread):

@@ -17,7 +17,7 @@ import pytest
 
 from tests.ranks import environment, missing_controller
 
-WIDTH = 64
+LEDGER_WIDTH = 64
 FILES, GROUPS, GROUP_ROWS = 4, 15, 20_000  # 60 row groups of 5 MiB: 300 MiB
 ALLOWED = 100 << 20  # of memory, beyond what a rank has before it reads anything
 BATCH = 1024
@@ -29,18 +29,20 @@ def write(folder: Path) -> int:
     rng = np.random.default_rng(0)
     row = 0
     for number in range(FILES):
-        schema = pa.schema([("id", pa.int64()), ("x", pa.list_(pa.float32(), WIDTH)), ("y", pa.float32())])
+        schema = pa.schema(
+            [("id", pa.int64()), ("x", pa.list_(pa.float32(), LEDGER_WIDTH)), ("y", pa.float32())]
+        )
         with pq.ParquetWriter(folder / f"{number}.parquet", schema, compression="none") as writer:
             for _ in range(GROUPS):
-                x = rng.standard_normal(GROUP_ROWS * WIDTH, dtype=np.float32)
+                x = rng.standard_normal(GROUP_ROWS * LEDGER_WIDTH, dtype=np.float32)
                 columns = [
                     np.arange(row, row + GROUP_ROWS),
-                    pa.FixedSizeListArray.from_arrays(pa.array(x), WIDTH),
-                    x[::WIDTH],
+                    pa.FixedSizeListArray.from_arrays(pa.array(x), LEDGER_WIDTH),
+                    x[::LEDGER_WIDTH],
                 ]
                 writer.write_table(pa.table(columns, schema=schema), row_group_size=GROUP_ROWS)
                 row += GROUP_ROWS
-    return row * (WIDTH * 4 + 8 + 4)
+    return row * (LEDGER_WIDTH * 4 + 8 + 4)
 
 
 def launch(folder: Path, ranks: int) -> subprocess.Popen[str]:

@@ -8,9 +8,9 @@ pytest.importorskip("torch")
 
 import torch
 
-from hvdloss.ledger import WIDTH
+from hvdloss.ledger import LEDGER_WIDTH
 from hvdloss.torch.ledgers import Message
-from hvdloss.torch.ops import AT_HAND
+from hvdloss.torch.ops import HOST_DEVICES
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, None])
@@ -19,12 +19,12 @@ from hvdloss.torch.ops import AT_HAND
 def test_a_device_writes_what_the_cpu_writes(dtype, size, sums, monkeypatch):
     message = Message(1, size, dtype, sums)
     generator = torch.Generator().manual_seed(size)
-    row = torch.randn(WIDTH, dtype=torch.float64, generator=generator) * torch.logspace(
-        -300, 300, WIDTH, dtype=torch.float64
+    row = torch.randn(LEDGER_WIDTH, dtype=torch.float64, generator=generator) * torch.logspace(
+        -300, 300, LEDGER_WIDTH, dtype=torch.float64
     )
     written = message.write(row)
     assert len(written) == message.length
-    monkeypatch.setattr("hvdloss.torch.ops.AT_HAND", AT_HAND - {"cpu"})
+    monkeypatch.setattr("hvdloss.torch.ops.AT_HAND", HOST_DEVICES - {"cpu"})
     elsewhere = message.write(row)
     assert elsewhere.dtype == written.dtype
     assert torch.equal(elsewhere, written)

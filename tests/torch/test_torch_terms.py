@@ -17,8 +17,10 @@ def initialised():
 
 def test_one_rank_has_no_skew_and_exchanges_with_nobody():
     terms = (
-        hvdloss.CommunicationCost(acts=(SyncPeriod(4, outer=OuterStep()), BatchShares(8)), calibrate=True),
-        hvdloss.DataSkew(classes=3, acts=(ImportanceWeights("uniform"),)),
+        hvdloss.CommunicationCost(
+            policies=(SyncPeriod(4, outer=OuterStep()), BatchShares(8)), calibrate=True
+        ),
+        hvdloss.DataSkew(classes=3, policies=(ImportanceWeights("uniform"),)),
     )
     torch.manual_seed(1)
     model = torch.nn.Linear(4, 3)
@@ -35,14 +37,14 @@ def test_one_rank_has_no_skew_and_exchanges_with_nobody():
     assert report.terms["skew"].details["effective_sample_size"][0] == pytest.approx(
         1 / (8 / 9 * (1 / 5 + 1 / 2 + 1)), rel=1e-9
     )
-    assert terms[0].acts[1].sizes.tolist() == [8]
+    assert terms[0].policies[1].sizes.tolist() == [8]
     assert objective.controller.decisions == []
     optimizer.exchange()  # nothing to do
 
 
 def test_closures_cannot_take_local_steps():
     model = torch.nn.Linear(2, 1)
-    objective = hvd.Objective("mse", terms=(hvdloss.CommunicationCost(acts=(SyncPeriod(4),)),))
+    objective = hvd.Objective("mse", terms=(hvdloss.CommunicationCost(policies=(SyncPeriod(4),)),))
     optimizer = hvd.DistributedOptimizer(torch.optim.LBFGS(model.parameters()), objective=objective)
     with pytest.raises(hvdloss.UsageError, match="SyncPeriod"):
         optimizer.step(lambda: objective(model(torch.ones(1, 2)), torch.ones(1, 1)))

@@ -37,7 +37,7 @@ from hvdloss.torch.engines import exchanges
 from hvdloss.torch.engines.averaging import averaging_optimizer
 from hvdloss.torch.engines.exchanges import reduction, scaled
 from hvdloss.torch.engines.lanes import Call, Lane, Links, Steps
-from hvdloss.torch.engines.objects import packed, unpacked
+from hvdloss.torch.engines.objects import pickle_to_tensor, unpickle_tensor
 from hvdloss.watch import process
 
 _OURS = ("SyncBatchNorm", "broadcast_optimizer_state", "broadcast_parameters")  # for every engine
@@ -129,17 +129,17 @@ def _find_ranks() -> Links:
         _store = _store or dist.distributed_c10d._get_default_store()
     else:
         slurm = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS"}
-        told = {name: os.environ.get(name) or os.environ.get(other, "") for name, other in slurm.items()}
-        told |= {name: os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT")}
-        if missing := [name for name, text in told.items() if not text]:
+        variables = {name: os.environ.get(name) or os.environ.get(other, "") for name, other in slurm.items()}
+        variables |= {name: os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT")}
+        if missing := [name for name, text in variables.items() if not text]:
             raise ConfigError(
                 f"hvd.init(): torch.distributed needs {', '.join(missing)} in the environment, as torchrun "
                 f"sets it; launch with `torchrun --nproc-per-node N train.py`, or call "
                 f"torch.distributed.init_process_group() before"
             )
-        number, count = int(told["RANK"]), int(told["WORLD_SIZE"])
+        number, count = int(variables["RANK"]), int(variables["WORLD_SIZE"])
         if _store is None:
-            os.environ.update({k: v for k, v in told.items() if k in slurm})  # what rendezvous reads
+            os.environ.update({k: v for k, v in variables.items() if k in slurm})  # what rendezvous reads
             _store = next(iter(dist.rendezvous("env://", timeout=_CONNECT)))[0]
     _times += 1
     start = f"hvdloss/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{_times}"
@@ -309,10 +309,10 @@ def synchronize(handle: Any) -> Any:
     """
     if isinstance(handle, list):
         return [synchronize(one) for one in handle]
-    with blocking.explaining(HorovodInternalError):
+    with blocking.raise_root_cause(HorovodInternalError):
         if not handle.done():
             with watch.waiting_for(*handle.noted):
-                blocking.until(handle.done)
+                blocking.block_until(handle.done)
         if handle.error is not None:
             raise handle.error
     return handle.result
@@ -536,7 +536,10 @@ def _gather_bytes(mine: torch.Tensor, name: str, process_set: ProcessSet | None)
 
 def allgather_object(obj: Any, name: str | None = None, process_set: ProcessSet | None = None) -> list[Any]:
     """Return the objects of all ranks, pickled on their way."""
-    return [unpacked(part) for part in _gather_bytes(packed(obj), name or "allgather_object", process_set)]
+    return [
+        unpickle_tensor(part)
+        for part in _gather_bytes(pickle_to_tensor(obj), name or "allgather_object", process_set)
+    ]
 
 
 def broadcast_object(
@@ -544,13 +547,13 @@ def broadcast_object(
 ) -> Any:
     """Return the root's object, pickled on its way."""
     here = rank() == root_rank
-    data = packed(obj) if here else torch.empty(0, dtype=torch.uint8)
+    data = pickle_to_tensor(obj) if here else torch.empty(0, dtype=torch.uint8)
     name = name or "broadcast_object"
     size_of = synchronize(broadcast_async(torch.tensor([len(data)]), root_rank, f"{name}.size", process_set))
     if not here:
         data = torch.empty(int(size_of), dtype=torch.uint8)
     data = synchronize(broadcast_async(data, root_rank, name, process_set))
-    return obj if here else unpacked(data)
+    return obj if here else unpickle_tensor(data)
 
 
 # -- the rest of Horovod's names ----------------------------------------------------------------------

@@ -122,7 +122,7 @@ def all_gather(tensor: torch.Tensor) -> Any:
 
 
 def all_to_all(tensor: torch.Tensor, splits: Any) -> Any:
-    """Send rows; the header tells how many."""
+    """Send rows; their number is in the header."""
 
     def steps(lane: Lane, what: str) -> Steps:
         sent = [len(tensor) // lane.size] * lane.size if splits is None else torch.as_tensor(splits).tolist()

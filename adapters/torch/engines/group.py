@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from hvdloss.communicator import ranks_of
+from hvdloss.communicator import group_ranks
 from hvdloss.torch._backend import hvd
-from hvdloss.torch.waiting import explaining, wait
+from hvdloss.torch.waiting import raise_root_cause, wait
 
 __all__ = ["EngineGroup", "EngineWork"]
 
@@ -62,10 +62,10 @@ class EngineGroup:
     @property
     def ranks(self) -> tuple[int, ...]:
         """Their numbers among all; empty for all of them."""
-        return ranks_of(hvd, self.process_set)
+        return group_ranks(hvd, self.process_set)
 
     def _start(self, call: Any, name: str, *args: Any, **options: Any) -> EngineWork:
-        with explaining():
+        with raise_root_cause():
             handle = call(*args, name=name, process_set=self.process_set, **options)
         return EngineWork(handle, name if self._named else "", self.process_set)
 

@@ -100,7 +100,7 @@ class Call:
 
     def __init__(self, lane: Lane, what: str, steps: Steps) -> None:
         self.what, self._lane, self._steps = what, lane, steps
-        self.noted = (what, lane.members, watch.begun(what, lane.members))
+        self.noted = (what, lane.members, watch.enter_exchange(what, lane.members))
         self._work: Any = None
         self.result: Any = None
         self.error: BaseException | None = None

@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
-__all__ = ["packed", "unpacked"]
+__all__ = ["pickle_to_tensor", "unpickle_tensor"]
 
 
-def packed(obj: Any) -> torch.Tensor:
+def pickle_to_tensor(obj: Any) -> torch.Tensor:
     """Return an object as bytes."""
     return torch.frombuffer(bytearray(pickle.dumps(obj)), dtype=torch.uint8)
 
 
-def unpacked(data: torch.Tensor) -> Any:
+def unpickle_tensor(data: torch.Tensor) -> Any:
     """Return the object that :func:`packed` packed on another rank."""
     return pickle.loads(data.numpy().tobytes())

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hvdloss.cli.errors import Exit, InstallError
-from hvdloss.hearing import parsed
+from hvdloss.messages import parse_json
 from hvdloss.private import make_folder, open_private
 
 #: A build with both frameworks took 60 MB, its tools 20 MB; the rest is the compilers' own.
@@ -158,7 +158,7 @@ class Cache:
         if not folder.exists():
             return None, ""
         try:
-            record = parsed((folder / "build.json").read_text())
+            record = parse_json((folder / "build.json").read_text())
             if Path(record["wheel"]).name != record["wheel"]:
                 raise ValueError(f"its record names {record['wheel']!r}")  # somewhere else
             path = folder / record["wheel"]
