@@ -1,4 +1,4 @@
-"""What this process is doing, as far as hvdloss knows. Cheap to note: it is looked at only now and then."""
+"""What this process is doing, as far as hvdloss knows. Cheap to record: it is read only now and then."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _COUNTED = 1024  # names of exchanges that are counted, those that were used las
 
 
 class _Graph:
-    """What tells of the steps of one optimizer that run in graphs.
+    """Progress of one optimizer's steps that run in graphs.
 
     Attributes:
         inside: the package whose code the main thread is in while it waits; empty for any.

@@ -114,7 +114,7 @@ class Link:
         self.flush()
 
     def flush(self) -> None:
-        """Send what waits to be sent, as far as that is possible now. Reading tells of failures."""
+        """Send as much of the queue as possible now. Failures show up in reading."""
         with contextlib.suppress(OSError):
             while self._out:
                 del self._out[: self.sock.send(self._out)]
@@ -132,7 +132,7 @@ def dial(addresses: list[tuple[str, int]], seconds: float, silence: float) -> so
     """Return a connection to the first address that answers.
 
     Raises:
-        OSError: none does; ConnectionRefusedError if a host says that nobody listens there any more.
+        OSError: none does; ConnectionRefusedError if nothing listens there any more.
     """
     problem: OSError = OSError("no address was given")
     for address, port in addresses:

@@ -1,4 +1,4 @@
-"""What watching ranks say to each other over TCP: short JSON messages that a stranger can neither read in
+"""The protocol of the watch over TCP: short JSON messages that a stranger can neither read in
 full, nor forge, nor replay.
 
 A frame is 4 bytes of length, a MAC of 32 bytes, and so many bytes of JSON. The key of a connection comes
@@ -79,7 +79,7 @@ class Channel:
         while len(self._buffer) >= _HEAD.size:
             (length,) = _HEAD.unpack_from(self._buffer)
             if length > LIMIT:
-                raise WireError(f"a frame says that it has {length} bytes; at most {LIMIT} are taken")
+                raise WireError(f"a frame claims {length} bytes; at most {LIMIT} are accepted")
             whole = _HEAD.size + _MAC + length
             if len(self._buffer) < whole:
                 break
