@@ -135,9 +135,7 @@ def _watch(report: Report) -> None:
         return
     report.facts["watch"] = None if limits is None else asdict(limits)
     if limits is None:
-        report.add(
-            "watch", "info", "off (HVDLOSS_WATCH): what happens to a rank is known as Horovod tells it"
-        )
+        report.add("watch", "info", "off (HVDLOSS_WATCH): failures of a rank are known only from Horovod")
         return
     report.add(
         "watch",
@@ -214,7 +212,7 @@ def try_ranks(report: Report) -> None:
 
 
 def _ask(framework: str) -> dict[str, machine.Answer]:
-    """The framework and Horovod's module for it; Horovod is asked first, as it tells both."""
+    """The framework and Horovod's module for it; Horovod is asked first, as it has both."""
     if importlib.util.find_spec(framework) is None:
         return {}
     answers = {}

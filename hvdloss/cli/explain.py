@@ -30,7 +30,7 @@ _KEYS = {
     "y": "their targets (needed but for shap and lime)",
     "loss": "an Objective, the name of a loss, a metric (needed but for shap and lime)",
     "weight": "one weight per row",
-    "ids": "integers or strings that tell all ranks' rows apart",
+    "ids": "integers or strings that identify the rows of all ranks",
     "groups": "labels of rows, or several groupings by name",
     "classes": "the classes' names",
     "feature_names": "the columns' names",

@@ -288,8 +288,8 @@ def simulate(ctx: click.Context, /, **given: Any) -> None:
         ctx.exit(Exit.MISSING)
     try:
         plans = asked.plans()
-        with interruptible(), _progress(plans) as tell:
-            results = [_both(plan, given["log"], tell) for plan in plans]
+        with interruptible(), _progress(plans) as track:
+            results = [_both(plan, given["log"], track) for plan in plans]
         numbers = {"settings": asked.settings(plans[0]), "results": [one.as_dict() for one in results]}
         if given["json_file"] not in (None, "-"):
             _write(Path(given["json_file"]), json.dumps(numbers) + "\n")
@@ -505,12 +505,14 @@ class _Result:
         }
 
 
-def _both(plan: TrainingPlan, log: Path | None, tell: Callable[[str], Callable[[int, int], None]]) -> _Result:
+def _both(
+    plan: TrainingPlan, log: Path | None, track: Callable[[str], Callable[[int, int], None]]
+) -> _Result:
     """Simulate a plan, and the same ranks without it."""
     label = f"{plan.ranks} ranks"
-    # The plan first: what is wrong with it is told at once.
-    planned = simulate_training(plan, log=log, progress=tell(label)) if plan.policies or log else None
-    plain = simulate_training(plan.plain(), progress=tell(f"{label}, plain"))
+    # The plan first, so that its errors are raised at once.
+    planned = simulate_training(plan, log=log, progress=track(label)) if plan.policies or log else None
+    plain = simulate_training(plan.plain(), progress=track(f"{label}, plain"))
     return _Result(plain, planned if plan.policies else None)
 
 
@@ -520,18 +522,18 @@ def _progress(plans: list[TrainingPlan]) -> Iterator[Callable[[str], Callable[[i
     with bar() as progress:
         task = progress.add_task("", total=sum(plan.steps * (1 + bool(plan.policies)) for plan in plans))
 
-        def tell(label: str) -> Callable[[int, int], None]:
+        def track(label: str) -> Callable[[int, int], None]:
             progress.update(task, description=label)
             return lambda done, of: progress.update(task, advance=1)
 
-        yield tell
+        yield track
 
 
 # -- showing ------------------------------------------------------------------------------------------
 
 
 def _console() -> Console:
-    """Return where tables go; wide enough for them where nobody says how wide a line may be."""
+    """Return where tables go; wide enough for them where the width of a line is not known."""
     return Console() if sys.stdout.isatty() or os.environ.get("COLUMNS") else Console(width=140)
 
 

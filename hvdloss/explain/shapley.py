@@ -57,7 +57,7 @@ def shap_values(
         background: how many rows of all ranks' data features that are "left out" are taken from; or those
             rows themselves, the same on all ranks.
         data: this rank's rows to draw the background from; None for `x`.
-        ids: integers or strings that tell all ranks' rows of `x` apart; None to count them through the
+        ids: integers or strings that identify the rows of `x` of all ranks; None to count them through the
             ranks, which gives one process's result where ranks hold consecutive rows.
         data_ids: the same of `data`.
         weight: one weight per row of the data, for drawing the background; None for a uniform draw. A row
