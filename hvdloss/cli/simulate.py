@@ -544,7 +544,7 @@ def _table(title: str) -> Table:
 
 def _show(console: Console, results: list[_Result]) -> None:
     first = results[0].plain
-    steps = first.settled.steps
+    steps = first.second_half.steps
     table = _table(f"The last {steps} of {first.plan.steps} simulated steps")
     table.add_column("ranks", justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
@@ -568,11 +568,13 @@ def _show(console: Console, results: list[_Result]) -> None:
 
 
 def _cells(outcome: Outcome, plain: Outcome) -> list[str]:
-    figures: Figures = outcome.settled
+    figures: Figures = outcome.second_half
     return [
         _time(figures.step_seconds),
         _rate(figures.samples_per_second),
-        "" if outcome is plain else f"{figures.samples_per_second / plain.settled.samples_per_second:.2f}",
+        ""
+        if outcome is plain
+        else f"{figures.samples_per_second / plain.second_half.samples_per_second:.2f}",
         *(
             f"{share:.1%}"
             for share in (figures.efficiency, figures.computing, figures.waiting, figures.moving)
@@ -639,12 +641,12 @@ def _draw(results: list[_Result], path: Path) -> None:
         outcomes = [one for one in found if one is not None]
         if not outcomes:
             continue
-        steps = [one.settled.step_seconds * 1e3 for one in outcomes]
-        shares = [one.settled.efficiency * 100 for one in outcomes]
+        steps = [one.second_half.step_seconds * 1e3 for one in outcomes]
+        shares = [one.second_half.efficiency * 100 for one in outcomes]
         left.plot(ranks, steps, "o-", color=colour, label=name)
         right.plot(ranks, shares, "o-", color=colour, label=name)
         if name == "plain":
-            computing = [one.settled.computing * one.settled.step_seconds * 1e3 for one in outcomes]
+            computing = [one.second_half.computing * one.second_half.step_seconds * 1e3 for one in outcomes]
             left.plot(ranks, computing, ":", color="0.5", label="computing alone")
     for axis, label in ((left, "ms per step"), (right, "efficiency, %")):
         axis.set_xscale("log", base=2)
