@@ -84,7 +84,7 @@ class ClassOptions:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in changed.items()}
 
     def check_classes(self, classes: int | None) -> None:
-        """Raise ShapeError if there is not one weight for each of so many classes."""
+        """Raise ShapeError if there is not one weight for each class."""
         if self.class_weight is not None and classes not in (None, len(self.class_weight)):
             raise ShapeError(
                 f"class_weight has {len(self.class_weight)} entries, but predictions have {classes} classes"

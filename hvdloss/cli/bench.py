@@ -102,7 +102,7 @@ class _Jobs:
 
 @contextmanager
 def _started(folder: Path) -> Iterator[_Jobs]:
-    """Give the block a runner of jobs; turn what goes wrong into a message and the runner's status.
+    """Yield a runner of jobs; turn errors into a message and the runner's status.
 
     What was measured before is still there to be shown.
     """

@@ -79,7 +79,7 @@ class Report:
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.pass_context
 def doctor(ctx: click.Context, run: bool, as_json: bool) -> None:
-    """Say whether training can start here, and what to do about each problem.
+    """Report whether training can start here, and what to do about each problem.
 
     Looks at Python, the frameworks, Horovod and what it was built with and against, the
     engines, launchers, cores and GPUs; then has two ranks all-reduce under horovodrun, if there is one.

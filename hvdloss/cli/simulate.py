@@ -175,13 +175,13 @@ def _options(*options: Any) -> Callable[[Any], Any]:
         type=_Parts(
             ("probability", NUMBER), ("time", TIME), ("shape", NUMBER), least=2, example="0.001:200ms"
         ),
-        help="A rank is held up in a step with this probability, for so long at least (Pareto).  [shape 1.5]",
+        help="A rank is delayed in a step with this probability, by at least this time.  [shape 1.5]",
     ),
     click.option(
         "--straggler",
         type=_Parts(("rank", INTEGER), ("factor", NUMBER), least=2, example="3:2.0"),
         multiple=True,
-        help="This rank's samples always take so many times as long. Repeat for several.",
+        help="This rank's samples always take this factor longer. Repeat for several.",
     ),
     click.option(
         "--slow-share",
@@ -518,7 +518,7 @@ def _both(
 
 @contextmanager
 def _progress(plans: list[TrainingPlan]) -> Iterator[Callable[[str], Callable[[int, int], None]]]:
-    """Give the block a maker of progress callbacks; nothing is shown but on a terminal."""
+    """Yield a factory of progress callbacks; shown on a terminal only."""
     with bar() as progress:
         task = progress.add_task("", total=sum(plan.steps * (1 + bool(plan.policies)) for plan in plans))
 

@@ -60,7 +60,7 @@ class ComputeModel:
         fixed: seconds per step whatever the batch: kernels to start, the optimizer's update.
         noise: scatter of single steps: a lognormal factor of mean 1, the standard deviation of whose
             logarithm this is. 0.05 is a quiet machine, 0.3 a shared one.
-        tail: probability that a rank is held up in a step by something that comes and goes.
+        tail: probability that a rank is delayed in a step by something temporary.
         tail_seconds: the least such delay; delays are Pareto distributed from there on.
         tail_shape: of the Pareto distribution, above 0; the smaller the heavier. At most 1 has no mean.
         slow: by rank, how many times as long its samples always take.
@@ -274,7 +274,7 @@ class LossModel:
     After e effective steps the loss is ``floor + (start - floor) (1 + e / scale)^-exponent``, a power law
     toward a floor, as is found for many models and data sets (J. Hestness et al., "Deep Learning Scaling
     is Predictable, Empirically", arXiv:1712.00409, 2017). A step with the gradient of all ranks is one
-    effective step; a local step in a stretch of tau is ``1 / (1 + slowdown)`` of one, with the slowdown
+    effective step; one of tau local steps is ``1 / (1 + slowdown)`` of one, with the slowdown
     that :class:`hvdloss.control.SyncPeriod` reckons with. The size of the batch, an outer optimizer and
     compression do not change the curve.
 
@@ -307,7 +307,7 @@ class LossModel:
             raise ConfigError(f"floor={self.floor!r} of LossModel must lie below start={self.start!r}")
 
     def after(self, effective: float) -> float:
-        """Return the loss after so many effective steps."""
+        """Return the loss after this number of effective steps."""
         return float(
             self.floor + (self.start - self.floor) * (1.0 + effective / self.scale) ** -self.exponent
         )

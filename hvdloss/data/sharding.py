@@ -95,7 +95,7 @@ class Rule(ABC, Generic[Samples]):
         return np.random.default_rng([self.seed, *of])
 
     def sizes(self, samples: int, ranks: int) -> Indices:
-        """Return how many of so many samples each rank gets, by :attr:`shares`.
+        """Return the number of samples for each rank, by :attr:`shares`.
 
         Raises:
             ConfigError: there are other ranks than shares.
@@ -332,7 +332,7 @@ class Grouped(Sharding):
         return samples[np.argsort(rank_of[self.groups[samples]], kind="stable")].astype(np.int64)
 
     def split(self, indices: Indices, ranks: int, epoch: int, part: int = 0) -> list[Indices]:
-        """Give whole groups out."""
+        """Assign whole groups."""
         wanted = self.sizes(len(indices), ranks).astype(np.float64)
         counts = np.bincount(self.groups[indices], minlength=self._kinds)
         owner = np.zeros(self._kinds, np.int64)
@@ -367,7 +367,7 @@ class Dirichlet(Sharding):
         return self.random(1, epoch).permutation(self.samples).astype(np.int64)
 
     def split(self, indices: Indices, ranks: int, epoch: int, part: int = 0) -> list[Indices]:
-        """Give every label's samples out in its own proportions."""
+        """Assign every label's samples in its own proportions."""
         random = self.random(0, ranks)
         owner = np.zeros(self.samples, np.int64)
         for label in range(self._kinds):

@@ -306,7 +306,7 @@ class LossAttribution:
         self.reset()
 
     def reset(self) -> None:
-        """Forget all batches."""
+        """Drop all batches."""
         self.state = Attribution(self.k)
         self._fault: HvdlossError | None = None
         self._ids: str | None = None  # what tells samples apart, once there are some

@@ -53,7 +53,7 @@ def shap_values(
     Args:
         predict: ``rows -> predictions``, NumPy arrays; the same model on all ranks.
         x: this rank's rows to explain, ``(rows, features)``; may be none, and their numbers may differ.
-        rows: explain so many of all ranks' rows, drawn uniformly; None for all of them.
+        rows: explain this number of all ranks' rows, drawn uniformly; None for all of them.
         background: how many rows of all ranks' data features that are "left out" are taken from; or those
             rows themselves, the same on all ranks.
         data: this rank's rows to draw the background from; None for `x`.

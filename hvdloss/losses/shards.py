@@ -648,7 +648,7 @@ def grid_ranks(size: int, model: int) -> tuple[list[list[int]], list[list[int]]]
     """
     if not isinstance(model, int) or model < 1 or size % model:
         raise ConfigError(
-            f"model={model!r}: {size} ranks cannot be cut into groups of so many; choose a divisor of {size}"
+            f"model={model!r}: {size} ranks cannot be split into such groups; choose a divisor of {size}"
         )
     models = [list(range(first, first + model)) for first in range(0, size, model)]
     return models, [list(range(part, size, model)) for part in range(model)]

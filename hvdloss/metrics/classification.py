@@ -31,7 +31,7 @@ _AVERAGES = ("auto", "binary", "micro", "macro", "weighted", None)
 
 
 class Classes(Metric):
-    """A metric of 0 and 1 (`classes` None), or of so many classes."""
+    """A metric of binary labels (`classes` None), or of `classes` classes."""
 
     classes: int | None
 
@@ -80,7 +80,7 @@ class Accuracy(Classes):
 
     Args:
         classes: how many; None for targets 0 and 1 with one score each.
-        top_k: a sample is right if its class is among so many largest scores; of equal scores, the first
+        top_k: a sample is right if its class is among the `top_k` largest scores; of equal scores, the first
             classes are larger.
         threshold: scores above it are class 1, without `classes`.
         from_logits: scores are logits, for `threshold`.

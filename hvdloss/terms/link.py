@@ -127,7 +127,7 @@ class LinkModel:
         return len(self._samples)
 
     def add(self, seconds: float, bytes: float, messages: float = 1) -> None:
-        """Take in one measured time.
+        """Add one measured time.
 
         Args:
             seconds: how long it took, above 0.
@@ -189,7 +189,7 @@ class LinkModel:
         Args:
             bytes: of payload that each rank contributes, summed over the messages.
             messages: how many all-reduces one after the other.
-            ranks: predict for so many ranks; None for the model's own.
+            ranks: predict for this number of ranks; None for the model's own.
             alpha: seconds per message instead of the fitted ones, as the model's own number of ranks
                 would see them.
             beta: payload bytes per second instead of the fitted ones, as the model's own number of ranks

@@ -201,7 +201,7 @@ class Monitor:
 
 
 class EarlyStopping(Monitor):
-    """Says when to stop: after so many steps without a better number, on all ranks in the same step.
+    """Decides when to stop: after `patience` steps without a better number, on all ranks in the same step.
 
     ::
 
@@ -239,7 +239,7 @@ class EarlyStopping(Monitor):
         return self.steps > 0 and self.waited >= max(self.patience, 1)
 
     def step(self, value: Any, weight: Any = None) -> bool:
-        """Take note of a number, and return whether to stop, the same on all ranks.
+        """Record a number, and return whether to stop, equal on all ranks.
 
         Args:
             value, weight: see :func:`merged_value`: a number that all ranks have, or this rank's mean and

@@ -680,7 +680,7 @@ class Agent:
         self._threads.append((thread, done))
 
     def _add_mute_hosts(self, question: _Question) -> None:
-        """Say of the ranks of hosts that did not answer that they are not known to be anywhere."""
+        """Mark the ranks of hosts that did not answer as being nowhere known."""
         if question.kind == "away" and question.hosts:
             under = [rank for index in question.hosts for rank in self.plan.under(index)]
             ranks = tuple(rank for rank in under if question.exchanges[0].takes(rank))
@@ -721,7 +721,7 @@ class Agent:
                 one.link.send({"alone": 1})
 
     def warn(self, text: str) -> None:
-        """Have a rank log a warning: the lowest one here that answers, of the first host."""
+        """Log a warning on a rank: the lowest one here that answers, of the first host."""
         if self.root is None and self._above is not None:
             self._above.send({"warn": text})
             return

@@ -17,7 +17,7 @@ _MOST = 2**22  # bytes that wait to be sent to somebody who does not read
 
 
 def keep_alive(sock: socket.socket, silence: float) -> None:
-    """Have the kernel find out whether the other host is there, and end the connection if it is not.
+    """Enable keepalive: the kernel ends the connection if the other host is gone.
 
     The other host's kernel answers for its processes, whatever they do: a process that is stopped, or busy,
     or that holds a lock, is no reason. After `silence` seconds without an answer reading raises a time-out.

@@ -55,7 +55,7 @@ class Hosts(Protocol):
         """Tell all ranks that each of them has failed by itself."""
 
     def warn(self, text: str) -> None:
-        """Have one rank log a warning."""
+        """Log a warning on one rank."""
 
 
 class Root:
@@ -213,7 +213,7 @@ class Root:
         self._warn(tally, exchanges, ages, now)
 
     def _come_back(self, now: float, seconds: Sequence[float]) -> None:
-        """Count again when the first of so many seconds have passed, if not before."""
+        """Count again when the first of these numbers of seconds has passed, if not before."""
         self._next = min(self._next, now + max(min(seconds), _SPACE_S))
 
     def _incomplete(self, tally: Tally, index: int, exchange: Exchange) -> bool:

@@ -276,7 +276,7 @@ class HostAgent:
         return self._line()
 
     def connect(self, table: Any) -> None:
-        """Have it join the tree of hosts, which listen at the addresses of `table`.
+        """Let it join the tree of hosts, which listen at the addresses of `table`.
 
         Raises:
             OSError, ValueError: it could not.

@@ -56,7 +56,7 @@ class Exchange:
         return self.what if self.step is None else f"step {self.step} of {self.what}"
 
     def size(self, ranks: int) -> int:
-        """Return how many ranks it takes, of so many in all."""
+        """Return its number of ranks, given the number of all ranks."""
         return len(self.members) or ranks
 
     def takes(self, rank: int) -> bool:
@@ -189,7 +189,7 @@ class Tally:
         """Return the tally in a message.
 
         Raises:
-            ConfigError: it is none of so many exchanges.
+            ConfigError: not a tally of this number of exchanges.
         """
         try:
             rows: dict[str, Any] = {name: [int(n) for n in message[name]] for name in _ROWS}

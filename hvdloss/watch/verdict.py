@@ -245,7 +245,7 @@ def name_ranks(ranks: Iterable[int]) -> str:
 
 
 def list_states(states: Iterable[RankState], ranks: int = 0) -> str:
-    """Return a line or more for each of the states, and how many of so many `ranks` are not shown."""
+    """Return a line or more for each of the states, and the number of `ranks` that are not shown."""
     shown = list(states)
     more = f"\n  ... and {ranks - len(shown)} more" if ranks > len(shown) else ""
     return "".join(f"\n  {state.describe()}" for state in shown) + more

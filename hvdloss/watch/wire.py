@@ -1,7 +1,7 @@
 """The protocol of the watch over TCP: short JSON messages that a stranger can neither read in
 full, nor forge, nor replay.
 
-A frame is 4 bytes of length, a MAC of 32 bytes, and so many bytes of JSON. The key of a connection comes
+A frame is 4 bytes of length, a MAC of 32 bytes, and JSON of that length. The key of a connection comes
 from the job's key, which travelled over Horovod, and from one random number of either end; every frame has
 a number. So what was recorded on one connection is worth nothing on another one, or later on this one. It
 is not encrypted: who can read the network sees states and error texts, as it sees gradients
