@@ -241,7 +241,7 @@ class NetworkModel:
 
         Args:
             bytes: of payload that each rank contributes, over all messages.
-            messages: how many all-reduces.
+            messages: number of all-reduces.
             ranks: over which.
 
         Raises:

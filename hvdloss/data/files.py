@@ -56,7 +56,7 @@ class Part:
     Attributes:
         file: where it lies.
         label: what it is there, as messages call it.
-        rows: how many it has.
+        rows: number of rows.
         place: where in the file: a row group's number, or first and end byte or row.
     """
 

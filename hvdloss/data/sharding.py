@@ -53,7 +53,7 @@ class Rule(ABC, Generic[Samples]):
     """What shares samples out over ranks, whatever stands for them.
 
     Args:
-        samples: how many the data set has.
+        samples: size of the data set.
         seed: of whatever is random; equal on all ranks. Every epoch has random numbers of its own.
         shares: how much of the samples each rank gets, in any unit; None for equal shares. Needs as many
             ranks as there are shares.
@@ -81,7 +81,7 @@ class Rule(ABC, Generic[Samples]):
 
         Args:
             samples: what there is to share out, in the epoch's order: all of it, or what is left.
-            ranks: how many get some.
+            ranks: their number.
             epoch: of the data.
             part: how often the epoch was shared out before.
         """
@@ -202,7 +202,7 @@ class Weighted(Strided):
 
     Args:
         weights: one per sample, at least 0; a sample of weight 0 is never drawn.
-        draws: how many an epoch has; None for as many as there are samples (of weight above 0, without
+        draws: number in an epoch; None for as many as there are samples (of weight above 0, without
             replacement).
         replacement: draw a sample more than once if it comes. Without, a draw is a weighted permutation,
             or its first `draws` (Efraimidis and Spirakis 2006).

@@ -37,7 +37,7 @@ class Explained:
         background: the fair sample that they were held against.
         found: arrays by name, one entry per row.
         names: of the features, if anybody knows.
-        worked: how many rows each rank worked on.
+        worked: number of rows that each rank worked on.
     """
 
     ids: npt.NDArray[Any]

@@ -98,7 +98,7 @@ class Loaded:
         step: that it was saved with.
         values: that it was saved with.
         number: of the checkpoint, from 1.
-        ranks: how many saved it.
+        ranks: number of ranks that saved it.
         skipped: why newer checkpoints were passed over, by the file's name; empty without any.
     """
 
@@ -133,7 +133,7 @@ class Checkpoint:
         parts: what is saved, by name: objects with ``state_dict()`` and ``load_state_dict(state)``, whose
             state is made of tensors, numbers, strings, dicts, lists and tuples; and what the framework's
             adapter knows besides. Their states are the same on all ranks.
-        keep: how many checkpoints are kept: those written last.
+        keep: number of checkpoints to keep: the latest ones.
         root: the rank that writes and reads.
         random_numbers: whether each rank's random state is saved, and restored when as many
             ranks load them.

@@ -214,7 +214,7 @@ class EarlyStopping(Monitor):
     Source: Prechelt, "Early Stopping - But When?" (1998).
 
     Args:
-        patience: how many steps in a row may be without a better number before it stops, at least 0 (stops
+        patience: number of steps in a row without a better number before it stops, at least 0 (stops
             at the first, as 1 does).
         mode, min_delta, nan: see :class:`Monitor`.
 

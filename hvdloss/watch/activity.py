@@ -31,8 +31,8 @@ class _Graph:
     Attributes:
         inside: the package whose code the main thread is in while it waits; empty for any.
         steps: whether these are steps of an optimizer, and not exchanges by themselves.
-        before: how many had begun when counting began.
-        never: how many of those that have begun will not end, since they failed.
+        before: number begun when counting began.
+        never: number of those begun that will not end, since they failed.
         begun: as last seen in a wait.
         at: where the main thread was then.
         serial: of that wait.

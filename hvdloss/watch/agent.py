@@ -64,7 +64,7 @@ class Plan:
         limits: when waiting counts as wrong.
         addresses: to listen on for other hosts.
         name: of the Unix socket for this host's ranks.
-        fan_out: how many hosts report to one.
+        fan_out: number of hosts that report to one.
     """
 
     key: bytes
@@ -77,7 +77,7 @@ class Plan:
 
     @property
     def size(self) -> int:
-        """How many ranks there are."""
+        """Number of ranks."""
         return sum(len(ranks) for ranks in self.hosts)
 
     @property

@@ -62,7 +62,7 @@ class Root:
     """Judges one job.
 
     Args:
-        size: how many ranks there are.
+        size: number of ranks.
         limits: when waiting counts as wrong.
         hosts: how to reach them.
     """

@@ -222,7 +222,7 @@ class HostAgent:
         limits: when waiting counts as wrong.
         name: of the socket for this host's ranks.
         listen: addresses for other hosts.
-        fan_out: how many hosts report to one.
+        fan_out: number of hosts that report to one.
 
     Raises:
         OSError: it cannot be started.

@@ -116,7 +116,7 @@ class Tally:
         free: the members that are blocked nowhere, or not known to be: they may come yet.
         away: the members that are blocked in another one of these exchanges, by its index.
         marks: of each exchange, a sum over `inside` that identifies their waits; the same if all stayed.
-        blocked: how many ranks are blocked in any exchange.
+        blocked: number of ranks blocked in any exchange.
         step: the largest step that any rank is in, counted from 1.
     """
 
@@ -216,7 +216,7 @@ def blocked_for_ever(tally: Tally, exchanges: Sequence[Exchange], size: int) -> 
     Args:
         tally: of all ranks, as far as they could be asked.
         exchanges: what it counts.
-        size: how many ranks there are.
+        size: number of ranks.
 
     >>> x, y = Exchange("x"), Exchange("y")
     >>> states = [RankState(0, wait=Wait("x")), RankState(1, wait=Wait("y"))]
