@@ -195,8 +195,8 @@ class Agent:
         self._above_is = plan.above
         self._above_ended = False  # in good order
         self._ended_hosts: set[int] = set()  # below, whose ranks have all ended in good order
-        self._told: Any = None  # above, last
-        self._told_at = 0.0
+        self._sent_gist: Any = None  # above, last
+        self._sent_at = 0.0
         self._questions: dict[int, _Question] = {}
         self._count = 0
         self._begun = time.monotonic()
@@ -227,7 +227,7 @@ class Agent:
         link = self._dialled(index)
         link.who = ("above", index)
         link.send({"host": self.plan.index})
-        self._above, self._above_is, self._told = link, index, None
+        self._above, self._above_is, self._sent_gist = link, index, None
 
     def _dialled(self, index: int) -> Link:
         link = Link(dial(self._table[index], _DIAL_S, self.limits.silence), self.plan.key, listener=False)
@@ -307,8 +307,8 @@ class Agent:
         if self.root is not None:
             self.root.update(summary, now)
             self.root.look(now)
-        elif self._above is not None and summary.gist != self._told and now >= self._told_at + TICK:
-            self._told, self._told_at = summary.gist, now
+        elif self._above is not None and summary.gist != self._sent_gist and now >= self._sent_at + TICK:
+            self._sent_gist, self._sent_at = summary.gist, now
             self._above.send({"summary": summary.as_message()})
         for link in list(self._links):
             if link.writing:
