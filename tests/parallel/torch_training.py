@@ -621,7 +621,7 @@ def case_collectives_of_a_steady_step():
             # Rounded to 16 bits the ledgers would not be exact: they go by themselves.
             assert dict(calls) == {"allreduce_async_": buckets + half}, calls
             travel = trial.optimizer.last_step.choices["comm_plan"]
-            assert travel == {"messages": buckets + half, "buckets": buckets, "alone": 0, "sparse": 0}
+            assert travel == {"messages": buckets + half, "buckets": buckets, "unbucketed": 0, "sparse": 0}
             trial.compare(step, plain=False)
     return {"collectives of a step, one bucket": 1}
 
