@@ -437,7 +437,7 @@ def _fits(paths: tuple[Path, ...]) -> dict[int, tuple[float, float]]:
     """Return the fitted (alpha, beta) by number of ranks in files of ``hvdloss bench allreduce --json``.
 
     Also taken: a single result, ``{"ranks", "alpha_s", "beta_bytes_per_s"}``, and what
-    :meth:`hvdloss.terms.link.LinkModel.state` returns.
+    :meth:`hvdloss.terms.link.LinkModel.state_dict` returns.
 
     Raises:
         ConfigError: a file that is none of these.

@@ -215,7 +215,7 @@ class Checkpoint:
             if clash := sorted(set(values) & {"step", "number"}):
                 raise ConfigError(f"{clash[0]} cannot be the name of a value")
             for part in self._parts.values():
-                getattr(part, "settle", lambda: None)()
+                getattr(part, "before_save", lambda: None)()
             for name, part in self._parts.items():
                 states[name] = part.state()
             if self.random_numbers:
