@@ -63,16 +63,16 @@ class CheckpointWarning(UserWarning):
 
 
 class Part(Protocol):
-    """What a checkpoint holds of one object; the same on all ranks.
+    """The part of a checkpoint that belongs to one object; equal on all ranks.
 
-    One with a ``settle()`` is asked to make ranks equal before any states are taken.
+    Its method ``before_save()``, if it has one, is called first, to make the ranks equal.
     """
 
     def state(self) -> Any:
         """Return its state: dicts, lists, tuples of arrays, numbers, strings, None. May use collectives."""
 
     def load(self, state: Any) -> None:
-        """Go on from a state."""
+        """Restore a state."""
 
 
 class StateDict:
