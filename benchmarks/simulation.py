@@ -115,7 +115,7 @@ def inner(work: str, rounds: int, path: str) -> None:
         loss_of(model(x[:1]), y[:1]).backward()
 
     def link() -> dict[str, Any]:
-        """Return the link, as ``LinkModel.state()``: of each sum the smallest time over ranks."""
+        """Return the link, as ``LinkModel.state_dict()``: of each sum the smallest time over ranks."""
         times = []
         for bytes, repeats in SUMS:
             flat = torch.zeros(max(1, bytes // 4))

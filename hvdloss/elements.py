@@ -84,7 +84,7 @@ class ClassOptions:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in changed.items()}
 
     def check_classes(self, classes: int | None) -> None:
-        """Raise ShapeError if there is not one weight for each of so many classes."""
+        """Raise ShapeError if there is not one weight for each class."""
         if self.class_weight is not None and classes not in (None, len(self.class_weight)):
             raise ShapeError(
                 f"class_weight has {len(self.class_weight)} entries, but predictions have {classes} classes"
@@ -200,8 +200,8 @@ def per_element_error(
         if inputs and (all(s == () for s in target) if target else all(s == () for s in prediction)):
             return None
         return ShapeError(
-            f"loss={name} returns one number for prediction of shape {_told(prediction)} and target of shape "
-            f"{_told(target)} (rank {rank}): a mean or sum of this rank's elements, from which that of all "
+            f"loss={name} returns one number for prediction of shape {_text(prediction)} and target of shape "
+            f"{_text(target)} (rank {rank}): a mean or sum of this rank's elements, from which that of all "
             f"ranks' cannot be had. Return the loss of each element, of the batch's shape (in torch's "
             f'functions reduction="none"); a loss of all elements together is one of hvdloss.losses '
             f'("soft_dice", say)'
@@ -209,13 +209,13 @@ def per_element_error(
     if not inputs or any(_fits(losses, shape) for shape in inputs):
         return None
     return ShapeError(
-        f"loss={name} returns losses of shape {losses} for prediction of shape {_told(prediction)} and "
-        f"target of shape {_told(target)} (rank {rank}): they are not one per element. Give prediction "
+        f"loss={name} returns losses of shape {losses} for prediction of shape {_text(prediction)} and "
+        f"target of shape {_text(target)} (rank {rank}): they are not one per element. Give prediction "
         f"and target one shape, and return losses whose first axis is the batch's"
     )
 
 
-def _told(shapes: Sequence[Shape]) -> str:
+def _text(shapes: Sequence[Shape]) -> str:
     return ", ".join(map(str, shapes)) or "unknown"
 
 

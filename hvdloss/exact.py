@@ -37,7 +37,7 @@ class Digits:
         count: digits of one number.
 
     Raises:
-        ConfigError: so many ranks that nothing is left for a digit.
+        ConfigError: too many ranks to leave bits for a digit.
     """
 
     def __init__(self, size: int, precision: int) -> None:
@@ -86,5 +86,5 @@ class Digits:
 
 @lru_cache(maxsize=16)
 def digits_for(size: int, precision: int) -> Digits:
-    """Return the :class:`Digits` for so many ranks and a dtype of so many bits; made once."""
+    """Return the :class:`Digits` for a number of ranks and the bits of a dtype; cached."""
     return Digits(size, precision)

@@ -109,7 +109,7 @@ def check_launch(size: int, mpi_built: bool, environ: Mapping[str, str]) -> None
     """Raise where every process of a launch would train a model of its own.
 
     Args:
-        size: how many ranks Horovod knows of.
+        size: number of ranks that Horovod knows of.
         mpi_built: whether Horovod can be launched by mpirun and srun.
         environ: the environment.
 

@@ -47,7 +47,7 @@ def factor_of_passes(passes: Iterable[tuple[float, float]], before: float) -> tu
 
 
 def divided_by(gradient: float, passes: int, scales: Iterable[float] = ()) -> bool:
-    """Return whether a loss was divided by so many passes before its backward pass.
+    """Return whether a loss was divided by the number of passes before its backward pass.
 
     Args:
         gradient: what arrived at the loss: 1 without anything else.

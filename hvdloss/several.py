@@ -281,7 +281,7 @@ def check_expected(
         objectives: the optimizer's.
         weights: by name, what was said.
         found: what the step's calls weighed, in the objectives' order.
-        passes: how many were said, and made.
+        passes: declared and actual number.
         factors: what the calls were multiplied with.
     """
     for divisor in sorted({passes[1], objectives.passes}):

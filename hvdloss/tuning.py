@@ -21,7 +21,7 @@ __all__ = ["Choice", "Tuning", "choose", "cycle_time", "launched", "remove_inval
 MIB = 2**20
 #: By environment variable: what it chooses.
 VARIABLES = {
-    "HVDLOSS_BUCKET_CAP_MB": "a bucket of gradients is closed when it holds so many MiB",
+    "HVDLOSS_BUCKET_CAP_MB": "a bucket of gradients is closed when it holds this many MiB",
     "HVDLOSS_FIRST_BUCKET_MB": "the same for the first bucket of a step",
     "HVDLOSS_UNBUCKETED_MB": "a gradient of this many MiB is reduced in place, without a bucket; inf: none",
     "HVDLOSS_TABLE_RANKS": "up to this many ranks all ledgers are exchanged in every step; else their sums",
@@ -29,7 +29,7 @@ VARIABLES = {
 }
 
 
-#: Up to so many ranks a table of all ledgers costs no more than their sums (docs/performance.md).
+#: Up to this number of ranks a table of all ledgers costs no more than their sums (docs/performance.md).
 TABLE_RANKS = 64
 
 

@@ -59,7 +59,7 @@ def reset_cause() -> BaseException | None:
 
 
 def register_for_reset(one: Resettable) -> None:
-    """Have ``one.reset()`` called when the ranks change, as long as `one` lives, in order of registration.
+    """Call ``one.reset()`` when the ranks change, as long as `one` lives, in order of registration.
 
     Its method ``before_reset()``, if it has one, is called before: see :func:`before_reset`.
     """

@@ -16,7 +16,7 @@ import tensorflow as tf
 
 import keras
 from hvdloss import watch
-from hvdloss.agreement import agree
+from hvdloss.agreement import check_consistency
 from hvdloss.control.period import period_of
 from hvdloss.errors import ConfigError, DataError, HvdlossError, RankError, ShapeError
 from hvdloss.guard import due
@@ -325,7 +325,7 @@ def _agree_on_model(communicator: Any, model: Any, settings: dict[str, Any]) -> 
     """Check before the first step that all ranks train the same model."""
     variables = list(model.trainable_variables)
     infos = [ParameterInfo(parameter_name(v), tuple(v.shape), str(v.dtype), 0) for v in variables]
-    agree(
+    check_consistency(
         communicator,
         infos,
         lambda: checksums(variables),

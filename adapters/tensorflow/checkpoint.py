@@ -171,7 +171,7 @@ class _Model(_Variables):
 class _Optimizer(_Variables):
     """An optimizer of Keras, with what its engine remembers."""
 
-    def settle(self) -> None:
+    def before_save(self) -> None:
         """Make parameters equal, after local steps."""
         settle(self.value)
 

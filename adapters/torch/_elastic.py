@@ -97,15 +97,15 @@ def elastic() -> Any:
 
         def __init__(self, optimizer: Any) -> None:
             super().__init__(optimizer)
-            self.memory = self._told()
+            self.memory = self._snapshot()
 
-        def _told(self) -> Any:
+        def _snapshot(self) -> Any:
             engine = getattr(self.value, "_hvdloss", None)
             return None if engine is None else copy.deepcopy(engine.memory())
 
         def save(self) -> None:
             super().save()
-            self.memory = self._told()
+            self.memory = self._snapshot()
 
         def restore(self) -> None:
             super().restore()

@@ -73,7 +73,7 @@ class _Module(StateDict):
 class _Optimizer(StateDict):
     """An optimizer, with what its engine remembers."""
 
-    def settle(self) -> None:
+    def before_save(self) -> None:
         """Make parameters equal, after local steps."""
         self.value.exchange()
 

@@ -92,7 +92,7 @@ class ShardedLoader:
         return self._upcoming().steps(self.batch_size)
 
     def epochs(self, count: int) -> Iterator[int]:
-        """Give the numbers of the epochs that are left of so many, as often as a loop over each begins.
+        """Yield the numbers of the remaining epochs out of `count`, one for each loop over the loader.
 
         An interrupted run goes on in the middle of one: its number comes from the position, so that no epoch
         is left out or done twice, wherever the position was taken.
@@ -107,7 +107,7 @@ class ShardedLoader:
         return self.epoch
 
     def __iter__(self) -> Iterator[Any]:
-        """Give what is left of this epoch, or the next one."""
+        """Yield the remaining batches of this epoch, or those of the next one."""
         if self._running is not None:
             raise UsageError("this ShardedLoader is being iterated over already; make another one")
         epoch = self.epoch = self._upcoming()

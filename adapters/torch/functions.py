@@ -55,7 +55,7 @@ class Source:
         return self.communicator.all_gather_bytes(text if self.here else b"", name)[self.root]
 
     def send(self, tensors: Iterable[torch.Tensor], name: str) -> None:
-        """Give every rank the root's values of tensors that are alike in shape and dtype, in place.
+        """Broadcast the root's values of tensors with equal shapes and dtypes to every rank, in place.
 
         Collectives: one broadcast per 64 MiB, or tensor if that is larger.
         """
@@ -135,7 +135,7 @@ def _pairs(params: Any) -> list[tuple[str, Any]]:
 
 
 def broadcast_parameters(params: Any, root_rank: int = 0, process_set: Any = None) -> None:
-    """Give every rank one rank's values of parameters and buffers, in place.
+    """Broadcast one rank's values of parameters and buffers to every rank, in place.
 
     Of any dtype that PyTorch has, and any dense layout: channels_last, transposed, expanded, of no
     dimension, empty, one memory under two names. Horovod's own refuses many of these.
@@ -229,7 +229,7 @@ def _moved(value: Any, device: torch.device) -> Any:
 def broadcast_optimizer_state(
     optimizer: torch.optim.Optimizer, root_rank: int = 0, model: Any = None, process_set: Any = None
 ) -> None:
-    """Give every rank one rank's optimizer state and options (learning rates and the like).
+    """Broadcast one rank's optimizer state and options (learning rates and the like) to every rank.
 
     Nothing else changes: no step is taken, no gradient touched, and on the root nothing at all. State that
     the root does not have yet, before its first step, no rank has afterwards. (Horovod's own takes a step

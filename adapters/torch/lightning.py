@@ -115,7 +115,7 @@ class HorovodStrategy(_lightning.strategies.SingleDeviceStrategy):  # type: igno
     # -- the optimizers ---------------------------------------------------------------------------
 
     def setup(self, trainer: Any) -> None:
-        """Give all ranks rank 0's model, and keep Lightning from sharing out data, as it repeats samples."""
+        """Broadcast rank 0's model, and keep Lightning from sharding data, since it repeats samples."""
         trainer._accelerator_connector.use_distributed_sampler = False
         super().setup(trainer)
         broadcast_parameters(self.lightning_module.state_dict(), root_rank=0)
@@ -177,7 +177,7 @@ class HorovodStrategy(_lightning.strategies.SingleDeviceStrategy):  # type: igno
         return super().backward(closure_loss, optimizer, *args, **kwargs)
 
     def optimizer_step(self, optimizer: Any, closure: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
-        """Have gradients reduced before Lightning clips them, or its hooks look at them."""
+        """Reduce gradients before Lightning clips them, or its hooks read them."""
 
         def reduced() -> Any:
             value = closure()

@@ -189,7 +189,7 @@ def _sync_dist(metric: Any, dist_sync_fn: Any = None, process_group: Any = None)
 
 
 def synchronized(metric: Metric, *, process_set: Any = None) -> Metric:
-    """Have a metric of torchmetrics compute over the samples of all ranks; return it.
+    """Make a metric of torchmetrics compute over the samples of all ranks; return it.
 
     ``update`` stays local; ``compute`` merges the states that the ranks have by then and gives every rank
     the value of one process that made all of their updates, in rank order: exact also for ratios, F1

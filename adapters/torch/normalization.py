@@ -68,7 +68,7 @@ class SyncBatchNorm(_BatchNorm):
 
     @torch.no_grad()
     def _follow(self, mean: torch.Tensor, variance: torch.Tensor) -> None:
-        """Have the running statistics follow, as PyTorch's do: with the unbiased variance."""
+        """Update the running statistics, as PyTorch does: with the unbiased variance."""
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
@@ -108,7 +108,7 @@ class _Summed(torch.autograd.Function):
 
 
 def refuse_pytorchs_own() -> None:
-    """Have ``torch.nn.SyncBatchNorm`` refuse to train where it would not synchronize.
+    """Make ``torch.nn.SyncBatchNorm`` refuse to train where it would not synchronize.
 
     It asks the default process group of ``torch.distributed``, and where there is none takes each rank's own
     batch, without a word.

@@ -136,7 +136,7 @@ class _CrossEntropy(torch.autograd.Function):
         at: GroupContext,
     ) -> torch.Tensor:
         part = rule.part(_OPS, logits, target, at.rank, columns)
-        messages = _told(part.message, rule, at)
+        messages = _all_messages(part.message, rule, at)
         losses, factor = rule.losses(_OPS, part, messages)
         ctx.rule, ctx.dtype = rule, logits.dtype
         ctx.columns = rule.columns(messages)
@@ -161,7 +161,7 @@ class _CrossEntropy(torch.autograd.Function):
         return out.to(ctx.dtype), None, None, None, None
 
 
-def _told(message: torch.Tensor, rule: ShardedSoftmax, at: GroupContext) -> torch.Tensor:
+def _all_messages(message: torch.Tensor, rule: ShardedSoftmax, at: GroupContext) -> torch.Tensor:
     """Return the messages of all ranks, checked. One all-gather."""
     flat, length = message, len(message)
     if at.size > 1:

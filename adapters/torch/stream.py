@@ -219,7 +219,7 @@ class StreamLoader:
         return LaneSchedule(following, self.lanes, self.batch_size).steps
 
     def epochs(self, count: int) -> Iterator[int]:
-        """Give the numbers of the epochs that are left of so many, as often as a loop over each begins.
+        """Yield the numbers of the remaining epochs out of `count`, one for each loop over the loader.
 
         An interrupted run goes on in the middle of one: its number comes from the position, so that no epoch
         is left out or done twice, wherever the position was taken.
@@ -234,7 +234,7 @@ class StreamLoader:
         return self._turns.epoch.number + (self._given >= self._turns.steps)
 
     def __iter__(self) -> Iterator[Any]:
-        """Give what is left of this epoch, or the next one."""
+        """Yield the remaining batches of this epoch, or those of the next one."""
         if self._running is not None:
             raise UsageError("this StreamLoader is being iterated over already; make another one")
         if self._opened is not None and not self._agreed:
@@ -283,7 +283,7 @@ class _Lane(IterableDataset[Any]):
         self._state = torch.zeros(_ROOM, dtype=torch.uint8).share_memory_()
 
     def begin(self, state: dict[str, Any]) -> None:
-        """Have lanes begin at a position."""
+        """Start lanes at a position."""
         text = json.dumps(state).encode()
         if len(text) >= _ROOM:
             raise ConfigError(f"state: a position of {len(text)} bytes; the epoch was gone on with too often")

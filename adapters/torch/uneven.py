@@ -74,8 +74,8 @@ def uneven(batches: Iterable[Batch], optimizer: Any) -> Uneven[Batch]:
     Whether a rank has more is in the ledgers of the steps, for which it reads one batch ahead. With
     accumulation (``backward_passes_per_step``) and local steps the loop ends with the step, or exchange,
     after which no rank has more. If a rank's batches raise, its last step's batches are still used; in the
-    next step every rank raises the same error, and nothing is updated (in a stretch of local steps the
-    whole stretch is undone, as with any fault). The model must bear batches without
+    next step every rank raises the same error, and nothing is updated (all local steps since the last
+    exchange are undone, as with any fault). The model must accept batches without
     rows, as with :class:`ShardedLoader`.
 
     Args:

@@ -74,7 +74,7 @@ class _Launches:
 
 
 def _observe() -> None:
-    """Have all of Horovod's exchanges seen, whoever makes them, and waited for as ours are."""
+    """Let the watch see all of Horovod's exchanges, whoever makes them, and wait for them as for ours."""
     library = hvd.mpi_ops.mpi_lib
     launches = hvd.mpi_ops.mpi_lib = _Launches(library)
     plain = hvd.synchronize

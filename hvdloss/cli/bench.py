@@ -58,7 +58,7 @@ def ratio_interval(a: Sequence[float], b: Sequence[float]) -> tuple[float, float
 
 
 class _Jobs:
-    """Starts one horovodrun after another, with a bar that tells how far they are."""
+    """Starts one horovodrun after another, with a progress bar."""
 
     def __init__(self, log: Log, progress: Progress) -> None:
         self.log, self.progress = log, progress
@@ -102,7 +102,7 @@ class _Jobs:
 
 @contextmanager
 def _started(folder: Path) -> Iterator[_Jobs]:
-    """Give the block a runner of jobs; turn what goes wrong into a message and the runner's status.
+    """Yield a runner of jobs; turn errors into a message and the runner's status.
 
     What was measured before is still there to be shown.
     """
@@ -263,7 +263,7 @@ def _add_memory(jobs: _Jobs, controller: str, ranks: int, found: dict[str, Any])
 
 
 def _console() -> Console:
-    """Return where tables go; wide enough for them where nobody says how wide a line may be."""
+    """Return where tables go; wide enough for them where the width of a line is not known."""
     return Console() if sys.stdout.isatty() or os.environ.get("COLUMNS") else Console(width=120)
 
 

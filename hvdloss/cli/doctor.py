@@ -79,7 +79,7 @@ class Report:
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.pass_context
 def doctor(ctx: click.Context, run: bool, as_json: bool) -> None:
-    """Say whether training can start here, and what to do about each problem.
+    """Report whether training can start here, and what to do about each problem.
 
     Looks at Python, the frameworks, Horovod and what it was built with and against, the
     engines, launchers, cores and GPUs; then has two ranks all-reduce under horovodrun, if there is one.
@@ -135,9 +135,7 @@ def _watch(report: Report) -> None:
         return
     report.facts["watch"] = None if limits is None else asdict(limits)
     if limits is None:
-        report.add(
-            "watch", "info", "off (HVDLOSS_WATCH): what happens to a rank is known as Horovod tells it"
-        )
+        report.add("watch", "info", "off (HVDLOSS_WATCH): failures of a rank are known only from Horovod")
         return
     report.add(
         "watch",
@@ -214,7 +212,7 @@ def try_ranks(report: Report) -> None:
 
 
 def _ask(framework: str) -> dict[str, machine.Answer]:
-    """The framework and Horovod's module for it; Horovod is asked first, as it tells both."""
+    """The framework and Horovod's module for it; Horovod is asked first, as it has both."""
     if importlib.util.find_spec(framework) is None:
         return {}
     answers = {}

@@ -24,7 +24,7 @@ class Exit(IntEnum):
 
     @property
     def meaning(self) -> str:
-        """What it tells a script; docs/commands.md shows all of them."""
+        """The exit status; docs/commands.md lists all of them."""
         return _MEANINGS[self]
 
 
@@ -48,7 +48,7 @@ class InstallError(HvdlossError):
     Args:
         problem: one sentence, what is wrong.
         way_out: what the reader can do about it, or "".
-        status: the exit status that tells scripts which kind of failure this is.
+        status: the exit status for this kind of failure.
         detail: further lines worth seeing (compiler errors, the end of a program's output).
         log: where the full log lies, if there is one.
     """

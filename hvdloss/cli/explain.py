@@ -30,7 +30,7 @@ _KEYS = {
     "y": "their targets (needed but for shap and lime)",
     "loss": "an Objective, the name of a loss, a metric (needed but for shap and lime)",
     "weight": "one weight per row",
-    "ids": "integers or strings that tell all ranks' rows apart",
+    "ids": "integers or strings that identify the rows of all ranks",
     "groups": "labels of rows, or several groupings by name",
     "classes": "the classes' names",
     "feature_names": "the columns' names",
@@ -70,7 +70,7 @@ def _kinds(ctx: click.Context, param: click.Parameter, value: str) -> list[str]:
     show_default=True,
     help="Of loss, permutation, shap, lime.",
 )
-@click.option("-np", "--ranks", type=click.IntRange(1), help="Start so many ranks with horovodrun.")
+@click.option("-np", "--ranks", type=click.IntRange(1), help="Start this number of ranks with horovodrun.")
 @click.option("--controller", type=click.Choice(["gloo", "mpi"]), default="gloo", show_default=True)
 @click.option("--top", type=click.IntRange(0), default=10, show_default=True, help="Hardest samples to list.")
 @click.option(

@@ -61,7 +61,7 @@ class Log:
             cwd: where it runs.
             listener: called with every line as it comes.
             timeout: seconds after which the group is ended (`Ended.timed_out`).
-            kept: how many of the last lines to return.
+            kept: number of last lines to return.
         """
         self.write(f"\n$ {shlex.join(command)}" + (f"   (in {cwd})" if cwd else ""))
         self._file.flush()

@@ -23,7 +23,7 @@ def launched() -> bool:
 
 
 def _shown(console: Console) -> bool:
-    # Launchers gather what ranks print, and mpirun lends each a terminal: whoever started them tells.
+    # Launchers gather what ranks print, and mpirun lends each a terminal: the launcher's environment decides.
     return console.is_terminal and not launched()
 
 

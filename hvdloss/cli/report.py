@@ -286,7 +286,7 @@ def _table(of: page.Table) -> Table:
 
 
 def _follow(path: Path, patience: float) -> Exit:
-    """Show a run until it ends; return how it went. Where nobody watches, wait, and print once at the end."""
+    """Show a run until it ends; return how it went. Without a terminal, wait, and print once at the end."""
     console = _console()
     tail = Tail(path)
     news = time.monotonic()

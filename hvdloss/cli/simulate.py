@@ -175,13 +175,13 @@ def _options(*options: Any) -> Callable[[Any], Any]:
         type=_Parts(
             ("probability", NUMBER), ("time", TIME), ("shape", NUMBER), least=2, example="0.001:200ms"
         ),
-        help="A rank is held up in a step with this probability, for so long at least (Pareto).  [shape 1.5]",
+        help="A rank is delayed in a step with this probability, by at least this time.  [shape 1.5]",
     ),
     click.option(
         "--straggler",
         type=_Parts(("rank", INTEGER), ("factor", NUMBER), least=2, example="3:2.0"),
         multiple=True,
-        help="This rank's samples always take so many times as long. Repeat for several.",
+        help="This rank's samples always take this factor longer. Repeat for several.",
     ),
     click.option(
         "--slow-share",
@@ -288,8 +288,8 @@ def simulate(ctx: click.Context, /, **given: Any) -> None:
         ctx.exit(Exit.MISSING)
     try:
         plans = asked.plans()
-        with interruptible(), _progress(plans) as tell:
-            results = [_both(plan, given["log"], tell) for plan in plans]
+        with interruptible(), _progress(plans) as track:
+            results = [_both(plan, given["log"], track) for plan in plans]
         numbers = {"settings": asked.settings(plans[0]), "results": [one.as_dict() for one in results]}
         if given["json_file"] not in (None, "-"):
             _write(Path(given["json_file"]), json.dumps(numbers) + "\n")
@@ -437,7 +437,7 @@ def _fits(paths: tuple[Path, ...]) -> dict[int, tuple[float, float]]:
     """Return the fitted (alpha, beta) by number of ranks in files of ``hvdloss bench allreduce --json``.
 
     Also taken: a single result, ``{"ranks", "alpha_s", "beta_bytes_per_s"}``, and what
-    :meth:`hvdloss.terms.link.LinkModel.state` returns.
+    :meth:`hvdloss.terms.link.LinkModel.state_dict` returns.
 
     Raises:
         ConfigError: a file that is none of these.
@@ -505,33 +505,35 @@ class _Result:
         }
 
 
-def _both(plan: TrainingPlan, log: Path | None, tell: Callable[[str], Callable[[int, int], None]]) -> _Result:
+def _both(
+    plan: TrainingPlan, log: Path | None, track: Callable[[str], Callable[[int, int], None]]
+) -> _Result:
     """Simulate a plan, and the same ranks without it."""
     label = f"{plan.ranks} ranks"
-    # The plan first: what is wrong with it is told at once.
-    planned = simulate_training(plan, log=log, progress=tell(label)) if plan.policies or log else None
-    plain = simulate_training(plan.plain(), progress=tell(f"{label}, plain"))
+    # The plan first, so that its errors are raised at once.
+    planned = simulate_training(plan, log=log, progress=track(label)) if plan.policies or log else None
+    plain = simulate_training(plan.plain(), progress=track(f"{label}, plain"))
     return _Result(plain, planned if plan.policies else None)
 
 
 @contextmanager
 def _progress(plans: list[TrainingPlan]) -> Iterator[Callable[[str], Callable[[int, int], None]]]:
-    """Give the block a maker of progress callbacks; nothing is shown but on a terminal."""
+    """Yield a factory of progress callbacks; shown on a terminal only."""
     with bar() as progress:
         task = progress.add_task("", total=sum(plan.steps * (1 + bool(plan.policies)) for plan in plans))
 
-        def tell(label: str) -> Callable[[int, int], None]:
+        def track(label: str) -> Callable[[int, int], None]:
             progress.update(task, description=label)
             return lambda done, of: progress.update(task, advance=1)
 
-        yield tell
+        yield track
 
 
 # -- showing ------------------------------------------------------------------------------------------
 
 
 def _console() -> Console:
-    """Return where tables go; wide enough for them where nobody says how wide a line may be."""
+    """Return where tables go; wide enough for them where the width of a line is not known."""
     return Console() if sys.stdout.isatty() or os.environ.get("COLUMNS") else Console(width=140)
 
 
@@ -542,7 +544,7 @@ def _table(title: str) -> Table:
 
 def _show(console: Console, results: list[_Result]) -> None:
     first = results[0].plain
-    steps = first.settled.steps
+    steps = first.second_half.steps
     table = _table(f"The last {steps} of {first.plan.steps} simulated steps")
     table.add_column("ranks", justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
@@ -566,11 +568,13 @@ def _show(console: Console, results: list[_Result]) -> None:
 
 
 def _cells(outcome: Outcome, plain: Outcome) -> list[str]:
-    figures: Figures = outcome.settled
+    figures: Figures = outcome.second_half
     return [
         _time(figures.step_seconds),
         _rate(figures.samples_per_second),
-        "" if outcome is plain else f"{figures.samples_per_second / plain.settled.samples_per_second:.2f}",
+        ""
+        if outcome is plain
+        else f"{figures.samples_per_second / plain.second_half.samples_per_second:.2f}",
         *(
             f"{share:.1%}"
             for share in (figures.efficiency, figures.computing, figures.waiting, figures.moving)
@@ -637,12 +641,12 @@ def _draw(results: list[_Result], path: Path) -> None:
         outcomes = [one for one in found if one is not None]
         if not outcomes:
             continue
-        steps = [one.settled.step_seconds * 1e3 for one in outcomes]
-        shares = [one.settled.efficiency * 100 for one in outcomes]
+        steps = [one.second_half.step_seconds * 1e3 for one in outcomes]
+        shares = [one.second_half.efficiency * 100 for one in outcomes]
         left.plot(ranks, steps, "o-", color=colour, label=name)
         right.plot(ranks, shares, "o-", color=colour, label=name)
         if name == "plain":
-            computing = [one.settled.computing * one.settled.step_seconds * 1e3 for one in outcomes]
+            computing = [one.second_half.computing * one.second_half.step_seconds * 1e3 for one in outcomes]
             left.plot(ranks, computing, ":", color="0.5", label="computing alone")
     for axis, label in ((left, "ms per step"), (right, "efficiency, %")):
         axis.set_xscale("log", base=2)

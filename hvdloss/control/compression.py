@@ -25,7 +25,6 @@ class AdaptiveCompression(Policy):
         ConfigError: an argument that cannot be used.
     """
 
-    of = "communication"
     needs_link = True
 
     state_attrs = ("on", "_seen")

@@ -76,7 +76,6 @@ class SyncPeriod(Policy):
         ConfigError: an argument that cannot be used.
     """
 
-    of = "communication"
     takes_local_steps = True
     state_attrs = ("_chosen", "_step", "_first_loss", "_clock", "_due", "_drift", "_recent", "_computing")
 

@@ -41,7 +41,6 @@ class BatchShares(Policy):
         ConfigError: an argument that cannot be used.
     """
 
-    of = "communication"
     state_attrs = ("step",)
     per_rank_state_attrs = ("_before", "_from", "_plans", "_seconds")
 

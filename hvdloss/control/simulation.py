@@ -60,7 +60,7 @@ class ComputeModel:
         fixed: seconds per step whatever the batch: kernels to start, the optimizer's update.
         noise: scatter of single steps: a lognormal factor of mean 1, the standard deviation of whose
             logarithm this is. 0.05 is a quiet machine, 0.3 a shared one.
-        tail: probability that a rank is held up in a step by something that comes and goes.
+        tail: probability that a rank is delayed in a step by something temporary.
         tail_seconds: the least such delay; delays are Pareto distributed from there on.
         tail_shape: of the Pareto distribution, above 0; the smaller the heavier. At most 1 has no mean.
         slow: by rank, how many times as long its samples always take.
@@ -241,7 +241,7 @@ class NetworkModel:
 
         Args:
             bytes: of payload that each rank contributes, over all messages.
-            messages: how many all-reduces.
+            messages: number of all-reduces.
             ranks: over which.
 
         Raises:
@@ -274,7 +274,7 @@ class LossModel:
     After e effective steps the loss is ``floor + (start - floor) (1 + e / scale)^-exponent``, a power law
     toward a floor, as is found for many models and data sets (J. Hestness et al., "Deep Learning Scaling
     is Predictable, Empirically", arXiv:1712.00409, 2017). A step with the gradient of all ranks is one
-    effective step; a local step in a stretch of tau is ``1 / (1 + slowdown)`` of one, with the slowdown
+    effective step; one of tau local steps is ``1 / (1 + slowdown)`` of one, with the slowdown
     that :class:`hvdloss.control.SyncPeriod` reckons with. The size of the batch, an outer optimizer and
     compression do not change the curve.
 
@@ -307,7 +307,7 @@ class LossModel:
             raise ConfigError(f"floor={self.floor!r} of LossModel must lie below start={self.start!r}")
 
     def after(self, effective: float) -> float:
-        """Return the loss after so many effective steps."""
+        """Return the loss after this number of effective steps."""
         return float(
             self.floor + (self.start - self.floor) * (1.0 + effective / self.scale) ** -self.exponent
         )
@@ -315,10 +315,10 @@ class LossModel:
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """What is to be simulated.
+    """A training to simulate.
 
     Attributes:
-        ranks: how many.
+        ranks: their number.
         batch_size: samples of a step, over all ranks.
         bytes: of the gradients, which are as large as the parameters.
         steps: optimizer steps.
@@ -326,13 +326,13 @@ class TrainingPlan:
             :class:`hvdloss.control.BatchShares` (of the same `batch_size`),
             :class:`hvdloss.control.SyncPeriod` and :class:`hvdloss.control.AdaptiveCompression`; none is
             plain synchronous training with equal shares.
-        compute: how long ranks compute.
-        network: how long sums over ranks take.
-        loss: how the loss falls.
-        messages: all-reduces for the gradients of a step; None for as many as buckets of the usual size.
+        compute: model of the computation.
+        network: model of all-reduces.
+        loss: model of the loss.
+        messages: all-reduces for the gradients of a step; None for the default buckets.
         price: of a second of communication, in units of the loss, for a period by the price.
-        seed: of all that is random. Ranks compute the same in step n whatever was decided before, so
-            plans with the same seed can be compared.
+        seed: of all random numbers. What ranks compute in step n does not depend on decisions, so plans with
+            the same seed can be compared.
 
     Raises:
         ConfigError: a number out of its range, or shares of another batch.
@@ -385,18 +385,18 @@ class TrainingPlan:
 
 @dataclass(frozen=True)
 class Figures:
-    """What some steps came to.
+    """Statistics of some steps.
 
     Attributes:
-        steps: how many.
-        seconds: they took together.
+        steps: their number.
+        seconds: of all of them.
         step_seconds: the mean.
         samples_per_second: over all ranks.
-        efficiency: that, as a share of what the same ranks would do with the same samples if none ever
-            waited or communicated: the sum of each rank's own samples per second of computation.
+        efficiency: that, as a share of the rate of the same ranks with the same samples without any
+            waiting or communication: the sum of each rank's own samples per second of computation.
         computing: share of all ranks' seconds spent computing.
         waiting: for slower ranks.
-        moving: held up by the exchange itself. The three add up to 1.
+        moving: blocked by the exchange itself. The three add up to 1.
     """
 
     steps: int
@@ -411,22 +411,21 @@ class Figures:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a simulated training came to.
+    """The result of a simulated training.
 
     Attributes:
-        plan: of which.
-        step_seconds: of each step, float64 ``(steps,)``; local steps share the time of their stretch.
+        plan: that was simulated.
+        step_seconds: of each step, float64 ``(steps,)``; local steps share their time equally.
         losses: of each step's batch, float64 ``(steps,)``.
-        periods: how many steps lay between the exchange at the end of each step's stretch and the one
-            before; int64 ``(steps,)``.
-        effective_steps: what all steps are worth, by the loss model.
-        whole: all steps.
-        settled: the second half, when what can be learned from measuring has been.
-        decisions: all that the controller decided, oldest first.
+        periods: the synchronisation period of each step; int64 ``(steps,)``.
+        effective_steps: value of all steps, by the loss model.
+        overall: of all steps.
+        second_half: of its second half, when policies have adapted.
+        decisions: of the controller, oldest first.
         sizes: each rank's samples in the last step, int64 ``(ranks,)``.
         compressed: whether the last exchange was.
-        exchanges: how many there were.
-        bytes: that each rank contributed to them, together.
+        exchanges: their number.
+        bytes: that each rank sent in all of them.
     """
 
     plan: TrainingPlan
@@ -434,8 +433,8 @@ class Outcome:
     losses: Array
     periods: Sizes
     effective_steps: float
-    whole: Figures
-    settled: Figures
+    overall: Figures
+    second_half: Figures
     decisions: list[Decision]
     sizes: Sizes
     compressed: bool
@@ -445,7 +444,7 @@ class Outcome:
     @property
     def seconds(self) -> float:
         """The simulated time of the whole training."""
-        return self.whole.seconds
+        return self.overall.seconds
 
     def seconds_to(self, loss: float) -> float | None:
         """Return when the loss model's curve was first at `loss` or below; None if never."""
@@ -457,8 +456,8 @@ class Outcome:
         return {
             "ranks": self.plan.ranks,
             "batch_size": self.plan.batch_size,
-            "whole": asdict(self.whole),
-            "settled": asdict(self.settled),
+            "overall": asdict(self.overall),
+            "second_half": asdict(self.second_half),
             "effective_steps": self.effective_steps,
             "exchanges": self.exchanges,
             "bytes": self.bytes,
@@ -681,8 +680,8 @@ class _Run:
             losses=np.array(self.losses),
             periods=np.array(self.periods),
             effective_steps=self.effective,
-            whole=self.sums.since(self.begun),
-            settled=self.sums.since(self.half),
+            overall=self.sums.since(self.begun),
+            second_half=self.sums.since(self.half),
             decisions=self.controller.decisions,
             sizes=self.sizes,
             compressed=self.compressed,

@@ -40,8 +40,6 @@ class ImportanceWeights(Policy):
         ConfigError: an argument that cannot be used.
     """
 
-    of = "skew"
-
     def __init__(self, target: str | npt.ArrayLike = "global", *, clip: float | None = 10.0) -> None:
         if isinstance(target, str):
             if target not in ("global", "uniform"):
@@ -87,8 +85,6 @@ class ClassBalance(Policy):
         ConfigError: an argument that cannot be used.
     """
 
-    of = "skew"
-
     def __init__(self, kind: str = "inverse", *, beta: float = 0.999) -> None:
         if kind not in ("inverse", "effective"):
             raise ConfigError(f"kind={kind!r} of ClassBalance must be 'inverse' or 'effective'")
@@ -118,8 +114,6 @@ class RankWeights(Policy):
     Raises:
         ConfigError: an argument that cannot be used.
     """
-
-    of = "skew"
 
     per_rank_state_attrs = ("shares", "losses", "factors")
 
@@ -182,8 +176,6 @@ class Proximal(Policy):
     Raises:
         ConfigError: an argument that cannot be used.
     """
-
-    of = "skew"
 
     per_rank_state_attrs = ("mu",)
 

@@ -56,7 +56,7 @@ class Part:
     Attributes:
         file: where it lies.
         label: what it is there, as messages call it.
-        rows: how many it has.
+        rows: number of rows.
         place: where in the file: a row group's number, or first and end byte or row.
     """
 
@@ -308,7 +308,7 @@ def _none_of(kind: Any) -> Any:
 
 
 def _whole(kind: Any) -> bool:
-    """Say whether Arrow's type is of integers or booleans, which have no NaN to stand for a null."""
+    """Return whether Arrow's type is of integers or booleans, which have no NaN for a null."""
     import pyarrow as pa
 
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
@@ -591,7 +591,7 @@ class Csv(Source):
 
 
 def _lines(opened: io.BufferedReader, part_bytes: int) -> Iterator[tuple[int, int, int]]:
-    """Give runs of whole lines from here on: first and end byte, and how many lines are not empty."""
+    """Yield runs of whole lines from here on: first and end byte, and the number of nonempty lines."""
     start = opened.tell()
     while text := opened.read(part_bytes):
         text += opened.readline()  # to the end of the last line
@@ -617,7 +617,7 @@ class NumpyFiles(Source):
 
     Args:
         files: by column, the file.
-        part_rows: rows of a part; None for so many that a part has about 16 MiB.
+        part_rows: rows of a part; None for parts of about 16 MiB.
 
     Raises:
         ConfigError: arrays of different lengths, of Fortran order, or of objects.

@@ -36,7 +36,7 @@ class Pieces:
         return int(self.ends[-1]) if len(self.ends) else 0
 
     def __iter__(self) -> Iterator[tuple[int, int, int]]:
-        """Give part, first and end place of each piece."""
+        """Yield part, first and end row of each piece."""
         return ((int(part), int(start), int(end)) for part, start, end in self.table)
 
     def __getitem__(self, rows: slice) -> Pieces:

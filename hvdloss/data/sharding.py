@@ -53,7 +53,7 @@ class Rule(ABC, Generic[Samples]):
     """What shares samples out over ranks, whatever stands for them.
 
     Args:
-        samples: how many the data set has.
+        samples: size of the data set.
         seed: of whatever is random; equal on all ranks. Every epoch has random numbers of its own.
         shares: how much of the samples each rank gets, in any unit; None for equal shares. Needs as many
             ranks as there are shares.
@@ -81,7 +81,7 @@ class Rule(ABC, Generic[Samples]):
 
         Args:
             samples: what there is to share out, in the epoch's order: all of it, or what is left.
-            ranks: how many get some.
+            ranks: their number.
             epoch: of the data.
             part: how often the epoch was shared out before.
         """
@@ -95,7 +95,7 @@ class Rule(ABC, Generic[Samples]):
         return np.random.default_rng([self.seed, *of])
 
     def sizes(self, samples: int, ranks: int) -> Indices:
-        """Return how many of so many samples each rank gets, by :attr:`shares`.
+        """Return the number of samples for each rank, by :attr:`shares`.
 
         Raises:
             ConfigError: there are other ranks than shares.
@@ -202,7 +202,7 @@ class Weighted(Strided):
 
     Args:
         weights: one per sample, at least 0; a sample of weight 0 is never drawn.
-        draws: how many an epoch has; None for as many as there are samples (of weight above 0, without
+        draws: number in an epoch; None for as many as there are samples (of weight above 0, without
             replacement).
         replacement: draw a sample more than once if it comes. Without, a draw is a weighted permutation,
             or its first `draws` (Efraimidis and Spirakis 2006).
@@ -332,7 +332,7 @@ class Grouped(Sharding):
         return samples[np.argsort(rank_of[self.groups[samples]], kind="stable")].astype(np.int64)
 
     def split(self, indices: Indices, ranks: int, epoch: int, part: int = 0) -> list[Indices]:
-        """Give whole groups out."""
+        """Assign whole groups."""
         wanted = self.sizes(len(indices), ranks).astype(np.float64)
         counts = np.bincount(self.groups[indices], minlength=self._kinds)
         owner = np.zeros(self._kinds, np.int64)
@@ -367,7 +367,7 @@ class Dirichlet(Sharding):
         return self.random(1, epoch).permutation(self.samples).astype(np.int64)
 
     def split(self, indices: Indices, ranks: int, epoch: int, part: int = 0) -> list[Indices]:
-        """Give every label's samples out in its own proportions."""
+        """Assign every label's samples in its own proportions."""
         random = self.random(0, ranks)
         owner = np.zeros(self.samples, np.int64)
         for label in range(self._kinds):

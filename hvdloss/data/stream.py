@@ -282,7 +282,7 @@ class SharedIterable:
 
 
 def _after(items: Iterator[Item], taken: Sequence[int]) -> Iterator[Item]:
-    """Give the items that lanes did not take which took so many of theirs, in turns."""
+    """Yield items not yet consumed by any lane, round-robin."""
     for number, item in enumerate(items):
         if number // len(taken) >= taken[number % len(taken)]:
             yield item

@@ -33,7 +33,7 @@ class Part:
         label: which one.
         loss: of its own elements; NaN without any.
         weight: sum of its weights (of what the loss divides by).
-        elements: how many elements have a weight above 0.
+        elements: number of elements with a weight above 0.
         weighted: sum of weight x loss: what it adds to the numerator.
         share: of all parts' `weighted`; NaN if that is 0.
     """
@@ -87,7 +87,7 @@ class Attribution:
     """A statistic of a loss's parts: ``of`` a batch, ``merge``, and ``finish``.
 
     Attributes:
-        k: how many samples to keep.
+        k: number of samples to keep.
         sums: by grouping (``"class"``, ``"group NAME"``) and label.
         total: of all elements.
         samples: the k that add most, as dicts; ties go to the smaller id.
@@ -112,7 +112,7 @@ class Attribution:
         """Return the parts of one batch.
 
         Args:
-            k: how many samples to keep.
+            k: number of samples to keep.
             weighted, weight: per element, of any one shape whose first axis are the samples.
             ids: one per sample.
             labels: by grouping, per element or per sample; integers or strings.
@@ -188,7 +188,7 @@ class AttributionReport:
     Attributes:
         loss: of all elements.
         weight: sum of all weights.
-        elements: how many have a weight above 0.
+        elements: number with a weight above 0.
         ranks, classes: one part each; `classes` is empty where no classes are known.
         groups: by grouping, its parts; the largest share first.
         hardest: the samples that add most to the loss, the first of them first.
@@ -273,7 +273,7 @@ class LossAttribution:
             an objective, or the name of a loss, instead.
         classes: the classes' names, by number, or how many there are; those never seen are listed too.
             None to list those that are seen. False to have no classes.
-        k: how many of the hardest samples to keep.
+        k: number of hardest samples to keep.
         reduction: see :mod:`hvdloss.reduction`.
         communicator: the ranks; None for this process alone.
 
@@ -306,7 +306,7 @@ class LossAttribution:
         self.reset()
 
     def reset(self) -> None:
-        """Forget all batches."""
+        """Drop all batches."""
         self.state = Attribution(self.k)
         self._fault: HvdlossError | None = None
         self._ids: str | None = None  # what tells samples apart, once there are some

@@ -161,7 +161,7 @@ def permutation_importance(
         loss: what the model is judged by; see :func:`hvdloss.explain.measure_of`. The adapters take an
             objective or the name of a loss as well.
         weight: None, or one weight per row (or what the loss takes).
-        ids: integers or strings that tell all ranks' rows apart, in one process's order; None where ranks
+        ids: integers or strings that identify the rows of all ranks, in one process's order; None where ranks
             hold consecutive rows. They make the result independent of which rank has which row.
         features: which columns to permute, by number or name; a group of columns is permuted together:
             ``[0, "age", ["lat", "lon"]]``, or ``{"place": ["lat", "lon"]}``. None for each by itself.

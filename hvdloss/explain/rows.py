@@ -37,7 +37,7 @@ class Explained:
         background: the fair sample that they were held against.
         found: arrays by name, one entry per row.
         names: of the features, if anybody knows.
-        worked: how many rows each rank worked on.
+        worked: number of rows that each rank worked on.
     """
 
     ids: npt.NDArray[Any]
@@ -53,7 +53,7 @@ _GLOBAL = threading.Lock()  # simulated ranks are threads
 
 @contextmanager
 def seeded() -> Iterator[None]:
-    """Have NumPy's global random numbers, which the libraries draw from, and give them back as they were."""
+    """Seed NumPy's global random state, which the libraries draw from, and restore it afterwards."""
     with _GLOBAL:
         state = np.random.get_state()
         try:

@@ -53,11 +53,11 @@ def shap_values(
     Args:
         predict: ``rows -> predictions``, NumPy arrays; the same model on all ranks.
         x: this rank's rows to explain, ``(rows, features)``; may be none, and their numbers may differ.
-        rows: explain so many of all ranks' rows, drawn uniformly; None for all of them.
+        rows: explain this number of all ranks' rows, drawn uniformly; None for all of them.
         background: how many rows of all ranks' data features that are "left out" are taken from; or those
             rows themselves, the same on all ranks.
         data: this rank's rows to draw the background from; None for `x`.
-        ids: integers or strings that tell all ranks' rows of `x` apart; None to count them through the
+        ids: integers or strings that identify the rows of `x` of all ranks; None to count them through the
             ranks, which gives one process's result where ranks hold consecutive rows.
         data_ids: the same of `data`.
         weight: one weight per row of the data, for drawing the background; None for a uniform draw. A row

@@ -75,9 +75,9 @@ def lime_weights(
         predict: ``rows -> probabilities`` (rows, classes) in mode ``"classification"``, or one number per
             row in mode ``"regression"``; NumPy arrays.
         mode: ``"classification"`` or ``"regression"``.
-        background: how many rows of all ranks' data LIME is to learn from; or those rows themselves.
-        num_features: how many features each linear model has at most.
-        num_samples: how many points around the row it is fitted to.
+        background: number of rows of all ranks' data for LIME to learn from; or the rows themselves.
+        num_features: maximum number of features of each linear model.
+        num_samples: number of points around the row that it is fitted to.
         discretize: explain by quartiles of features, as LIME does by default, instead of their values.
         x, rows, data, ids, data_ids, weight, seed, batch_size, feature_names, results, communicator: see
             :func:`hvdloss.explain.shap_values`.

@@ -57,9 +57,9 @@ class ClassShards:
     """How classes lie on the ranks of a process set: one range after the other.
 
     Args:
-        classes: how many there are.
-        ranks: how many ranks share them.
-        sizes: how many each rank holds; None for even parts, of which the first ones get what is left over.
+        classes: their number.
+        ranks: number of ranks that share them.
+        sizes: number on each rank; None for even parts, where the first ones get the remainder.
 
     Raises:
         ConfigError: sizes that do not fit, or a rank without a class.
@@ -637,8 +637,8 @@ def grid_ranks(size: int, model: int) -> tuple[list[list[int]], list[list[int]]]
     Neighbours share a model, since they exchange more often.
 
     Args:
-        size: how many ranks there are.
-        model: how many share a model.
+        size: number of ranks.
+        model: number of ranks that share a model.
 
     Raises:
         ConfigError: `model` does not divide `size`.
@@ -648,7 +648,7 @@ def grid_ranks(size: int, model: int) -> tuple[list[list[int]], list[list[int]]]
     """
     if not isinstance(model, int) or model < 1 or size % model:
         raise ConfigError(
-            f"model={model!r}: {size} ranks cannot be cut into groups of so many; choose a divisor of {size}"
+            f"model={model!r}: {size} ranks cannot be split into such groups; choose a divisor of {size}"
         )
     models = [list(range(first, first + model)) for first in range(0, size, model)]
     return models, [list(range(part, size, model)) for part in range(model)]
@@ -676,7 +676,7 @@ def make_grid(hvd: Any, model: int) -> Grid:
 
     Args:
         hvd: a Horovod module, or its one-process stand-in.
-        model: how many ranks share a model.
+        model: number of ranks that share a model.
 
     Raises:
         ConfigError: `model` does not divide the number of ranks, or process sets cannot be made.

@@ -46,7 +46,7 @@ class SumsLoss(GlobalLoss):
             or, with `columns`, of that shape and one more axis, over which is not summed.
         finish: ``(S1, S2, ...) -> loss``: a scalar of the weighted sums, which are float64 scalars, or
             vectors for statistics with columns. Must be differentiable where the sums lie.
-        columns: how many trailing axes of a statistic are kept, 0 or 1.
+        columns: number of trailing axes of a statistic that are kept, 0 or 1.
         name: for messages, and the name of its all-reduce; equal on all ranks.
 
     The elements' shape is the target's (the prediction's without a target), without the columns.
@@ -548,7 +548,7 @@ class CalibrationError(SumsLoss):
     bins; which bin a probability is in has no gradient. Source: Naeini, Cooper and Hauskrecht 2015.
 
     Args:
-        bins: how many, at least 1.
+        bins: number of bins, at least 1.
         from_logits: predictions are logits; False: probabilities.
 
     Raises:

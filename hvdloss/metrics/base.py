@@ -114,7 +114,7 @@ def elements(
         weight: broadcasts against the target; None for 1 each.
         task: ``"real"``, ``"binary"`` (targets 0 or 1) or ``"multiclass"`` (targets are class indices, of
             which -100 is absent, or one-hot rows of the prediction's shape).
-        classes: how many, for ``"multiclass"``.
+        classes: number of classes, for ``"multiclass"``.
 
     Raises:
         ShapeError: shapes that do not fit each other, or another number of classes.

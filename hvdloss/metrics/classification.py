@@ -31,7 +31,7 @@ _AVERAGES = ("auto", "binary", "micro", "macro", "weighted", None)
 
 
 class Classes(Metric):
-    """A metric of 0 and 1 (`classes` None), or of so many classes."""
+    """A metric of binary labels (`classes` None), or of `classes` classes."""
 
     classes: int | None
 
@@ -79,8 +79,8 @@ class Accuracy(Classes):
     """The share of samples whose class was predicted.
 
     Args:
-        classes: how many; None for targets 0 and 1 with one score each.
-        top_k: a sample is right if its class is among so many largest scores; of equal scores, the first
+        classes: number of classes; None for targets 0 and 1 with one score each.
+        top_k: a sample is right if its class is among the `top_k` largest scores; of equal scores, the first
             classes are larger.
         threshold: scores above it are class 1, without `classes`.
         from_logits: scores are logits, for `threshold`.
@@ -220,7 +220,7 @@ class Precision(_Rate):
     """Of what was predicted to be a class, the share that is.
 
     Args:
-        classes: how many; None for targets 0 and 1 with one score each.
+        classes: number of classes; None for targets 0 and 1 with one score each.
         average: ``"binary"`` (of class 1; the default without `classes`), ``"micro"`` (counts of all classes
             together), ``"macro"`` (mean over the classes that occur in targets or predictions; the default
             with `classes`), ``"weighted"`` (the same, weighted by true class), or None for an array with an
@@ -286,7 +286,7 @@ class LogLoss(_MeanOf, Classes):
     """Mean of -log of the probability that was given to the true class, in nats.
 
     Args:
-        classes: how many; None for targets 0 and 1 with the probability of 1.
+        classes: number of classes; None for targets 0 and 1 with the probability of 1.
         from_logits: predictions are logits, whose loss is finite however sure they are. Probabilities are
             kept away from 0 and 1 by the rounding unit of their dtype, as in scikit-learn.
     """
@@ -345,7 +345,7 @@ class CalibrationError(Classes):
 
     Args:
         classes, from_logits: see :class:`LogLoss`.
-        bins: how many.
+        bins: number of bins.
         norm: ``"l1"`` (expected), ``"l2"`` (root of the mean square) or ``"max"`` (of the worst bin).
 
     Raises:

@@ -184,8 +184,8 @@ class AUC(_Ranking):
     value is within half the share of such pairs, which is the `error`. Source: Hanley and McNeil 1982.
 
     Args:
-        classes: how many, each against the rest; None for targets 0 and 1 with one score each.
-        bins: None for the exact value, from all scores; or from so many equal bins of probability, as an
+        classes: number of classes, each against the rest; None for targets 0 and 1 with one score each.
+        bins: None for the exact value, from all scores; or from that many equal bins of probability, as an
             :class:`Estimate`.
         average: of the classes' values: ``"macro"``, ``"weighted"`` by how frequent a class is,
             ``"micro"`` (all classes' scores in one order), or None for an array with an entry per class.

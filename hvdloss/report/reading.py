@@ -63,7 +63,7 @@ class Record:
     last: str = ""  # kind of the last line
 
     def add(self, line: dict[str, Any] | None) -> None:
-        """Take in a line that was checked; None for one of a kind that is not known."""
+        """Add a checked line; None for one of an unknown kind."""
         if line is None:
             self.unknown += 1
             return

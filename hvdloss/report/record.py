@@ -59,7 +59,7 @@ def run_metadata(
         framework: "torch", "tensorflow" or "keras".
         settings: of the objective, from its ``settings()``.
         controller: of its terms.
-        ranks: how many there are.
+        ranks: their number.
     """
     terms = {} if controller is None else {term.name: term for term in controller.terms}
     environment = {

@@ -64,7 +64,7 @@ class Summary:
 
     Attributes:
         name, status: of the run.
-        ranks: how many there were at the end.
+        ranks: their number at the end.
         steps: number of the last step; `recorded`: how many of them the record holds.
         samples: elements of all steps.
         seconds: from the beginning to the last line.
@@ -76,7 +76,7 @@ class Summary:
         held_up: share of all ranks' time in which communication held them up.
         skipped: steps without an update.
         decisions, faults: how many there were.
-        epochs: how many are over.
+        epochs: number of finished ones.
         metrics: single numbers of the last epoch.
         rows: one per rank, of as many as there were at most.
     """

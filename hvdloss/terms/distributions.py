@@ -548,8 +548,8 @@ def pooled_edges(sketches: npt.ArrayLike, sizes: npt.ArrayLike, bins: int) -> Ar
     Args:
         sketches: shape (ranks, points), points >= 2; rows of size 0 may hold anything. The others are sorted,
             as interpolated quantiles may be out of order in the last digit.
-        sizes: how many elements (or how much weight) each row stands for, shape (ranks,), finite and >= 0.
-        bins: how many bins, >= 1.
+        sizes: number of elements (or weight) that each row stands for, shape (ranks,), finite and >= 0.
+        bins: number of bins, >= 1.
 
     Returns:
         Strictly ascending edges, shape (bins - 1,), in target units. Where quantiles coincide (few distinct

@@ -49,7 +49,7 @@ class Fit:
         beta: payload bytes per second, above 0; infinite if size does not matter.
         alpha_std: standard error of alpha; infinite where there are as many times as unknowns.
         beta_std: standard error of beta.
-        samples: how many times the fit is made from.
+        samples: number of times that the fit uses.
         residual: how far times typically lie from the fit, as a part of the predicted time (the median
             absolute deviation, as a standard deviation).
     """
@@ -106,8 +106,8 @@ class LinkModel:
     Equal additions give equal numbers to the last bit, on every rank and machine.
 
     Args:
-        ranks: how many ranks the times are measured on.
-        window: how many times are kept. When there are more, the oldest of those with the most common
+        ranks: number of ranks that the times are measured on.
+        window: number of times that are kept. When there are more, the oldest of those with the most common
             (bytes, messages) goes, so that the steps of a long training do not push out the few times of
             other sizes that the fit needs.
 
@@ -127,12 +127,12 @@ class LinkModel:
         return len(self._samples)
 
     def add(self, seconds: float, bytes: float, messages: float = 1) -> None:
-        """Take in one measured time.
+        """Add one measured time.
 
         Args:
             seconds: how long it took, above 0.
             bytes: of payload that each rank contributed, summed over the messages; at least 0.
-            messages: how many all-reduces one after the other, at least 0; a mean may be broken.
+            messages: number of consecutive all-reduces, at least 0; a mean may be broken.
 
         Raises:
             ConfigError: a number out of its range, or nothing sent at all.
@@ -188,8 +188,8 @@ class LinkModel:
 
         Args:
             bytes: of payload that each rank contributes, summed over the messages.
-            messages: how many all-reduces one after the other.
-            ranks: predict for so many ranks; None for the model's own.
+            messages: number of consecutive all-reduces.
+            ranks: predict for this number of ranks; None for the model's own.
             alpha: seconds per message instead of the fitted ones, as the model's own number of ranks
                 would see them.
             beta: payload bytes per second instead of the fitted ones, as the model's own number of ranks

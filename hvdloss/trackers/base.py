@@ -36,9 +36,9 @@ class Tracker(ABC):
     step fails, training goes on: a warning says so once, and `failures` counts such steps.
 
     Args:
-        every: log every so many steps; the first of them is step `every`.
+        every: log every `every` steps, the first time in step `every`.
         prefix: of all names.
-        per_rank: numbers of each rank up to so many ranks (:func:`scalars`).
+        per_rank: log numbers of each rank up to this number of ranks (:func:`scalars`).
         active: whether this process logs; None for rank 0 of the job. For the steps of a process set:
             ``active=process_set.rank() == 0``.
 

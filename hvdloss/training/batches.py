@@ -52,7 +52,7 @@ class TransformedBatches:
         return len(self.loader)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[Any]:
-        """Give the batches of what is left of this epoch, or of the next one."""
+        """Yield the remaining batches of this epoch, or those of the next one."""
         if self._begun and not hasattr(self.loader, "state_dict"):
             self.epoch, self.step = self.epoch + 1, 0  # an interrupted loop is not continued
         self._begun = True

@@ -63,16 +63,16 @@ class CheckpointWarning(UserWarning):
 
 
 class Part(Protocol):
-    """What a checkpoint holds of one object; the same on all ranks.
+    """The part of a checkpoint that belongs to one object; equal on all ranks.
 
-    One with a ``settle()`` is asked to make ranks equal before any states are taken.
+    Its method ``before_save()``, if it has one, is called first, to make the ranks equal.
     """
 
     def state(self) -> Any:
         """Return its state: dicts, lists, tuples of arrays, numbers, strings, None. May use collectives."""
 
     def load(self, state: Any) -> None:
-        """Go on from a state."""
+        """Restore a state."""
 
 
 class StateDict:
@@ -98,7 +98,7 @@ class Loaded:
         step: that it was saved with.
         values: that it was saved with.
         number: of the checkpoint, from 1.
-        ranks: how many saved it.
+        ranks: number of ranks that saved it.
         skipped: why newer checkpoints were passed over, by the file's name; empty without any.
     """
 
@@ -133,7 +133,7 @@ class Checkpoint:
         parts: what is saved, by name: objects with ``state_dict()`` and ``load_state_dict(state)``, whose
             state is made of tensors, numbers, strings, dicts, lists and tuples; and what the framework's
             adapter knows besides. Their states are the same on all ranks.
-        keep: how many checkpoints are kept: those written last.
+        keep: number of checkpoints to keep: the latest ones.
         root: the rank that writes and reads.
         random_numbers: whether each rank's random state is saved, and restored when as many
             ranks load them.
@@ -215,7 +215,7 @@ class Checkpoint:
             if clash := sorted(set(values) & {"step", "number"}):
                 raise ConfigError(f"{clash[0]} cannot be the name of a value")
             for part in self._parts.values():
-                getattr(part, "settle", lambda: None)()
+                getattr(part, "before_save", lambda: None)()
             for name, part in self._parts.items():
                 states[name] = part.state()
             if self.random_numbers:

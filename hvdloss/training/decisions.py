@@ -201,7 +201,7 @@ class Monitor:
 
 
 class EarlyStopping(Monitor):
-    """Says when to stop: after so many steps without a better number, on all ranks in the same step.
+    """Decides when to stop: after `patience` steps without a better number, on all ranks in the same step.
 
     ::
 
@@ -214,7 +214,7 @@ class EarlyStopping(Monitor):
     Source: Prechelt, "Early Stopping - But When?" (1998).
 
     Args:
-        patience: how many steps in a row may be without a better number before it stops, at least 0 (stops
+        patience: number of steps in a row without a better number before it stops, at least 0 (stops
             at the first, as 1 does).
         mode, min_delta, nan: see :class:`Monitor`.
 
@@ -239,7 +239,7 @@ class EarlyStopping(Monitor):
         return self.steps > 0 and self.waited >= max(self.patience, 1)
 
     def step(self, value: Any, weight: Any = None) -> bool:
-        """Take note of a number, and return whether to stop, the same on all ranks.
+        """Record a number, and return whether to stop, equal on all ranks.
 
         Args:
             value, weight: see :func:`merged_value`: a number that all ranks have, or this rank's mean and

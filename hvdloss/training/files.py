@@ -23,7 +23,7 @@ def unfinished(path: str | os.PathLike[str]) -> Path:
 
 
 def replace_durably(source: Path, path: str | os.PathLike[str], mode: int = 0o600) -> None:
-    """Give a written file its name, over the one that had it, so that a power failure keeps one of both.
+    """Rename a written file over an existing one, so that a power failure keeps one of both.
 
     Unless `mode` says otherwise, only its owner can read it.
     """

@@ -56,7 +56,7 @@ def partners(
     """Return each sample's own share, drawn from Beta(alpha, alpha), and its partner in the batch.
 
     Args:
-        samples: how many there are; may be 0.
+        samples: their number; may be 0.
         alpha: above 0. Small: most samples nearly unmixed; 1: any share as likely.
         rng: of this rank, epoch and step.
         present: which samples have a weight; the others stay unchanged and are not used as partners.

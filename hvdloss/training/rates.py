@@ -52,7 +52,7 @@ class Warmup:
 
     Args:
         factor: where to arrive, such as :func:`scale_factor`'s.
-        steps: how many updates it takes.
+        steps: number of updates.
         start: the multiplier of the first update: 1, or the former factor where the number of ranks changed.
         begin: the update at which it starts; before it the multiplier is `start`.
         then: multiplies all of it: a schedule of its own, by the step.

@@ -1,4 +1,4 @@
-"""What this process is doing, as far as hvdloss knows. Cheap to note: it is looked at only now and then."""
+"""What this process is doing, as far as hvdloss knows. Cheap to record: it is read only now and then."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ _COUNTED = 1024  # names of exchanges that are counted, those that were used las
 
 
 class _Graph:
-    """What tells of the steps of one optimizer that run in graphs.
+    """Progress of one optimizer's steps that run in graphs.
 
     Attributes:
         inside: the package whose code the main thread is in while it waits; empty for any.
         steps: whether these are steps of an optimizer, and not exchanges by themselves.
-        before: how many had begun when counting began.
-        never: how many of those that have begun will not end, since they failed.
+        before: number begun when counting began.
+        never: number of those begun that will not end, since they failed.
         begun: as last seen in a wait.
         at: where the main thread was then.
         serial: of that wait.

@@ -2,7 +2,7 @@
 
     python -c "from hvdloss.watch.agent import main; main()"    # begun by a rank; its plan comes on stdin
 
-It hears from a thread of each rank of its host over a Unix socket, sees through the operating system
+It gets messages from a thread of each rank of its host over a Unix socket, sees through the operating system
 whether their processes are alive, stopped or gone, and is a node in a tree of hosts: what its part of the
 tree says is added up and passed on to the host above, and the agent of rank 0's host decides
 (:mod:`hvdloss.watch.root`). It holds no lock of a rank's, and a rank that is busy is no reason for anything.
@@ -42,7 +42,7 @@ __all__ = ["FAN_OUT", "Agent", "Plan", "main"]
 FAN_OUT = 32  # hosts below one host
 TICK = 0.25  # seconds between two looks
 _PROCESSES_S = 1.0  # between two looks at the ranks' processes
-_HELLO_S = 10.0  # for a connection to say who it is
+_HELLO_S = 10.0  # for a connection to identify itself
 _UNREACHABLE = (errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ETIMEDOUT)
 _BEGIN_S = 120.0  # for all ranks of the host to come
 _QUIET_S = 3.0  # from the end of a rank's connection to that of its process
@@ -55,7 +55,7 @@ _DEEPER_S = 0.6  # of the time for an answer, for the hosts below
 
 @dataclass(frozen=True)
 class Plan:
-    """What an agent is told when it begins.
+    """An agent's start-up configuration.
 
     Attributes:
         key: of the job.
@@ -64,7 +64,7 @@ class Plan:
         limits: when waiting counts as wrong.
         addresses: to listen on for other hosts.
         name: of the Unix socket for this host's ranks.
-        fan_out: how many hosts report to one.
+        fan_out: number of hosts that report to one.
     """
 
     key: bytes
@@ -77,7 +77,7 @@ class Plan:
 
     @property
     def size(self) -> int:
-        """How many ranks there are."""
+        """Number of ranks."""
         return sum(len(ranks) for ranks in self.hosts)
 
     @property
@@ -127,9 +127,9 @@ class _Rank:
         """Whether it has neither ended nor been lost."""
         return self.state.status == "running"
 
-    def update(self, told: dict[str, Any]) -> None:
-        """Take in what it says of itself."""
-        self.state.update(told)
+    def update(self, message: dict[str, Any]) -> None:
+        """Update its state from its message."""
+        self.state.update(message)
         self.state.process = ""
         if self.state.wait is not None:
             self.since = time.monotonic() - self.state.wait.seconds
@@ -190,18 +190,18 @@ class Agent:
         self._links: set[Link] = set()
         self._ranks: dict[int, _Rank] = {}
         self._below: dict[int, Link] = {}
-        self._said: dict[int, tuple[Summary, float]] = {}  # by the hosts below, and when
+        self._summaries: dict[int, tuple[Summary, float]] = {}  # by the hosts below, and when
         self._above: Link | None = None
         self._above_is = plan.above
         self._above_ended = False  # in good order
         self._ended_hosts: set[int] = set()  # below, whose ranks have all ended in good order
-        self._told: Any = None  # above, last
-        self._told_at = 0.0
+        self._sent_gist: Any = None  # above, last
+        self._sent_at = 0.0
         self._questions: dict[int, _Question] = {}
         self._count = 0
         self._begun = time.monotonic()
         self._back = -_BACK_S  # when this host was last back from a pause for which others take it for lost
-        self._fault: dict[str, Any] | None = None  # what all were told to be wrong
+        self._fault: dict[str, Any] | None = None  # as reported to all
         self._threads: list[tuple[threading.Thread, Callable[[], None]]] = []
         self.root = Root(plan.size, plan.limits, self) if plan.index == 0 else None
 
@@ -227,7 +227,7 @@ class Agent:
         link = self._dialled(index)
         link.who = ("above", index)
         link.send({"host": self.plan.index})
-        self._above, self._above_is, self._told = link, index, None
+        self._above, self._above_is, self._sent_gist = link, index, None
 
     def _dialled(self, index: int) -> Link:
         link = Link(dial(self._table[index], _DIAL_S, self.limits.silence), self.plan.key, listener=False)
@@ -260,7 +260,7 @@ class Agent:
             return now > self._begun + _BEGIN_S
         if self._has_ranks(now):
             return False
-        if self._fault:  # nobody asks any more
+        if self._fault:  # there are no more questions
             return True
         # Until then others may want to know how far the ranks came that have ended here.
         if self.root is None:
@@ -307,8 +307,8 @@ class Agent:
         if self.root is not None:
             self.root.update(summary, now)
             self.root.look(now)
-        elif self._above is not None and summary.gist != self._told and now >= self._told_at + TICK:
-            self._told, self._told_at = summary.gist, now
+        elif self._above is not None and summary.gist != self._sent_gist and now >= self._sent_at + TICK:
+            self._sent_gist, self._sent_at = summary.gist, now
             self._above.send({"summary": summary.as_message()})
         for link in list(self._links):
             if link.writing:
@@ -325,8 +325,8 @@ class Agent:
             if one.running and one.state.wait is not None:
                 out.waiting += 1
                 out.put(Exchange.of(one.state.wait), 1, now - one.since)
-        for said, when in self._said.values():
-            out.add(said, now - when)
+        for summary, when in self._summaries.values():
+            out.add(summary, now - when)
         return out
 
     # -- connections ------------------------------------------------------------------------------
@@ -384,7 +384,7 @@ class Agent:
         if kind == "rank":
             one = self._ranks[index]
             one.link, one.quiet_since = None, time.monotonic()
-            if self._fault:  # it has taken up what is wrong, and goes its way
+            if self._fault:  # it knows of the fault, and shuts down
                 one.state.status = "left"
                 self._forget_process(one)
             for question in self._questions.values():
@@ -392,7 +392,7 @@ class Agent:
             self._look_at_processes()
         elif kind == "below":
             self._below.pop(index, None)
-            self._said.pop(index, None)
+            self._summaries.pop(index, None)
             for question in self._questions.values():
                 question.hosts.discard(index)
             if not self._fault and index not in self._ended_hosts:
@@ -401,7 +401,7 @@ class Agent:
             self._above = None
             if not self._fault and self._has_ranks(time.monotonic()):
                 self._without(index, silent)
-        # Later its ranks may have ended in good order, without anybody to say goodbye to.
+        # Later its ranks may have ended in good order, without an agent to say goodbye to.
         elif kind == "away" and not self._fault and time.monotonic() < link.since + _AWAY_S:
             self._host_gone(index, silent)
 
@@ -463,7 +463,7 @@ class Agent:
         self._above_is = None
         self.root = Root(self.plan.size, self.limits, self)
 
-    # -- what is heard ----------------------------------------------------------------------------
+    # -- input ------------------------------------------------------------------------------------
 
     def _hear(self, link: Link, message: dict[str, Any]) -> None:
         if link.who is None:
@@ -497,7 +497,7 @@ class Agent:
                 return
             link.who = ("below", index)
             self._below[index] = link
-            if self._fault is not None:  # its own way up was cut as the others were told
+            if self._fault is not None:  # its own way up was cut when the fault was reported
                 link.send(self._fault)
         else:
             self._drop(link)
@@ -525,7 +525,7 @@ class Agent:
     def _all_left(self) -> None:
         """All ranks of this host have ended in good order: its agent may be ended with them."""
         if self.plan.index == 0:
-            self._tell_below({"ended": 1})
+            self._send_below({"ended": 1})
         elif self._above is not None:
             self._above.send({"host_ended": self.plan.index})
 
@@ -535,7 +535,7 @@ class Agent:
             if self._above is not None:
                 self._above.send(message)
         if "summary" in message:
-            self._said[index] = (Summary.from_message(message["summary"]), time.monotonic())
+            self._summaries[index] = (Summary.from_message(message["summary"]), time.monotonic())
         if "gone" in message:
             rank, what, last_state = message["gone"]
             state = None
@@ -554,7 +554,7 @@ class Agent:
     def _hear_above(self, message: dict[str, Any]) -> None:
         if "ended" in message:
             self._above_ended = True
-            self._tell_below(message)
+            self._send_below(message)
         if "fault" in message:
             self._spread(message)
         if "alone" in message:
@@ -583,7 +583,7 @@ class Agent:
         elif self._above is not None:
             self._above.send({"gone": [rank, what, None if state is None else state.as_message()]})
 
-    def _tell_below(self, message: dict[str, Any]) -> None:
+    def _send_below(self, message: dict[str, Any]) -> None:
         for link in self._below.values():
             link.send(message)
 
@@ -593,7 +593,7 @@ class Agent:
         with contextlib.suppress(KeyError):
             self._selector.unregister(fd)
         for one in self._ranks.values():
-            # What it said last may still lie in its connection, a goodbye among it.
+            # Its last messages may still be in its connection, a goodbye among them.
             if one.process.fileno() == fd and one.link is not None:
                 self._read(one.link)
         self._look_at_processes()
@@ -648,7 +648,7 @@ class Agent:
         self._questions[number] = question
 
     def _look_for(self, question: _Question) -> None:
-        """Add this host's part: a rank that did not answer is blocked nowhere, as far as anybody knows."""
+        """Add this host's part: a rank that did not answer is not known to be blocked anywhere."""
         question.looked = True
         states = []
         for rank, one in self._ranks.items():
@@ -680,7 +680,7 @@ class Agent:
         self._threads.append((thread, done))
 
     def _add_mute_hosts(self, question: _Question) -> None:
-        """Say of the ranks of hosts that did not answer that they are not known to be anywhere."""
+        """Mark the ranks of hosts that did not answer as being nowhere known."""
         if question.kind == "away" and question.hosts:
             under = [rank for index in question.hosts for rank in self.plan.under(index)]
             ranks = tuple(rank for rank in under if question.exchanges[0].takes(rank))
@@ -695,15 +695,15 @@ class Agent:
                 answer = Found.from_message(answer)
         question.answer.add(answer)
 
-    # -- what is said -----------------------------------------------------------------------------
+    # -- output -----------------------------------------------------------------------------------
 
     def announce(self, fault: Fault) -> None:
-        """Tell all ranks what is wrong."""
+        """Report a fault to all ranks."""
         self._spread({"fault": fault.as_message()})
 
     def _spread(self, message: dict[str, Any]) -> None:
         self._fault = message
-        self._tell_below(message)
+        self._send_below(message)
         fault = Fault.from_message(message["fault"])
         for rank, one in self._ranks.items():
             if one.link is not None:
@@ -714,14 +714,14 @@ class Agent:
 
     def alone(self) -> None:
         """Tell all ranks that each of them has failed by itself."""
-        self._tell_below({"alone": 1})
+        self._send_below({"alone": 1})
         for one in self._ranks.values():
             one.failed = False
             if one.link is not None:
                 one.link.send({"alone": 1})
 
     def warn(self, text: str) -> None:
-        """Have a rank log a warning: the lowest one here that answers, of the first host."""
+        """Log a warning on a rank: the lowest one here that answers, of the first host."""
         if self.root is None and self._above is not None:
             self._above.send({"warn": text})
             return
@@ -733,7 +733,7 @@ class Agent:
 
 
 def main() -> None:
-    """Be an agent: read a plan from stdin, say where it listens, read where the others do, and work."""
+    """Run an agent: read a plan from stdin, print its address, read those of the others, and work."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it ends with its ranks
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]

@@ -17,7 +17,7 @@ _MOST = 2**22  # bytes that wait to be sent to somebody who does not read
 
 
 def keep_alive(sock: socket.socket, silence: float) -> None:
-    """Have the kernel find out whether the other host is there, and end the connection if it is not.
+    """Enable keepalive: the kernel ends the connection if the other host is gone.
 
     The other host's kernel answers for its processes, whatever they do: a process that is stopped, or busy,
     or that holds a lock, is no reason. After `silence` seconds without an answer reading raises a time-out.
@@ -114,7 +114,7 @@ class Link:
         self.flush()
 
     def flush(self) -> None:
-        """Send what waits to be sent, as far as that is possible now. Reading tells of failures."""
+        """Send as much of the queue as possible now. Failures show up in reading."""
         with contextlib.suppress(OSError):
             while self._out:
                 del self._out[: self.sock.send(self._out)]
@@ -132,7 +132,7 @@ def dial(addresses: list[tuple[str, int]], seconds: float, silence: float) -> so
     """Return a connection to the first address that answers.
 
     Raises:
-        OSError: none does; ConnectionRefusedError if a host says that nobody listens there any more.
+        OSError: none does; ConnectionRefusedError if nothing listens there any more.
     """
     problem: OSError = OSError("no address was given")
     for address, port in addresses:

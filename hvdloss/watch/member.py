@@ -1,4 +1,4 @@
-"""A rank's thread of the watch: tells the host's agent what this rank waits in, and hears what is wrong."""
+"""A rank's thread of the watch: reports to the host's agent what this rank waits in, and receives faults."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Member:
         self._away = False  # the agent is
         self._excluded = False
         self._sending = threading.Lock()
-        self._told = -1  # serial of the wait that the agent knows of
+        self._reported = -1  # serial of the last wait that was reported
         self._held: list[socket.socket] = []
         self._sock = socket.socket(socket.AF_UNIX)
         self._connect(name, key)
@@ -94,7 +94,7 @@ class Member:
         except OSError:  # reading finds out whether the agent is gone
             return False
         except HvdlossError as error:
-            _log.warning("hvdloss: rank %d has more to tell than the watch takes: %s", self.rank, error)
+            _log.warning("hvdloss: rank %d has a longer state than the watch accepts: %s", self.rank, error)
             return False
         return True
 
@@ -136,10 +136,10 @@ class Member:
             return self._fault
 
     def close(self, *, bye: bool) -> None:
-        """End: say goodbye, so that others know that this rank was not killed."""
+        """Close the connection with a goodbye, so that others know that this rank was not killed."""
         if self._closed:
             return
-        self._closed = True  # before it is said: the agent may be quicker to close
+        self._closed = True  # before it is sent: the agent may close first
         if bye and self._fault is None:
             self._send({"state": self.activity.state(self.rank).as_message(), "bye": 1})
         with contextlib.suppress(OSError):
@@ -173,8 +173,8 @@ class Member:
                     continue
                 wait = self.activity.wait()
                 serial = -1 if wait is None else wait.serial
-                # A wait that is over by the next look is nobody's business.
-                if serial != self._told and (serial == seen or serial == -1):
+                # A wait that is over by the next check is not reported.
+                if serial != self._reported and (serial == seen or serial == -1):
                     self._tell_state({})
                 seen = serial
         except Exception as error:
@@ -192,7 +192,7 @@ class Member:
         asked.setdefault("stack", False)
         asked.setdefault("keys", ())
         state = self.activity.state(self.rank, **asked)
-        self._told = -1 if state.wait is None else state.wait.serial
+        self._reported = -1 if state.wait is None else state.wait.serial
         self._send({"state": state.as_message(), **more})
 
     def _hear(self, message: dict[str, Any]) -> None:
@@ -238,7 +238,7 @@ class Member:
             if self._taken or self._closed:
                 return
             time.sleep(0.05)
-        # What fails from here on, fails because Horovod is ended: say why, whoever comes to see it first.
+        # Failures from here on come from Horovod's shutdown: log the reason first.
         if self._fault is not None:
             _log.error("hvdloss: rank %d ends Horovod: %s", self.rank, self._fault.text)
         self._abort()

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Process", "cut", "host", "native_stack", "sockets"]
+__all__ = ["Process", "host", "native_stack", "shut_down_sockets", "sockets"]
 
 _TICKS = os.sysconf("SC_CLK_TCK")
 
@@ -37,7 +37,7 @@ class _Stat:
 
 
 def _stat(pid: int) -> _Stat:
-    """Return what ``/proc`` says of a process.
+    """Return the ``/proc`` data of a process.
 
     Raises:
         OSError, ValueError, IndexError: there is none.
@@ -47,7 +47,7 @@ def _stat(pid: int) -> _Stat:
 
 
 class Process:
-    """A process of this host, told apart for certain from any other that gets its number later.
+    """A process of this host, identified even if another one reuses its pid later.
 
     Args:
         pid: its number, as this process sees it.
@@ -102,7 +102,7 @@ class Process:
         return 0.0 if self._stopped_since is None else time.monotonic() - self._stopped_since
 
     def forgive(self, seconds: float) -> None:
-        """Do not count time in which nobody could look."""
+        """Do not count time in which no check was possible."""
         if self._stopped_since is not None:
             self._stopped_since = min(self._stopped_since + seconds, time.monotonic())
 
@@ -172,11 +172,11 @@ def sockets() -> dict[int, str]:
     return found
 
 
-def cut(those: dict[int, str]) -> None:
+def shut_down_sockets(those: dict[int, str]) -> None:
     """End the connections of these sockets, as far as they are still the same; they stay open.
 
-    Whoever waits on them, here or at the other end, is told at once. What only listens is left alone: nobody
-    waits for it, and PyTorch's Gloo ends the process if it cannot accept.
+    Whoever waits on them, at either end, gets an error at once. Listening sockets are left alone: no
+    rank waits for them, and PyTorch's Gloo ends the process if it cannot accept.
     """
     now = sockets()
     for number, target in those.items():

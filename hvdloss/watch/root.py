@@ -1,6 +1,6 @@
-"""What is decided about all ranks: whether something is wrong, and what is said of it. No sockets, no clock.
+"""Decisions about all ranks: whether there is a fault, and its message. No sockets, no clock.
 
-Whoever holds the ends of the tree (the agent of rank 0's host) hands in what it hears, calls
+Whoever holds the ends of the tree (the agent of rank 0's host) passes in what it receives, calls
 :meth:`Root.look` now and then, and passes questions on to all hosts. Nothing here depends on the number of
 ranks but the texts.
 """
@@ -27,7 +27,7 @@ from hvdloss.watch.verdict import (
 
 __all__ = ["Hosts", "Root"]
 
-_ALIKE_S = 2.0  # for all ranks to fail alike, where nobody waits for one that has
+_ALIKE_S = 2.0  # for all ranks to fail alike, while no rank waits for a failed one
 _BETTER_S = 1.5  # for a better reason than "an exchange failed" to come in
 _SPACE_S = 0.5  # between two counts at least
 _SELDOM_S = 30.0  # between two counts that find the same at most
@@ -49,20 +49,20 @@ class Hosts(Protocol):
         """Ask all hosts: ``"count"`` gives a Tally, a kind of :func:`~hvdloss.watch.tally.search` a Found."""
 
     def announce(self, fault: Fault) -> None:
-        """Tell all ranks what is wrong."""
+        """Report a fault to all ranks."""
 
     def alone(self) -> None:
         """Tell all ranks that each of them has failed by itself."""
 
     def warn(self, text: str) -> None:
-        """Have one rank log a warning."""
+        """Log a warning on one rank."""
 
 
 class Root:
     """Judges one job.
 
     Args:
-        size: how many ranks there are.
+        size: number of ranks.
         limits: when waiting counts as wrong.
         hosts: how to reach them.
     """
@@ -80,10 +80,10 @@ class Root:
         self._next, self._pause = 0.0, _SPACE_S
         self._warned: dict[str, float] = {}  # the age at which the next warning is due
 
-    # -- what is heard ----------------------------------------------------------------------------
+    # -- input ------------------------------------------------------------------------------------
 
     def update(self, summary: Summary, now: float) -> None:
-        """Take in what all hosts say without being asked."""
+        """Update from the summaries of all hosts."""
         if summary.gist != self.summary.gist:
             self._pause = _SPACE_S
             soon = now + (0.0 if self._nobody_free(summary) or summary.left > self.summary.left else _BUSY_S)
@@ -95,25 +95,25 @@ class Root:
         self._gone.append((rank, what, state))
 
     def error(self, fault: Fault, now: float) -> None:
-        """A rank told an error."""
+        """A rank reported an error."""
         if fault.kind == "broken":
             self._broken = self._broken or (now, fault)
         else:
             self._error = self._error or (now, fault)
 
     def forgive(self) -> None:
-        """After a time in which nobody could be heard: what was found before counts no more."""
+        """After a time without messages: earlier findings no longer count."""
         self._dead = (None, 0.0)
 
     @property
     def pressing(self) -> bool:
-        """Whether something was heard that is not to wait."""
+        """Whether something urgent was received."""
         return self.fault is None and not self._asking and bool(self._gone)
 
-    # -- what is wrong ----------------------------------------------------------------------------
+    # -- faults -----------------------------------------------------------------------------------
 
     def look(self, now: float) -> None:
-        """Find out whether something is wrong, and say so; cheap where nothing is."""
+        """Look for a fault, and report it; cheap without one."""
         if self.fault is not None or self._asking:
             return
         if self._gone:
@@ -151,7 +151,7 @@ class Root:
     def _say_gone(self, tally: Tally) -> None:
         rank, what, state = min(self._gone, key=lambda one: one[0])
         if self._error is not None and self._error[1].ranks == (rank,):
-            self._announce(self._error[1])  # it said itself what it died of
+            self._announce(self._error[1])  # its own error is the cause
         elif what:
             self._announce(silent(tally.step, rank, self.limits, what, state))
         else:
@@ -213,7 +213,7 @@ class Root:
         self._warn(tally, exchanges, ages, now)
 
     def _come_back(self, now: float, seconds: Sequence[float]) -> None:
-        """Count again when the first of so many seconds have passed, if not before."""
+        """Count again when the first of these numbers of seconds has passed, if not before."""
         self._next = min(self._next, now + max(min(seconds), _SPACE_S))
 
     def _incomplete(self, tally: Tally, index: int, exchange: Exchange) -> bool:

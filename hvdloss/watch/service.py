@@ -145,13 +145,13 @@ def start(communicator: Communicator, abort: Callable[[], None]) -> bool:
     key = secrets.token_hex(32) if communicator.rank == 0 else ""
     mine = {"host": host, "settings": settings, "problem": problem, "key": key}
     texts = communicator.all_gather_bytes(json.dumps(mine).encode(), "hvdloss.watch.settings")
-    ranks = decode_all(texts, "settings of the watch", lambda told: told.keys() == mine.keys())
-    for rank, told in enumerate(ranks):
-        if told["problem"]:
-            raise ConfigError(f"rank {rank}: {told['problem']}")
-        if told["settings"] != ranks[0]["settings"]:
+    ranks = decode_all(texts, "settings of the watch", lambda one: one.keys() == mine.keys())
+    for rank, one in enumerate(ranks):
+        if one["problem"]:
+            raise ConfigError(f"rank {rank}: {one['problem']}")
+        if one["settings"] != ranks[0]["settings"]:
             raise ConfigError(
-                f"HVDLOSS_WATCH and its settings differ between ranks: rank {rank} has {told['settings']} "
+                f"HVDLOSS_WATCH and its settings differ between ranks: rank {rank} has {one['settings']} "
                 f"(warn, stall, silence), rank 0 has {ranks[0]['settings']}. Set them alike, in the "
                 f"environment that horovodrun is started from."
             )
@@ -159,8 +159,8 @@ def start(communicator: Communicator, abort: Callable[[], None]) -> bool:
         return False
 
     hosts: dict[str, list[int]] = {}
-    for rank, told in enumerate(ranks):
-        hosts.setdefault(told["host"], []).append(rank)
+    for rank, one in enumerate(ranks):
+        hosts.setdefault(one["host"], []).append(rank)
     index, first = list(hosts).index(host), hosts[host][0]
     job = bytes.fromhex(ranks[0]["key"])
     agent: HostAgent | None = None
@@ -174,8 +174,8 @@ def start(communicator: Communicator, abort: Callable[[], None]) -> bool:
         except (OSError, ValueError) as error:
             offer["problem"] = f"the watch's agent of rank {first}'s host did not begin: {error}"
     texts = communicator.all_gather_bytes(json.dumps(offer).encode(), "hvdloss.watch.offer")
-    offers = decode_all(texts, "address of the watch", lambda told: told.keys() == offer.keys())
-    problem = next((told["problem"] for told in offers if told["problem"]), "")
+    offers = decode_all(texts, "address of the watch", lambda one: one.keys() == offer.keys())
+    problem = next((one["problem"] for one in offers if one["problem"]), "")
     if agent is not None and not problem:
         try:
             agent.connect([offers[host_ranks[0]]["at"] for host_ranks in hosts.values()])
@@ -222,7 +222,7 @@ class HostAgent:
         limits: when waiting counts as wrong.
         name: of the socket for this host's ranks.
         listen: addresses for other hosts.
-        fan_out: how many hosts report to one.
+        fan_out: number of hosts that report to one.
 
     Raises:
         OSError: it cannot be started.
@@ -245,7 +245,7 @@ class HostAgent:
             [sys.executable, "-I", "-S", "-c", _AGENT, str(root)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            start_new_session=True,  # what a terminal tells the ranks is not for it
+            start_new_session=True,  # signals of a terminal are for the ranks, not for it
             cwd="/",
         )
         _agents.append(self._process)
@@ -255,7 +255,7 @@ class HostAgent:
         with selectors.DefaultSelector() as selector:
             selector.register(self._process.stdout, selectors.EVENT_READ)
             if not selector.select(_AGENT_S):
-                raise OSError(f"it said nothing for {_AGENT_S:.0f} s")
+                raise OSError(f"it sent nothing for {_AGENT_S:.0f} s")
         line = self._process.stdout.readline()
         if not line:
             raise OSError("it ended at once")
@@ -276,7 +276,7 @@ class HostAgent:
         return self._line()
 
     def connect(self, table: Any) -> None:
-        """Have it join the tree of hosts, which listen at the addresses of `table`.
+        """Let it join the tree of hosts, which listen at the addresses of `table`.
 
         Raises:
             OSError, ValueError: it could not.
@@ -314,10 +314,10 @@ def wrap_init(hvd: Any, communicator_of: Callable[[Any], Communicator]) -> dict[
     @functools.wraps(hvd.init)
     def init(*args: Any, **kwargs: Any) -> Any:
         global _connections
-        anew = not hvd.is_initialized()  # calling it again is nothing, maybe on one rank alone
+        first = not hvd.is_initialized()  # calling it again does nothing, maybe on one rank only
         before = process.sockets()
         out = hvd.init(*args, **kwargs)
-        if anew and hvd.is_initialized():
+        if first and hvd.is_initialized():
             _connections = {k: v for k, v in process.sockets().items() if before.get(k) != v}
             start(communicator_of(hvd.global_process_set), functools.partial(_abort, hvd.shutdown))
         return out
@@ -332,7 +332,7 @@ def wrap_init(hvd: Any, communicator_of: Callable[[Any], Communicator]) -> dict[
 
 
 def _abort(shutdown: Callable[[], Any]) -> None:
-    """End what this process is blocked in, unless it is being ended, or begins anew, by itself."""
+    """End what this process is blocked in, unless it shuts down or restarts by itself."""
     with _shutting_down:
         if _member is not None:
             _disconnect()
@@ -342,12 +342,12 @@ def _abort(shutdown: Callable[[], Any]) -> None:
 def _disconnect() -> None:
     """End Horovod's connections, where a rank is gone that could not close its own.
 
-    Horovod waits on a dead connection until its time-out; and a rank that has given up, and begins anew,
+    Horovod waits on a dead connection until its time-out; and a rank that has given up, and restarts,
     leaves its old connections open, on which others wait as long.
     """
     member = _member
     if member is not None and member.fault is not None and member.fault.kind in ("lost", "silent", "broken"):
-        process.cut(_connections)
+        process.shut_down_sockets(_connections)
 
 
 def stop(*, bye: bool = True) -> None:
@@ -400,12 +400,12 @@ def _address_of(interface: str) -> str:
     """Return an interface's IPv4 address."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         get_address = 0x8915  # SIOCGIFADDR
-        told = fcntl.ioctl(sock.fileno(), get_address, struct.pack("256s", interface.encode()[:15]))
-    return socket.inet_ntoa(told[20:24])
+        found = fcntl.ioctl(sock.fileno(), get_address, struct.pack("256s", interface.encode()[:15]))
+    return socket.inet_ntoa(found[20:24])
 
 
 def _install() -> None:
-    """Have what ends this process tell the others; once."""
+    """Install the exception hooks that notify the other ranks; once."""
     global _installed, _before
     if _installed:
         return
@@ -424,7 +424,7 @@ def _forked() -> None:
                 os.close(sock.detach())
 
 
-# -- what is wrong ------------------------------------------------------------------------------------
+# -- faults -------------------------------------------------------------------------------------------
 
 
 def _raisable(fault: Fault) -> RankError:
@@ -577,7 +577,7 @@ def same_fate() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        told = report_error(error)
-        if told is None:
+        reported = report_error(error)
+        if reported is None:
             raise
-        raise told from error
+        raise reported from error

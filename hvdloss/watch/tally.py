@@ -56,7 +56,7 @@ class Exchange:
         return self.what if self.step is None else f"step {self.step} of {self.what}"
 
     def size(self, ranks: int) -> int:
-        """Return how many ranks it takes, of so many in all."""
+        """Return its number of ranks, given the number of all ranks."""
         return len(self.members) or ranks
 
     def takes(self, rank: int) -> bool:
@@ -91,7 +91,7 @@ class Exchange:
 
     @classmethod
     def from_message(cls, message: Any) -> Exchange:
-        """Return the exchange that another process told of.
+        """Return the exchange in a message.
 
         Raises:
             ConfigError: it is none.
@@ -102,12 +102,12 @@ class Exchange:
                 str(what)[:TEXT], None if step is None else int(step), unpack(str(members)), int(count)
             )
         except (TypeError, ValueError, OverflowError) as error:
-            raise ConfigError(f"no exchange was told: {type(error).__name__}: {error}") from None
+            raise ConfigError(f"not an exchange: {type(error).__name__}: {error}") from None
 
 
 @dataclass
 class Tally:
-    """Where the members of some exchanges are. Ranks that nobody counted are missing from all of it.
+    """Where the members of some exchanges are. Ranks that were not counted are missing from all of it.
 
     Attributes:
         inside: of each exchange, the ranks that are blocked in it.
@@ -115,8 +115,8 @@ class Tally:
         left: the members that have ended in good order, and never came to it.
         free: the members that are blocked nowhere, or not known to be: they may come yet.
         away: the members that are blocked in another one of these exchanges, by its index.
-        marks: of each exchange, a sum over `inside` of what tells waits apart; the same if all stayed.
-        blocked: how many ranks are blocked in any exchange.
+        marks: of each exchange, a sum over `inside` that identifies their waits; the same if all stayed.
+        blocked: number of ranks blocked in any exchange.
         step: the largest step that any rank is in, counted from 1.
     """
 
@@ -186,19 +186,19 @@ class Tally:
 
     @classmethod
     def from_message(cls, message: Any, exchanges: int) -> Tally:
-        """Return the tally that another process told.
+        """Return the tally in a message.
 
         Raises:
-            ConfigError: it is none of so many exchanges.
+            ConfigError: not a tally of this number of exchanges.
         """
         try:
             rows: dict[str, Any] = {name: [int(n) for n in message[name]] for name in _ROWS}
             rows["away"] = [[int(n) for n in row] for row in message["away"]]
             blocked, step = int(message["blocked"]), int(message["step"])
         except (KeyError, TypeError, ValueError) as error:
-            raise ConfigError(f"no tally was told: {type(error).__name__}: {error}") from None
+            raise ConfigError(f"not a tally: {type(error).__name__}: {error}") from None
         if any(len(row) != exchanges for row in [*rows.values(), *rows["away"]]):
-            raise ConfigError(f"the tally that was told is not of {exchanges} exchanges")
+            raise ConfigError(f"a tally of another number than {exchanges} exchanges")
         return cls(**rows, blocked=blocked, step=step)
 
     def complete(self, index: int, size: int) -> bool:
@@ -216,7 +216,7 @@ def blocked_for_ever(tally: Tally, exchanges: Sequence[Exchange], size: int) -> 
     Args:
         tally: of all ranks, as far as they could be asked.
         exchanges: what it counts.
-        size: how many ranks there are.
+        size: number of ranks.
 
     >>> x, y = Exchange("x"), Exchange("y")
     >>> states = [RankState(0, wait=Wait("x")), RankState(1, wait=Wait("y"))]
@@ -243,12 +243,12 @@ def blocked_for_ever(tally: Tally, exchanges: Sequence[Exchange], size: int) -> 
 
 @dataclass
 class Summary:
-    """What a host says of its ranks, and of those of the hosts below it, without being asked.
+    """A host's periodic summary of its ranks, and of those of the hosts below it.
 
     Attributes:
         left: ranks that have ended in good order.
         lost: ranks whose process is gone.
-        errors: ranks that told an error and still run.
+        errors: ranks that reported an error and still run.
         waiting: ranks that were last known to be blocked.
         exchanges: what they wait in, how many of them, and for how many seconds the first one.
     """
@@ -265,7 +265,7 @@ class Summary:
         self.exchanges[exchange.id] = (exchange, before + ranks, max(longest, seconds))
 
     def add(self, other: Summary, seconds: float = 0.0) -> None:
-        """Add what other hosts said, `seconds` ago."""
+        """Add the summaries of other hosts, `seconds` old."""
         self.left += other.left
         self.lost += other.lost
         self.errors += other.errors
@@ -291,7 +291,7 @@ class Summary:
 
     @classmethod
     def from_message(cls, message: Any) -> Summary:
-        """Return what another process told.
+        """Return the summary in a message.
 
         Raises:
             ConfigError: it is no summary.
@@ -302,7 +302,7 @@ class Summary:
             for one, ranks, seconds in message["exchanges"]:
                 out.put(Exchange.from_message(one), int(ranks), float(seconds))
         except (KeyError, TypeError, ValueError) as error:
-            raise ConfigError(f"no summary was told: {type(error).__name__}: {error}") from None
+            raise ConfigError(f"not a summary: {type(error).__name__}: {error}") from None
         return out
 
 
@@ -344,7 +344,7 @@ class Found:
             for state, one in zip(states, message["states"], strict=False):
                 state.update(one)
         except (KeyError, TypeError, ValueError) as error:
-            raise ConfigError(f"no ranks were told: {type(error).__name__}: {error}") from None
+            raise ConfigError(f"not ranks: {type(error).__name__}: {error}") from None
         return cls(ranks, states)
 
 

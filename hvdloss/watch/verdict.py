@@ -1,4 +1,4 @@
-"""What is known of a rank, what is wrong with ranks, and the words for it. No sockets, no threads."""
+"""States of ranks, faults, and their messages. No sockets, no threads."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from hvdloss.watch.ranges import pack, unpack
 
 __all__ = ["Fault", "Limits", "RankState", "Wait"]
 
-STACK = 12  # frames that are told, the innermost
+STACK = 12  # frames that are sent, the innermost
 MANY = 16  # ranks that a message names one by one
-TEXT = 4000  # characters of an error that are told
+TEXT = 4000  # characters of an error that are sent
 SILENCE = 3.0  # seconds: shorter pauses happen to healthy machines
-REACHED = 256  # names of exchanges that a rank tells of at most
+REACHED = 256  # names of exchanges that a rank reports at most
 
 
 @dataclass(frozen=True)
@@ -93,13 +93,13 @@ class RankState:
 
     Attributes:
         rank: its number.
-        status: ``"running"``, ``"left"`` (it said so) or ``"lost"`` (its process is gone, without a word).
+        status: ``"running"``, ``"left"`` (with a goodbye) or ``"lost"`` (its process is gone without one).
         steps: finished ones, by optimizer.
         wait: what its main thread is blocked in; None if it is not, as far as is known.
-        did: what it did last, as it says, and `ago`: how many seconds before.
+        last_activity: what it did last, and `ago`: how many seconds before.
         stack: its main thread's innermost frames, outermost first.
         reached: by :attr:`Wait.key`, how many exchanges it has begun, whether they are over or not.
-        process: what the operating system says of its process, where that is worth saying.
+        process: noteworthy state of its process by the operating system.
     """
 
     rank: int
@@ -245,7 +245,7 @@ def name_ranks(ranks: Iterable[int]) -> str:
 
 
 def list_states(states: Iterable[RankState], ranks: int = 0) -> str:
-    """Return a line or more for each of the states, and how many of so many `ranks` are not shown."""
+    """Return a line or more for each of the states, and the number of `ranks` that are not shown."""
     shown = list(states)
     more = f"\n  ... and {ranks - len(shown)} more" if ranks > len(shown) else ""
     return "".join(f"\n  {state.describe()}" for state in shown) + more
@@ -336,17 +336,17 @@ def stalled(
 
 
 def _at(state: RankState) -> str:
-    """Return where a rank was when it was last heard of."""
+    """Return the last known place of a rank."""
     return f"in {state.wait.place}" if state.wait is not None else f"after {state.done()}"
 
 
 def error_text(rank: int, step: int, error: BaseException, where: str) -> str:
-    """Return what all ranks are told of an exception on one of them."""
+    """Return the message to all ranks about an exception on one of them."""
     ours = isinstance(error, HvdlossError)
     text = str(error) if ours else " ".join(str(error).split())
     out = f"step {step}: rank {rank}: {type(error).__name__}: {text[:TEXT]}" + (
         f" [{where}]" if where else ""
     )
-    if ours:  # it says what to do
+    if ours:  # its text says what to do
         return out
     return f"{out}. {WAY_OUT}"

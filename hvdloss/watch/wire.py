@@ -1,7 +1,7 @@
-"""What watching ranks say to each other over TCP: short JSON messages that a stranger can neither read in
+"""The protocol of the watch over TCP: short JSON messages that a stranger can neither read in
 full, nor forge, nor replay.
 
-A frame is 4 bytes of length, a MAC of 32 bytes, and so many bytes of JSON. The key of a connection comes
+A frame is 4 bytes of length, a MAC of 32 bytes, and JSON of that length. The key of a connection comes
 from the job's key, which travelled over Horovod, and from one random number of either end; every frame has
 a number. So what was recorded on one connection is worth nothing on another one, or later on this one. It
 is not encrypted: who can read the network sees states and error texts, as it sees gradients
@@ -79,7 +79,7 @@ class Channel:
         while len(self._buffer) >= _HEAD.size:
             (length,) = _HEAD.unpack_from(self._buffer)
             if length > LIMIT:
-                raise WireError(f"a frame says that it has {length} bytes; at most {LIMIT} are taken")
+                raise WireError(f"a frame claims {length} bytes; at most {LIMIT} are accepted")
             whole = _HEAD.size + _MAC + length
             if len(self._buffer) < whole:
                 break

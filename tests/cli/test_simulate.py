@@ -71,8 +71,8 @@ def test_what_is_simulated_is_what_was_asked_for() -> None:
     assert four["plan"] is None
     payload = 4e6 + 4 * LEDGER_WIDTH * 16
     expected = 32 * 2e-3 + 3 * 6 * 1e-3 + 1.5 * payload / 12.5e6
-    assert four["plain"]["whole"]["step_seconds"] == pytest.approx(expected)
-    assert set(four["plain"]["settled"]) == {field.name for field in fields(Figures)}
+    assert four["plain"]["overall"]["step_seconds"] == pytest.approx(expected)
+    assert set(four["plain"]["second_half"]) == {field.name for field in fields(Figures)}
     assert len(four["plain"]["losses"]) == len(four["plain"]["step_seconds"]) == 60
     assert numbers("-np", 2, "--batch-size", 10, "--steps", 3)["results"][0]["plain"]["sizes"] == [5, 5]
 
@@ -84,7 +84,7 @@ def test_the_plan_stands_beside_doing_nothing() -> None:
     assert four["plain"]["decisions"] == []
     assert {one["what"] for one in four["plan"]["decisions"]} == {"batch sizes", "compression"}
     assert set(four["plan"]["decisions"][0]) == {"step", "what", "before", "after", "reason"}
-    assert four["plan"]["settled"]["step_seconds"] < 0.3 * four["plain"]["settled"]["step_seconds"]
+    assert four["plan"]["second_half"]["step_seconds"] < 0.3 * four["plain"]["second_half"]["step_seconds"]
     assert four["plan"]["sizes"] == [37, 37, 36, 18]
     assert set(four["plan"]["periods"]) >= {1, 4}
     shown = call("-np", 4, *QUIET, "--straggler", "3:2")
@@ -95,7 +95,7 @@ def test_the_plan_stands_beside_doing_nothing() -> None:
 
 def test_a_straggler_that_some_numbers_of_ranks_lack_is_left_out_there() -> None:
     found = numbers("-np", "2,4", *QUIET, "--straggler", "3:2", "--slow-link", "2:1Mbit", "--no-shares")
-    two, four = (one["plain"]["whole"] for one in found["results"])
+    two, four = (one["plain"]["overall"] for one in found["results"])
     assert two["waiting"] == pytest.approx(0)
     assert four["waiting"] > 0
     assert four["step_seconds"] > 100 * two["step_seconds"]

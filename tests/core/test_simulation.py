@@ -80,10 +80,10 @@ def test_equal_ranks_without_noise_take_what_the_formula_says(
     ring = messages * 2 * (ranks - 1) * latency + 2 * (ranks - 1) / ranks * payload / bandwidth
     computing = fixed + per_rank * per_sample
     np.testing.assert_allclose(out.step_seconds, computing + ring, rtol=1e-12)
-    assert out.whole.computing == pytest.approx(computing / (computing + ring), rel=1e-12)
-    assert out.whole.efficiency == pytest.approx(out.whole.computing, rel=1e-9)
-    assert out.whole.waiting == pytest.approx(0, abs=1e-12)
-    assert out.whole.samples_per_second == pytest.approx(ranks * per_rank / (computing + ring), rel=1e-9)
+    assert out.overall.computing == pytest.approx(computing / (computing + ring), rel=1e-12)
+    assert out.overall.efficiency == pytest.approx(out.overall.computing, rel=1e-9)
+    assert out.overall.waiting == pytest.approx(0, abs=1e-12)
+    assert out.overall.samples_per_second == pytest.approx(ranks * per_rank / (computing + ring), rel=1e-9)
     assert not out.decisions
     assert (out.exchanges, out.bytes) == (4, pytest.approx(4 * payload))
 
@@ -113,7 +113,7 @@ def test_local_steps_pay_one_exchange_a_stretch_and_wait_once() -> None:
 def test_what_overlaps_the_backward_pass_costs_nothing() -> None:
     def of(overlap: float, per_sample: float) -> float:
         network = NetworkModel(0, 1e9, overlap=overlap)
-        return simulate_training(plan(compute=ComputeModel(per_sample), network=network)).whole.step_seconds
+        return simulate_training(plan(compute=ComputeModel(per_sample), network=network)).overall.step_seconds
 
     exchange = NetworkModel(0, 1e9).seconds(MODEL + table_bytes(4), 1, 4)
     assert of(0.5, 1e-2) == pytest.approx(0.32 + exchange / 2)
@@ -263,12 +263,12 @@ def test_balanced_shares_beat_equal_ones_and_reach_the_ideal_within_rounding(
     balanced = simulate_training(replace(asked, policies=(shares,)))
     # Nobody waits when samples go by speed: the batch takes what all speeds together need for it.
     ideal = asked.batch_size / float((1 / (1e-3 * compute.factors(ranks))).sum())
-    assert equal.settled.step_seconds == pytest.approx(slow * per_rank * 1e-3)
-    assert balanced.settled.step_seconds < equal.settled.step_seconds
-    assert ideal <= balanced.settled.step_seconds * (1 + 1e-9)
+    assert equal.second_half.step_seconds == pytest.approx(slow * per_rank * 1e-3)
+    assert balanced.second_half.step_seconds < equal.second_half.step_seconds
+    assert ideal <= balanced.second_half.step_seconds * (1 + 1e-9)
     # One sample too many, on the slow rank at worst.
-    assert balanced.settled.step_seconds <= ideal + 1e-3 * slow * (1 + 1e-9)
-    assert balanced.settled.efficiency > equal.settled.efficiency
+    assert balanced.second_half.step_seconds <= ideal + 1e-3 * slow * (1 + 1e-9)
+    assert balanced.second_half.efficiency > equal.second_half.efficiency
     assert balanced.sizes.sum() == asked.batch_size
 
 
@@ -313,7 +313,7 @@ def test_ranks_compute_the_same_whatever_was_decided() -> None:
     computing = {
         simulate_training(
             plan(policies=policies, compute=compute, network=NetworkModel(jitter=0.5), steps=31)
-        ).whole.computing
+        ).overall.computing
         for policies in ((), (BatchShares(128),))
     }
     assert len(computing) == 1
@@ -344,7 +344,7 @@ def test_compression_halves_what_travels_where_bytes_take_the_time() -> None:
     assert out.compressed
     assert [(d.before, d.after) for d in out.decisions] == [("none", "fp16")]
     plain = simulate_training(plan(steps=40, network=network))
-    saved = plain.settled.step_seconds - out.settled.step_seconds
+    saved = plain.second_half.step_seconds - out.second_half.step_seconds
     assert saved == pytest.approx(1.5 * MODEL / 2 / 1e7, rel=0.01)
     idle = simulate_training(
         plan(steps=40, policies=(AdaptiveCompression(every=5),), network=NetworkModel(1e-2, 1e12))
@@ -431,7 +431,7 @@ def test_at_ten_thousand_ranks_shares_follow_speed_and_not_noise() -> None:
     assert 30 <= out.sizes[~slow].min() <= out.sizes[~slow].max() <= 35
     assert all(len(d.reason) < 300 for d in out.decisions)
     plain = simulate_training(out.plan.plain())
-    assert out.settled.step_seconds < 0.5 * plain.settled.step_seconds
+    assert out.second_half.step_seconds < 0.5 * plain.second_half.step_seconds
 
 
 def test_one_hitch_does_not_move_the_predicted_period() -> None:

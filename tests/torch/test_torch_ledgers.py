@@ -24,7 +24,7 @@ def test_a_device_writes_what_the_cpu_writes(dtype, size, sums, monkeypatch):
     )
     written = message.write(row)
     assert len(written) == message.length
-    monkeypatch.setattr("hvdloss.torch.ops.AT_HAND", HOST_DEVICES - {"cpu"})
+    monkeypatch.setattr("hvdloss.torch.ops.HOST_DEVICES", HOST_DEVICES - {"cpu"})
     elsewhere = message.write(row)
     assert elsewhere.dtype == written.dtype
     assert torch.equal(elsewhere, written)

@@ -38,7 +38,7 @@ class _Averaging:
 
     @contextmanager
     def skip_synchronize(self) -> Iterator[None]:
-        """Have ``step()`` use the gradients as they are, after :meth:`synchronize`."""
+        """Let ``step()`` use the gradients unchanged, after :meth:`synchronize`."""
         self._skips = True
         try:
             yield

@@ -164,7 +164,7 @@ def reduce_scatter(tensor: torch.Tensor, op: int, pre: float, post: float) -> An
 
 
 def broadcast(tensor: torch.Tensor, out: torch.Tensor | None, root: int) -> Any:
-    """Give every rank the tensor of `root`, a number among all, into `out` if it is given."""
+    """Broadcast the tensor of `root`, a global rank, into `out` if it is given."""
 
     def steps(lane: Lane, what: str) -> Steps:
         if root not in lane.ranks:

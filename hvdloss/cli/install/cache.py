@@ -122,7 +122,7 @@ class Cache:
         path = self.folder / "lock"
         with open_private(path, "a+") as file:
             deadline = time.monotonic() + wait
-            told = False
+            logged = False
             while True:
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -135,9 +135,9 @@ class Cache:
                             f" {wait:.0f} s of waiting.",
                             "wait for it, or use a cache of your own (--cache-dir)",
                         ) from None
-                    if not told:
+                    if not logged:
                         waiting(f"waiting for another install ({holder})")
-                        told = True
+                        logged = True
                     time.sleep(0.2)
             file.seek(0)
             file.truncate()
