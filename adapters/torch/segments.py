@@ -42,7 +42,8 @@ def link_segments(
             of rows (of the last axis): the first and last of each.
 
     Returns:
-        one for each micro-batch, whose ``sequences()`` says what the call of the objective will weigh.
+        one for each micro-batch, whose ``sequences()`` says what the call of the objective will weigh, for
+        ``optimizer.expect`` and ``objective.total``.
 
     Raises:
         ConfigError: what is no such list; a sequence inside a row, with "ends", that has a piece elsewhere.
