@@ -132,6 +132,19 @@ class NumpyOps:
             return np.zeros(points), np.zeros(1)
         return np.quantile(some, np.linspace(0, 1, points)), np.array([float(some.size)])
 
+    def on_device_of(self, x: Any, like: Any) -> Any:
+        """Return an array."""
+        return np.asarray(x)
+
+    def host_array(self, x: Any) -> Any:
+        """Return an array."""
+        return np.asarray(x)
+
+    def segment_totals(self, ids: Any, weight: Any) -> Any:
+        """Add up."""
+        _, slot = np.unique(ids, return_inverse=True)
+        return np.bincount(slot.ravel(), np.ravel(weight))[slot].reshape(np.shape(ids))
+
     def as64(self, x: Any) -> Any:
         """Cast."""
         return np.asarray(x, dtype=np.float64)

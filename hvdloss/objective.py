@@ -19,6 +19,7 @@ from hvdloss.ledger import check_nonfinite_mode
 from hvdloss.losses import NAMED, GlobalLoss, Group, SumsLoss
 from hvdloss.passes import no_optimizer_warning
 from hvdloss.reduction import ArrayOps, Contribution, broadcast_weights, check_reduction, weight_statistics
+from hvdloss.segments import Layout, LinkedSegments, Segments
 from hvdloss.term import Term
 
 __all__ = ["CLASS_LOSSES", "IGNORED", "LOSSES", "Listener", "ObjectiveBase", "expand_mask_axes", "loss_named"]
@@ -357,6 +358,63 @@ class ObjectiveBase(Generic[Row]):
             return weight
         present = ops.cast_like(ops.to_int64(target) != IGNORED, ones)
         return present if weight is None else present * broadcast_weights(ops, weight, ones, rank)
+
+    def lay_out(
+        self, ops: ArrayOps, losses: Any, weight: Any, segments: Any, rank: int
+    ) -> tuple[Layout | None, Any]:
+        """Return which elements are a sequence, and the weights, 0 at padding; as they are without segments.
+
+        Args:
+            ops: the framework's operations.
+            losses: per-element losses.
+            weight: of them; may be None.
+            segments: ids, or :class:`~hvdloss.segments.Segments`, linked or not; may be None.
+            rank: this process's.
+
+        Raises:
+            ConfigError: segments that this objective cannot take.
+            ShapeError: what does not fit the losses.
+            WeightError: weights that are not those of linked segments.
+        """
+        if segments is None:
+            return None, weight
+        segments = Segments.of(segments)
+        per_token = self.reduction != "sequence_mean"
+        given = segments
+        if isinstance(segments, LinkedSegments):
+            given = segments.segments
+            self._check_linked(segments)
+        if per_token and given.groups is not None:
+            raise ConfigError(
+                f'segments: groups are for reduction="sequence_mean", and {self.name} has reduction='
+                f"{self.reduction!r}; for the mean over groups of their token means give the groups as ids"
+            )
+        losses = ops.losses(losses)
+        layout = segments.lay_out(ops, losses, rank)
+        return layout, layout.masked(ops, losses, weight, per_token=per_token, rank=rank)
+
+    def _check_linked(self, segments: LinkedSegments) -> None:
+        """Raise ConfigError for what cannot be combined with sequences that are cut."""
+        if self.controller.has_weights:
+            raise ConfigError(
+                "terms that weigh elements with linked segments: the sums of cut sequences were taken before "
+                "those weights are known; leave one of them out"
+            )
+        if segments.ranks and self.nonfinite == "drop":
+            raise ConfigError(
+                'nonfinite="drop" with sequences that may have pieces on several ranks: without one of them '
+                'the others would count as a part; choose "skip" or "raise"'
+            )
+        if segments.ranks and any(policy.takes_local_steps for _, policy in self.controller.policies):
+            raise ConfigError(
+                "SyncPeriod with sequences that may have pieces on several ranks: a rank that steps by itself "
+                "has only a part of them; leave SyncPeriod out of the policies, or link without over="
+            )
+
+    def check_no_segments(self, segments: Any) -> None:
+        """Raise ConfigError if a loss of all ranks' elements is given segments."""
+        if segments is not None:
+            raise ConfigError(f"segments= is for losses of elements; {self.name} is one of all of them")
 
     def check_per_element(self) -> None:
         """Raise ConfigError if the loss has no per-element losses."""

@@ -15,15 +15,19 @@ reduction                 numerator                              denominator
 ``"sum"``                 sum of w l                             1 (shared by the contributions)
 ========================  =====================================  ==============================
 
-An element of weight zero is absent: its loss may be NaN, and it is not counted.
+An element of weight zero is absent: its loss may be NaN, and it is not counted. Sequences that are packed
+into rows, or cut, are those of :mod:`hvdloss.segments`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from hvdloss.errors import ConfigError, ShapeError
+
+if TYPE_CHECKING:
+    from hvdloss.segments import Layout
 
 __all__ = [
     "REDUCTIONS",
@@ -133,6 +137,17 @@ class ArrayOps(Protocol):
 
         float64, of shape ``(points,)`` and ``(1,)``; zeros without any.
         """
+
+    # What packed sequences need (hvdloss.segments); no gradient.
+
+    def on_device_of(self, x: Any, like: Any) -> Any:
+        """Return `x` (an array, also of NumPy) on the device of `like`, in its own dtype."""
+
+    def host_array(self, x: Any) -> Any:
+        """Return `x` as a NumPy array if its values are there without waiting for a device, else None."""
+
+    def segment_totals(self, ids: Any, weight: Any) -> Any:
+        """Return for each entry the sum of the float64 `weight` of all entries with the same id."""
 
     # What losses of all ranks need (hvdloss.losses); these carry the gradient.
 
@@ -313,15 +328,23 @@ def weight_statistics(ops: ArrayOps, w: Any, given: bool = True) -> tuple[Any, A
 
 
 def reduce_losses(
-    ops: ArrayOps, losses: Any, weight: Any, reduction: str, *, share: float = 1.0, rank: int = 0
+    ops: ArrayOps,
+    losses: Any,
+    weight: Any,
+    reduction: str,
+    *,
+    layout: Layout | None = None,
+    share: float = 1.0,
+    rank: int = 0,
 ) -> Contribution:
     """Reduce the per-element losses of one call to the sums that a step needs.
 
     Args:
         ops: the framework's operations.
-        losses: per-element losses, any shape; ``(N, T, ...)`` for ``"sequence_mean"``.
+        losses: per-element losses, any shape; ``(N, T, ...)`` for ``"sequence_mean"`` without `layout`.
         weight: None, a number, or an array that broadcasts to `losses`.
         reduction: one of :data:`REDUCTIONS`.
+        layout: which elements are a sequence, where that is not a row; `weight` is masked by it.
         share: the denominator of ``"sum"``: this call's share of all the step's calls.
         rank: for messages.
 
@@ -332,10 +355,10 @@ def reduce_losses(
     """
     losses = ops.losses(losses)
     shape = ops.shape(losses)
-    if reduction == "sequence_mean" and len(shape) < 2:
+    if reduction == "sequence_mean" and layout is None and len(shape) < 2:
         raise ShapeError(
             f'reduction="sequence_mean" needs per-element losses of shape (sequences, tokens), '
-            f"got {shape} (rank {rank})"
+            f"got {shape} (rank {rank}); for packed sequences pass segments="
         )
     if weight is None:
         w = ops.ones_like(losses)
@@ -344,7 +367,13 @@ def reduce_losses(
         w = broadcast_weights(ops, weight, losses, rank)
         weighted = ops.where(w != 0, losses * w, ops.zeros_like(losses))
     total_weight, elements, negative, nonfinite = weight_statistics(ops, w, weight is not None)
-    if reduction == "sequence_mean":
+    if reduction == "sequence_mean" and layout is not None:
+        shares = layout.shares(ops, w)
+        counted = shares != 0
+        part = losses * ops.cast_like(shares, losses)
+        numerator = ops.sum(ops.where(counted, part, ops.zeros_like(losses)))
+        denominator = ops.sum64(shares)
+    elif reduction == "sequence_mean":
         rows = ops.sum_rows(w)
         counted = rows != 0
         safe = ops.where(counted, rows, ops.ones_like(rows))

@@ -298,7 +298,7 @@ def check_expected(
             what = {
                 "mean": "the sum of the weights of its elements",
                 "batch_mean": "the number of its elements with a weight",
-                "sequence_mean": "the number of its sequences with a weight",
+                "sequence_mean": "the number of its sequences with a weight (linked ones tell: sequences())",
             }[one.reduction]
             return UsageError(
                 f"optimizer.expect({{{name!r}: {said:.9g}}}), but the calls of {name!r} weighed "

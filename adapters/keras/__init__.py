@@ -36,6 +36,7 @@ from hvdloss.keras.sharded import ShardedCrossEntropy, ShardedDense, full_weight
 from hvdloss.keras.stream import StreamDataset
 from hvdloss.keras.training import SynchronizationCallback
 from hvdloss.report import RankReport, StepReport
+from hvdloss.segments import Segments
 from hvdloss.tensorflow import _elastic
 from hvdloss.tensorflow._compat import SyncBatchNormalization
 from hvdloss.tensorflow.checkpoint import Checkpoint
@@ -43,6 +44,7 @@ from hvdloss.tensorflow.functions import allgather_object, broadcast_object, bro
 from hvdloss.tensorflow.guard import check_synchronized
 from hvdloss.tensorflow.metrics import Metrics
 from hvdloss.tensorflow.preemption import Preemption
+from hvdloss.tensorflow.segments import link_segments, sequence_weights
 from hvdloss.tensorflow.sharded import ArcFace, ClassShards, CosFace, Grid, grid
 from hvdloss.tensorflow.training import BestCheckpoint, EarlyStopping, merged_value
 from hvdloss.tensorflow.uneven import uneven
@@ -65,6 +67,7 @@ __all__ = [
     "Preemption",
     "RankReport",
     "Recorder",
+    "Segments",
     "ShardedCrossEntropy",
     "ShardedDataset",
     "ShardedDense",
@@ -86,6 +89,7 @@ __all__ = [
     "full_weights",
     "grid",
     "lime_weights",
+    "link_segments",
     "load_full_weights",
     "load_model",
     "merged_results",
@@ -96,6 +100,7 @@ __all__ = [
     "reducescatter",
     "same_fate",
     "seed_everything",
+    "sequence_weights",
     "shap_values",
     "synchronized",
     "uneven",

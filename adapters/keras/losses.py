@@ -182,7 +182,15 @@ class Objective(keras.losses.Loss):
         """
         self._exact.prepare()
 
-    def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None, *, keys: Any = None) -> tf.Tensor:
+    def __call__(
+        self,
+        y_true: Any,
+        y_pred: Any,
+        sample_weight: Any = None,
+        *,
+        segments: Any = None,
+        keys: Any = None,
+    ) -> tf.Tensor:
         """Return the local loss of these elements, a scalar tensor.
 
         Args:
@@ -190,24 +198,34 @@ class Objective(keras.losses.Loss):
             y_pred: predictions; the class axis is the last. Their Keras mask counts as a weight.
             sample_weight: None, or one weight per sample or element. An element of weight zero is
                 absent: its loss may be NaN.
+            segments: of packed sequences; see :class:`hvdloss.tensorflow.Objective`. ``fit`` has no place
+                for them: there :func:`sequence_weights` makes them sample weights.
             keys: what terms may group elements by (``DataSkew(of="keys")``). ``fit`` has no place for
                 them: there ``DataSkew(label=...)`` finds them in the targets.
 
         Raises:
-            ShapeError: `sample_weight` does not fit, or no token axis for ``"sequence_mean"``.
+            ShapeError: `sample_weight` or `segments` do not fit, or no token axis for ``"sequence_mean"``.
 
         Collectives: none; those of the loss if it is of :mod:`hvdloss.losses`.
         """
-        told = self.contribute(y_true, y_pred, sample_weight, keys=keys)
+        told = self.contribute(y_true, y_pred, sample_weight, segments=segments, keys=keys)
         return self.books.announced(told.with_penalty(told.mean()), told.row())
 
-    def contribute(self, y_true: Any, y_pred: Any, sample_weight: Any = None, *, keys: Any = None) -> Told:
+    def contribute(
+        self,
+        y_true: Any,
+        y_pred: Any,
+        sample_weight: Any = None,
+        *,
+        segments: Any = None,
+        keys: Any = None,
+    ) -> Told:
         """Return what these elements add to a step, without telling anybody; see calling it."""
         weight = _with_mask(sample_weight, y_pred)
         whole = self._exact.global_loss
         if whole is None or (tf.is_tensor(y_pred) and y_true is not None):  # else several, or no target
             y_true, y_pred = self._fitting(y_true, y_pred)
-        return self._exact.contribute(y_pred, y_true, weight, keys=keys)
+        return self._exact.contribute(y_pred, y_true, weight, segments=segments, keys=keys)
 
     def per_element(self, prediction: Any, target: Any, weight: Any = None) -> tuple[tf.Tensor, tf.Tensor]:
         """Return the loss of each element and its weight; in this order, as for the other frameworks.

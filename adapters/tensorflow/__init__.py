@@ -9,6 +9,7 @@ Every public name of Horovod's module is here. New are :class:`Objective`, the e
 from __future__ import annotations
 
 from hvdloss.report import RankReport, StepReport
+from hvdloss.segments import Segments
 from hvdloss.tensorflow import _backend, _elastic
 from hvdloss.tensorflow._compat import (
     SyncBatchNormalization,
@@ -31,6 +32,7 @@ from hvdloss.tensorflow.objective import Objective
 from hvdloss.tensorflow.optimizer import DistributedOptimizer
 from hvdloss.tensorflow.preemption import Preemption
 from hvdloss.tensorflow.recorder import Recorder, follow
+from hvdloss.tensorflow.segments import link_segments, sequence_weights
 from hvdloss.tensorflow.several import Objectives
 from hvdloss.tensorflow.sharded import (
     ArcFace,
@@ -65,6 +67,7 @@ __all__ = [
     "Preemption",
     "RankReport",
     "Recorder",
+    "Segments",
     "ShardedCrossEntropy",
     "StepReport",
     "SyncBatchNormalization",
@@ -75,12 +78,14 @@ __all__ = [
     "follow",
     "grid",
     "lime_weights",
+    "link_segments",
     "merged_value",
     "permutation_importance",
     "predict_function",
     "same_fate",
     "sample_columns",
     "seed_everything",
+    "sequence_weights",
     "shap_values",
     "sharded_cross_entropy",
     "uneven",

@@ -146,10 +146,10 @@ class Objective(ObjectiveBase[tf.Tensor]):
             :mod:`hvdloss.losses`, or its name (``"soft_dice"``, ``"correlation"``, ...): calling the
             objective then gives that of all ranks' elements.
         reduction: ``"mean"`` (sum wl / sum w), ``"sum"``, ``"batch_mean"`` (sum wl / number of elements
-            with w != 0), or ``"sequence_mean"`` (losses of shape (N, T): the mean over sequences of each
-            one's weighted token mean); None for the loss's own, or ``"mean"``. With ``"sum"`` a call gives
-            size x passes x its local sum, its estimate of the global sum, so that a penalty added to it
-            keeps its proportion.
+            with w != 0), or ``"sequence_mean"`` (losses of shape (N, T), or packed ones with segments: the
+            mean over sequences of each one's weighted token mean); None for the loss's own, or ``"mean"``.
+            With ``"sum"`` a call gives size x passes x its local sum, its estimate of the global sum, so
+            that a penalty added to it keeps its proportion.
         ignore_index, label_smoothing, class_weight: of ``"cross_entropy"`` (the first and last of ``"nll"``
             too): targets that are absent, -100 by default; the part of each target that is spread over all
             classes; one weight per class.
@@ -230,7 +230,14 @@ class Objective(ObjectiveBase[tf.Tensor]):
             self.controller.prepare(communicator_of(group))
 
     def __call__(
-        self, prediction: Any, target: Any, weight: Any = None, *, keys: Any = None, total: Any = None
+        self,
+        prediction: Any,
+        target: Any,
+        weight: Any = None,
+        *,
+        segments: Any = None,
+        keys: Any = None,
+        total: Any = None,
     ) -> tf.Tensor:
         """Return the local loss of these elements, a scalar tensor (float32, or float64 for float64).
 
@@ -241,18 +248,23 @@ class Objective(ObjectiveBase[tf.Tensor]):
             weight: None, a number or a tensor that broadcasts (NumPy's rule) to the per-element losses.
                 An element of weight zero is absent: its loss may be NaN. A negative, NaN or infinite
                 weight raises WeightError on every rank when the gradients are reduced.
+            segments: of packed sequences: integer ids of the losses' shape (negative: padding), or
+                :class:`hvdloss.segments.Segments`; or what :func:`link_segments` returned, where sequences
+                are cut.
             keys: what terms may group elements by (``DataSkew(of="keys")``): integers whose leading axes
                 are those of the losses.
             total: for functions of sums: those of all micro-batches of all ranks (:meth:`total`), so
                 that the step's loss is that of all of them.
 
         Raises:
-            ShapeError: `weight` does not broadcast to the losses, or no token axis.
+            ShapeError: `weight` or `segments` do not fit the losses, or no token axis.
+            ConfigError: segments that this objective cannot take.
+            WeightError: weights that are not those that segments were linked with.
 
         Collectives: none; those of the loss if it is of :mod:`hvdloss.losses` (one small all-reduce for
         functions of sums, none with `total`), which all ranks must call alike.
         """
-        told = self.contribute(prediction, target, weight, keys=keys, total=total)
+        told = self.contribute(prediction, target, weight, segments=segments, keys=keys, total=total)
         if self.several is not None:
             objectives, index = self.several
             return objectives.announced(index, told)
@@ -348,7 +360,14 @@ class Objective(ObjectiveBase[tf.Tensor]):
         )
 
     def contribute(
-        self, prediction: Any, target: Any, weight: Any = None, *, keys: Any = None, total: Any = None
+        self,
+        prediction: Any,
+        target: Any,
+        weight: Any = None,
+        *,
+        segments: Any = None,
+        keys: Any = None,
+        total: Any = None,
     ) -> Told:
         """Return what these elements add to a step, without telling anybody.
 
@@ -356,6 +375,7 @@ class Objective(ObjectiveBase[tf.Tensor]):
         errors and collectives are those of calling the objective.
         """
         if self.global_loss is not None:
+            self.check_no_segments(segments)
             return self._contribute_whole(prediction, target, weight, keys, total)
         if total is not None:
             raise ConfigError(f"total= is for functions of sums, which {self.name} is not; leave it out")
@@ -364,9 +384,11 @@ class Objective(ObjectiveBase[tf.Tensor]):
         given = prediction
         holder: list[tf.Tensor] = []
         may_mask = self.classes or not self.named or weight is not None or self.controller.has_weights
+        may_mask = may_mask or segments is not None
         if may_mask and tf.is_tensor(prediction):
             prediction = _gate(prediction, holder)
         losses, weight = self._elements(prediction, target, weight, rank)
+        layout, weight = self.lay_out(_OPS, losses, weight, segments, rank)
         penalty, sums = None, []
         if self.controller.terms:
             self.books.begin(rank, size)
@@ -383,7 +405,13 @@ class Objective(ObjectiveBase[tf.Tensor]):
                 size=size,
             )
         part = reduce_losses(
-            _OPS, losses, weight, self.reduction, share=1.0 / (size * self.passes), rank=rank
+            _OPS,
+            losses,
+            weight,
+            self.reduction,
+            layout=layout,
+            share=1.0 / (size * self.passes),
+            rank=rank,
         )
         if weight is not None and tf.is_tensor(given):
             self._set_gate(holder, losses, given, weight)

@@ -130,9 +130,10 @@ class TensorFlowOps:
         product = _float64(labels) * _float64(weight)
         return tf.reduce_sum(product, axis=list(range(len(product.shape) - 1)))
 
-    def take(self, table: tf.Tensor, index: tf.Tensor, bins: int) -> tf.Tensor:
+    def take(self, table: tf.Tensor, index: tf.Tensor, bins: int | None) -> tf.Tensor:
         """Gather."""
-        return tf.gather(table, tf.clip_by_value(index, 0, bins - 1))
+        last = tf.shape(table, index.dtype)[0] - 1 if bins is None else bins - 1
+        return tf.gather(table, tf.clip_by_value(index, 0, last))
 
     def interpolate(self, labels: tf.Tensor, table: tf.Tensor) -> tf.Tensor:
         """Blend."""
@@ -156,6 +157,24 @@ class TensorFlowOps:
         values = tf.gather(padded, tf.cast(low, tf.int64)) * (1 - (at - low))
         values += tf.gather(padded, tf.cast(high, tf.int64)) * (at - low)
         return values, tf.reshape(tf.cast(size, tf.float64), [1])
+
+    def on_device_of(self, x: Any, like: tf.Tensor) -> tf.Tensor:
+        """Convert; TensorFlow moves by itself."""
+        return tf.convert_to_tensor(x)
+
+    def host_array(self, x: Any) -> np.ndarray | None:
+        """Look, unless it is in a graph or on a device."""
+        if not tf.is_tensor(x):
+            return np.asarray(x)
+        there = not tf.is_symbolic_tensor(x) and "CPU" in (x.device or "CPU")
+        return x.numpy() if there else None
+
+    def segment_totals(self, ids: tf.Tensor, weight: tf.Tensor) -> tf.Tensor:
+        """Add up at the place that an id has in order."""
+        flat = tf.reshape(ids, [-1])
+        slot = tf.searchsorted(tf.sort(flat), flat)
+        sums = tf.math.unsorted_segment_sum(tf.reshape(_float64(weight), [-1]), slot, tf.size(flat))
+        return tf.reshape(tf.gather(sums, slot), tf.shape(ids))
 
     def as64(self, x: Any) -> tf.Tensor:
         """Cast."""

@@ -10,6 +10,7 @@ nothing, and without Horovod installed, they run one process.
 from __future__ import annotations
 
 from hvdloss.report import RankReport, StepReport
+from hvdloss.segments import Segments
 from hvdloss.torch import _backend, _elastic
 from hvdloss.torch.checkpoint import Checkpoint
 from hvdloss.torch.compression import Compression
@@ -34,6 +35,7 @@ from hvdloss.torch.objective import Objective
 from hvdloss.torch.optimizer import DistributedOptimizer
 from hvdloss.torch.preemption import Preemption
 from hvdloss.torch.recorder import Recorder, follow
+from hvdloss.torch.segments import link_segments
 from hvdloss.torch.several import global_losses
 from hvdloss.torch.sharded import (
     ArcFace,
@@ -74,6 +76,7 @@ __all__ = [
     "Preemption",
     "RankReport",
     "Recorder",
+    "Segments",
     "ShardedCrossEntropy",
     "ShardedLinear",
     "ShardedLoader",
@@ -91,6 +94,7 @@ __all__ = [
     "global_losses",
     "grid",
     "lime_weights",
+    "link_segments",
     "merged_value",
     "mixup",
     "permutation_importance",

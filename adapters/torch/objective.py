@@ -77,10 +77,10 @@ class Objective(ObjectiveBase[torch.Tensor]):
             :mod:`hvdloss.losses`, or its name (``"soft_dice"``, ``"correlation"``, ...): calling the
             objective then gives that of all ranks' elements.
         reduction: ``"mean"`` (sum wl / sum w), ``"sum"``, ``"batch_mean"`` (sum wl / number of elements
-            with w != 0), or ``"sequence_mean"`` (losses of shape (N, T): the mean over sequences of each
-            one's weighted token mean); None for the loss's own, or ``"mean"``. With ``"sum"`` a call gives
-            size x passes x its local sum, its estimate of the global sum, so that a penalty added to it
-            keeps its proportion.
+            with w != 0), or ``"sequence_mean"`` (losses of shape (N, T), or packed ones with segments: the
+            mean over sequences of each one's weighted token mean); None for the loss's own, or ``"mean"``.
+            With ``"sum"`` a call gives size x passes x its local sum, its estimate of the global sum, so
+            that a penalty added to it keeps its proportion.
         ignore_index, label_smoothing, class_weight: of ``"cross_entropy"`` (the first and last of ``"nll"``
             too), as in ``torch.nn.CrossEntropyLoss``: targets that are absent, -100 by default; the part
             of each target that is spread over all classes; one weight per class.
@@ -134,7 +134,14 @@ class Objective(ObjectiveBase[torch.Tensor]):
         return NAMED_LOSSES
 
     def __call__(
-        self, prediction: Any, target: Any, weight: Any = None, *, keys: Any = None, total: Any = None
+        self,
+        prediction: Any,
+        target: Any,
+        weight: Any = None,
+        *,
+        segments: Any = None,
+        keys: Any = None,
+        total: Any = None,
     ) -> torch.Tensor:
         """Return the local loss of these elements, a scalar tensor (float32, or float64 for float64).
 
@@ -144,14 +151,18 @@ class Objective(ObjectiveBase[torch.Tensor]):
             weight: None, a number or a tensor that broadcasts (NumPy's rule) to the per-element losses.
                 An element of weight zero is absent: its loss may be NaN. A negative, NaN or infinite
                 weight raises WeightError on every rank at the optimizer's step.
+            segments: of packed sequences: integer ids of the losses' shape (negative: padding), or
+                :class:`hvdloss.segments.Segments`; or what :func:`link_segments` returned, where sequences
+                are cut.
             keys: what terms may group elements by (``DataSkew(of="keys")``): integers whose leading axes
                 are those of the losses.
             total: for functions of sums: those of all micro-batches of all ranks (:meth:`total`), so
                 that the step's loss is that of all of them. With ``ahead=True``: their weights.
 
         Raises:
-            ShapeError: `weight` does not broadcast to the losses, or no token axis.
-            ConfigError: `weight` carries a gradient.
+            ShapeError: `weight` or `segments` do not fit the losses, or no token axis.
+            ConfigError: `weight` carries a gradient, or segments that this objective cannot take.
+            WeightError: weights that are not those that segments were linked with.
 
         Collectives: none; those of the loss if it is of :mod:`hvdloss.losses` (one small all-reduce for
         functions of sums, none with `total`), which all ranks must call alike.
@@ -159,8 +170,8 @@ class Objective(ObjectiveBase[torch.Tensor]):
         if torch.compiler.is_compiling():
             # Inside a compiled function: announcing a backward pass is not for the compiler to trace.
             # (The decorator on this method would load the compiler, a second, for everyone.)
-            return torch.compiler.disable(self._measure)(prediction, target, weight, keys, total)
-        return self._measure(prediction, target, weight, keys, total)
+            return torch.compiler.disable(self._measure)(prediction, target, weight, segments, keys, total)
+        return self._measure(prediction, target, weight, segments, keys, total)
 
     def sums(self, prediction: Any, target: Any, weight: Any = None) -> torch.Tensor:
         """Return this rank's sums of a micro-batch, float64, without gradient; they add up.
@@ -249,7 +260,9 @@ class Objective(ObjectiveBase[torch.Tensor]):
             weight = own if weight is None else own * broadcast_weights(_OPS, weight, own, rank)
         return Elements(found.losses, weight, found.classes)
 
-    def _measure(self, prediction: Any, target: Any, weight: Any, keys: Any, total: Any) -> torch.Tensor:
+    def _measure(
+        self, prediction: Any, target: Any, weight: Any, segments: Any, keys: Any, total: Any
+    ) -> torch.Tensor:
         if isinstance(weight, torch.Tensor) and weight.requires_grad and torch.is_grad_enabled():
             raise ConfigError(
                 f"weight= of {self.name} carries a gradient: weights are data, and what they depend on would "
@@ -257,6 +270,7 @@ class Objective(ObjectiveBase[torch.Tensor]):
                 f"Objective(lambda prediction, target: ...), or a function of sums (hvdloss.losses.SumsLoss)"
             )
         if self.global_loss is not None:
+            self.check_no_segments(segments)
             return self._measure_global(prediction, target, weight, keys, total)
         if total is not None and self.ahead is None:
             raise ConfigError(f"total= is for functions of sums, which {self.name} is not; leave it out")
@@ -265,10 +279,12 @@ class Objective(ObjectiveBase[torch.Tensor]):
         given = prediction
         controller = self.controller
         may_mask = self.classes or not self.named or weight is not None or controller.has_weights
+        may_mask = may_mask or segments is not None
         if may_mask and isinstance(prediction, torch.Tensor) and prediction.requires_grad:
             prediction = _MaskGradient.apply(prediction, holder)
         found = self._elements(prediction, target, weight, rank)
-        losses, weight = found.losses, found.weight
+        losses = found.losses
+        layout, weight = self.lay_out(_OPS, losses, found.weight, segments, rank)
         class_axis = min(1, given.dim() - 1) if found.classes and isinstance(given, torch.Tensor) else None
         penalty, term_sums = None, []
         if controller.terms:
@@ -289,6 +305,7 @@ class Objective(ObjectiveBase[torch.Tensor]):
             losses,
             weight,
             self.reduction,
+            layout=layout,
             share=1.0 / (size * self.passes),
             rank=rank,
         )

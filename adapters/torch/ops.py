@@ -183,6 +183,24 @@ class TorchOps:
         part = at - low
         return ordered[low] * (1 - part) + ordered[high] * part, size
 
+    def on_device_of(self, x: Any, like: torch.Tensor) -> torch.Tensor:
+        """Move, without waiting."""
+        x = torch.as_tensor(x)
+        return to_device_async(x, like.device) if x.device.type == "cpu" else x.to(like.device)
+
+    def host_array(self, x: Any) -> np.ndarray | None:
+        """Look, unless it is on a device."""
+        if isinstance(x, torch.Tensor):
+            return x.detach().numpy() if on_host(x) else None
+        return np.asarray(x)
+
+    def segment_totals(self, ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Add up at the place that an id has in order, so that nobody asks a device how many there are."""
+        flat = ids.reshape(-1).contiguous()
+        slot = torch.searchsorted(flat.sort().values, flat)
+        sums = torch.zeros(flat.shape, dtype=torch.float64, device=flat.device)
+        return sums.index_add_(0, slot, weight.detach().reshape(-1))[slot].reshape(ids.shape)
+
     def as64(self, x: Any) -> torch.Tensor:
         """Cast."""
         return torch.as_tensor(x).double()

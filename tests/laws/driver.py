@@ -26,6 +26,22 @@ class Batch(NamedTuple):
     w: np.ndarray
 
 
+class Packed(NamedTuple):
+    """A micro-batch whose elements are tokens of sequences: all arrays (n, 1).
+
+    Attributes:
+        batch: the tokens.
+        ids: of sequences, negative for padding.
+        groups: of sequences; None for none.
+        weight: of sequences; None for all 1.
+    """
+
+    batch: Batch
+    ids: np.ndarray
+    groups: np.ndarray | None = None
+    weight: np.ndarray | None = None
+
+
 class Driver(Protocol):
     """An adapter's way to take steps."""
 
@@ -55,6 +71,12 @@ class Driver(Protocol):
 
         Raises:
             Exception: what the adapter raises; in a graph TensorFlow's own, with our text.
+        """
+
+    def step_packed(self, micro_batches: Sequence[Packed], cut: str | None) -> float | None:
+        """Take one step, of the reduction "sequence_mean".
+
+        `cut`: where sequences may be cut over ranks, as `link_segments` takes it; None: they are whole.
         """
 
     def parameters(self) -> Parameters:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch_support import before_case
 
@@ -11,7 +13,7 @@ from tests.ranks import needs
 
 __all__ = ["before_case"]
 
-LAWS = ("exact",)
+LAWS = ("exact", "packed")
 ALSO = needs("dist-2", more="dist-3 dist-4")  # over torch.distributed
 
 
@@ -40,17 +42,25 @@ class driver:
         )
         self.penalty = penalty
 
-    def step(self, micro_batches):
+    def step(self, micro_batches, segments=()):
         self.optimizer.zero_grad()
         loss = None
-        for x, y, w in micro_batches:
-            loss = self.objective(self.model(torch.tensor(x)), torch.tensor(y), torch.tensor(w))
+        for (x, y, w), of in itertools.zip_longest(micro_batches, segments):
+            x, y, w = map(torch.tensor, (x, y, w))
+            loss = self.objective(self.model(x), y, w, segments=of)
             total = loss
             if self.penalty:
                 total = loss + self.penalty * sum((p**2).sum() for p in self.model.parameters())
             total.backward()
         self.optimizer.step()
         return None if loss is None or len(micro_batches) > 1 else loss.item()
+
+    def step_packed(self, micro_batches, cut):
+        segments = [hvd.Segments(*one[:1], None, *one[1:]).arrays(torch.tensor) for _, *one in micro_batches]
+        if cut is not None:
+            weights = [torch.tensor(one.batch.w) for one in micro_batches]
+            segments = hvd.link_segments(segments, weights, over=hvd.global_process_set, cut=cut)
+        return self.step([one.batch for one in micro_batches], segments)
 
     def parameters(self):
         return [p.detach().numpy().copy() for p in self.model.parameters()]

@@ -31,6 +31,10 @@ def case_masked_tokens():
     run("masked-tokens")
 
 
+def case_packed_sequences():
+    run("packed-sequences")
+
+
 def case_several_losses():
     run("several-losses")
 

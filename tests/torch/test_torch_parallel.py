@@ -85,6 +85,11 @@ def test_horovods_names_over_torch_distributed(case: Case, request):
     case.check(request)
 
 
+@parallel_cases("torch_packed", group="torch")
+def test_packed_sequences(case: Case, request):
+    case.check(request)
+
+
 @parallel_cases("torch_several", group="torch")
 def test_several_losses(case: Case, request):
     case.check(request)
