@@ -42,10 +42,12 @@ from hvdloss.torch.sharded import (
     Grid,
     ShardedCrossEntropy,
     ShardedLinear,
-    full_state_dict,
     grid,
     sharded_cross_entropy,
 )
+from hvdloss.torch.split.checkpoint import full_state_dict
+from hvdloss.torch.split.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from hvdloss.torch.split.transformer import ParallelSelfAttention, ParallelTransformerLayer
 from hvdloss.torch.stream import StreamLoader
 from hvdloss.torch.training import (
     BestCheckpoint,
@@ -63,6 +65,7 @@ __all__ = [
     "BestCheckpoint",
     "Checkpoint",
     "ClassShards",
+    "ColumnParallelLinear",
     "Compression",
     "CosFace",
     "DistributedOptimizer",
@@ -71,9 +74,12 @@ __all__ = [
     "LossAttribution",
     "Metrics",
     "Objective",
+    "ParallelSelfAttention",
+    "ParallelTransformerLayer",
     "Preemption",
     "RankReport",
     "Recorder",
+    "RowParallelLinear",
     "ShardedCrossEntropy",
     "ShardedLinear",
     "ShardedLoader",
@@ -81,6 +87,7 @@ __all__ = [
     "StreamLoader",
     "SyncBatchNorm",
     "TransformedLoader",
+    "VocabParallelEmbedding",
     "allgather_object",
     "broadcast_object",
     "broadcast_optimizer_state",

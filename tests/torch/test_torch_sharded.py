@@ -16,6 +16,11 @@ def test_sharded(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)
 
 
+@parallel_cases("torch_split", group="torch_sharded")
+def test_split_layers(case: Case, request: pytest.FixtureRequest) -> None:
+    case.check(request)
+
+
 def test_alone_it_is_cross_entropy() -> None:
     logits = torch.randn(3, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     mine, whole = logits.clone().requires_grad_(), logits.clone().requires_grad_()
