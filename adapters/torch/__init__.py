@@ -47,6 +47,7 @@ from hvdloss.torch.sharded import (
 )
 from hvdloss.torch.split.checkpoint import full_state_dict
 from hvdloss.torch.split.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from hvdloss.torch.split.stages import Pipeline, PipelineStats, pipeline_stage
 from hvdloss.torch.split.transformer import ParallelSelfAttention, ParallelTransformerLayer
 from hvdloss.torch.stream import StreamLoader
 from hvdloss.torch.training import (
@@ -76,6 +77,8 @@ __all__ = [
     "Objective",
     "ParallelSelfAttention",
     "ParallelTransformerLayer",
+    "Pipeline",
+    "PipelineStats",
     "Preemption",
     "RankReport",
     "Recorder",
@@ -101,6 +104,7 @@ __all__ = [
     "merged_value",
     "mixup",
     "permutation_importance",
+    "pipeline_stage",
     "predict_function",
     "same_fate",
     "seed_everything",

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hvdloss.errors import ConfigError
+from hvdloss.errors import AgreementError, ConfigError, ShapeError
 from hvdloss.split.grid import grid_ranks
+from hvdloss.split.messages import HEADER_BYTES, TensorKind, read_header, write_header
 from hvdloss.split.parts import Cut, Parts, row_chunks
 from hvdloss.split.schedule import (
     SCHEDULES,
@@ -121,3 +122,31 @@ def test_a_schedule_that_cannot_be():
         timeline(backward_first, 2, 1)
     with pytest.raises(ConfigError, match="'gpipe', '1f1b'"):
         schedule_named("zero")
+
+
+# -- what goes ahead of activations -------------------------------------------------------------------
+
+KINDS = st.lists(
+    st.builds(
+        TensorKind,
+        st.sampled_from(["float32", "bfloat16", "bool"]),
+        st.lists(st.integers(0, 10**6), max_size=4).map(tuple),
+        st.booleans(),
+    ),
+    max_size=6,
+)
+
+
+@given(KINDS)
+def test_a_header_says_what_follows(kinds):
+    data = write_header(kinds, 0)
+    assert len(data) == HEADER_BYTES
+    assert read_header(data, 0) == kinds
+
+
+def test_headers_that_cannot_be():
+    with pytest.raises(ShapeError, match="40 tensors"):
+        write_header([TensorKind("float32", (10**6,) * 3, True)] * 40, 1)
+    for data in (b"[", b"7", b'[["float32", [-1], 1]]', b"[[3, [], 1]]", b'[["float32", [1.5], 1]]'):
+        with pytest.raises(AgreementError, match="rank 1"):
+            read_header(data, 1)

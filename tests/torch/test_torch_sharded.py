@@ -1,4 +1,4 @@
-"""Heads split over ranks by class, in PyTorch: under real ranks, and alone."""
+"""Models split over ranks, in PyTorch, by class, by layer and into stages: under real ranks, and alone."""
 
 from __future__ import annotations
 
@@ -18,6 +18,11 @@ def test_sharded(case: Case, request: pytest.FixtureRequest) -> None:
 
 @parallel_cases("torch_split", group="torch_sharded")
 def test_split_layers(case: Case, request: pytest.FixtureRequest) -> None:
+    case.check(request)
+
+
+@parallel_cases("torch_stages", group="torch_sharded")
+def test_stages(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)
 
 

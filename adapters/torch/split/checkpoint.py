@@ -8,6 +8,7 @@ import math
 from typing import Any
 
 import torch
+from hvdloss.hearing import hear
 from hvdloss.split.parts import Cut, row_chunks
 from hvdloss.torch.collectives import all_gather, broadcast
 from hvdloss.torch.ops import communicator_of
@@ -74,21 +75,30 @@ def _whole(layer: SplitModule, own: torch.Tensor, cut: Cut, keep: bool) -> torch
     return None if out is None else out.movedim(0, cut.axis).contiguous()
 
 
+def _is_list_of_tensors(told: Any) -> bool:
+    return isinstance(told, list) and all(
+        isinstance(key, str)
+        and isinstance(getattr(torch, str(kind), None), torch.dtype)
+        and all(type(n) is int and n >= 0 for n in shape)
+        for key, kind, shape in told
+    )
+
+
 def _of_stages(own: dict[str, torch.Tensor], pipe: Any, everywhere: bool) -> dict[str, torch.Tensor]:
     """Return the tensors of all stages, in their order; a rank that is not to have them gets its own."""
     me, keep = pipe.rank(), everywhere or pipe.rank() == 0
     listed = [[key, str(t.dtype).removeprefix("torch."), list(t.shape)] for key, t in own.items()]
-    told = communicator_of(pipe).gather(json.dumps(listed).encode(), "hvdloss.full_state_dict.names")
+    texts = communicator_of(pipe).gather(json.dumps(listed).encode(), "hvdloss.full_state_dict.names")
+    told = hear(texts, "names of a stage's tensors", _is_list_of_tensors)
     out: dict[str, torch.Tensor] = {}
-    for stage, text in enumerate(told):
-        for key, kind, shape in json.loads(text):
+    for stage, tensors in enumerate(told):
+        for key, kind, shape in tensors:
             dtype = getattr(torch, kind)
             whole = own[key] if stage == me else torch.empty(shape if keep else 0, dtype=dtype)
             flat = whole.detach().cpu().reshape(-1) if stage == me else whole.view(-1)
             for some in row_chunks(math.prod(shape), 1):
-                piece = flat[some.start : some.stop] if stage == me or keep else torch.empty(0, dtype=dtype)
-                if not len(piece):
-                    piece = torch.empty(len(some), dtype=dtype)
+                kept = stage == me or keep
+                piece = flat[some.start : some.stop] if kept else torch.empty(len(some), dtype=dtype)
                 with torch.no_grad():
                     got = broadcast(piece, stage, name="hvdloss.full_state_dict.stage", process_set=pipe)
                 if keep and stage != me:
