@@ -47,6 +47,7 @@ from hvdloss.torch.sharded import (
 )
 from hvdloss.torch.split.checkpoint import full_state_dict
 from hvdloss.torch.split.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from hvdloss.torch.split.norm import clip_split_grad_norm_
 from hvdloss.torch.split.stages import Pipeline, PipelineStats, pipeline_stage
 from hvdloss.torch.split.transformer import ParallelSelfAttention, ParallelTransformerLayer
 from hvdloss.torch.stream import StreamLoader
@@ -96,6 +97,7 @@ __all__ = [
     "broadcast_optimizer_state",
     "broadcast_parameters",
     "check_synchronized",
+    "clip_split_grad_norm_",
     "follow",
     "full_state_dict",
     "global_losses",

@@ -85,7 +85,7 @@ def stage_apart(stage: torch.nn.Module, one: torch.nn.Module) -> float:
 @needs("gloo-2", more="gloo-3 gloo-4 dist-2 dist-4")
 def case_stages_train_like_one_process():
     """Uneven micro-batches, replicas without any, weights of zero; grids with split layers on 4 ranks."""
-    worst, most = 0.0, 4
+    worst, most, limit = 0.0, 4, 0.5  # of the gradients' norm, which most steps exceed
     for model, stages in grids():
         for schedule, reduction in (("1f1b", "mean"), ("gpipe", "sequence_mean"), ("1f1b", "sum")):
             groups = hvd.grid(model, stages)
@@ -110,10 +110,15 @@ def case_stages_train_like_one_process():
                 mine = step[groups.data.rank()]
                 optimizer.zero_grad()
                 told = pipeline.run(mine)
-                optimizer.step()
+                optimizer.synchronize()
+                norm = hvd.clip_split_grad_norm_(stage, limit, groups)
+                with optimizer.skip_synchronize():
+                    optimizer.step()
                 plain.zero_grad()
                 right = loss_of_one(one, step, reduction)
                 right.backward()
+                whole_norm = torch.nn.utils.clip_grad_norm_(one.parameters(), limit)
+                worst = max(worst, abs(norm.item() / whole_norm.item() - 1))
                 plain.step()
                 report = optimizer.last_step
                 weights = [w for row in step for _, _, w in row]
@@ -222,6 +227,10 @@ def case_mistakes_with_stages_are_told_on_all_of_them():
     mine = batches[: 3 - hvd.rank()]
     raises_everywhere(UsageError, lambda: pipeline.run(mine), "3 on stage 0, 2 on stage 1")
     pipeline.run(batches)  # and the next one works
+    stage = pipeline.module
+    stage.zero_grad()
+    raises_everywhere(UsageError, lambda: hvd.clip_split_grad_norm_(stage, 1.0, groups), "synchronize()")
+    raises_everywhere(ConfigError, lambda: hvd.clip_split_grad_norm_(stage, 0.0, groups), "max_norm=0.0")
     schedule = ("1f1b", "gpipe")[hvd.rank()]
     raises_everywhere(AgreementError, lambda: make(schedule=schedule), "schedule is 'gpipe' on stage 1")
     raises_everywhere(ConfigError, lambda: make(schedule="zero"), "'gpipe', '1f1b'")
