@@ -15,7 +15,6 @@ from tests.docs.pages import COMMANDS, DOCS, OTHER, ROOT, RUN, blocks, every_pag
 # Blocks that do not run, with their reasons, by page. Let there be few.
 SKIPPED = {
     "docs/losses.md": ["needs four ranks, under which a test runs examples/torch_split_classifier.py"],
-    "docs/howto/split-models.md": ["needs two ranks under torchrun; tests/torch/pipelining_job.py is this"],
 }  # fmt: skip
 # Pages whose blocks another test runs, in a process of their own; they may have `py` blocks that it does not.
 ELSEWHERE = {

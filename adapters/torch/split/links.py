@@ -18,7 +18,6 @@ from hvdloss.hearing import hearing
 from hvdloss.reduction import MEASURED
 from hvdloss.split.messages import HEADER_BYTES, ROW_BYTES, TensorKind, read_header, write_header
 from hvdloss.torch._backend import hvd
-from hvdloss.torch.buckets import own_lane
 from hvdloss.torch.waiting import wait
 
 __all__ = ["Activations", "Channel", "Gradients", "Traffic"]
@@ -48,11 +47,13 @@ class Channel:
         self.device, self._traffic = device, traffic
         self._at = At(name, group, rank, size)
         self.source = self._at.global_rank(0 if forward else 1)
-        self._lane = own_lane(group)
+        # In an order of their own, for engines that match by order; Horovod matches by name.
+        self._lane = group.lane() if hasattr(group, "lane") else group
         self._sent: deque[tuple[Any, str]] = deque()
         # Both ranks are here: an engine that connects them when they first talk does it now.
-        for kind in {torch.device("cpu"), device}:
-            self.wait(self.start(torch.zeros(1, dtype=torch.uint8, device=kind), "open"), "open")
+        for one in [torch.device("cpu")] + [device] * (device.type != "cpu"):
+            name = f"open.{one.type}"
+            self.wait(self.start(torch.zeros(1, dtype=torch.uint8, device=one), name), name)
 
     def start(self, data: torch.Tensor, name: str) -> Any:
         """Send, or receive in place, bytes; return what to wait for."""
@@ -114,55 +115,70 @@ class _Layout:
 
 
 class Activations:
-    """Activations of the micro-batches of a step, in their order, each of any shape."""
+    """Activations of the micro-batches of a step, in their order, each of any shape.
+
+    A message is a header and as many bytes as the one before had, so that the next stage can be ready for it
+    while it computes; what is more follows in a second message.
+    """
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
-        self._header: Any = None
-        self._data: Any = None
+        self._room = 0  # bytes of the one before: equal on both ranks
+        self._number = 0
+        self._first: Any = None  # of the expected message, until it is read
+        self._rest: Any = None
         self._kinds: list[TensorKind] = []
         self._layout = _Layout([], 0)
-        self._number = 0
+        self._data = torch.empty(0, dtype=torch.uint8, device=channel.device)
 
     # -- the stage that sends
 
     def send(self, number: int, tensors: Sequence[torch.Tensor], rank: int) -> None:
-        """Start sending those of a micro-batch: a header and the data."""
+        """Start sending those of a micro-batch."""
         header = torch.frombuffer(
             bytearray(write_header([_kind(t) for t in tensors], rank)), dtype=torch.uint8
         )
-        self._channel.send(header, f"header.{number}")
-        self._channel.send(_packed(tensors, self._channel.device), f"data.{number}")
+        data = _packed(tensors, self._channel.device)
+        first = data.new_zeros(HEADER_BYTES + self._room)
+        first[:HEADER_BYTES] = header
+        here = data[: self._room]
+        first[HEADER_BYTES : HEADER_BYTES + len(here)] = here
+        self._channel.send(first, f"{number}")
+        self._channel.send(data[self._room :], f"{number}.rest")
+        self._room = len(data)
 
     # -- the stage that receives
 
     def expect(self, number: int) -> None:
         """Be ready for those of a micro-batch."""
-        self._number, self._data = number, None
-        self._header = self._channel.start(torch.empty(HEADER_BYTES, dtype=torch.uint8), f"header.{number}")
+        self._number = number
+        first = torch.empty(HEADER_BYTES + self._room, dtype=torch.uint8, device=self._channel.device)
+        self._first = self._channel.start(first, f"{number}")
 
     def advance(self) -> None:
-        """Be ready for the data, if the header is here."""
-        if self._header is not None and hvd.poll(self._header):
-            self._read_header()
+        """Be ready for what is more, if the first message is here."""
+        if self._first is not None and hvd.poll(self._first):
+            self._read_first()
 
-    def _read_header(self) -> None:
-        told = self._channel.wait(self._header, f"header.{self._number}").numpy().tobytes()
-        self._header = None
-        self._kinds = read_header(told, self._channel.source)
+    def _read_first(self) -> None:
+        first = self._channel.wait(self._first, f"{self._number}")
+        self._first = self._rest = None
+        self._kinds = read_header(first[:HEADER_BYTES].cpu().numpy().tobytes(), self._channel.source)
         self._layout = _Layout(self._kinds, self._channel.source)
-        if size := sum(self._layout.sizes):
-            data = torch.empty(size, dtype=torch.uint8, device=self._channel.device)
-            self._data = self._channel.start(data, f"data.{self._number}")
+        size = sum(self._layout.sizes)
+        self._data = first[HEADER_BYTES : HEADER_BYTES + min(size, self._room)]
+        if size > self._room:
+            rest = first.new_empty(size - self._room)
+            self._rest = self._channel.start(rest, f"{self._number}.rest")
+        self._room = size
 
     def take(self) -> tuple[torch.Tensor, ...]:
         """Return those that were expected, of which some require a gradient."""
-        if self._header is not None:
-            self._read_header()
-        if self._data is None:
-            data = torch.empty(0, dtype=torch.uint8, device=self._channel.device)
-        else:
-            data = self._channel.wait(self._data, f"data.{self._number}")
+        if self._first is not None:
+            self._read_first()
+        data = self._data
+        if self._rest is not None:
+            data = torch.cat([data, self._channel.wait(self._rest, f"{self._number}.rest")])
         return tuple(
             tensor.requires_grad_(kind.differentiable)
             for tensor, kind in zip(self._layout.unpacked(data), self._kinds, strict=True)

@@ -214,8 +214,9 @@ class Pipeline:
                 Or an earlier run ended in an error.
             ConfigError, ShapeError: a micro-batch that cannot be used.
 
-        Messages: per micro-batch and pair of stages one broadcast of 512 bytes and one of the activations,
-        and back one of their gradients and 64 bytes; once a run, an all-gather of 8 bytes among the stages.
+        Messages: per micro-batch and pair of stages one broadcast of 512 bytes and as many as the activations
+        before had, another one of what is more than that, and back one of the gradients and 64 bytes; once
+        a run, an all-gather of 8 bytes among the stages.
         """
         began = time.perf_counter()
         batches = self._begin(micro_batches, (0, self.stages - 1))
@@ -244,7 +245,7 @@ class Pipeline:
         Raises:
             UsageError: see :meth:`run`.
 
-        Messages: per input and pair of stages one broadcast of 512 bytes, and one of the activations.
+        Messages: per input and pair of stages one or two broadcasts; see :meth:`run`.
         """
         began = time.perf_counter()
         batches = self._begin(inputs if isinstance(inputs, int) else [(x,) for x in inputs], (0,))
