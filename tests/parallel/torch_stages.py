@@ -232,6 +232,16 @@ def case_mistakes_with_stages_are_told_on_all_of_them():
     stage.zero_grad()
     raises_everywhere(UsageError, lambda: hvd.clip_split_grad_norm_(stage, 1.0, groups), "synchronize()")
     raises_everywhere(ConfigError, lambda: hvd.clip_split_grad_norm_(stage, 0.0, groups), "max_norm=0.0")
+    optimizer = hvd.DistributedOptimizer(
+        torch.optim.SGD(stage.parameters(), lr=0.1),
+        objective=pipeline.objective,
+        process_set=groups.data,
+        backward_passes_per_step=2,
+    )
+    raises_everywhere(UsageError, lambda: pipeline.run(batches), "3 micro-batches", "per_step=2")
+    pipeline.predict([x for x, _ in batches])
+    pipeline.run(batches[:2])
+    optimizer.step()
     schedule = ("1f1b", "gpipe")[hvd.rank()]
     raises_everywhere(AgreementError, lambda: make(schedule=schedule), "schedule is 'gpipe' on stage 1")
     raises_everywhere(ConfigError, lambda: make(schedule="zero"), "'gpipe', '1f1b'")
@@ -242,7 +252,8 @@ def case_mistakes_with_stages_are_told_on_all_of_them():
     )
     if hvd.rank() == 0:
         refused(ConfigError, lambda: hvd.Pipeline(None, "mse", groups), "must be an hvdloss.torch.Objective")
-        refused(ConfigError, lambda: pipeline._begin(3, (0,)), "needs the micro-batches themselves")
+        refused(ConfigError, lambda: pipeline.run(3), "needs the micro-batches themselves")
+        refused(ConfigError, lambda: pipeline.run([torch.ones(2)]), "micro-batch 0", "Tensor")
     same_on_all_ranks("here")
 
 

@@ -29,6 +29,9 @@ from hvdloss.torch.waiting import wait
 __all__ = ["Pipeline", "PipelineStats", "pipeline_stage"]
 
 
+_UNLIMITED = 2**31  # backward passes, where no optimizer has said how many it takes
+
+
 def pipeline_stage(
     layers: Sequence[Callable[[], torch.nn.Module]], groups: Grid, sizes: Sequence[int] | None = None
 ) -> torch.nn.Sequential:
@@ -210,16 +213,16 @@ class Pipeline:
             weight. Of all replicas it is ``optimizer.last_step.loss``.
 
         Raises:
-            UsageError: stages were told different numbers of micro-batches; on all ranks of ``groups.pipe``.
-                Or an earlier run ended in an error.
+            UsageError: stages were told different numbers of micro-batches, or more than the optimizer was
+                made for; on all ranks of ``groups.pipe``. Or an earlier run ended in an error.
             ConfigError, ShapeError: a micro-batch that cannot be used.
 
         Messages: per micro-batch and pair of stages one broadcast of 512 bytes and as many as the activations
         before had, another one of what is more than that, and back one of the gradients and 64 bytes; once
-        a run, an all-gather of 8 bytes among the stages.
+        a run, an all-gather of 16 bytes among the stages.
         """
         began = time.perf_counter()
-        batches = self._begin(micro_batches, (0, self.stages - 1))
+        batches = self._begin(micro_batches, training=True)
         rows: list[torch.Tensor] = []
         outputs: dict[int, tuple[torch.Tensor, ...]] = {}
         inputs: dict[int, tuple[torch.Tensor, ...]] = {}
@@ -248,7 +251,7 @@ class Pipeline:
         Messages: per input and pair of stages one or two broadcasts; see :meth:`run`.
         """
         began = time.perf_counter()
-        batches = self._begin(inputs if isinstance(inputs, int) else [(x,) for x in inputs], (0,))
+        batches = self._begin(inputs if isinstance(inputs, int) else [(x,) for x in inputs], training=False)
         out: list[Any] = []
         for number in range(len(batches)):
             self._advance()
@@ -258,8 +261,8 @@ class Pipeline:
         self._end(began, len(batches))
         return out
 
-    def _begin(self, micro_batches: Sequence[Any] | int, readers: Sequence[int]) -> list[Any]:
-        """Return the micro-batches, once all stages were told the same number; `readers` need them."""
+    def _begin(self, micro_batches: Sequence[Any] | int, *, training: bool) -> list[Any]:
+        """Return the micro-batches, once all stages were told the same number."""
         if self._running:
             raise UsageError(
                 "an earlier run of this Pipeline ended in an error, and its messages are lost; make a new "
@@ -270,8 +273,9 @@ class Pipeline:
                 "the ranks have changed since this Pipeline was made; make a new one, and its grid"
             )
         _check_objective(self.objective)
+        reads = self.stage == 0 or (training and self.stage == self.stages - 1)
         if isinstance(micro_batches, int):
-            if self.stage in readers and micro_batches:
+            if reads and micro_batches:
                 raise ConfigError(
                     f"micro_batches={micro_batches}: stage {self.stage} of {self.stages} needs the "
                     f"micro-batches themselves"
@@ -279,28 +283,36 @@ class Pipeline:
             batches: list[Any] = [None] * micro_batches
         else:
             batches = list(micro_batches)
+            if reads and training:
+                _check_batches(batches)
         self._traffic.messages = self._traffic.bytes = 0
         self._traffic.waited = 0.0
-        self._check_count(len(batches))
+        self._check_count(len(batches), training)
         self._running = True
         if self._received is not None and batches:
             self._received.expect(0)
         return batches
 
-    def _check_count(self, count: int) -> None:
+    def _check_count(self, count: int, training: bool) -> None:
         pipe = self._groups.pipe
         if pipe is None:
             return
         name = f"{self._name}.count"
         began = time.perf_counter()
-        counts = wait(
-            hvd.allgather_async(torch.tensor([count]), name=name, process_set=pipe), name, pipe
-        ).tolist()
+        most = self.objective.passes if training and self.objective.listeners() else _UNLIMITED
+        mine = torch.tensor([[count, most]])
+        told = wait(hvd.allgather_async(mine, name=name, process_set=pipe), name, pipe)
         self._traffic.waited += time.perf_counter() - began
+        counts, most = told[:, 0].tolist(), int(told[:, 1].min())
         if len(set(counts)) > 1:
-            told = ", ".join(f"{n} on stage {stage}" for stage, n in enumerate(counts))
+            listed = ", ".join(f"{n} on stage {stage}" for stage, n in enumerate(counts))
             raise UsageError(
-                f"Pipeline: the stages of one replica were told different numbers of micro-batches: {told}"
+                f"Pipeline: the stages of one replica were told different numbers of micro-batches: {listed}"
+            )
+        if count > most:  # each stage would find out by itself, while others wait for it
+            raise UsageError(
+                f"Pipeline: {count} micro-batches, but the optimizer was made for "
+                f"backward_passes_per_step={most}; pass the largest number that any replica has in a step"
             )
 
     def _advance(self) -> None:
@@ -311,7 +323,7 @@ class Pipeline:
         """Compute a micro-batch's activations, and send them on; return what came in and what came out."""
         number = what.micro_batch
         if self._received is None:
-            x = _part(batches[number], 0, number)
+            x = batches[number][0]
             inputs = x if isinstance(x, tuple) else (x,)
         else:
             inputs = self._received.take()
@@ -341,12 +353,12 @@ class Pipeline:
             self._backward_of_others(row, gradients, [one for one in outputs if one.requires_grad])
         if self._returned is not None:
             self._returned.send(number, inputs, row)
-        return row.cpu()
+        return row
 
     def _backward_of_loss(self, number: int, outputs: tuple[torch.Tensor, ...], batch: Any) -> torch.Tensor:
         prediction = outputs[0] if len(outputs) == 1 else outputs
         weight = batch[2] if len(batch) > 2 else None
-        loss = self.objective(prediction, _part(batch, 1, number), weight)
+        loss = self.objective(prediction, batch[1], weight)
         if not self.objective.listeners():
             self.objective.warn_unheard(self._groups.data.size() if hvd.is_initialized() else 1)
         self._row = None
@@ -411,11 +423,11 @@ def _check_objective(objective: Any) -> None:
             raise ConfigError(f"Pipeline, objective {objective.name!r}: {reasons[name]}")
 
 
-def _part(batch: Any, at: int, number: int) -> Any:
-    """Return `x` or `y` of a micro-batch."""
-    if not isinstance(batch, tuple | list) or not at < len(batch) <= 3:
-        raise ConfigError(
-            f"micro-batch {number} must be (x, y) or (x, y, weight), not {type(batch).__name__}"
-            + (f" of {len(batch)}" if isinstance(batch, tuple | list) else "")
-        )
-    return batch[at]
+def _check_batches(batches: list[Any]) -> None:
+    """Raise ConfigError for a micro-batch that is none."""
+    for number, batch in enumerate(batches):
+        if not isinstance(batch, tuple | list) or len(batch) not in (2, 3):
+            length = f" of {len(batch)}" if isinstance(batch, tuple | list) else ""
+            raise ConfigError(
+                f"micro-batch {number} must be (x, y) or (x, y, weight), not a {type(batch).__name__}{length}"
+            )
