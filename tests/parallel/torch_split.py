@@ -219,6 +219,30 @@ def case_a_part_of_a_transformer_takes_a_part_of_the_memory():
     return {"share of the memory": share}
 
 
+def case_a_block_sends_four_times():
+    """Two all-reduces forward and two backward, as docs/howto/split-models.md says."""
+    from hvdloss.torch import collectives
+
+    sent: list[int] = []
+    plain = collectives._summed
+
+    def counted(x: torch.Tensor, at: Any) -> torch.Tensor:
+        sent.append(x.numel())
+        return plain(x, at)
+
+    heads = 4 * hvd.size()
+    block = hvd.ParallelTransformerLayer(2 * heads, heads, dim_feedforward=16)
+    x = torch.ones(3, 5, 2 * heads, requires_grad=True)
+    collectives._summed = counted
+    try:
+        out = block(x)
+        assert sent == [x.numel()] * 2
+        out.sum().backward()
+        assert sent == [x.numel()] * 4
+    finally:
+        collectives._summed = plain
+
+
 def case_mistakes_in_split_layers():
     size = hvd.size()
     for kind, call, word in (
