@@ -407,8 +407,8 @@ class ObjectiveBase(Generic[Row]):
             )
         if segments.ranks and any(policy.takes_local_steps for _, policy in self.controller.policies):
             raise ConfigError(
-                "SyncPeriod with sequences that may have pieces on several ranks: a rank that steps by itself "
-                "has only a part of them; leave SyncPeriod out of the policies, or link without over="
+                "SyncPeriod with sequences that may have pieces on several ranks: a local step has only a "
+                "part of them; leave SyncPeriod out of the policies, or link without over="
             )
 
     def check_no_segments(self, segments: Any) -> None:

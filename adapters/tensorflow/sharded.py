@@ -21,14 +21,13 @@ from hvdloss.losses.shards import (
     ArcFace,
     ClassShards,
     CosFace,
-    Grid,
     Margin,
     ShardedSoftmax,
     check_headers,
     headers_of,
-    make_grid,
 )
 from hvdloss.losses.shards import sample_columns as _sample
+from hvdloss.split.grid import Grid, make_grid
 from hvdloss.tensorflow._backend import hvd
 from hvdloss.tensorflow.collectives import _gathered
 from hvdloss.tensorflow.ops import TensorFlowOps, once

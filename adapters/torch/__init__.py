@@ -44,10 +44,14 @@ from hvdloss.torch.sharded import (
     Grid,
     ShardedCrossEntropy,
     ShardedLinear,
-    full_state_dict,
     grid,
     sharded_cross_entropy,
 )
+from hvdloss.torch.split.checkpoint import full_state_dict
+from hvdloss.torch.split.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from hvdloss.torch.split.norm import clip_split_grad_norm_
+from hvdloss.torch.split.stages import Pipeline, PipelineStats, pipeline_stage
+from hvdloss.torch.split.transformer import ParallelSelfAttention, ParallelTransformerLayer
 from hvdloss.torch.stream import StreamLoader
 from hvdloss.torch.training import (
     BestCheckpoint,
@@ -65,6 +69,7 @@ __all__ = [
     "BestCheckpoint",
     "Checkpoint",
     "ClassShards",
+    "ColumnParallelLinear",
     "Compression",
     "CosFace",
     "DistributedOptimizer",
@@ -73,9 +78,14 @@ __all__ = [
     "LossAttribution",
     "Metrics",
     "Objective",
+    "ParallelSelfAttention",
+    "ParallelTransformerLayer",
+    "Pipeline",
+    "PipelineStats",
     "Preemption",
     "RankReport",
     "Recorder",
+    "RowParallelLinear",
     "Segments",
     "ShardedCrossEntropy",
     "ShardedLinear",
@@ -84,11 +94,13 @@ __all__ = [
     "StreamLoader",
     "SyncBatchNorm",
     "TransformedLoader",
+    "VocabParallelEmbedding",
     "allgather_object",
     "broadcast_object",
     "broadcast_optimizer_state",
     "broadcast_parameters",
     "check_synchronized",
+    "clip_split_grad_norm_",
     "follow",
     "full_state_dict",
     "global_losses",
@@ -98,6 +110,7 @@ __all__ = [
     "merged_value",
     "mixup",
     "permutation_importance",
+    "pipeline_stage",
     "predict_function",
     "same_fate",
     "seed_everything",

@@ -2,14 +2,13 @@
 
 A :class:`ShardedLinear` head holds some rows of an ordinary ``torch.nn.Linear``'s weight,
 :func:`sharded_cross_entropy` takes its columns of the logits, and :func:`grid` makes the process sets with
-which ranks share a model and, on the other axis, the data. :func:`full_state_dict` and
-``load_state_dict`` write and read ordinary checkpoints.
+which ranks share a model and, on the other axis, the data. ``full_state_dict`` and ``load_state_dict`` write
+and read ordinary checkpoints.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -23,18 +22,18 @@ from hvdloss.losses.shards import (
     ArcFace,
     ClassShards,
     CosFace,
-    Grid,
     Margin,
     Part,
     ShardedSoftmax,
     check_headers,
     headers_of,
-    make_grid,
     sample_columns,
 )
+from hvdloss.split.grid import Grid, make_grid
 from hvdloss.torch._backend import hvd
-from hvdloss.torch.collectives import all_gather, copy_to_ranks
+from hvdloss.torch.collectives import all_gather
 from hvdloss.torch.ops import TorchOps, on_host
+from hvdloss.torch.split.layers import ColumnParallelLinear
 
 __all__ = [
     "ArcFace",
@@ -43,12 +42,9 @@ __all__ = [
     "Grid",
     "ShardedCrossEntropy",
     "ShardedLinear",
-    "full_state_dict",
     "grid",
     "sharded_cross_entropy",
 ]
-
-_CHUNK = 2**20  # entries of a weight that are drawn, or travel to a checkpoint, at a time
 
 
 class TorchRowOps(TorchOps):
@@ -304,14 +300,11 @@ class ShardedCrossEntropy:
 # -- the head -----------------------------------------------------------------------------------------
 
 
-class ShardedLinear(torch.nn.Module):
+class ShardedLinear(ColumnParallelLinear):
     """A ``torch.nn.Linear`` whose outputs are classes, each rank holding some of them.
 
-    The initial weights are bit for bit those of ``torch.nn.Linear(in_features, classes)`` made at the same
-    place after the same ``torch.manual_seed``, for any number of ranks, and the generator is left in the
-    same state; no rank ever holds the whole weight. (They are drawn on the CPU, also for a layer on another
-    device.) The state dict has this rank's rows; ``load_state_dict`` takes these, or an ordinary
-    checkpoint of the whole layer, of which it takes its rows. See :func:`full_state_dict`.
+    It is made, saved and loaded as the ordinary layer (:class:`~hvdloss.torch.split.base.SplitModule`), and
+    no rank ever holds the whole weight.
 
     Args:
         in_features: of each sample.
@@ -345,47 +338,24 @@ class ShardedLinear(torch.nn.Module):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        _, self.rank, size = resolve_group(hvd, process_set, "ShardedLinear")
-        self.process_set = process_set
-        self.shards = ClassShards(classes, size, sizes)
-        self.in_features, self.normalize = in_features, normalize
         if normalize and bias:
             raise ConfigError(
                 "ShardedLinear(normalize=True) gives cosines, which have no bias; pass bias=False"
             )
-        own = self.shards.size(self.rank)
-        self.weight = torch.nn.Parameter(torch.empty(own, in_features, device=device, dtype=dtype))
-        self.bias: torch.nn.Parameter | None
-        if bias:
-            self.bias = torch.nn.Parameter(torch.empty(own, device=device, dtype=dtype))
-        else:
-            self.register_parameter("bias", None)
-        self.reset_parameters()
+        super().__init__(
+            in_features,
+            classes,
+            bias=bias,
+            process_set=process_set,
+            sizes=sizes,
+            device=device,
+            dtype=dtype,
+        )
+        self.normalize = normalize
 
-    def reset_parameters(self) -> None:
-        """Draw the weights anew, as ``torch.nn.Linear`` does, and keep this rank's."""
-        if self.weight.device.type == "meta":
-            return
-        # The same operations as in torch.nn.init, for the same last bit.
-        gain = torch.nn.init.calculate_gain("leaky_relu", math.sqrt(5))
-        bound = math.sqrt(3.0) * (gain / math.sqrt(self.in_features)) if self.in_features else 0.0
-        self._draw(self.weight, bound)
-        if self.bias is not None:
-            self._draw(self.bias, 1 / math.sqrt(self.in_features) if self.in_features else 0.0)
-
-    @torch.no_grad()
-    def _draw(self, own: torch.Tensor, bound: float) -> None:
-        """Draw the whole tensor in the order of its entries, a chunk at a time."""
-        width = math.prod(own.shape[1:])
-        mine = self.shards.range(self.rank)
-        for rows in _chunks(range(self.shards.classes), width):
-            scratch = torch.empty(len(rows), *own.shape[1:], dtype=own.dtype).uniform_(-bound, bound)
-            both = range(max(rows.start, mine.start), min(rows.stop, mine.stop))
-            if len(both):
-                own[both.start - mine.start : both.stop - mine.start] = scratch[
-                    both.start - rows.start : both.stop - rows.start
-                ]
+    def _parts(self, outputs: int, sizes: Sequence[int] | None) -> ClassShards:
+        self.shards = ClassShards(outputs, self.size, sizes)
+        return self.shards
 
     def forward(self, x: torch.Tensor, columns: torch.Tensor | None = None) -> torch.Tensor:
         """Return this rank's columns of the logits.
@@ -394,14 +364,12 @@ class ShardedLinear(torch.nn.Module):
             x: (..., in_features), the same on all ranks of the process set.
             columns: which of this rank's columns; None for all. See :meth:`sample`.
 
+        Raises:
+            ShapeError: another last axis.
+
         Collectives: none; one all-reduce of the gradient of `x` in the backward pass.
         """
-        if x.shape[-1:] != (self.in_features,):
-            raise ShapeError(
-                f"ShardedLinear: input of shape {tuple(x.shape)} has not in_features={self.in_features} "
-                f"as its last axis (rank {self.rank})"
-            )
-        x = copy_to_ranks(x, name="hvdloss.sharded_linear", process_set=self.process_set)
+        x = self._copied(x)
         weight, bias = self.weight, self.bias
         if columns is not None:
             weight = weight.index_select(0, columns)
@@ -437,110 +405,21 @@ class ShardedLinear(torch.nn.Module):
         found = sample_columns(target.detach().cpu().numpy(), self.shards, self.rank, rate, seed)
         return torch.from_numpy(found).to(self.weight.device)
 
-    def _load_from_state_dict(
-        self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any, **kwargs: Any
-    ) -> None:
-        """Take this rank's rows of whole tensors."""
-        own = {}
-        becomes = local_metadata.get("assign_to_params_buffers")  # then nobody else's rows are to be kept
-        for name, parameter in self.named_parameters(recurse=False):
-            key = prefix + name
-            given = state_dict.get(key)
-            if isinstance(given, torch.Tensor):
-                rows = self._own_rows(given, parameter, key)
-                own[key] = rows.clone() if becomes else rows
-        super()._load_from_state_dict({**state_dict, **own}, prefix, local_metadata, *args, **kwargs)
-
-    def _own_rows(self, given: torch.Tensor, parameter: torch.Tensor, key: str) -> torch.Tensor:
-        rest, mine = tuple(parameter.shape[1:]), self.shards.range(self.rank)
-        if tuple(given.shape) == (self.shards.classes, *rest):
-            return given[mine.start : mine.stop]
-        if tuple(given.shape) == tuple(parameter.shape):
-            return given
-        raise ShapeError(
-            f"{key} has shape {tuple(given.shape)} in the checkpoint; rank {self.rank} takes the whole "
-            f"{(self.shards.classes, *rest)}, of which it keeps rows {mine.start} to {mine.stop - 1}, or its "
-            f"own {tuple(parameter.shape)}. Save with hvdloss.torch.full_state_dict(model), or make the "
-            f"layer with the checkpoint's classes and sizes"
-        )
-
-    def extra_repr(self) -> str:
-        """Return what the layer is."""
-        mine = self.shards.range(self.rank)
-        return (
-            f"in_features={self.in_features}, classes={self.shards.classes}, here {mine.start} to "
-            f"{mine.stop - 1}, bias={self.bias is not None}"
-        )
-
-
-def _chunks(rows: range, width: int) -> Iterator[range]:
-    """Yield ranges of rows, few enough to be held beside everything else."""
-    step = max(1, _CHUNK // max(1, width))
-    return (rows[first : first + step] for first in range(0, len(rows), step))
-
-
-# -- checkpoints --------------------------------------------------------------------------------------
-
-
-def full_state_dict(model: torch.nn.Module, *, everywhere: bool = False) -> dict[str, torch.Tensor]:
-    """Return the state dict of the same model with ordinary ``torch.nn.Linear`` heads.
-
-    Args:
-        model: with any number of :class:`ShardedLinear`, the same on all ranks that share them.
-        everywhere: whether all ranks get it, or the first of those that share a head only; others then get
-            their state dict without sharded tensors, and never hold a whole weight.
-
-    Returns:
-        tensors on the CPU where they were sharded, else the model's own, as ``state_dict`` returns them.
-
-    Collectives: all-gathers of at most 8 MiB (float64) at a time, for each sharded parameter.
-    """
-    out: dict[str, torch.Tensor] = dict(model.state_dict())
-    for name, head in model.named_modules():
-        if not isinstance(head, ShardedLinear):
-            continue
-        for leaf, parameter in head.named_parameters(recurse=False):
-            key = f"{name}.{leaf}" if name else leaf
-            whole = _whole(head, parameter.detach(), everywhere or head.rank == 0)
-            if whole is None:
-                out.pop(key)
-            else:
-                out[key] = whole
-    return out
-
-
-def _whole(head: ShardedLinear, own: torch.Tensor, keep: bool) -> torch.Tensor | None:
-    """Gather a parameter's rows chunk by chunk; return them all, or None unless they are to be kept."""
-    shards = head.shards
-    if shards.ranks == 1:
-        return own.cpu().clone()
-    out = torch.empty(shards.classes, *own.shape[1:], dtype=own.dtype) if keep else None
-    width = math.prod(own.shape[1:]) * shards.ranks
-    for rows in _chunks(range(max(shards.sizes)), width):
-        sizes = [max(0, min(rows.stop, size) - rows.start) for size in shards.sizes]
-        mine = own[rows.start : rows.start + sizes[head.rank]].cpu()
-        with torch.no_grad():
-            got = all_gather(
-                mine, name="hvdloss.full_state_dict", process_set=head.process_set, sizes=sizes
-            ).split(sizes)
-        if out is not None:
-            for rank, part in enumerate(got):
-                first = shards.offset(rank) + rows.start
-                out[first : first + len(part)] = part
-    return out
-
 
 # -- ranks that share a model, and ranks that share the data ------------------------------------------
 
 
-def grid(model: int) -> Grid:
-    """Make the process sets for a model that `model` ranks share, and data shared by the others.
+def grid(model: int = 1, stages: int = 1) -> Grid:
+    """Make the process sets of a grid: ranks that share layers, that are stages, and that share the data.
 
-    Ranks 0 to ``model - 1`` share one model, the next ones another. All ranks must call it, with the same
-    number; again, it finds the sets that it made.
+    Rank ``(stage * replicas + replica) * model + part``: ranks 0 to ``model - 1`` share the layers of one
+    stage, the next ones those of another replica of it, and then come the other stages. All ranks must
+    call it, with the same numbers; again, it finds the sets that it made.
 
     Args:
-        model: how many ranks share a model; divides ``hvd.size()``.
+        model: how many ranks share a layer.
+        stages: how many consecutive parts the model has (:class:`hvdloss.torch.Pipeline`). The product
+            divides ``hvd.size()``.
 
     Raises:
         ConfigError: it does not divide, or Horovod was not started for process sets: set
@@ -548,4 +427,4 @@ def grid(model: int) -> Grid:
 
     Collectives: those of ``hvd.add_process_set``, once per set.
     """
-    return make_grid(hvd, model)
+    return make_grid(hvd, model, stages)

@@ -19,6 +19,7 @@ INTERNAL = {
     "callbacks",
     "HorovodGroup",
     "group_of",
+    "linear_bound",
 }  # said in words, a module, the house's own
 _OURS = "All of [Horovod's names](index.md#horovods-own-names), and these. "
 
@@ -32,7 +33,7 @@ PAGES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "torch": (
         "hvdloss.torch",
         f"{_OURS}The guide is [PyTorch](../torch.md).",
-        ("hvdloss.torch", "hvdloss.torch.collectives"),
+        ("hvdloss.torch", "hvdloss.torch.collectives", "hvdloss.torch.split.base"),
     ),
     "tensorflow": (
         "hvdloss.tensorflow",
@@ -64,6 +65,12 @@ PAGES: dict[str, tuple[str, str, tuple[str, ...]]] = {
         "Data",
         "Which rank gets which samples, and files. The guide is [Data on many ranks](../data.md).",
         ("hvdloss.data",),
+    ),
+    "split": (
+        "Split models",
+        "Which rank holds which part of a model, and in which order stages compute. The guide is "
+        "[Split models](../howto/split-models.md).",
+        ("hvdloss.split",),
     ),
     "metrics": (
         "Metrics",

@@ -20,30 +20,27 @@ import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from hvdloss.collectives import even_sizes
 from hvdloss.errors import AgreementError, ConfigError, ShapeError
 from hvdloss.numpy_ops import NumpyOps
 from hvdloss.reduction import ArrayOps
+from hvdloss.split.parts import Parts
 
 __all__ = [
     "ArcFace",
     "ClassShards",
     "CosFace",
-    "Grid",
     "Margin",
     "NumpyRowOps",
     "Part",
     "RowOps",
     "ShardedSoftmax",
     "check_headers",
-    "grid_ranks",
     "headers_of",
-    "make_grid",
     "sample_columns",
 ]
 
@@ -53,7 +50,7 @@ HEADER = len(_FIELDS)
 
 
 @dataclass(frozen=True, init=False)
-class ClassShards:
+class ClassShards(Parts):
     """How classes lie on the ranks of a process set: one range after the other.
 
     Args:
@@ -69,50 +66,13 @@ class ClassShards:
     ((3, 3, 2, 2), 6, 2, 2)
     """
 
-    classes: int
-    ranks: int
-    sizes: tuple[int, ...]
-
     def __init__(self, classes: int, ranks: int = 1, sizes: Sequence[int] | None = None) -> None:
-        for name, value in (("classes", classes), ("ranks", ranks)):
-            if not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{name}={value!r} must be an integer of at least 1")
-        if sizes is None:
-            if classes < ranks:
-                raise ConfigError(
-                    f"classes={classes} are fewer than the {ranks} ranks of the process set, and each rank "
-                    f"needs at least one; share them among fewer ranks"
-                )
-            sizes = even_sizes(classes, ranks)
-        sizes = tuple(int(n) for n in sizes)
-        if len(sizes) != ranks:
-            raise ConfigError(
-                f"sizes={list(sizes)} has {len(sizes)} numbers, but there are {ranks} ranks; give one each"
-            )
-        if min(sizes) < 1 or sum(sizes) != classes:
-            raise ConfigError(
-                f"sizes={list(sizes)} must be at least 1 each, and together classes={classes}; "
-                f"together they are {sum(sizes)}"
-            )
-        for name, given in (("classes", classes), ("ranks", ranks), ("sizes", sizes)):
-            object.__setattr__(self, name, given)
+        super().__init__(classes, ranks, sizes, noun="classes")
 
-    def _check(self, rank: int) -> int:
-        if not 0 <= rank < self.ranks:
-            raise ConfigError(f"rank={rank!r} is not one of the {self.ranks} ranks that share the classes")
-        return rank
-
-    def offset(self, rank: int) -> int:
-        """Return the first class of a rank."""
-        return sum(self.sizes[: self._check(rank)])
-
-    def size(self, rank: int) -> int:
-        """Return how many classes a rank holds."""
-        return self.sizes[self._check(rank)]
-
-    def range(self, rank: int) -> range:
-        """Return the classes of a rank."""
-        return range(self.offset(rank), self.offset(rank) + self.size(rank))
+    @property
+    def classes(self) -> int:
+        """How many classes there are."""
+        return self.count
 
     def owner(self, label: int) -> int:
         """Return the rank that holds a class.
@@ -626,84 +586,3 @@ def sample_columns(
     more = min(len(others), max(0, wanted - len(positive)))
     drawn = random.choice(others, size=more, replace=False) if more else others[:0]
     return np.sort(np.concatenate([positive, drawn])).astype(np.int64)
-
-
-# -- the grid -----------------------------------------------------------------------------------------
-
-
-def grid_ranks(size: int, model: int) -> tuple[list[list[int]], list[list[int]]]:
-    """Return the groups of a grid of ranks: those that share a model, and those that share a part of it.
-
-    Neighbours share a model, since they exchange more often.
-
-    Args:
-        size: number of ranks.
-        model: number of ranks that share a model.
-
-    Raises:
-        ConfigError: `model` does not divide `size`.
-
-    >>> grid_ranks(4, 2)
-    ([[0, 1], [2, 3]], [[0, 2], [1, 3]])
-    """
-    if not isinstance(model, int) or model < 1 or size % model:
-        raise ConfigError(
-            f"model={model!r}: {size} ranks cannot be split into such groups; choose a divisor of {size}"
-        )
-    models = [list(range(first, first + model)) for first in range(0, size, model)]
-    return models, [list(range(part, size, model)) for part in range(model)]
-
-
-class Grid(NamedTuple):
-    """Process sets of a grid of ranks.
-
-    Attributes:
-        model: the ranks with this one's samples, each of which holds another part of the model: for the
-            split head and its loss.
-        data: the ranks with this one's part of the model, each of which has other samples: for
-            ``DistributedOptimizer``, ``Objective``, ``check_synchronized``.
-    """
-
-    model: Any
-    data: Any
-
-
-_sets: dict[tuple[str, tuple[int, ...]], Any] = {}
-
-
-def make_grid(hvd: Any, model: int) -> Grid:
-    """Make the process sets of :func:`grid_ranks`, or find those made before; all ranks call it alike.
-
-    Args:
-        hvd: a Horovod module, or its one-process stand-in.
-        model: number of ranks that share a model.
-
-    Raises:
-        ConfigError: `model` does not divide the number of ranks, or process sets cannot be made.
-    """
-    rank, size = (hvd.rank(), hvd.size()) if hvd.is_initialized() else (0, 1)
-    models, datas = grid_ranks(size, model)
-    made = {tuple(ranks): _set_of(hvd, ranks, size) for ranks in [*models, *datas]}
-    model_set, data_set = (
-        next(made[tuple(ranks)] for ranks in family if rank in ranks) for family in (models, datas)
-    )
-    return Grid(model_set, data_set)
-
-
-def _set_of(hvd: Any, ranks: list[int], size: int) -> Any:
-    """Return the process set of these ranks, made if need be."""
-    if len(ranks) == size:
-        return hvd.global_process_set
-    key = hvd.__name__, tuple(ranks)
-    known = _sets.get(key)
-    if known is None or known.process_set_id is None:  # removed
-        try:
-            known = hvd.add_process_set(ranks)
-        except Exception as error:
-            raise ConfigError(
-                f"the process set of ranks {ranks} could not be made: {error}. Set "
-                f"HOROVOD_DYNAMIC_PROCESS_SETS=1 in the environment of all ranks, or call "
-                f'hvd.init(process_sets="dynamic")'
-            ) from error
-        _sets[key] = known
-    return known

@@ -17,7 +17,6 @@ from hvdloss.losses.shards import (
     NumpyRowOps,
     ShardedSoftmax,
     check_headers,
-    grid_ranks,
     headers_of,
     sample_columns,
 )
@@ -189,11 +188,3 @@ def test_samples_hold_all_positives_and_no_more_than_asked(size, rate, target, s
     assert (np.diff(found) > 0).all()
     assert found.min() >= 0
     assert found.max() < size
-
-
-def test_a_grid_has_each_rank_once_on_either_side():
-    for size, model in ((1, 1), (4, 2), (6, 2), (6, 3), (4, 4), (3, 1)):
-        for groups in grid_ranks(size, model):
-            assert sorted(rank for group in groups for rank in group) == list(range(size))
-    with pytest.raises(ConfigError, match="divisor of 4"):
-        grid_ranks(4, 3)

@@ -34,7 +34,9 @@ def test_reference_has_every_public_module():
     assert packages - private <= {module for _, _, modules in hooks.PAGES.values() for module in modules}
 
 
-@pytest.mark.parametrize("module", ["hvdloss", "hvdloss.losses", "hvdloss.terms", "hvdloss.data"])
+@pytest.mark.parametrize(
+    "module", ["hvdloss", "hvdloss.losses", "hvdloss.terms", "hvdloss.data", "hvdloss.split"]
+)
 def test_names_are_those_of_the_imported_module(module):
     imported = importlib.import_module(module)
     assert set(hooks.names(module)) == set(imported.__all__) - hooks.INTERNAL

@@ -141,6 +141,28 @@ def test_a_split_model_is_one_process(script, size, tmp_path):
     check_picture(tmp_path / "loss.png")
 
 
+@launched
+@pytest.mark.skipif(not present("torch_split_transformer", "torch"), reason="torch is not installed")
+@pytest.mark.parametrize(
+    ("size", "grid"),
+    [
+        (2, []),
+        pytest.param(4, [], marks=pytest.mark.more),
+        pytest.param(4, ["--model", 2, "--schedule", "gpipe"], marks=pytest.mark.more),
+    ],
+)
+def test_a_transformer_in_stages_is_one_process(size, grid, tmp_path):
+    short = ["--epochs", 1, "--batch", 400, "--micro", 60, "--output", tmp_path, *grid]
+    script = EXAMPLES / "torch_split_transformer.py"
+    out = run([HOROVODRUN, "--gloo", "-np", size, sys.executable, script, *short])
+    found = json.loads((tmp_path / "numbers.json").read_text())
+    assert found["replicas"] * found["model"] * found["stages"] == size
+    assert max(found["loss_error"], found["parameter_error"]) <= 1e-11
+    assert {one["stage"] for one in found["ranks"]} == {0, 1}
+    assert sum(one["parameters"] for one in found["ranks"]) < 1.2 * found["parameters"] * found["replicas"]
+    assert "held-out lines" in out
+
+
 @pytest.mark.parametrize("script", SPLIT_PRESENT)
 def test_a_split_model_on_one_rank_without_horovod(script, tmp_path):
     run(without_horovod(script, "--epochs", 1, "--output", tmp_path))

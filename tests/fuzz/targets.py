@@ -45,6 +45,7 @@ from hvdloss.reduction import REDUCTIONS, broadcast_weights, reduce_losses
 from hvdloss.report import Recorder, StepReport, TermReport
 from hvdloss.report import read as read_record
 from hvdloss.report.page import run_of, table_of_runs
+from hvdloss.split.messages import read_header
 from hvdloss.term import CommStats, Decision
 from hvdloss.terms.link import LinkModel
 from hvdloss.training import BestCheckpoint, EarlyStopping, TransformedBatches
@@ -472,6 +473,9 @@ TARGETS = (
     Target("agreement", agreement, (text(OTHER),)),
     Target("items-of-ranks", items_of_ranks, (b'[["w", [2]]]',)),
     Target("checksums", checksums, (b"[1, 123]",)),
+    Target(
+        "stage-header", lambda data: read_header(data, 1), (b'[["float32", [2, 3], 1], ["bool", [], 0]]',)
+    ),
     Target("state-of-ranks", state_of_ranks, (b'["", "", null]', b'["DataError", "gone", null]')),
     Target("equal-results", equal_results, (b'["", "", 3]',)),
     Target("value", lambda data: merged_value(Peer(data), 1.0, 2.0), (b'["1.5", "2.0", null]',)),

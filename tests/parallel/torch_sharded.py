@@ -423,7 +423,7 @@ def case_checkpoints_for_any_shards():
 
 @needs("gloo-2", more="gloo-3 mpi-2 dist-2")
 def case_large_weights_travel_in_pieces():
-    import hvdloss.torch.sharded as module
+    import hvdloss.split.parts as module
 
     was, module._CHUNK = module._CHUNK, 64
     try:

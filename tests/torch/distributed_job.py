@@ -1,6 +1,6 @@
 """A user's script, which test_torch_distributed.py starts with torchrun, and once by itself.
 
-    torchrun --nproc-per-node 2 distributed_job.py FOLDER train|kill|order|joined|ddp
+    torchrun --nproc-per-node 2 distributed_job.py FOLDER train|kill|order|joined|ddp|stages
 
 It is written as one would be, but for `horovod`, which it cannot import.
 """
@@ -170,14 +170,41 @@ def ddp(folder: Path) -> None:
         (folder / f"refused-{rank}").write_text(f"{type(found).__name__}: {found}")
 
 
+def stages(folder: Path) -> None:
+    """Have the last of two stages fail in the middle of a step."""
+
+    def losses(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        if target[0] == 7:
+            raise ValueError("the seventh micro-batch")
+        return (prediction - target[:, None]).square().mean(1)
+
+    groups = hvd.grid(stages=2)
+    stage = hvd.pipeline_stage([lambda: torch.nn.Linear(3, 3)] * 2, groups)
+    objective = hvd.Objective(losses)
+    pipeline = hvd.Pipeline(stage, objective, groups)
+    optimizer = hvd.DistributedOptimizer(
+        torch.optim.SGD(stage.parameters(), lr=0.01),
+        objective=objective,
+        process_set=groups.data,
+        backward_passes_per_step=5,
+    )
+    try:
+        for step in range(2):
+            optimizer.zero_grad()
+            pipeline.run([(torch.ones(2, 3), torch.full((2,), 5.0 * step + i)) for i in range(5)])
+            optimizer.step()
+    except Exception as error:
+        (folder / f"stage-{pipeline.stage}").write_text(f"{type(error).__name__}: {error}")
+        raise
+
+
 def main() -> None:
     """Do what the command line says."""
     if sys.argv[2] in ("joined", "ddp"):
         torch.distributed.init_process_group("gloo")
     hvd.init()
-    {"train": train, "kill": kill, "order": order, "joined": joined, "ddp": ddp}[sys.argv[2]](
-        Path(sys.argv[1])
-    )
+    jobs = {"train": train, "kill": kill, "order": order, "joined": joined, "ddp": ddp, "stages": stages}
+    jobs[sys.argv[2]](Path(sys.argv[1]))
     hvd.shutdown()
 
 

@@ -65,6 +65,17 @@ def test_a_killed_rank_is_named_by_the_others(tmp_path):
 
 
 @pytest.mark.more
+def test_a_stage_that_fails_is_named_by_the_others(tmp_path):
+    out = launch(tmp_path, "stages")
+    assert out.returncode != 0
+    assert (tmp_path / "stage-1").read_text() == "ValueError: the seventh micro-batch"
+    text = (tmp_path / "stage-0").read_text()
+    assert text.startswith("RankError: ")
+    assert "rank 1" in text
+    assert "the seventh micro-batch" in text
+
+
+@pytest.mark.more
 def test_exchanges_in_another_order_are_refused_on_every_rank(tmp_path):
     out = launch(tmp_path, "order")
     assert out.returncode == 0, out.stdout + out.stderr

@@ -1,6 +1,10 @@
-"""Heads split over ranks by class, in PyTorch: under real ranks, and alone."""
+"""Models split over ranks, in PyTorch, by class, by layer and into stages: under real ranks, and alone."""
 
 from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,12 +12,41 @@ import torch
 import hvdloss.torch as hvd
 from hvdloss.errors import ConfigError
 from tests.ranks import Case, parallel_cases
+from tests.ranks.launch import environment, torchrun
+from tests.torch import pipelining_job
 
 
 # Launches of their own: process sets of a grid stay, and other cases make the same ones.
 @parallel_cases("torch_sharded", group="torch_sharded")
 def test_sharded(case: Case, request: pytest.FixtureRequest) -> None:
     case.check(request)
+
+
+@parallel_cases("torch_split", group="torch_sharded")
+def test_split_layers(case: Case, request: pytest.FixtureRequest) -> None:
+    case.check(request)
+
+
+@parallel_cases("torch_stages", group="torch_sharded")
+def test_stages(case: Case, request: pytest.FixtureRequest) -> None:
+    case.check(request)
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.more)])
+def test_pytorchs_own_pipeline_with_an_exact_loss(ranks: int, tmp_path: Path) -> None:
+    out = subprocess.run(
+        [*torchrun(ranks), pipelining_job.__file__, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment(),
+        start_new_session=True,
+    )
+    assert out.returncode == 0, out.stdout + out.stderr
+    for rank in range(ranks):
+        found = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert len(found) == 2
+        assert max(found.values()) <= 1e-12, found
 
 
 def test_alone_it_is_cross_entropy() -> None:

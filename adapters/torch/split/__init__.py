@@ -1,0 +1,1 @@
+"""Models split over ranks, for PyTorch: layers of which each rank holds a part, and consecutive stages."""
