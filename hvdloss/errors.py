@@ -2,7 +2,7 @@
 
 Every error of the project derives from :class:`HvdlossError`. A message says what was wrong, with the
 argument and its value, on which rank, and what to do about it. Errors that are found from global
-numbers (a step's ledgers, the agreement of the first step) are raised as the same error on every rank.
+numbers (a step's ledgers, the consistency check of the first step) are the same error on every rank.
 """
 
 from __future__ import annotations

@@ -440,7 +440,7 @@ def _show_allreduce(console: Console, found: dict[str, Any]) -> None:
 _WHAT = {
     "step": "a step",
     "read": "a step of which somebody reads all ranks",
-    "agreement": "the agreement of the first step",
+    "agreement": "the consistency check of the first step",
 }
 
 

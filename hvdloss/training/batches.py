@@ -93,7 +93,7 @@ class TransformedBatches:
         return {"version": 1, "epoch": epoch, "step": step, "loader": inner}
 
     def load_state_dict(self, state: Any) -> None:
-        """Go on from a position. A loader without ``load_state_dict`` must be brought there by other means.
+        """Resume from a position. A loader without ``load_state_dict`` must be brought there by other means.
 
         Raises:
             ConfigError: no position, or one that the loader does not take; nothing is changed then.

@@ -110,7 +110,7 @@ class Loaded:
 
 
 def random_state() -> dict[str, Any]:
-    """Return where Python's and NumPy's random numbers are."""
+    """Return the random states of Python and NumPy."""
     version, internal, gauss = random.getstate()
     return {
         "python": [version, np.array(internal, dtype=np.uint32), gauss],
@@ -119,7 +119,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: Any) -> None:
-    """Go on with random numbers from there."""
+    """Restore the random states."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(map(int, internal)), gauss))
     np.random.set_state(state["numpy"])
@@ -138,7 +138,7 @@ class Checkpoint:
         random_numbers: whether each rank's random state is saved, and restored when as many
             ranks load them.
         mode, folder_mode: of the files, and of the folder if it is made: private by default.
-        communicator: gives the ranks when it is asked.
+        communicator: returns the ranks when called.
 
     Raises:
         ConfigError: an argument that cannot be used.
@@ -169,7 +169,7 @@ class Checkpoint:
     # What adapters know of their framework:
 
     def to_array(self, value: Any) -> Any:
-        """Return the kind of an array of the framework, and its values as NumPy's; None for what is none."""
+        """Return the kind of an array of the framework, and its values as NumPy's; None for anything else."""
         return numpy_array(value)
 
     def from_array(self, kind: str, array: Any) -> Any:
@@ -177,11 +177,11 @@ class Checkpoint:
         return of_numpy(kind, array)
 
     def random_state(self) -> Any:
-        """Return where this rank's random numbers are."""
+        """Return this rank's random state."""
         return random_state()
 
     def set_random_state(self, state: Any) -> None:
-        """Go on with this rank's random numbers from there."""
+        """Restore this rank's random state."""
         set_random_state(state)
 
     # -- saving -----------------------------------------------------------------------------------

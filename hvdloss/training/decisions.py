@@ -120,7 +120,7 @@ class Monitor:
         mode: ``"min"``: lower is better; ``"max"``: higher.
         min_delta: by how much a number must be better than the best one to count as better, at least 0.
         nan: what a NaN means: ``"worse"``, than any number, so that it is never the best; or ``"raise"``.
-        communicator: gives the ranks when it is asked.
+        communicator: returns the ranks when called.
 
     Raises:
         ConfigError: an argument that cannot be used.

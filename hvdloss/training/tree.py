@@ -15,7 +15,7 @@ from hvdloss.errors import CheckpointError, ConfigError
 __all__ = ["Held", "flatten_tree", "pack_arrays", "unflatten_tree", "unpack_arrays"]
 
 Arrays = dict[str, npt.NDArray[Any]]
-#: Returns the kind of a framework's array and its values; None for what is none.
+#: Returns the kind of a framework's array and its values; None for anything else.
 ToArray = Callable[[Any], "tuple[str, npt.NDArray[Any]] | None"]
 #: Makes a framework's array of a kind and its values.
 FromArray = Callable[[str, npt.NDArray[Any]], Any]

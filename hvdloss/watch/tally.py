@@ -94,7 +94,7 @@ class Exchange:
         """Return the exchange in a message.
 
         Raises:
-            ConfigError: it is none.
+            ConfigError: not such a value.
         """
         try:
             what, step, members, count = message
