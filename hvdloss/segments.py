@@ -284,9 +284,8 @@ class Link:
     ) -> None:
         self.ranks, self.rank = ranks, rank
         self.weights: list[npt.NDArray[np.float64]] = []
-        flat = [np.zeros(0)]
-        names, slots, groups, own = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], [np.zeros(0, int)], flat
-        ends = [np.zeros(0, np.int64)]
+        names, slots, groups, ends = ([np.zeros(0, np.int64)] for _ in range(4))
+        own = [np.zeros(0)]
         at = 0
         for one, weight in zip(segments, weights, strict=True):
             ones = np.ones(_shape_of(one, weight, rank))
@@ -307,7 +306,7 @@ class Link:
         with_groups = {one.groups is not None for one in segments}
         if len(with_groups) > 1:
             raise ConfigError("link_segments(): give groups of all micro-batches, or of none")
-        self._grouped = True in with_groups
+        self._grouped = with_groups.pop() if with_groups else None  # None: nothing to be grouped
         # One number for each sequence of this rank, whichever micro-batches its pieces lie in.
         self._names, again = np.unique(np.concatenate(names), return_inverse=True)
         self._slot = again[np.concatenate(slots)]
@@ -348,8 +347,14 @@ class Link:
             table: the rows of all ranks' :attr:`table`, one after another; this rank's own without ranks.
 
         Raises:
-            ConfigError: a sequence that is not at an end has a piece on another rank.
+            ConfigError: a sequence that is not at an end has a piece on another rank; or other ranks have
+                groups, and this one has none, or the other way round.
         """
+        if self._grouped is not None and ((table[:, 1] >= 0) != self._grouped).any():
+            raise ConfigError(
+                f"link_segments(): rank {self.rank} has {'' if self._grouped else 'no '}groups, other ranks "
+                f"have {'none' if self._grouped else 'some'}; give groups on all ranks, or on none"
+            )
         cut = table[:, 0] >= 0
         w, u = table[:, 2:].copy().view(np.float64).T
         names, slot = np.unique(table[cut, 0], return_inverse=True)

@@ -39,7 +39,8 @@ def link_segments(
             ``hvd.global_process_set``, or the ranks that share a context. Ids then are those of all of these
             ranks, which must all call. None: a rank's sequences end with its step.
         cut: which sequences may have pieces on other ranks: "any" of those with ids, or those at the "ends"
-            of rows (of the last axis): the first and last of each.
+            of rows (of the last axis): the first and last of each. Two pieces that are both inside of rows
+            are then not seen.
 
     Returns:
         one for each micro-batch, whose ``sequences()`` says what the call of the objective will weigh, for

@@ -286,5 +286,13 @@ def test_what_cannot_be_linked_is_refused(given, words):
 def test_groups_are_given_everywhere_or_nowhere():
     with pytest.raises(ConfigError, match="groups of all micro-batches"):
         Link([Segments(IDS), Segments(IDS, groups=IDS)], [None, None])
+    links = [
+        Link([Segments(IDS, groups=one)], [None], ranks=True, rank=k) for k, one in enumerate((IDS, None))
+    ]
+    table = np.concatenate([link.table for link in links])
+    for link, words in zip(links, ("rank 0 has groups", "rank 1 has no groups"), strict=True):
+        with pytest.raises(ConfigError, match=words):
+            link.coefficients(table)
+    assert Link([], [], ranks=True).coefficients(table) == []
     with pytest.raises(ShapeError, match=r"rows of their weights, which have shape \(\)"):
         Link([Segments(groups=IDS)], [None])
