@@ -48,7 +48,7 @@ class Evidence:
         observed: the gradient that the optimizer got.
         averaged: what a rank's own backward passes gave, before anybody reduced it.
         penalty: what of it came from no loss of samples.
-        sums: the gradient of the weighted sum of the losses of a rank's elements, by the loss's place in a pass.
+        sums: the gradient of a rank's weighted sum of losses, by the loss's place in a pass.
         passes: the losses of each backward pass.
         problems: what the ranks could not tell.
         norms: of the parameters before the step.

@@ -14,18 +14,18 @@ __all__ = ["CAUSES", "NOTES", "as_dict", "report", "sentence", "way_out"]
 #: Why a gradient is not the right one; what is in braces are facts of the cause.
 CAUSES = {
     "mean_of_means": "mean of means: each mean is divided by its own weight, and these differ{because}",
-    "passes_added_up": "micro-batches are added up: {passes:g} of them make the gradient {passes:g} times as large",
+    "passes_added_up": "micro-batches are added up: the gradient is {passes:g} times as large as that of their mean",
     "divided_by_passes": "micro-batches are divided by {passes:g} once more than they should be",
     "added_up": "ranks are added up: {ranks} of them make the gradient {ranks} times as large",
     "divided_by_ranks": "the gradient is divided by the {ranks} ranks once more than it should be",
     "sum_averaged": "a sum over samples is averaged over ranks: the gradient is 1/{ranks} of one process's",
-    "scaled": "the gradient has the right direction and {factor:.4g} times the right length: the script scales it",
+    "scaled": "the gradient has the right direction, and {factor:.4g} times the right length",
     "penalty": "a penalty counts {times:.4g} times instead of once",
     "nonfinite": "the gradient is NaN or infinite: a loss that is, or a mean over no element at all",
     "parameters": "ranks have different parameters before the step, {name} first",
-    "not_reduced": "ranks step with different gradients: they are not reduced, or are changed before they are",
+    "not_reduced": "ranks step with different gradients: not reduced, or changed before they were",
     "same_data": "ranks 0 and {rank} have the same samples",
-    "repeated": "DistributedSampler repeats samples: {count} of this step are on several ranks, and count more than once",
+    "repeated": "DistributedSampler repeats samples: {count} of this step are on several ranks",
     "batch_norm": "{layers} normalises by each rank's own samples",
     "unknown": "none that is known: a hook, a compression or the script changes gradients",
 }
@@ -33,7 +33,7 @@ CAUSES = {
 NOTES = {
     "equal_rows": "{count} samples of a step are equal to one on another rank.",
     "sampler_repeats": (
-        "DistributedSampler repeats {count} of {samples} samples at the end of every epoch; these count twice."
+        "DistributedSampler repeats {count} of {samples} samples at the end of every epoch: they count twice."
     ),
     "sampler_leaves_out": "DistributedSampler leaves {count} of {samples} samples out of every epoch.",
     "dropout": "Dropout was compared as it was drawn: one process would draw other numbers.",
@@ -52,6 +52,7 @@ _WRAPPED = [
     "optimizer = hvd.DistributedOptimizer(optimizer, model.named_parameters(), objective)",
 ]
 _AHEAD = ['objective = hvd.Objective("{loss}", ahead=True)', "loss = objective(prediction, target)"]
+_LOADER = "loader = hvd.ShardedLoader(dataset, Shuffled(len(dataset)), batch_size)  # of hvdloss.data"
 _LOSS_NAMES = {"mse_loss": "mse", "l1_loss": "mae", "nll_loss": "nll", "cross_entropy": "cross_entropy"}
 
 
@@ -84,9 +85,16 @@ def way_out(kind: str, seen: Evidence) -> tuple[str, list[str]]:
     return {
         "parameters": (page, ["hvd.broadcast_parameters(model.state_dict(), root_rank=0)"]),
         "not_reduced": (page, lines),
-        "same_data": ("docs/data.md", ["loader = hvd.ShardedLoader(dataset, batch_size)"]),
-        "repeated": ("docs/data.md", ["loader = hvd.ShardedLoader(dataset, batch_size)"]),
-        "batch_norm": ("docs/torch.md", ["model = hvd.SyncBatchNorm(...)  # in place of each BatchNorm"]),
+        "same_data": ("docs/data.md", [_LOADER]),
+        "repeated": ("docs/data.md", [_LOADER]),
+        "batch_norm": (
+            "docs/torch.md",
+            [
+                "model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)  # before it is wrapped"
+                if ahead
+                else "hvd.SyncBatchNorm(...)  # in place of each BatchNorm"
+            ],
+        ),
         "unknown": ("docs/explanation/averaging.md", []),
         "scaled": ("docs/explanation/averaging.md", []),
         "nonfinite": (page, lines),
@@ -100,7 +108,8 @@ def as_dict(findings: Sequence[Finding], seen: Sequence[Evidence]) -> dict[str, 
         known = asdict(finding) | {"verdict": finding.verdict.value, "reduced_by": of_step.reduced_by}
         for part in ("causes", "notes"):
             known[part] = [
-                {"kind": cause.kind, "text": sentence(cause), **cause.facts} for cause in getattr(finding, part)
+                {"kind": cause.kind, "text": sentence(cause), **cause.facts}
+                for cause in getattr(finding, part)
             ]
         steps.append(known)
     return {
@@ -124,6 +133,15 @@ def _percent(x: float) -> str:
     ('4.3 %', '3e-07 %')
     """
     return f"{100 * x:.2g} %" if 1e-4 < x < 1 else f"{100 * x:.0f} %" if x >= 1 else f"{100 * x:.0e} %"
+
+
+def _counted(count: int, what: str) -> str:
+    """Return a number of things.
+
+    >>> _counted(1, "rank"), _counted(2, "rank")
+    ('1 rank', '2 ranks')
+    """
+    return f"{count} {what}" + "s" * (count != 1)
 
 
 def _rows(finding: Finding, seen: Evidence) -> list[tuple[str, str]]:
@@ -154,19 +172,17 @@ def report(findings: Sequence[Finding], seen: Sequence[Evidence], script: str) -
     """
     verdict = overall(findings)
     if not findings:
-        return (
-            f"{verdict.value.upper()}: {script} took no step of a PyTorch optimizer after a backward pass on all ranks."
-        )
+        return f"{verdict.value.upper()}: no step of a PyTorch optimizer, on all ranks, was seen in {script}."
     place = _worst(findings)
     finding, of_step = findings[place], seen[place]
     who = f", reduced by {of_step.reduced_by}" if of_step.reduced_by else ""
-    count = f"{len(findings)} step{'s' * (len(findings) > 1)}"
+    size, count = _counted(of_step.ranks, "rank"), _counted(len(findings), "step")
     head = {
         Verdict.EXACT: "loss and gradient are those of one process that sees all samples.",
         Verdict.OFF: f"step {place + 1} is not that of one process that sees all samples.",
         Verdict.UNKNOWN: "whether the gradient is that of one process cannot be told.",
     }[verdict]
-    lines = [f"{script}: {of_step.ranks} ranks, {count}{who}", "", f"{verdict.value.upper()}: {head}", ""]
+    lines = [f"{script}: {size}, {count}{who}", "", f"{verdict.value.upper()}: {head}", ""]
     lines += [f"  {name:<16} {text}" for name, text in _rows(finding, of_step)]
     notes = dict.fromkeys(sentence(note) for one in findings for note in one.notes)
     lines += [f"  {'note':<16} {text}" for text in notes]

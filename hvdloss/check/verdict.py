@@ -122,7 +122,8 @@ class _Loss:
                 return
         if not _even(call.factor for call in self.calls if call.present):
             self.problem = (
-                f"nobody can tell what the script divides {self.calls[0].name} by: neither weights, elements nor rows"
+                f"{self.calls[0].name} is divided by neither weights, elements nor rows, nor by the same number "
+                f"on all ranks"
             )
 
     @staticmethod
@@ -185,8 +186,8 @@ class _Step:
     def _choose_scale(self) -> None:
         """Set what micro-batches are to be multiplied with: 1, or one over their number where none divides.
 
-        Sums of micro-batches' means that are multiplied with numbers of the script's own may be meant either way:
-        then the nearer one is taken for right.
+        Micro-batches whose means the script multiplies with numbers of its own may be meant either way: then
+        the nearer one is taken for right.
         """
         self.undivided = False
         self.scale = 1.0
@@ -195,9 +196,7 @@ class _Step:
             return
         shares = [share for loss in self.losses.values() if not loss.summed for share in loss.shares]
         self.undivided = bool(shares) and all(abs(share - 1) <= _SAME for share in shares)
-        unsure = not self.undivided and not all(
-            abs(share * self.passes - 1) <= _SAME for share in shares
-        )
+        unsure = not self.undivided and not all(abs(share * self.passes - 1) <= _SAME for share in shares)
         added = self.right
         self.scale = 1 / self.passes
         self.right = self._right()
@@ -292,7 +291,7 @@ def _of_gradient(step: _Step) -> list[Cause]:
     if factor is not None:
         causes = []
         summed = any(loss.summed for loss in step.losses.values())
-        own = float(step.averaged @ step.right) / float(step.right @ step.right)
+        own = float(np.dot(step.averaged, step.right) / (np.dot(step.right, step.right) or 1.0))
         if step.off(own * step.right, step.averaged) > step.tolerance * own:
             uneven = [text for loss in step.losses.values() for text in loss.unevenness()]
             causes.append(Cause("mean_of_means", {"because": list(dict.fromkeys(uneven))}))
@@ -329,7 +328,7 @@ def _problems(seen: Evidence, step: _Step | None) -> list[str]:
     first = seen.penalty[0]
     if any(_size(one - first) > step.tolerance * max(_size(first), _size(one)) for one in seen.penalty[1:]):
         problems.append(
-            "a part of the loss that is no loss function of PyTorch's differs between ranks, so it is no penalty"
+            "a part of the loss is computed by none of PyTorch's loss functions, and differs between ranks"
         )
     return problems
 

@@ -1,4 +1,4 @@
-"""The command line: ``hvdloss install``, ``doctor``, ``check``, ``bench``, ``explain``, ``report``, ``simulate``.
+"""The command line: ``hvdloss install``, ``doctor``, ``check``, ``bench``, ``explain`` and others.
 
 Subcommands are imported when they are asked for, so that ``hvdloss --help`` and
 ``hvdloss --version`` answer at once and no command pays for another's imports.

@@ -59,13 +59,37 @@ def _environment(ranks: int) -> dict[str, str]:
     return {"OMP_NUM_THREADS": threads, **os.environ, "PYTHONUNBUFFERED": "1", "TORCHDYNAMO_DISABLE": "1"}
 
 
+def _failure(lines: Sequence[str]) -> str:
+    """Return the first traceback of the ranks' output, or the end of it if there is none.
+
+    >>> print(_failure(["[rank0]: Traceback (most recent call last):", "[rank0]:   File ...", "[rank1]: x",
+    ...     "[rank0]: ValueError: no", "launcher: failed"]))
+    Traceback (most recent call last):
+      File ...
+    ValueError: no
+    """
+    start = next((i for i, line in enumerate(lines) if "Traceback (most recent call last)" in line), None)
+    if start is None:
+        return "\n".join([line for line in lines if line.strip()][-20:])
+    rank = lines[start].partition("Traceback")[0]
+    shown: list[str] = []
+    for line in lines[start:]:
+        if line.startswith(rank):
+            shown.append(line[len(rank) :])
+            if len(shown) > 1 and not shown[-1].startswith(" "):
+                break
+    return "\n".join([shown[0], *shown[1:][-12:]])
+
+
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "ignore_unknown_options": True})
 @click.argument("script", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 @click.option("-np", "--ranks", type=click.IntRange(1), default=2, show_default=True, help="Ranks to start.")
 @click.option("--steps", type=click.IntRange(1), default=3, show_default=True, help="Steps to look at.")
 @click.option(
-    "--launcher", type=click.Choice(_LAUNCHERS), help="[horovodrun if the script imports horovod, or torchrun]"
+    "--launcher",
+    type=click.Choice(_LAUNCHERS),
+    help="[horovodrun if the script imports horovod, or torchrun]",
 )
 @click.option(
     "--timeout", type=click.FloatRange(1), default=600, show_default=True, help="Seconds for all of it."
@@ -95,8 +119,8 @@ def check(
     imported = _imports(script)
     if imported & {"keras", "tensorflow"} and "torch" not in imported:
         click.echo(
-            "COULD NOT TELL: scripts of Keras and TensorFlow are not covered, only those of PyTorch. Their steps "
-            "can be looked at by hvd.Recorder: docs/report.md",
+            "COULD NOT TELL: only scripts of PyTorch are covered, none of Keras and TensorFlow. What averaging "
+            "makes of their steps, a record says: docs/report.md",
             err=True,
         )
         ctx.exit(_STATUS[Verdict.UNKNOWN])
@@ -118,9 +142,8 @@ def check(
             log.close()
         seen = read(folder, ranks)
     if ended.status and len(seen) < steps:
-        end = "\n".join([line for line in ended.tail if line.strip()][-20:])
         why = f"did not end in {timeout:.0f} s" if ended.timed_out else f"ended with status {ended.status}"
-        click.echo(f"{end}\n{script} {why}, after {len(seen)} steps.", err=True)
+        click.echo(f"{_failure(ended.tail)}\n{script} {why}, after {len(seen)} steps.", err=True)
         ctx.exit(Exit.RANKS)
     findings = [judge(one) for one in seen]
     found: dict[str, Any] = {"script": str(script), **as_dict(findings, seen)}

@@ -1,1 +1,1 @@
-"""What ``hvdloss check`` runs on every rank: a script of the user's, with somebody who writes down its steps."""
+"""What ``hvdloss check`` runs on every rank: the user's script, and what records its steps."""

@@ -60,7 +60,8 @@ class Forwards:
     Attributes:
         rows: a hash of each sample.
         outputs: the nodes of what modules returned.
-        probes: tensors with a batch axis, on one row of which an element of the loss should depend.
+        inputs, results: tensors with a batch axis that modules got (or embeddings of such) and gave: an
+            element of the loss should depend on one row of them.
         batch_norms: layers that normalise by this rank's batch.
         synchronized: whether a layer normalises by that of all ranks.
         wrapper: what averages gradients of such a module: DDP, FSDP, or nothing.
@@ -80,13 +81,14 @@ class Forwards:
         """Forget the calls."""
         self.rows: list[str] = []
         self.outputs: set[Any] = set()
-        self.probes: list[torch.Tensor] = []
+        self.inputs: list[torch.Tensor] = []
+        self.results: list[torch.Tensor] = []
         self.random = ""
 
     def embedded(self, out: torch.Tensor, indices: Any) -> None:
         """Take the output of an embedding of what a module was called with for a probe."""
         if self._depth and isinstance(indices, torch.Tensor) and _identity(indices) in self._indices:
-            self.probes.append(out)
+            self.inputs.append(out)
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -108,7 +110,7 @@ class Forwards:
             for tensor in _tensors(out):
                 if tensor.grad_fn is not None:
                     self.outputs.add(tensor.grad_fn)
-                    self.probes.append(tensor)
+                    self.results.append(tensor)
             return out
 
         torch.nn.Module.__call__ = call  # type: ignore[method-assign]
@@ -135,7 +137,7 @@ class Forwards:
                 if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim():
                     if not value.requires_grad:
                         probe = value.detach().requires_grad_()
-                        self.probes.append(probe)
+                        self.inputs.append(probe)
                         where[key] = probe.clone()  # a script may change in place what it is given
                     return args, kwargs
         return args, kwargs

@@ -16,7 +16,7 @@ from torch.autograd.function import BackwardCFunction
 __all__ = ["Arrived", "Unreadable", "arrive"]
 
 
-class Unreadable(Exception):  # noqa: N818 - no failure: it says what cannot be told
+class Unreadable(Exception):
     """What the check cannot tell from this graph, in words."""
 
 
@@ -64,7 +64,7 @@ def arrive(
             found.at_leaves.append((leaf, gradients[0]))
         elif node in outputs and "DDPSink" not in type(node).__name__:
             raise Unreadable(
-                "a part of the loss is computed from the model's output without one of PyTorch's loss functions"
+                "a part of the loss is computed from the model's output by none of PyTorch's loss functions"
             )
         else:
             _pass_on(node, gradients, waiting)

@@ -109,9 +109,11 @@ class LossCall:
             weight = (gradient != 0).double()
         at = int(weight.abs().argmax())
         factor = float(gradient.reshape(-1)[at] / weight.reshape(-1)[at])
-        if not torch.allclose(gradient, factor * weight, rtol=_SAME, atol=_SAME * float(gradient.abs().max())):
+        if not torch.allclose(
+            gradient, factor * weight, rtol=_SAME, atol=_SAME * float(gradient.abs().max())
+        ):
             raise Unreadable(
-                f"the elements of {self.name} are multiplied with different numbers, and their weights do not "
+                f"the elements of {self.name} are multiplied with different numbers, whose scale does not "
                 f"show"
             )
         return factor, weight

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+
 import torch
 
 __all__ = ["Parameters", "sampled"]
@@ -26,7 +27,7 @@ def sampled(gradient: torch.Tensor | None, size: int) -> Any:
     gradient = gradient.detach()
     gradient = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
     gradient = gradient.to_dense() if gradient.layout is not torch.strided else gradient
-    return gradient.reshape(-1)[::stride].double().cpu().numpy()
+    return gradient.reshape(-1)[::stride].double().cpu().numpy().copy()  # which may be changed in place
 
 
 class Parameters:
@@ -48,10 +49,6 @@ class Parameters:
                 name += "'"
             self._names[id(p)], self._known[name] = name, p
 
-    def name(self, p: torch.Tensor) -> str | None:
-        """Return the name; None for a tensor that is no known parameter."""
-        return self._names.get(id(p)) or self._names.get(self._sharded().get(id(p), 0))
-
     @staticmethod
     def _sharded() -> dict[int, int]:
         """Return, for FSDP2's whole parameters, which graphs lead to, the shards that models show."""
@@ -65,6 +62,8 @@ class Parameters:
                         found[id(whole)] = id(one.sharded_param)
         return found
 
-    def of(self, leaves: Iterable[torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return those of the leaves that are known, by name."""
-        return {name: leaf for leaf in leaves if (name := self.name(leaf)) is not None}
+    def of(self, tensors: Iterable[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return those of some tensors that are parameters, by name."""
+        sharded = self._sharded()
+        names = ((self._names.get(sharded.get(id(p), id(p))), p) for p in tensors)
+        return {name: p for name, p in names if name is not None}

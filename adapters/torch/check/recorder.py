@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 import torch
 from hvdloss.torch.check.forwards import Forwards, depends_on_many
 from hvdloss.torch.check.graph import Unreadable, arrive
@@ -25,7 +27,7 @@ __all__ = ["Enough", "Recorder"]
 Sampled = dict[str, Any]  # by the parameter's name
 
 
-class Enough(BaseException):  # noqa: N818 - no error
+class Enough(BaseException):
     """The script has trained for as many steps as are looked at.
 
     Not an ``Exception``: a script that goes on after errors must end, too.
@@ -94,7 +96,8 @@ class Recorder:
             stack.callback(post.remove)
             self._wrap(stack, torch.autograd, "backward", self._before_backward, around=True)
             for name in ("clip_grad_norm_", "clip_grad_value_"):
-                self._wrap(stack, torch.nn.utils, name, self._before_clipping)
+                for owner in (torch.nn.utils, torch.nn.utils.clip_grad):
+                    self._wrap(stack, owner, name, self._before_clipping)
             for owner in (torch.optim.Optimizer, torch.nn.Module):
                 self._wrap(stack, owner, "zero_grad", self._before_zero)
             self._wrap(stack, torch.amp.GradScaler, "scale", self._before_scaling)
@@ -112,6 +115,8 @@ class Recorder:
 
         @functools.wraps(plain)
         def wrapped(*args: Any, **kwargs: Any) -> Any:
+            if args and inspect.isgenerator(args[0]):
+                args = (list(args[0]), *args[1:])  # which it gives once
             before(*args, **kwargs)
             if not around:
                 return plain(*args, **kwargs)
@@ -151,7 +156,8 @@ class Recorder:
                 text = str(error).splitlines()[0] if str(error) else type(error).__name__
                 self._window.problem(f"the backward pass cannot be looked into: {text}")
         self._calls.calls.clear()
-        self._forwards.probes.clear()
+        self._forwards.inputs.clear()
+        self._forwards.results.clear()
 
     def _read(self, roots: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
         """Add to the window what a backward pass is made of."""
@@ -178,11 +184,11 @@ class Recorder:
                 _add(self._window.sums[index], name, gradient)
                 _add(self._window.averaged, name, sums.factor * gradient)
             self._probe(call, sums)
-        for leaf, gradient in arrived.at_leaves:
-            if (name := self._parameters.name(leaf)) is not None:
-                found = sampled(gradient, leaf.numel()) / self._scale
-                _add(self._window.penalty, name, found)
-                _add(self._window.averaged, name, found)
+        gradients = {id(leaf): gradient for leaf, gradient in arrived.at_leaves}
+        for name, leaf in self._parameters.of(leaf for leaf, _ in arrived.at_leaves).items():
+            found = sampled(gradients[id(leaf)], leaf.numel()) / self._scale
+            _add(self._window.penalty, name, found)
+            _add(self._window.averaged, name, found)
 
     def _gradients(self, numerator: torch.Tensor) -> Sampled:
         """Return the gradient of this rank's elements, and of nothing else, by no path that a hook sees."""
@@ -209,8 +215,9 @@ class Recorder:
 
         As often on every rank: a sharded model exchanges something in each backward pass.
         """
-        # Layers of all ranks mix samples as they should; what comes after them is looked at.
-        probes = [p for p in self._forwards.probes if p.grad_fn is not None or not self._forwards.synchronized]
+        forwards = self._forwards
+        # Layers that normalise mix samples, which is said elsewhere; what comes after them is looked at.
+        probes = forwards.results + ([] if forwards.batch_norms or forwards.synchronized else forwards.inputs)
         flat, present = sums.losses.reshape(-1), sums.present.reshape(-1).nonzero().reshape(-1)
         for end in (0, -1):
             one = flat[int(present[end])] if len(present) else flat.sum()
@@ -227,9 +234,8 @@ class Recorder:
 
     def _observe(self, parameters: Any) -> None:
         """Note gradients that were not clipped before."""
-        for p in [parameters] if isinstance(parameters, torch.Tensor) else parameters:
-            name = self._parameters.name(p)
-            if name is not None and name not in self._clipped:
+        for name, p in self._parameters.of(parameters).items():
+            if name not in self._clipped:
                 self._observed[name] = sampled(p.grad, p.numel())
 
     def _before_clipping(self, parameters: Any, *args: Any, **kwargs: Any) -> None:
