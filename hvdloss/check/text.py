@@ -14,7 +14,7 @@ __all__ = ["CAUSES", "NOTES", "as_dict", "report", "sentence", "way_out"]
 #: Why a gradient is not the right one; what is in braces are facts of the cause.
 CAUSES = {
     "mean_of_means": "mean of means: each mean is divided by its own weight, and these differ{because}",
-    "passes_added_up": "micro-batches are added up: the gradient is {passes:g} times as large as that of their mean",
+    "passes_added_up": "micro-batches are added up: the gradient is {passes:g} times that of their mean",
     "divided_by_passes": "micro-batches are divided by {passes:g} once more than they should be",
     "added_up": "ranks are added up: {ranks} of them make the gradient {ranks} times as large",
     "divided_by_ranks": "the gradient is divided by the {ranks} ranks once more than it should be",

@@ -122,7 +122,7 @@ class _Loss:
                 return
         if not _even(call.factor for call in self.calls if call.present):
             self.problem = (
-                f"{self.calls[0].name} is divided by neither weights, elements nor rows, nor by the same number "
+                f"{self.calls[0].name} is divided by neither weights, elements nor rows, nor by one number "
                 f"on all ranks"
             )
 
@@ -141,16 +141,19 @@ class _Loss:
         """The denominator of each rank."""
         return [sum(c.denominators.get(self.divisor, 0.0) for c in calls) for calls in self.by_rank]
 
-    def factor(self, ranks: int) -> float:
-        """Return what the sum over all elements is to be multiplied with, were micro-batches added up."""
-        if self.summed:
-            return self.calls[0].factor
-        total = sum(self.weights)
-        return sum(self._share(c, self.divisor) for c in self.calls) / ranks / total if total else 0.0
+    def factor(self, ranks: int, passes: float, added: bool) -> float:
+        """Return what the sum over all elements is to be multiplied with.
 
-    def value(self, ranks: int) -> float:
-        """Return the loss of all elements."""
-        return self.factor(ranks) * sum(c.numerator for c in self.calls)
+        Args:
+            ranks, passes: how many there are; micro-batches of a rank, on average.
+            added: whether the losses of micro-batches are meant to be added up, or averaged.
+        """
+        total, shares = sum(self.weights), self.shares
+        if self.summed or not total:
+            return self.calls[0].factor if self.summed else 0.0
+        if _even(shares):  # each has its own mean, or none
+            return shares[0] * (passes if added else 1.0) / total
+        return sum(shares) / ranks / (1.0 if added else passes) / total
 
     def unevenness(self) -> list[str]:
         """Return in what the calls differ, so that their means have different denominators."""
@@ -179,8 +182,8 @@ class _Step:
             calls = [[one[place] for one in of_rank if len(one) > place] for of_rank in seen.passes]
             self.losses[place] = _Loss(calls)
         self.passes = sum(map(len, seen.passes)) / self.ranks
-        self.averaged = sum(seen.averaged) / self.ranks
-        self.penalty = sum(seen.penalty) / self.ranks
+        self.averaged: Vector = sum(seen.averaged) / self.ranks
+        self.penalty: Vector = sum(seen.penalty) / self.ranks
         self._choose_scale()
 
     def _choose_scale(self) -> None:
@@ -189,27 +192,44 @@ class _Step:
         Micro-batches whose means the script multiplies with numbers of its own may be meant either way: then
         the nearer one is taken for right.
         """
-        self.undivided = False
-        self.scale = 1.0
-        self.right = self._right()
-        if self.passes <= 1:
-            return
         shares = [share for loss in self.losses.values() if not loss.summed for share in loss.shares]
         self.undivided = bool(shares) and all(abs(share - 1) <= _SAME for share in shares)
-        unsure = not self.undivided and not all(abs(share * self.passes - 1) <= _SAME for share in shares)
-        added = self.right
-        self.scale = 1 / self.passes
-        self.right = self._right()
-        if not self.undivided and not (unsure and self.off(self.right) < self.off(added)):
-            self.scale, self.right = 1.0, added
+        divided = all(abs(share * self.passes - 1) <= _SAME for share in shares)
+        averaged, added = self._right(False), self._right(True)
+        nearer = self.off(averaged) < self.off(added)
+        self.added = divided or not (self.undivided or nearer)
+        self.right = added if self.added else averaged
+        self.scale = self._scale(self.added)
 
-    def _right(self) -> Vector:
+    def _scale(self, added: bool) -> float:
+        return 1.0 if added else 1 / self.passes
+
+    def _factor(self, loss: _Loss, added: bool) -> float:
+        return loss.factor(self.ranks, self.passes, added)
+
+    def _right(self, added: bool) -> Vector:
         """Return the gradient of one process that sees the samples of all ranks."""
-        total = self.scale * self.penalty
+        total: Vector = self._scale(added) * self.penalty
         for place, loss in self.losses.items():
-            scale = 1.0 if loss.summed else self.scale
-            total = total + scale * loss.factor(self.ranks) * sum(self.seen.sums.get(place, [0.0]))
+            total = total + self._factor(loss, added) * sum(self.seen.sums.get(place, [0.0]))
         return total
+
+    @property
+    def loss(self) -> float:
+        """That of all ranks' elements."""
+        return sum(
+            self._factor(loss, self.added) * sum(c.numerator for c in loss.calls)
+            for loss in self.losses.values()
+        )
+
+    @property
+    def averaged_loss(self) -> float:
+        """The mean of the ranks' own."""
+        return sum(
+            (1.0 if loss.summed else self.scale) * c.factor * c.numerator / self.ranks
+            for loss in self.losses.values()
+            for c in loss.calls
+        )
 
     def off(self, right: Vector, observed: Vector | None = None) -> float:
         """Return how far a gradient is off, relative to the right one."""
@@ -297,7 +317,7 @@ def _of_gradient(step: _Step) -> list[Cause]:
             causes.append(Cause("mean_of_means", {"because": list(dict.fromkeys(uneven))}))
         elif summed and _near(own, 1 / step.ranks):
             causes.append(Cause("sum_averaged", {"ranks": step.ranks}))
-        if step.undivided:
+        if step.undivided and step.passes > 1:
             causes.append(Cause("passes_added_up", {"passes": step.passes}))
         scaled = _factor(step, factor)
         return causes + ([scaled] if scaled else []) or [Cause("unknown")]
@@ -367,14 +387,8 @@ def judge(seen: Evidence) -> Finding:
         tolerance=step.tolerance,
         parameter=parameter,
         parameter_error=parameter_error,
-        loss=sum(
-            (1.0 if loss.summed else step.scale) * loss.value(step.ranks) for loss in step.losses.values()
-        ),
-        averaged_loss=sum(
-            (1.0 if loss.summed else step.scale) * c.factor * c.numerator / step.ranks
-            for loss in step.losses.values()
-            for c in loss.calls
-        ),
+        loss=step.loss,
+        averaged_loss=step.averaged_loss,
         weights=means[0].weights if means else [],
         causes=certain,
         notes=notes,

@@ -119,7 +119,7 @@ def check(
     imported = _imports(script)
     if imported & {"keras", "tensorflow"} and "torch" not in imported:
         click.echo(
-            "COULD NOT TELL: only scripts of PyTorch are covered, none of Keras and TensorFlow. What averaging "
+            "COULD NOT TELL: only PyTorch is covered, not Keras and TensorFlow. What averaging "
             "makes of their steps, a record says: docs/report.md",
             err=True,
         )
