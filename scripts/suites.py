@@ -111,7 +111,15 @@ SUITES = (
         "slow examples, commands, explanations and packages",
         (
             *HARNESS,
-            *("hvdloss/cli/*", "hvdloss/explain/*", "benchmarks/*", "examples/*", "scripts/package.py"),
+            *(
+                "hvdloss/cli/*",
+                "hvdloss/check/*",
+                "adapters/torch/check/*",
+                "hvdloss/explain/*",
+                "benchmarks/*",
+                "examples/*",
+                "scripts/package.py",
+            ),
             *(f"tests/{name}/*" for name in ("cli", "core", "examples", "security", "package")),
         ),
     ),

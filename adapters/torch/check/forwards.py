@@ -96,7 +96,7 @@ class Forwards:
         plain = torch.nn.Module.__call__
 
         def call(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if self._depth or not self.looking:
+            if self._depth or not self.looking or not _learns(module):
                 return plain(module, *args, **kwargs)
             self._began()
             if not torch.is_grad_enabled():
@@ -153,6 +153,11 @@ class Forwards:
                     self.batch_norms.append(name)
             self.dropout |= isinstance(layer, _DropoutNd) and layer.p > 0
         self.random = hashlib.blake2b(torch.get_rng_state().numpy().tobytes(), digest_size=8).hexdigest()
+
+
+def _learns(module: torch.nn.Module) -> bool:
+    """Return whether a module is a model, and no loss, metric or transform of data."""
+    return any(p.requires_grad for p in module.parameters())
 
 
 def _identity(tensor: torch.Tensor) -> tuple[int, tuple[int, ...]]:

@@ -196,6 +196,7 @@ class Recorder:
             return {}
         leaves = self._parameters.of(parameters_of([numerator.grad_fn]))
         if not leaves:
+            self._window.problem("the loss leads to no parameter that its model shows under a name")
             return {}
         found = torch.autograd.grad(
             numerator,
@@ -264,6 +265,8 @@ class Recorder:
     # -- steps ----------------------------------------------------------------------------------------
 
     def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> Any:
+        if self._step >= self._steps:
+            return None
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
