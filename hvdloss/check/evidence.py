@@ -44,7 +44,7 @@ class Evidence:
 
     Attributes:
         names, sizes: of the parameters, and how many entries each has in a vector.
-        dtype: the least exact of theirs.
+        dtype: what gradients were computed in: float64, float32, TF32 or 16 bits.
         observed: the gradient that the optimizer got.
         averaged: what a rank's own backward passes gave, before anybody reduced it.
         penalty: what of it came from no loss of samples.

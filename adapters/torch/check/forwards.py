@@ -12,7 +12,9 @@ from hvdloss.torch.check.parameters import Parameters
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-__all__ = ["Forwards", "depends_on_many"]
+__all__ = ["LOW", "Forwards", "depends_on_many"]
+
+LOW = (torch.bfloat16, torch.float16)
 
 
 def _tensors(given: Any) -> Iterator[torch.Tensor]:
@@ -65,6 +67,7 @@ class Forwards:
         batch_norms: layers that normalise by this rank's batch.
         synchronized: whether a layer normalises by that of all ranks.
         wrapper: what averages gradients of such a module: DDP, FSDP, or nothing.
+        low: whether models compute in 16 bits.
         dropout: whether a layer draws numbers; `random` is a hash of what they are drawn from.
     """
 
@@ -74,7 +77,7 @@ class Forwards:
         self.looking = True
         self.batch_norms: list[str] = []
         self.synchronized = self.dropout = False
-        self.wrapper = ""
+        self.wrapper, self.low = "", False
         self.clear()
 
     def clear(self) -> None:
@@ -108,6 +111,7 @@ class Forwards:
             finally:
                 self._depth -= 1
             for tensor in _tensors(out):
+                self.low |= tensor.dtype in LOW or torch.is_autocast_enabled(tensor.device.type)
                 if tensor.grad_fn is not None:
                     self.outputs.add(tensor.grad_fn)
                     self.results.append(tensor)

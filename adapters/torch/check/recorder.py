@@ -6,7 +6,7 @@ import functools
 import inspect
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 import torch
-from hvdloss.torch.check.forwards import Forwards, depends_on_many
+from hvdloss.torch.check.forwards import LOW, Forwards, depends_on_many
 from hvdloss.torch.check.graph import Unreadable, arrive
 from hvdloss.torch.check.losses import Calls, LossCall, Sums
 from hvdloss.torch.check.parameters import Parameters, sampled
@@ -144,7 +144,6 @@ class Recorder:
         given = [grad_tensors] if isinstance(grad_tensors, torch.Tensor) else list(grad_tensors or [])
         given += [None] * (len(tensors) - len(given))
         roots = [(t, torch.ones_like(t) if g is None else g) for t, g in zip(tensors, given, strict=True)]
-        self._low |= torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu")
         with self._calls.paused():
             try:
                 self._read(roots)
@@ -180,7 +179,7 @@ class Recorder:
                     "present": int(sums.present.sum()),
                 }
             )
-            for name, gradient in self._gradients(sums.numerator).items():
+            for name, gradient in self._gradients(sums.numerator, sums.factor or 1.0).items():
                 _add(self._window.sums[index], name, gradient)
                 _add(self._window.averaged, name, sums.factor * gradient)
             self._probe(call, sums)
@@ -190,8 +189,11 @@ class Recorder:
             _add(self._window.penalty, name, found)
             _add(self._window.averaged, name, found)
 
-    def _gradients(self, numerator: torch.Tensor) -> Sampled:
-        """Return the gradient of this rank's elements, and of nothing else, by no path that a hook sees."""
+    def _gradients(self, numerator: torch.Tensor, factor: float) -> Sampled:
+        """Return the gradient of this rank's elements, and of nothing else, by no path that a hook sees.
+
+        The pass begins with what the script's own will, for the same rounding; that is undone.
+        """
         if numerator.grad_fn is None:
             return {}
         leaves = self._parameters.of(parameters_of([numerator.grad_fn]))
@@ -201,12 +203,13 @@ class Recorder:
         found = torch.autograd.grad(
             numerator,
             list(leaves.values()),
-            torch.full_like(numerator, self._scale),
+            torch.full_like(numerator, factor * self._scale),
             retain_graph=True,
             allow_unused=True,
         )
+        self._low |= any(g is not None and g.dtype in LOW for g in found)
         return {
-            name: sampled(gradient, leaf.numel()) / self._scale
+            name: sampled(gradient, leaf.numel()) / (factor * self._scale)
             for (name, leaf), gradient in zip(leaves.items(), found, strict=True)
             if gradient is not None
         }
@@ -306,6 +309,18 @@ class Recorder:
             return "hvdloss"
         return "Horovod" if hasattr(optimizer, "synchronize") else self._forwards.wrapper
 
+    def _dtype(self, parameters: Iterable[torch.Tensor]) -> str:
+        """Return in what gradients were computed: the least exact of it."""
+        if self._low or self._forwards.low:
+            return "16 bits"
+        parameters = list(parameters)
+        short = any(p.is_cuda for p in parameters) and (
+            torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
+        )
+        if all(p.dtype == torch.float64 for p in parameters):
+            return "float64"
+        return "TF32" if short else "float32"
+
     def _write(self, optimizer: Any, named: dict[str, torch.Tensor]) -> None:
         sizes = {name: p.numel() for name, p in named.items()}
 
@@ -325,7 +340,7 @@ class Recorder:
             "reduced_by": self._reduced_by(optimizer),
             "names": list(named),
             "sizes": [len(sampled(None, size)) for size in sizes.values()],
-            "dtype": "float16" if self._low else min((str(p.dtype) for p in named.values()), key=_digits)[6:],
+            "dtype": self._dtype(named.values()),
             "passes": self._window.passes,
             "problems": self._window.problems,
             "norms": [_norm(p) for p in named.values()],
@@ -336,10 +351,6 @@ class Recorder:
         }
         with (self._folder / f"{self._rank}.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
-
-
-def _digits(dtype: str) -> int:
-    return {"torch.float64": 53, "torch.float32": 24, "torch.float16": 11, "torch.bfloat16": 8}.get(dtype, 8)
 
 
 def _norm(p: torch.Tensor) -> float:
