@@ -39,7 +39,9 @@ RANKS_COME_AND_GO = (
     "adapters/*/_elastic.py",
     "hvdloss/cli/install/*",
 )
-NOT_COMPUTED_WITH = ("hvdloss/cli/*", "hvdloss/report/*", "hvdloss/trackers/*")  # of the core, by adapters
+NOT_COMPUTED_WITH = (
+    *("hvdloss/cli/*", "hvdloss/check/*", "hvdloss/report/*", "hvdloss/trackers/*"),
+)  # of the core, by adapters
 
 
 @dataclass(frozen=True)
