@@ -20,7 +20,7 @@ from hvdloss.check.verdict import Verdict, judge, overall
 from hvdloss.cli import machine
 from hvdloss.cli.errors import Exit, Interrupted
 from hvdloss.cli.process import Log, interruptible
-from hvdloss.cli.progress import waiting
+from hvdloss.cli.progress import launched, waiting
 from hvdloss.private import make_folder
 
 _STATUS = {Verdict.EXACT: 0, Verdict.OFF: 1, Verdict.UNKNOWN: 2}
@@ -81,7 +81,13 @@ def _failure(lines: Sequence[str]) -> str:
     return "\n".join([shown[0], *shown[1:][-12:]])
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"], "ignore_unknown_options": True})
+@click.command(
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "ignore_unknown_options": True,
+        "allow_interspersed_args": False,  # what follows the script is the script's
+    }
+)
 @click.argument("script", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 @click.option("-np", "--ranks", type=click.IntRange(1), default=2, show_default=True, help="Ranks to start.")
@@ -116,6 +122,8 @@ def check(
     Exit status: 0 exact; 1 not exact; 2 could not tell, or the command line is wrong; 3 something is not
     installed; 7 the script failed.
     """
+    if launched():
+        raise click.UsageError("a launcher started this process; hvdloss check starts the ranks itself (-np)")
     imported = _imports(script)
     if imported & {"keras", "tensorflow"} and "torch" not in imported:
         click.echo(

@@ -115,12 +115,18 @@ def test_three_ranks_without_a_reduction_are_told_in_words():
     assert "Next: docs/" in done.stdout
 
 
+def test_ranks_of_another_launcher_are_refused(tmp_path):
+    done = run_cli("check", str(JOB), env={"RANK": "0"})
+    assert done.returncode == Exit.USAGE
+    assert "hvdloss check starts the ranks itself" in done.stderr
+
+
 def test_a_script_that_fails_or_is_not_covered_is_told(tmp_path):
     script = tmp_path / "train.py"
-    script.write_text("raise ValueError('no such thing')\n")
-    done = run_cli("check", "-np", "1", str(script))
+    script.write_text("import sys\nraise ValueError(sys.argv[1:])\n")
+    done = run_cli("check", "-np", "1", str(script), "--steps", "5")
     assert done.returncode == Exit.RANKS
-    assert "ValueError: no such thing" in done.stderr
+    assert "ValueError: ['--steps', '5']" in done.stderr
     assert "after 0 steps" in done.stderr
     script.write_text("import keras\n")
     done = run_cli("check", str(script))
