@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import hvdloss.torch as hvd
 from hvdloss.check.evidence import Evidence, read
 from hvdloss.check.verdict import Finding, Verdict, judge
 from hvdloss.torch.check.recorder import Enough, Recorder
@@ -161,3 +162,26 @@ def test_what_a_script_gets_is_left_as_it_is(tmp_path):
     with Recorder(tmp_path, 0, 3).watching():
         found = gradient()
     assert torch.equal(found, expected)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # nobody reduces their gradients here
+def test_objectives_are_seen_with_their_weights_and_reduction(tmp_path):
+    labels, weight = LABELS.clamp(min=0), WEIGHT.clone()
+    for reduction, denominators in (
+        ("mean", {"weights": 7.5}),
+        ("batch_mean", {"elements": 5.0}),
+        ("sum", None),
+    ):
+        objective = hvd.Objective("cross_entropy", reduction=reduction)
+        (tmp_path / reduction).mkdir()
+        found, seen = watched(tmp_path / reduction, linear(), lambda m, o=objective: o(m(X), labels, weight))
+        (((call,),),) = seen.passes
+        assert call.ours
+        assert denominators is None or call.denominators == denominators
+        assert found.verdict is Verdict.EXACT
+    dice = hvd.Objective("soft_dice")
+    (tmp_path / "dice").mkdir()
+    target = (X[:, :1] > 0).double()
+    found, _ = watched(tmp_path / "dice", linear(), lambda m: dice(m(X)[:, :1].sigmoid(), target))
+    assert found.verdict is Verdict.UNKNOWN
+    assert "loss of all elements together" in found.problems[0]
