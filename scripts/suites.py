@@ -39,7 +39,9 @@ RANKS_COME_AND_GO = (
     "adapters/*/_elastic.py",
     "hvdloss/cli/install/*",
 )
-NOT_COMPUTED_WITH = ("hvdloss/cli/*", "hvdloss/report/*", "hvdloss/trackers/*")  # of the core, by adapters
+NOT_COMPUTED_WITH = (
+    *("hvdloss/cli/*", "hvdloss/check/*", "hvdloss/report/*", "hvdloss/trackers/*"),
+)  # of the core, by adapters
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,15 @@ SUITES = (
         "slow examples, commands, explanations and packages",
         (
             *HARNESS,
-            *("hvdloss/cli/*", "hvdloss/explain/*", "benchmarks/*", "examples/*", "scripts/package.py"),
+            *(
+                "hvdloss/cli/*",
+                "hvdloss/check/*",
+                "adapters/torch/check/*",
+                "hvdloss/explain/*",
+                "benchmarks/*",
+                "examples/*",
+                "scripts/package.py",
+            ),
             *(f"tests/{name}/*" for name in ("cli", "core", "examples", "security", "package")),
         ),
     ),

@@ -253,3 +253,18 @@ def _derived(out: torch.Tensor, calls: list[_Call], name: str) -> Elements:
 def _reshaped(out: torch.Tensor, given: torch.Tensor) -> bool:
     """Return whether `out` is `given` in another shape, in the same order."""
     return out.data_ptr() == given.data_ptr() and out.is_contiguous() and given.is_contiguous()
+
+
+def elements_of(func: Any, args: Any, kwargs: Any) -> tuple[str, Elements] | None:
+    """Return what a call of one of PyTorch's loss functions asks for, and its elements; None for others.
+
+    The reduction is "none", "mean", "sum" or "batchmean". Elements of "none" are not yet weighed by classes.
+    """
+    if func not in _FUNCTIONS:
+        return None
+    arguments = _FUNCTIONS[func].bind(*args, **kwargs)
+    arguments.apply_defaults()
+    asked = _asked(arguments.arguments)
+    arguments.arguments.update({"reduction": "none"})
+    arguments.arguments.update({k: None for k in ("size_average", "reduce") if k in arguments.arguments})
+    return asked, _call(func, arguments.arguments, asked, None).elements

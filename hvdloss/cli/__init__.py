@@ -1,4 +1,4 @@
-"""The command line: ``hvdloss install``, ``doctor``, ``bench``, ``explain``, ``report``, ``simulate``.
+"""The command line: ``hvdloss install``, ``doctor``, ``check``, ``bench``, ``explain`` and others.
 
 Subcommands are imported when they are asked for, so that ``hvdloss --help`` and
 ``hvdloss --version`` answer at once and no command pays for another's imports.
@@ -19,6 +19,7 @@ from hvdloss.private import private_umask
 #: Subcommand -> (module, attribute, one line for ``--help`` so that it need not import them).
 _COMMANDS = {
     "bench": ("hvdloss.cli.bench", "bench", "Measure steps and all-reduces beside their peers."),
+    "check": ("hvdloss.cli.check", "check", "Tell whether a script trains like one process."),
     "doctor": ("hvdloss.cli.doctor", "doctor", "Say whether training can start, and what to do."),
     "explain": ("hvdloss.cli.explain", "explain", "Say what a trained model relies on, on all ranks."),
     "install": ("hvdloss.cli.install", "install", "Build and install Horovod for this Python."),

@@ -30,8 +30,9 @@ class Exit(IntEnum):
 
 _MEANINGS = {
     Exit.OK: "done; for `doctor`: training can start",
-    Exit.NOT_READY: "`doctor`: training cannot start; `report`: no page, or the run that is followed failed",
-    Exit.USAGE: "the command line is wrong, or a file that it names",
+    Exit.NOT_READY: "`doctor`: training cannot start; `report`: no page, or the run that is followed failed; "
+    "`check`: not exact",
+    Exit.USAGE: "the command line is wrong, or a file that it names; `check`: could not tell",
     Exit.MISSING: "something needed is missing; nothing was changed",
     Exit.SOURCE: "Horovod's source could not be had (network, or a hash that differs)",
     Exit.BUILD: "the build failed; nothing was installed",

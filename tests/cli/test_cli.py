@@ -75,7 +75,7 @@ def test_the_page_of_commands_has_every_exit_status():
     assert documented_statuses() == {int(status): status.meaning for status in Exit}
 
 
-@pytest.mark.parametrize("name", ["bench", "doctor", "explain", "install", "report", "simulate"])
+@pytest.mark.parametrize("name", ["bench", "check", "doctor", "explain", "install", "report", "simulate"])
 def test_what_help_says_of_exit_statuses_is_true_of_all(name):
     """A command names those of its own; none that the table does not have."""
     text = " ".join(CliRunner().invoke(cli, [name, "--help"]).output.split())

@@ -17,7 +17,10 @@ import hvdloss
 from hvdloss import errors
 
 ROOT = Path(hvdloss.__file__).parent
-FOLDERS = (".", "terms", "control", "losses", "data", "explain", "metrics", "training", "trackers", "report")
+FOLDERS = (
+    *(".", "terms", "control", "losses", "data", "explain", "metrics", "training", "trackers", "report"),
+    "check",
+)
 SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).glob("*.py"))
 MODULES = [
     ".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__")
