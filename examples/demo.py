@@ -132,9 +132,12 @@ def main() -> int:
     if setup and not setup.finish():
         return 1
     if args.pictures:
+        from PIL import Image
+
         for r in results:
             if r.numbers:
-                shutil.copyfile(r.numbers["picture"], args.pictures / f"{r.script}.png")
+                image = Image.open(r.numbers["picture"]).convert("RGB").quantize(32)  # a third of the size
+                image.save(args.pictures / f"{r.script}.png", optimize=True)
     summarise(results, console)
     print(NEXT.format(output=args.output), end="")
     return 1 if any(r.failure and not r.failure.startswith("skipped") for r in results) else 0

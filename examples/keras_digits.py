@@ -45,7 +45,7 @@ class Digits(TensorFlowJob):
     def make_ordinary(self) -> keras.Model:
         keras.config.set_floatx(self.args.dtype)
         keras.utils.set_random_seed(self.seed)
-        hidden = keras.layers.Dense(32, activation="relu", name="hidden")
+        hidden = keras.layers.Dense(16, activation="tanh", name="hidden")
         head = keras.layers.Dense(10, name="head")  # named: rank 0 makes more models than the others
         return keras.Sequential([keras.Input((16,)), hidden, head], name="digits")
 
@@ -63,7 +63,7 @@ class Digits(TensorFlowJob):
 
 
 def make_optimizer() -> keras.optimizers.Optimizer:
-    return keras.optimizers.SGD(0.5, momentum=0.9)
+    return keras.optimizers.SGD(0.2, momentum=0.9)
 
 
 def make_job(args: Any, seed: int) -> Digits:
