@@ -61,9 +61,11 @@ averaging, and in one process. Together they take about a minute and a half once
 
 NEXT = """\
 Pictures, numbers and records are in {output}/. Three things to try next:
-  1. A page of a run, with who waits for whom:  hvdloss report {output}/torch_digits
-  2. Other ranks and shares of the data:        torchrun --nproc-per-node 4 examples/torch_tokens.py --help
-  3. Your own script, in a few changed lines:   docs/howto/from-ddp.md, from-horovod.md, from-keras.md
+  1. A page of a run, with which rank waits for which:
+       {bin}hvdloss report {output}/torch_digits
+  2. Other ranks, other shares of the data:
+       {bin}torchrun --nproc-per-node 3 examples/torch_tokens.py --seeds 1 --shares 0.6,0.3,0.1
+  3. Your own script, in a few changed lines: docs/howto/from-ddp.md, from-horovod.md, from-keras.md
 """
 
 # "[0]<stdout>:" over Gloo; "[1,0]<stdout>:" over MPI, there now and then inside a line as well
@@ -139,7 +141,8 @@ def main() -> int:
                 image = Image.open(r.numbers["picture"]).convert("RGB").quantize(32)  # a third of the size
                 image.save(args.pictures / f"{r.script}.png", optimize=True)
     summarise(results, console)
-    print(NEXT.format(output=args.output), end="")
+    folder = "" if shutil.which("hvdloss") else os.path.relpath(Path(sys.executable).parent) + os.sep
+    print(NEXT.format(output=args.output, bin=folder), end="")
     return 1 if any(r.failure and not r.failure.startswith("skipped") for r in results) else 0
 
 
