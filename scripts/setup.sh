@@ -32,6 +32,11 @@ if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$state" ] && "$venv/bin/python" -c 
     exit 0
 fi
 
+if [ -n "$torch_only" ]; then
+    say "first $torch and hvdloss go into $venv (about a minute): enough for training on several ranks." \
+        "TensorFlow and Horovod, which is compiled, follow in the background (some four minutes)."
+fi
+
 [ "$(uname -s)" = Linux ] || die "Horovod is built on Linux here; on Windows use WSL 2, elsewhere a container."
 
 # 1. Python: the pinned versions exist for 3.11 to 3.13.
@@ -92,9 +97,6 @@ if ! "$venv/bin/python" -c "$good; import pip" 2>/dev/null || ! grep -qsF "$(pwd
     "$python" -m venv "$venv"
 fi
 pip=("$venv/bin/python" -m pip --disable-pip-version-check --no-input)
-if [ -n "$torch_only" ] && "$venv/bin/python" -c 'import hvdloss.torch, matplotlib, sklearn' 2>/dev/null; then
-    exit 0
-fi
 
 # 4. Frameworks, at the pinned versions. PyPI's torch for x86-64 brings 2 GB of CUDA; without a
 # GPU the CPU build of the same version does the same.
@@ -110,7 +112,6 @@ elif [ -n "${TORCH_INDEX:-}" ]; then
     index=(--extra-index-url "$TORCH_INDEX")
 fi
 if [ -n "$torch_only" ]; then
-    say "installing $torch and hvdloss into $venv (about a minute)"
     "${pip[@]}" install -qq --constraint constraints.txt "${index[@]}" "$torch" --editable '.[examples]' >&2
     exit 0
 fi
