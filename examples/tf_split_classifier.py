@@ -68,7 +68,7 @@ class Split(TensorFlowJob):
         return keras.Sequential([keras.Input((16,)), hidden, head()], name="digits")  # as on the other ranks
 
     def descend(self, model: keras.Model) -> Any:
-        optimizer = keras.optimizers.SGD(1.0, momentum=0.9)
+        optimizer = keras.optimizers.SGD(0.5, momentum=0.9)
         optimizer.build(model.trainable_variables)
         return optimizer.apply
 
@@ -99,7 +99,7 @@ def make_job(args: Any, seed: int) -> Split:
 
 
 if __name__ == "__main__":
-    parser = options("tf_split_classifier", __doc__, epochs=100, batch=1438, seeds=3)
+    parser = options("tf_split_classifier", __doc__, epochs=150, batch=1438, seeds=2)
     parser.add_argument("--model", type=at_least(1), help="ranks that share a model (2, if ranks are even)")
     arguments = parser.parse_args()
     hvd.init(process_sets="dynamic")

@@ -75,7 +75,7 @@ class Split(TorchJob):
         return nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 10))
 
     def make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        return torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9)
+        return torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
 
     def flat(self, model: nn.Sequential, tensors: list[torch.Tensor]) -> np.ndarray:
         """Return what belongs to the ordinary model's parameters, as one vector. Collective."""
@@ -102,7 +102,7 @@ def make_job(args: Any, seed: int) -> Split:
 
 
 if __name__ == "__main__":
-    parser = options("torch_split_classifier", __doc__, epochs=100, batch=1438, seeds=3)
+    parser = options("torch_split_classifier", __doc__, epochs=150, batch=1438, seeds=2)
     parser.add_argument("--model", type=at_least(1), help="ranks that share a model (2, if ranks are even)")
     arguments = parser.parse_args()
     hvd.init(process_sets="dynamic")

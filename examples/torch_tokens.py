@@ -84,7 +84,7 @@ class Tokens(TorchJob):
     def measure(self, model: nn.Module) -> dict[str, float]:
         x, y = self.samples(self.held_out)
         with torch.no_grad():  # of tokens alone: padding takes time
-            return {"loss (nats a token)": mean(model, (x[y >= 0], y[y >= 0])).item()}
+            return {"loss a token": mean(model, (x[y >= 0], y[y >= 0])).item()}
 
 
 def source_lines() -> np.ndarray:

@@ -74,7 +74,7 @@ def check_picture(path: Path) -> None:
     from matplotlib import image
 
     pixels = image.imread(path)
-    assert min(pixels.shape[:2]) >= 300
+    assert min(pixels.shape[:2]) >= 200
     assert pixels.std() > 0.02, "the picture is blank"
 
 
