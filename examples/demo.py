@@ -229,12 +229,12 @@ def run(demo: Demo, args: argparse.Namespace, launcher: str) -> Result:
 
 def summarise(results: list[Result], console: Console) -> None:
     """Print one table of all demos."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("\ndemo", no_wrap=True)
     table.add_column("\nheld-out", no_wrap=True)
-    for name in ("\nhvdloss", "plain\naveraging", "\nworse in", "its gradient\noff by"):
+    for name in ("\nhvdloss", "plain\naveraging", "\nworse in", "gradient\noff by"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("hvdloss\nexact")
+    table.add_column("hvdloss\nexact", no_wrap=True)
     table.add_column("\ntime", justify="right", no_wrap=True)
     for r in results:
         row = ["-"] * 5
@@ -246,10 +246,19 @@ def summarise(results: list[Result], console: Console) -> None:
             row = [metric, f"{np.mean(values):.4g}", f"{np.mean(others):.4g}", f"{worse} of {len(values)}"]
             row.append(f"{np.median(plain['gradient_errors']):.0%}")
         style = "green" if not r.failure else "yellow" if r.failure.startswith("skipped") else "bold red"
-        table.add_row(r.script, *row, f"[{style}]{r.failure or 'yes'}[/]", f"{r.seconds:.0f} s")
+        table.add_row(
+            r.script,
+            *row,
+            f"[{style}]{r.failure.split()[0].strip(':') if r.failure else 'yes'}[/]",
+            f"{r.seconds:.0f} s",
+        )
     print()
     console.rule("All demos", align="left")
     console.print(table)
+    for r in results:
+        if r.failure:
+            print(f"{r.script}: {r.failure}")
+    print()
 
 
 if __name__ == "__main__":
