@@ -184,12 +184,6 @@ class Job:
         for epoch, step in itertools.product(range(self.args.epochs), range(self.shards.steps)):
             yield self.shards.union(epoch, step) if rank is None else self.shards.batch(rank, epoch, step)
 
-    def recorder(self, hvd: Any) -> Any:
-        """Return a recorder: ``hvdloss report runs/NAME`` makes a page of what it writes."""
-        settings = {k: v for k, v in vars(self.args).items() if k not in ("name", "output")}
-        path = self.args.output / "run.jsonl"
-        return hvd.Recorder(path, name=self.args.name, settings=settings, exists="replace")
-
     # A framework's:
     make: Callable[[], Any]
     train: Callable[[Any, Watch], None]
@@ -202,6 +196,12 @@ class Job:
     put: Callable[[Any, np.ndarray], Any]  # such a model, with these parameters
     loss: Callable[[Any, tuple], tuple[float, np.ndarray]]  # (model, samples): with its gradient
     measure: Callable[[Any], dict[str, float]]  # on held-out samples; the first is a loss
+
+
+def recorder(hvd: Any, args: argparse.Namespace) -> Any:
+    """Return a recorder: ``hvdloss report runs/NAME`` makes a page of what it writes."""
+    settings = {k: v for k, v in vars(args).items() if k not in ("name", "output")}
+    return hvd.Recorder(args.output / "run.jsonl", name=args.name, settings=settings, exists="replace")
 
 
 class Watch:

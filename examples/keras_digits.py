@@ -17,7 +17,7 @@ import numpy as np
 from _tensorflow import TensorFlowJob, tf
 
 import hvdloss.keras as hvd
-from _common import Shards, compare, digit_measures, digits, options
+from _common import Shards, compare, digit_measures, digits, options, recorder
 from hvdloss.tensorflow.ops import communicator_of
 
 
@@ -35,7 +35,7 @@ class Digits(TensorFlowJob):
             callbacks=[
                 hvd.callbacks.BroadcastGlobalVariablesCallback(0),
                 hvd.callbacks.MetricAverageCallback(),
-                hvd.callbacks.FollowCallback(self.recorder(hvd)),
+                hvd.callbacks.FollowCallback(recorder(hvd, self.args)),
                 keras.callbacks.LambdaCallback(
                     on_train_batch_end=lambda batch, logs: watch(optimizer.last_step.loss)
                 ),

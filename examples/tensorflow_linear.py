@@ -15,7 +15,7 @@ import numpy as np
 from _tensorflow import TensorFlowJob, tf
 
 import hvdloss.tensorflow as hvd
-from _common import Shards, compare, options, split
+from _common import Shards, compare, options, recorder, split
 from hvdloss.tensorflow.ops import communicator_of
 
 RATE = 0.1
@@ -38,7 +38,7 @@ class Diabetes(TensorFlowJob):
         variables = [model.W, model.b]
         hvd.broadcast_variables(variables, root_rank=0)
         objective = hvd.Objective("mse")
-        record = self.recorder(hvd).follow(objective)
+        record = recorder(hvd, self.args).follow(objective)
 
         @tf.function(reduce_retracing=True)
         def step(x: tf.Tensor, y: tf.Tensor, weight: tf.Tensor) -> list[tf.Tensor]:

@@ -17,7 +17,7 @@ from _tensorflow import TensorFlowJob, tf
 
 import hvdloss.keras as khvd
 import hvdloss.tensorflow as hvd
-from _common import Shards, at_least, compare, digit_measures, digits, options
+from _common import Shards, at_least, compare, digit_measures, digits, options, recorder
 from hvdloss.tensorflow.ops import communicator_of
 
 
@@ -28,7 +28,7 @@ class Split(TensorFlowJob):
         """Train on this pair's images. But for `watch` and `step`, this is all one has to write."""
         loss = hvd.ShardedCrossEntropy(model.layers[-1].shards, process_set=self.groups.model)
         objective = hvd.Objective(loss, process_set=self.groups.data)  # ranks that hold the same part
-        record = self.recorder(hvd).follow(objective)
+        record = recorder(hvd, self.args).follow(objective)
         step = self.step(model, objective, lambda tape: hvd.DistributedGradientTape(tape, objective))
         for batch in self.batches(self.groups.data.rank()):
             _, gradients = step(*batch)

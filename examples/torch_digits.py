@@ -16,7 +16,7 @@ from torch import nn
 
 import hvdloss
 import hvdloss.torch as hvd
-from _common import Shards, at_least, compare, digit_measures, digits, options
+from _common import Shards, at_least, compare, digit_measures, digits, options, recorder
 from _torch import TorchJob, mean
 from hvdloss.torch.ops import communicator_of
 
@@ -34,7 +34,7 @@ class Digits(TorchJob):
             objective,
             backward_passes_per_step=self.most_micro_batches(micro),  # other ranks may have fewer
         )
-        record = self.recorder(hvd).follow(optimizer)
+        record = recorder(hvd, self.args).follow(optimizer)
         for micro_batches in self.micro_batches(hvd.rank(), micro):
             optimizer.zero_grad()
             for x, y, weight in micro_batches:  # this rank's own, as many and as long as they are

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 import hvdloss.torch as hvd
-from _common import Shards, at_least, compare, digit_measures, digits, options
+from _common import Shards, at_least, compare, digit_measures, digits, options, recorder
 from _torch import TorchJob, mean, weighted_mean
 from hvdloss.torch.ops import communicator_of
 
@@ -36,7 +36,7 @@ class Split(TorchJob):
             objective,
             process_set=self.groups.data,  # ranks that hold the same part of the model
         )
-        record = self.recorder(hvd).follow(optimizer)
+        record = recorder(hvd, self.args).follow(optimizer)
         for x, y, weight in self.batches(self.groups.data.rank()):
             optimizer.zero_grad()
             objective(model(x), y, weight).backward()

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 import hvdloss.torch as hvd
-from _common import Shards, at_least, compare, options, split
+from _common import Shards, at_least, compare, options, recorder, split
 from _torch import Samples, TorchJob, mean
 from hvdloss.torch.ops import communicator_of
 
@@ -41,7 +41,7 @@ class Tokens(TorchJob):
             objective,
             backward_passes_per_step=self.most_micro_batches(micro),
         )
-        record = self.recorder(hvd).follow(optimizer)
+        record = recorder(hvd, self.args).follow(optimizer)
         for micro_batches in self.micro_batches(hvd.rank(), micro):
             optimizer.zero_grad()
             for x, y in micro_batches:
