@@ -10,8 +10,9 @@ help: ## list the targets
 setup: ## make .venv with the frameworks, hvdloss and Horovod (quick when up to date)
 	@./scripts/setup.sh
 
-demo: setup ## train on real data on several Horovod ranks, against one process
-	$(PYTHON_BIN) examples/demo.py
+demo: ## train on real data on several ranks, against one process (the rest is installed meanwhile)
+	@./scripts/setup.sh --torch
+	@$(PYTHON_BIN) examples/demo.py --setup ./scripts/setup.sh
 
 test: setup ## run the tests
 	$(PYTHON_BIN) -m pytest

@@ -1,4 +1,4 @@
-"""What the examples share: real data split unevenly, options, a progress bar, a table and a picture.
+"""What the demos share: real data split over ranks, the comparison with one process, a table and a picture.
 
 Nothing here is needed to train with hvdloss, and nothing here knows a framework: arrays are NumPy's.
 """
@@ -6,56 +6,39 @@ Nothing here is needed to train with hvdloss, and nothing here knows a framework
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-ONE, EXACT, PLAIN = "one process", "hvdloss", "plain averaging"
-TOLERANCE = {"float64": 1e-12, "float32": 1e-5}
-PROGRESS = "HVDLOSS_EXAMPLE_PROGRESS"  # set by demo.py, which draws the bar; see Progress
-MARK = "\x1eprogress "
-
-
-# -- ranks ----
-
-
-def told_by_all(communicator: Any, value: Any) -> list[Any]:
-    """Return every rank's value, in rank order; as JSON, so that no rank runs what another one sent."""
-    text = json.dumps(value, default=float).encode()
-    return [json.loads(told) for told in communicator.all_gather_bytes(text, "example.told")]
+ONE, EXACT, PLAIN = WAYS = ("one process", "hvdloss", "plain averaging")
+TOLERANCE = {"float64": 1e-12, "float32": 1e-5}  # of a step's loss and gradient, relative
+DRIFT = 1000  # times that, for the parameters after some hundred steps
 
 
 # -- options ------------------------------------------------------------------------------------------
 
 
-def options(name: str, text: str, *, epochs: int, batch: int) -> argparse.ArgumentParser:
-    """Return a parser of the options that all examples have; an example may add its own."""
+def options(name: str, text: str, *, epochs: int, batch: int, seeds: int) -> argparse.ArgumentParser:
+    """Return a parser of the options that all demos have; a demo may add its own."""
     parser = argparse.ArgumentParser(
-        description=text,
-        epilog=f"On several ranks: horovodrun --gloo -np 4 python examples/{name}.py",
+        description=text.splitlines()[0],
+        epilog=f"On several ranks: horovodrun -np 2 python examples/{name}.py",
     )
     parser.set_defaults(name=name)
     add = parser.add_argument
     add("--epochs", type=at_least(1), default=epochs, help="passes over the data (%(default)s)")
-    add("--batch", type=at_least(1), default=batch, help="samples a step, of all ranks (%(default)s)")
-    add("--seed", type=at_least(0), default=0, help="of weights and order (%(default)s)")
-    add(
-        "--shares",
-        type=_shares,
-        help="each rank's part of the data, as 0.55,0.25,0.15,0.05 (default: the last rank has an eighth "
-        "of the first one's)",
-    )
+    add("--batch", type=at_least(1), default=batch, help="samples in a step, over all ranks (%(default)s)")
+    add("--seeds", type=at_least(1), default=seeds, help="repeat with this many seeds (%(default)s)")
+    add("--shares", type=_shares, help="each rank's part of the data, as 0.8,0.15,0.05")
     add("--dtype", choices=sorted(TOLERANCE), default="float64", help="of all arithmetic (%(default)s)")
     add("--output", type=Path, default=Path("runs") / name, help="folder of the results (%(default)s)")
-    add("--quiet", action="store_true", help="print only what is wrong")
-    add("--json", action="store_true", help="print the numbers as JSON instead of tables")
     return parser
 
 
@@ -84,44 +67,6 @@ def _shares(text: str) -> list[float]:
 # -- data ---------------------------------------------------------------------------------------------
 
 
-class Shards:
-    """Which samples each rank holds, and which of them it brings to each step.
-
-    Every rank goes through its own shard once an epoch, in as many steps as the others: a rank with a
-    larger shard has larger batches. All of it follows from the arguments, so that any process can tell
-    what any rank does, and one process can take all ranks' samples of a step at once.
-
-    Args:
-        order: indices of the samples; ranks take their shards from it one after the other.
-        shares: each rank's part, or None for a last rank with an eighth of what the first one has.
-        size: number of ranks.
-        batch: samples a step, of all ranks together (about).
-        seed: of the order within a shard, which is another one each epoch.
-    """
-
-    def __init__(
-        self, order: Sequence[int] | np.ndarray, shares: list[float] | None, size: int, batch: int, seed: int
-    ) -> None:
-        if shares is None:
-            falling = 8.0 ** -(np.arange(size) / max(1, size - 1))
-            shares = list(falling / falling.sum())
-        if len(shares) != size:
-            sys.exit(f"error: --shares has {len(shares)} numbers, but there are {size} ranks")
-        self.size, self.seed, self.shares = size, seed, shares
-        cuts = np.rint(np.cumsum(shares)[:-1] * len(order)).astype(int)
-        self.shards = np.split(np.asarray(order), cuts)
-        self.steps = -(-len(order) // batch)  # an epoch
-
-    def batch(self, rank: int, epoch: int, step: int) -> np.ndarray:
-        """Return the samples that `rank` brings to a step; may be none."""
-        shuffled = np.random.default_rng([self.seed, epoch, rank]).permutation(self.shards[rank])
-        return np.array_split(shuffled, self.steps)[step]
-
-    def union(self, epoch: int, step: int) -> np.ndarray:
-        """Return the samples of all ranks in a step: what one process takes."""
-        return np.concatenate([self.batch(rank, epoch, step) for rank in range(self.size)])
-
-
 def split(count: int, seed: int, test: float = 0.2) -> tuple[np.ndarray, np.ndarray]:
     """Return the indices of training and held-out samples, in random order."""
     mixed = np.random.default_rng([seed, count]).permutation(count)
@@ -129,79 +74,161 @@ def split(count: int, seed: int, test: float = 0.2) -> tuple[np.ndarray, np.ndar
     return mixed[held_out:], mixed[:held_out]
 
 
-# -- progress -----------------------------------------------------------------------------------------
+def digits(seed: int) -> tuple[tuple[np.ndarray, ...], np.ndarray, np.ndarray]:
+    """Return scikit-learn's digits at 4 x 4 pixels: ``(x, y, weight), training, held_out``.
 
-
-def on_terminal() -> bool:
-    """Return whether a person watches this process's output directly.
-
-    Under a launcher it is gathered and prefixed first, though mpirun lends its ranks a pseudo-terminal.
+    8s and 9s count five times. Training samples come roughly by label, from 9 down to 0: shards taken
+    from them one after the other hold different digits, as those of different sites do.
     """
-    launched = {"HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"} & os.environ.keys()
-    return sys.stdout.isatty() and not launched
+    from sklearn.datasets import load_digits
+
+    x, y = load_digits(return_X_y=True)
+    x = x.reshape(-1, 4, 2, 4, 2).mean((2, 4)).reshape(-1, 16) / 16
+    training, held_out = split(len(y), seed)
+    rank_by = np.random.default_rng(seed).uniform(0, 2, len(y)) - y
+    return (x, y, np.where(y >= 8, 5.0, 1.0)), training[np.argsort(rank_by[training])], held_out
 
 
-class Progress:
-    """One bar for the whole job, on the one rank that shows it.
+def digit_measures(prediction: np.ndarray, loss: float, y: np.ndarray) -> dict[str, float]:
+    """Return what the demos on digits measure on held-out samples."""
+    right = prediction.argmax(1) == y
+    return {"loss (nats)": loss, "recall of 8, 9": right[y >= 8].mean(), "accuracy": right.mean()}
 
-    On a terminal a live bar; otherwise (under horovodrun output is a pipe) a few plain lines. demo.py
-    asks for marked lines and draws the bar itself.
 
-    >>> with Progress(total=20, show=True) as progress:
-    ...     progress.advance("hvdloss", 0.25)
+class Shards:
+    """Which samples each rank holds, and which of them it brings to each step.
+
+    All of it follows from the arguments, so that one process can take all ranks' samples of a step.
+
+    Args:
+        order: indices of the samples; ranks take their shards from it one after the other.
+        shares: each rank's part, or None for a last rank with a quarter of what the first one has.
+        size: number of ranks.
+        batch: samples in a step, over all ranks together (about).
+        seed: of the order within a shard, which is another one each epoch.
+        ragged: every rank takes batches of the same size until its shard ends: the last one is short, and
+            some ranks have none left while others go on. Otherwise a larger shard has larger batches.
     """
 
-    def __init__(self, total: int, *, show: bool, lines: int = 10) -> None:
-        self.total, self.done, self.show = total, 0, show
-        self._marked = bool(os.environ.get(PROGRESS))
-        self._live = show and on_terminal()
-        self._every = -(-total // (100 if self._marked else lines))
-        self._bar: Any = None
+    def __init__(
+        self, order: Any, shares: list[float] | None, size: int, batch: int, seed: int, ragged: bool = False
+    ) -> None:
+        shares = shares or list(4.0 ** -(np.arange(size) / max(1, size - 1)))
+        if len(shares) != size:
+            sys.exit(f"error: --shares has {len(shares)} numbers, but there are {size} ranks")
+        self.size, self.seed = size, seed
+        cuts = np.rint(np.cumsum(shares)[:-1] / sum(shares) * len(order)).astype(int)
+        self.shards = np.split(np.asarray(order), cuts)
+        self._own = max(1, batch // size) if ragged else None
+        self.steps = -(-max(map(len, self.shards)) // self._own) if self._own else -(-len(order) // batch)
 
-    def __enter__(self) -> Progress:
-        if self._live:
-            from rich import progress as p
+    def batch(self, rank: int, epoch: int, step: int) -> np.ndarray:
+        """Return the samples that `rank` brings to a step; may be none."""
+        shuffled = np.random.default_rng([self.seed, epoch, rank]).permutation(self.shards[rank])
+        if self._own:
+            return shuffled[step * self._own : (step + 1) * self._own]
+        return np.array_split(shuffled, self.steps)[step]
 
-            self._bar = p.Progress(
-                p.TextColumn("{task.description}"), p.BarColumn(None), p.TaskProgressColumn(),
-                p.TimeElapsedColumn(), transient=True,
-            )  # fmt: skip
-            self._task = self._bar.add_task("", total=self.total)
-            self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-        elif self.show and self._marked:
-            print(f"{MARK}{self.done}/{self.total} comparing", flush=True)
-
-    def advance(self, what: str, loss: float) -> None:
-        """Note one step of `what` that had this loss."""
-        self.done += 1
-        if not self.show:
-            return
-        line = f"{what:<16} loss {loss:.4f}"
-        if self._bar is not None:
-            self._bar.update(self._task, advance=1, description=line)
-        elif self.done % self._every == 0 or self.done == self.total:
-            if self._marked:
-                print(f"{MARK}{self.done}/{self.total} {line}", flush=True)
-            else:
-                print(f"  {100 * self.done // self.total:3d} %  {line}", flush=True)
+    def union(self, epoch: int, step: int) -> np.ndarray:
+        """Return the samples of all ranks in a step: what one process takes."""
+        return np.concatenate([self.batch(rank, epoch, step) for rank in range(self.size)])
 
 
-# -- records ------------------------------------------------------------------------------------------
+# -- training and comparison --------------------------------------------------------------------------
 
 
-def recorder(hvd: Any, args: argparse.Namespace, **options: Any) -> Any:
-    """Return a recorder of an example's run: ``hvdloss report runs/NAME`` makes a page of what it writes."""
-    settings = {k: v for k, v in vars(args).items() if k not in ("name", "output", "quiet", "json")}
-    path = args.output / "run.jsonl"
-    return hvd.Recorder(path, name=args.name, settings=settings, exists="replace", **options)
+class Job:
+    """One demo with one seed: its data, its model, and the ways to train it.
+
+    ``_torch.py`` and ``_tensorflow.py`` fill in what is a framework's; a demo gives `make` (a new model, as
+    the seed makes it) and `train`, what one writes to train with hvdloss.
+
+    Args:
+        args: of :func:`options`.
+        seed: of data, weights and order.
+        data: arrays with a row per sample.
+        shards: of the training samples.
+        held_out: indices of those to measure on.
+    """
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        seed: int,
+        data: tuple[np.ndarray, ...],
+        shards: Shards,
+        held_out: np.ndarray,
+    ) -> None:
+        self.args, self.seed, self.shards, self.held_out = args, seed, shards, held_out
+        self.data = tuple(a.astype(args.dtype) if a.dtype.kind == "f" else a for a in data)
+
+    def samples(self, index: np.ndarray) -> tuple[Any, ...]:
+        """Return some samples as the framework takes them."""
+        return tuple(a[index] for a in self.data)
+
+    def batches(self, rank: int | None) -> Iterator[tuple[Any, ...]]:
+        """Yield what a rank (None: all of them) brings to each step, epoch after epoch."""
+        yield from map(self.samples, self._indices(rank))
+
+    def micro_batches(self, rank: int, micro: int) -> Iterator[list[tuple[Any, ...]]]:
+        """Yield the same cut into micro-batches of `micro` samples; the last one may be shorter."""
+        for index in self._indices(rank):
+            yield [self.samples(part) for part in np.split(index, range(micro, len(index), micro))]
+
+    def most_micro_batches(self, micro: int) -> int:
+        """Return the largest number of micro-batches that any rank has in a step."""
+        longest = -(-max(map(len, self.shards.shards)) // self.shards.steps)
+        return -(-longest // micro)
+
+    def _indices(self, rank: int | None) -> Iterator[np.ndarray]:
+        for epoch, step in itertools.product(range(self.args.epochs), range(self.shards.steps)):
+            yield self.shards.union(epoch, step) if rank is None else self.shards.batch(rank, epoch, step)
+
+    # A framework's:
+    make: Callable[[], Any]
+    train: Callable[[Any, Watch], None]
+    train_plainly: Callable[[Any, Watch], None]
+    train_alone: Callable[[Any, Watch], None]
+    parameters: Callable[[Any], Any]  # of a model
+    gradients: Callable[[Any], Any]  # of the step before; None where they are not to be had
+    flat: Callable[[Any, Any], np.ndarray]  # (model, tensors): as one vector
+    make_ordinary: Callable[[], Any]  # a model as one process has it
+    put: Callable[[Any, np.ndarray], Any]  # such a model, with these parameters
+    loss: Callable[[Any, tuple], tuple[float, np.ndarray]]  # (model, samples): with its gradient
+    measure: Callable[[Any], dict[str, float]]  # on held-out samples; the first is a loss
 
 
-# -- what a run leaves --------------------------------------------------------------------------------
+def recorder(hvd: Any, args: argparse.Namespace) -> Any:
+    """Return a recorder: ``hvdloss report runs/NAME`` makes a page of what it writes."""
+    settings = {k: v for k, v in vars(args).items() if k not in ("name", "output")}
+    return hvd.Recorder(args.output / "run.jsonl", name=args.name, settings=settings, exists="replace")
+
+
+class Watch:
+    """Notes what a model that is being trained does; call it after every step, with the step's loss.
+
+    Args:
+        job: what is trained.
+        model: its model.
+        every_step: whether to keep each step's parameters and gradient, or each epoch's parameters.
+    """
+
+    def __init__(self, job: Job, model: Any, every_step: bool) -> None:
+        self._job, self._model, self._every_step = job, model, every_step
+        self.losses: list[float] = []
+        self.gradients: list[np.ndarray] = []
+        self.parameters = [self._flat(job.parameters(model))]  # before the first step, and after each
+
+    def _flat(self, tensors: Any) -> np.ndarray:
+        return np.array(self._job.flat(self._model, tensors), dtype=np.float64)
+
+    def __call__(self, loss: Any, gradients: Any = None) -> None:
+        self.losses.append(float(loss))
+        if self._every_step or len(self.losses) % self._job.shards.steps == 0:
+            self.parameters.append(self._flat(self._job.parameters(self._model)))
+        gradients = self._job.gradients(self._model) if gradients is None else gradients
+        if self._every_step and gradients is not None:
+            self.gradients.append(self._flat(gradients))
 
 
 def relative(a: Any, b: Any) -> float:
@@ -210,265 +237,206 @@ def relative(a: Any, b: Any) -> float:
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
-class Watch:
-    """Looks on while a model trains; call it after every step, with what the step reports.
+def told_by_all(communicator: Any, value: Any) -> list[Any]:
+    """Return every rank's value, in rank order; as JSON, so that no rank runs what another one sent."""
+    text = json.dumps(value, default=float).encode()
+    return [json.loads(told) for told in communicator.all_gather_bytes(text, "example.told")]
 
-    Args:
-        name: of the way of training: ONE, EXACT or PLAIN.
-        parameters: gives the model's parameters as one flat array.
-        gradient: gives the gradient that the step used, likewise.
-        progress: is advanced.
-        keep: whether to keep arrays (one rank does), or only times.
+
+def compare(
+    args: argparse.Namespace, make_job: Callable[[int], Job], hvd: Any, communicator: Any, **report: Any
+) -> int:
+    """Train in three ways from the same start, for each seed, and report.
+
+    Returns:
+        the exit status, the same on every rank: 1 if hvdloss's loss, gradient or trained model is not that
+        of one process.
     """
-
-    def __init__(
-        self,
-        name: str,
-        parameters: Callable[[], np.ndarray],
-        gradient: Callable[[], np.ndarray],
-        progress: Progress,
-        keep: bool = True,
-    ) -> None:
-        self.name, self.keep = name, keep
-        self._parameters, self._gradient, self._progress = parameters, gradient, progress
-        self.losses: list[float] = []
-        self.seconds: list[float] = []
-        self.waits: list[list[float]] = []  # each rank's, held up by communication, in the step before
-        self.gradients: list[np.ndarray] = []
-        self.parameters: list[np.ndarray] = []  # before the first step, and after each
-        if keep:
-            self.parameters.append(np.array(parameters(), dtype=np.float64))
-        self._began = time.perf_counter()
-
-    def __call__(self, loss: Any) -> None:
-        """Note a step by its loss or its StepReport; the time that this takes is not counted."""
-        self.seconds.append(time.perf_counter() - self._began)
-        if hasattr(loss, "ranks"):
-            self.waits.append([one.communication for one in loss.ranks])
-            loss = loss.loss
-        self.losses.append(float(loss))
-        if self.keep:
-            self.gradients.append(np.array(self._gradient(), dtype=np.float64))
-            self.parameters.append(np.array(self._parameters(), dtype=np.float64))
-        self._progress.advance(self.name, self.losses[-1])
-        self._began = time.perf_counter()
+    first, began = hvd.rank() == 0, time.perf_counter()
+    found: dict[str, Any] = {name: {"test": {}, "curve": []} for name in WAYS}
+    for seed in range(args.seeds):
+        job = make_job(seed)
+        watches = {}
+        for name, way in ((EXACT, job.train), (PLAIN, job.train_plainly), (ONE, job.train_alone)):
+            if name != ONE or first:
+                alone = name == ONE
+                model = job.put(job.make_ordinary(), watches[EXACT].parameters[0]) if alone else job.make()
+                watches[name] = Watch(job, model, every_step=seed == 0)
+                way(model, watches[name])
+        if first:
+            for name, watch in watches.items():
+                _judge(found[name], job, watch, watches[ONE])
+            metric, *_ = found[EXACT]["test"]
+            values = ", ".join(f"{name} {found[name]['test'][metric][-1]:.4g}" for name in WAYS)
+            print(f"  seed {seed}: held-out {metric}: {values}", flush=True)
+    status = 0
+    if first:
+        seconds = time.perf_counter() - began
+        status = conclude(args, found, size=hvd.size(), seconds=seconds, **report)
+    return int(told_by_all(communicator, status)[0])
 
 
-@dataclass
-class Outcome:
-    """What came of one way of training; errors are relative differences to one process."""
-
-    name: str
-    curve: list[float]  # loss of all training samples: before training, then after each epoch
-    gradient_errors: list[float] = field(default_factory=list)  # each step
-    loss_error: float | None = None  # the largest of all steps
-    gradient_error: float | None = None  # the largest of all steps
-    parameter_error: float | None = None  # after training
-    test: dict[str, float] = field(default_factory=dict)  # on held-out samples, by name
-
-
-@dataclass
-class RankRow:
-    """One rank's part of the job."""
-
-    rank: int
-    samples: int
-    weight: float
-    step_ms: float  # median
-    waiting_ms: float | None = None  # median time of a step that communication held the rank up
-    micro_batches: int = 1  # the most in a step
-
-
-def outcome(
-    watch: Watch,
-    one: Watch,
-    shards: Shards,
-    oracle: Callable[[np.ndarray, np.ndarray], tuple[float, np.ndarray]],
-    training_loss: Callable[[np.ndarray], float],
-    test: Callable[[np.ndarray], dict[str, float]],
-) -> Outcome:
-    """Hold every step of `watch` against one process that takes the same step.
-
-    Args:
-        watch: what was seen of the ranks' training.
-        one: of one process's own training, for the parameters after it.
-        shards: which samples were in which step.
-        oracle: ``(parameters, samples) -> (loss, gradient)`` in one process.
-        training_loss: of all training samples, at some parameters.
-        test: measures on held-out samples, at some parameters.
-    """
-    losses, gradients = [], []
-    for i, (loss, gradient) in enumerate(zip(watch.losses, watch.gradients, strict=True)):
-        right = oracle(watch.parameters[i], shards.union(*divmod(i, shards.steps)))
+def _judge(found: dict[str, Any], job: Job, watch: Watch, one: Watch) -> None:
+    """Add to `found` what came of one way of training with one seed; differences are to one process."""
+    model = job.make_ordinary()
+    epochs = watch.parameters[:: job.shards.steps if job.seed == 0 else 1]
+    measures = [job.measure(job.put(model, p)) for p in epochs]
+    for name, value in measures[-1].items():
+        found["test"].setdefault(name, []).append(float(value))
+    found["curve"].append([float(next(iter(m.values()))) for m in measures])
+    if watch is one:
+        return
+    off = relative(watch.parameters[-1], one.parameters[-1])
+    found["parameter_error"] = float(np.maximum(off, found.get("parameter_error", 0.0)))  # keeps a NaN
+    if job.seed:
+        return
+    losses, gradients = [], []  # each step's, from the parameters that it started from
+    for i, loss in enumerate(watch.losses):
+        samples = job.samples(job.shards.union(*divmod(i, job.shards.steps)))
+        right = job.loss(job.put(model, watch.parameters[i]), samples)
         losses.append(relative(loss, right[0]))
-        gradients.append(relative(gradient, right[1]))
-    return Outcome(
-        watch.name,
-        curve=[training_loss(p) for p in watch.parameters[:: shards.steps]],
-        gradient_errors=gradients,
-        loss_error=max(losses),
-        gradient_error=max(gradients),
-        parameter_error=relative(watch.parameters[-1], one.parameters[-1]),
-        test=test(watch.parameters[-1]),
-    )
+        gradients += [relative(g, right[1]) for g in watch.gradients[i : i + 1]]
+    found["loss_error"], found["gradient_errors"] = float(np.max(losses)), gradients
 
 
 # -- the report ---------------------------------------------------------------------------------------
 
 
 def conclude(
-    args: argparse.Namespace,
-    title: str,
-    outcomes: list[Outcome],
-    ranks: list[RankRow],
-    *,
-    remark: str = "",
-    loss_unit: str = "",
+    args: argparse.Namespace, found: dict[str, Any], *, size: int, seconds: float, title: str, remark: str
 ) -> int:
-    """Print the tables, write picture and numbers, and return the exit status (one rank calls this).
-
-    The status is 1, with a message, if hvdloss's gradient or loss is not that of one process.
+    """Print the table, write picture and numbers, and return the exit status (one rank calls this).
 
     Args:
-        args: parsed :func:`options`.
+        args: of :func:`options`.
+        found: by way of training: its measures and curves by seed, and its differences to one process.
+        size: number of ranks.
+        seconds: that training and measuring took.
         title: what was trained.
-        outcomes: of ONE, EXACT and PLAIN; PLAIN may be missing. Others are shown as well.
-        ranks: one row per rank.
         remark: one line on what makes the case hard.
-        loss_unit: for the loss axis, as "nats".
     """
-    tolerance = TOLERANCE[args.dtype]
+    allowed, exact = TOLERANCE[args.dtype], found[EXACT]
+    measured = {
+        "loss": (exact["loss_error"], allowed),
+        "gradient": (float(np.max(exact["gradient_errors"], initial=0.0)), allowed),
+        "trained model": (exact["parameter_error"], DRIFT * allowed),
+    }
+    wrong = {k: v for k, v in measured.items() if not v[0] <= v[1]}
     args.output.mkdir(parents=True, exist_ok=True)
-    picture, numbers = args.output / "loss.png", args.output / "numbers.json"
-    draw(picture, title, outcomes, loss_unit, tolerance)
-    exact = next(o for o in outcomes if o.name == EXACT)
-    measured = {"loss": exact.loss_error, "gradient": exact.gradient_error}
-    wrong = {k: v for k, v in measured.items() if v is not None and not v <= tolerance}
+    picture = args.output / "loss.png"
     data = {
         "name": args.name,
         "title": title,
         "remark": remark,
-        "size": len(ranks),
+        "verdict": verdict(found) if size > 1 else "One rank holds all samples: nothing is averaged.",
+        "size": size,
+        "seeds": args.seeds,
         "dtype": args.dtype,
-        "epochs": args.epochs,
-        "tolerance": tolerance,
+        "tolerance": allowed,
         "exact": not wrong,
-        "outcomes": [asdict(o) for o in outcomes],
-        "ranks": [asdict(r) for r in ranks],
+        "seconds": seconds,
+        "outcomes": found,
         "picture": str(picture),
     }
-    text = json.dumps(data, indent=1)
-    numbers.write_text(text + "\n")
-    if args.json:
-        print(text, flush=True)
-    elif not args.quiet:
-        show(title, outcomes, ranks, remark)
-    for what, value in wrong.items():
+    (args.output / "numbers.json").write_text(json.dumps(data, indent=1) + "\n")
+    draw(picture, data)
+    show(data)
+    for what, (value, most) in wrong.items():
         print(
             f"error: the {what} of hvdloss differs from one process's by {value:.1e} (relative), more than "
-            f"{tolerance:.0e} for {args.dtype}",
+            f"{most:.0e} for {args.dtype}",
             file=sys.stderr,
             flush=True,
         )
     return 1 if wrong else 0
 
 
-def show(title: str, outcomes: list[Outcome], ranks: list[RankRow], remark: str) -> None:
-    """Print the comparison and the ranks as two tables."""
+def verdict(found: dict[str, Any]) -> str:
+    """Return one sentence: in how many seeds plain averaging is off in each measure, and by how much."""
+    clauses = []
+    for name, exact in found[EXACT]["test"].items():
+        more = np.array(found[PLAIN]["test"][name]) / np.array(exact) - 1
+        word, count = ("higher", (more > 0).sum()) if more.mean() > 0 else ("lower", (more < 0).sum())
+        spread = f"{more.min():+.1%}" + (f" to {more.max():+.1%}" if len(more) > 1 else "")
+        clauses.append(f"{name} {word} in {count} of {len(more)} seeds ({spread})")
+    return f"With plain averaging, held-out {'; '.join(clauses)}."
+
+
+def show(data: dict[str, Any]) -> None:
+    """Print the comparison as a table."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    terminal = on_terminal()
-    width = None if terminal else int(os.environ.get("COLUMNS", 100))
-    color = terminal or bool(os.environ.get("FORCE_COLOR"))
-    console = Console(width=width, force_terminal=color, highlight=False)
-    metrics = list(dict.fromkeys(name for o in outcomes for name in o.test))
-
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("\ntrained by", no_wrap=True)
-    for first, second in (("loss*", ""), ("gradient*", ""), ("parameters", "at the end")):
-        table.add_column(f"{first}\n{second}" if second else f"\n{first}", justify="right", no_wrap=True)
-    for name in metrics:
-        table.add_column(f"held-out\n{name}", justify="right", no_wrap=True)
-    for one in outcomes:
-        style = {EXACT: "green", PLAIN: "red"}.get(one.name, "")
-        errors = [one.loss_error, one.gradient_error, one.parameter_error]
-        shown = ["-" if e is None else f"{e:.1e}" for e in errors]
-        shown += [f"{one.test[m]:#.4g}" if m in one.test else "-" for m in metrics]
-        table.add_row(one.name, *shown, style=style)
-    print()
-    console.print(table)
-    print("Relative differences to one process; * largest of all steps, each from the same parameters")
-
+    color = bool(os.environ.get("FORCE_COLOR")) or sys.stdout.isatty()
+    console = Console(width=int(os.environ.get("COLUMNS", 100)), force_terminal=color, highlight=False)
+    found = data["outcomes"]
+    console.print(f"\n[bold]{data['title']}, on {data['size']} rank(s), {data['seeds']} seed(s)[/]")
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    accumulates = any(r.micro_batches > 1 for r in ranks)
-    waits = any(r.waiting_ms is not None for r in ranks)
-    columns = ["rank", "samples", "weight", *["micro-\nbatches"] * accumulates, "median\nstep"]
-    for name in [*columns, *["of it\nwaiting"] * waits]:
-        table.add_column(name if "\n" in name else f"\n{name}", justify="right", no_wrap=True)
-    samples, weight = sum(r.samples for r in ranks), sum(r.weight for r in ranks)
-    for r in ranks:
-        row = [
-            str(r.rank),
-            f"{r.samples} ({r.samples / samples:.1%})",
-            f"{r.weight:.1f} ({r.weight / weight:.1%})",
-        ]
-        row += [str(r.micro_batches)] * accumulates + [f"{r.step_ms:.1f} ms"]
-        row += ["-" if r.waiting_ms is None else f"{r.waiting_ms:.1f} ms"] * waits
-        table.add_row(*row)
+    table.add_column("\ntrained by", no_wrap=True)
+    for name in [
+        *(f"held-out\n{m}" for m in found[EXACT]["test"]),
+        "gradient*\nmedian",
+        "\nlargest",
+        "\nmodel*",
+    ]:
+        table.add_column(name, justify="right", no_wrap=True)
+    for name, one in found.items():
+        row = [f"{np.mean(v):.3f} ± {np.std(v):.3f}" if max(v) < 10 else f"{np.mean(v):.1f} ± {np.std(v):.1f}"
+               for v in one["test"].values()]  # fmt: skip
+        errors = one.get("gradient_errors")
+        row += [f"{np.median(errors):.1e}", f"{max(errors):.1e}"] if errors else ["-", "-"]
+        row.append(f"{one['parameter_error']:.1e}" if "parameter_error" in one else "-")
+        table.add_row(name, *row, style={EXACT: "green", PLAIN: "red"}.get(name, ""))
     console.print(table)
-    if len(ranks) == 1:
-        print("One rank holds all samples: hvdloss is one process, and nothing is averaged.")
-    elif remark:
-        print(remark)
+    print("± standard deviation over seeds; * relative difference to one process: of each step's gradient")
+    print("  (first seed), of the trained model (largest of all seeds)")
+    print(data["remark"])
+    print(data["verdict"], flush=True)
 
 
-_SKY, _BLUE, _VERMILLION, _GREEN = "#8ccbf0", "#003f6b", "#d55e00", "#009e73"
 _LINES: dict[str, dict[str, Any]] = {  # colours of Okabe and Ito's palette, told apart by line style as well
-    ONE: {"color": _SKY, "linewidth": 6, "solid_capstyle": "round", "zorder": 2},
-    EXACT: {"color": _BLUE, "linewidth": 1.6, "linestyle": (0, (4, 2)), "zorder": 4},
-    PLAIN: {"color": _VERMILLION, "linewidth": 1.8, "linestyle": "-", "zorder": 3},
+    ONE: {"color": "#8ccbf0", "linewidth": 5, "solid_capstyle": "round", "zorder": 2},
+    EXACT: {"color": "#003f6b", "linewidth": 1.5, "linestyle": (0, (4, 2)), "zorder": 4},
+    PLAIN: {"color": "#d55e00", "linewidth": 1.5, "zorder": 3},
 }
-_OTHER: dict[str, Any] = {"color": _GREEN, "linewidth": 1.8, "linestyle": (0, (1, 1.5)), "zorder": 3}
 
 
-def draw(path: Path, title: str, outcomes: list[Outcome], loss_unit: str, tolerance: float) -> None:
-    """Draw the loss curves and, where known, each step's gradient error."""
+def draw(path: Path, data: dict[str, Any]) -> None:
+    """Draw the held-out loss by epoch, with its spread over seeds, and each step's gradient error."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    steps = any(o.gradient_errors for o in outcomes)
-    figure, axes = plt.subplots(
-        1, 1 + steps, figsize=(6 + 5 * steps, 4.4), layout="constrained", dpi=130, squeeze=False
-    )
-    figure.suptitle(title, fontsize=12)
-    left = axes[0, 0]
-    for one in outcomes:
-        left.plot(range(len(one.curve)), one.curve, label=one.name, **_LINES.get(one.name, _OTHER))
+    found = data["outcomes"]
+    steps = bool(found[EXACT]["gradient_errors"])
+    figure, axes = plt.subplots(1, 1 + steps, figsize=(4 + 4 * steps, 3), layout="constrained", dpi=80)
+    left, *rest = np.atleast_1d(axes)
+    figure.suptitle(data["title"], fontsize=10)
+    for name, one in found.items():
+        curves = np.array(one["curve"])
+        left.plot(curves.mean(0), label=name, **_LINES[name])
+        if name != ONE:
+            color = _LINES[name]["color"]
+            left.fill_between(
+                range(curves.shape[1]), curves.min(0), curves.max(0), color=color, alpha=0.12, lw=0
+            )
+    final = np.array([one["curve"] for one in found.values()])[:, :, -max(2, curves.shape[1] * 3 // 4) :]
+    left.set_ylim(final.min() - 0.1 * np.ptp(final), final.max() + 0.1 * np.ptp(final))
     left.set_xlabel("epochs")
-    left.set_ylabel("\n".join(["loss of all training samples", *[f"({loss_unit})"] * bool(loss_unit)]))
+    left.set_ylabel(f"held-out {next(iter(found[EXACT]['test']))}")
     left.legend(frameon=False)
-    if steps:
-        right = axes[0, 1]
-        for one in outcomes:
-            if one.gradient_errors:
-                errors = np.maximum(one.gradient_errors, 1e-17)  # 0 has no place on a logarithmic axis
-                style = _LINES.get(one.name, _OTHER) | {"linestyle": "-", "linewidth": 1.2}
-                right.plot(np.arange(1, len(errors) + 1), errors, label=one.name, **style)
-        right.axhline(tolerance, color="0.5", linewidth=1, linestyle=":")
-        right.annotate(
-            f"allowed: {tolerance:.0e}", (0.99, tolerance), xycoords=("axes fraction", "data"),
-            xytext=(0, 4), textcoords="offset points", ha="right", color="0.35", fontsize=9,
-        )  # fmt: skip
-        right.set_yscale("log")
-        right.set_ylim(1e-18, 10)
+    for right in rest:
+        for name in (EXACT, PLAIN):
+            errors = np.maximum(found[name]["gradient_errors"], 1e-17)  # 0 has no place on this axis
+            right.semilogy(errors, label=name, **_LINES[name] | {"linestyle": "-", "linewidth": 1})
+        right.axhline(data["tolerance"], color="0.5", linewidth=1, linestyle=":")
+        right.set_ylim(1e-18, 100)
         right.set_xlabel("steps")
-        right.set_ylabel("gradient's relative difference to one process")
+        right.set_ylabel("gradient off by (relative)")
         right.legend(frameon=False, loc="center right")
-    for ax in axes.flat:
+    for ax in figure.axes:
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(alpha=0.25)
     figure.savefig(path)

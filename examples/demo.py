@@ -1,8 +1,8 @@
-"""Run the examples under horovodrun, one after the other, and sum up what they show.
+"""Show what hvdloss changes: train on real data over several ranks, and compare with one process.
 
-Each trains on real data on several ranks of this machine: with hvdloss, with Horovod's plain averaging of
-local means, and in one process. Tables, numbers, pictures, and each run's record and page go to runs/. The
-exit status is 0 only if hvdloss's gradient was one process's in all of them.
+Each demo trains three times from the same start: with hvdloss, with plain averaging of the ranks' means, and
+in one process that sees all samples. Results, pictures and records go to runs/. The exit status is 0 only if
+hvdloss gave the result of one process in all of them.
 """
 
 from __future__ import annotations
@@ -16,248 +16,249 @@ import shutil
 import subprocess
 import sys
 import time
-from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich import box, progress
+import numpy as np
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from _common import EXACT, MARK, PLAIN, PROGRESS
+from _common import EXACT, PLAIN
 
 HERE = Path(__file__).resolve().parent
 
 
 @dataclass(frozen=True)
-class Job:
-    """One example, and on how many ranks the demo runs it."""
+class Demo:
+    """One example, and how the demo runs it."""
 
     script: str
-    size: int
-    framework: str
+    what: str  # goes wrong, or is shown
+    size: int = 2
+    needs: str = "torch"
+    torchrun: bool = False
+    extra: bool = False  # run only if it is named
 
 
-JOBS = [
-    Job("torch_regression", 4, "torch"),
-    Job("torch_digits", 4, "torch"),
-    Job("tensorflow_linear", 3, "tensorflow"),
-    Job("keras_digits", 2, "tensorflow"),
-    Job("torch_split_classifier", 4, "torch"),
-    Job("tf_split_classifier", 4, "tensorflow"),
+DEMOS = [
+    Demo("torch_tokens", "lines of different lengths, padded, in micro-batches", torchrun=True),
+    Demo("torch_digits", "class weights, where one rank holds the rare classes"),
+    Demo("tensorflow_linear", "uneven shards, the severe cases in the small one", needs="tensorflow"),
+    Demo("keras_digits", "one rank runs out of samples before the other", needs="tensorflow"),
+    Demo("torch_split_classifier", "a last layer split by class, two by two ranks", 4),
+    Demo("tf_split_classifier", "the same in TensorFlow", 4, needs="tensorflow", extra=True),
 ]
+
+INTRO = """\
+Ranks that train together average their gradients, each that of a local mean. The result is the mean over
+all samples only if every rank holds the same amount: (a/n + b/m)/2 is not (a+b)/(n+m). With uneven shards,
+masked tokens, class weights or a ragged end, training silently optimises another loss. hvdloss makes it the
+loss one process would see. Each demo trains three times, from the same start: with hvdloss, with plain
+averaging, and in one process. Together they take about a minute and a half once all is installed.
+"""
+
+NEXT = """\
+Pictures, numbers and records are in {output}/. Three things to try next:
+  1. A page of a run, with which rank waits for which:
+       {bin}hvdloss report {output}/torch_digits
+  2. Other ranks, other shares of the data:
+       {bin}torchrun --nproc-per-node 3 examples/torch_tokens.py --seeds 1 --shares 0.6,0.3,0.1
+  3. Your own script, in a few changed lines: docs/howto/from-ddp.md, from-horovod.md, from-keras.md
+"""
 
 # "[0]<stdout>:" over Gloo; "[1,0]<stdout>:" over MPI, there now and then inside a line as well
 _PREFIX = re.compile(r"\[(?:\d+,)?(\d+)\]<(?:stdout|stderr)>:")
-# What TensorFlow says while it is imported, by horovodrun itself as well, whatever its log level.
+# What TensorFlow says whatever its log level.
 _NOISE = re.compile(
     r"All log messages before absl::InitializeLog|^[IW]\d{4} .*\.cc:\d+\]|"
     r"To enable the following instructions:|^\s*warnings\.warn\(|pkg_resources is deprecated"
 )
 
 
+@dataclass
+class Result:
+    """What came of one demo."""
+
+    script: str
+    seconds: float = 0.0
+    numbers: dict[str, Any] = field(default_factory=dict)
+    failure: str = ""
+
+
 def main() -> int:
-    jobs = [job for job in JOBS if (HERE / f"{job.script}.py").exists()]
-    names = [job.script for job in jobs]
+    names = [demo.script for demo in DEMOS]
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", nargs="+", choices=names, metavar="EXAMPLE", help=f"of {', '.join(names)}")
-    parser.add_argument("--np", type=int, metavar="N", help="ranks, for all of them (default: 2 to 4)")
+    parser.add_argument("--only", nargs="+", choices=names, metavar="DEMO", help=f"of {', '.join(names)}")
+    parser.add_argument("--np", type=int, metavar="N", help="ranks, for all of them (default: 2 or 4)")
     parser.add_argument("--mpi", action="store_true", help="over MPI (default: Gloo)")
     parser.add_argument(
+        "--setup", metavar="COMMAND", help="run this meanwhile, and wait for it before Horovod is needed"
+    )
+    parser.add_argument(
         "--output", type=Path, default=Path("runs"), help="folder of the results (%(default)s)"
+    )
+    parser.add_argument(
+        "--pictures", type=Path, metavar="FOLDER", help="copy the demos' pictures there (examples/images)"
     )
     args = parser.parse_args()
     if args.np is not None and args.np < 1:
         parser.error(f"--np: {args.np} is below 1")
 
-    launcher = find_launcher()
-    if launcher is None:
-        print(
-            "error: there is no horovodrun beside this Python, nor on PATH: Horovod is not installed.\n"
-            "Build and install it with `hvdloss install` (some minutes, once); `hvdloss doctor` says more.",
-            file=sys.stderr,
-        )
-        return 1
-    console = Console(highlight=False, soft_wrap=True)
-    results = []
-    for number, job in enumerate(job for job in jobs if not args.only or job.script in args.only):
-        if importlib.util.find_spec(job.framework) is None:
-            results.append(Result(job.script, 0, 0.0, None, f"skipped: {job.framework} is not installed"))
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
+    print(INTRO, flush=True)
+    args.output.mkdir(parents=True, exist_ok=True)
+    setup = Setup(args.setup, args.output / "setup.log") if args.setup else None
+    results: list[Result] = []
+    wanted = [d for d in DEMOS if (d.script in args.only if args.only else not d.extra)]
+    for number, demo in enumerate(wanted):
+        torchrun = demo.torchrun and not args.mpi
+        if setup and not torchrun and not setup.finish():
+            return 1
+        launcher = find("torchrun" if torchrun else "horovodrun")
+        if launcher is None:
+            print(
+                "error: there is no horovodrun beside this Python, nor on PATH: Horovod is not installed.\n"
+                "Build it with `hvdloss install` (some minutes, once); `hvdloss doctor` says more.",
+                file=sys.stderr,
+            )
+            return 1
+        importlib.invalidate_caches()
+        if importlib.util.find_spec(demo.needs) is None:
+            results.append(Result(demo.script, failure=f"skipped: {demo.needs} is not installed"))
             continue
-        if number:
-            print()
-        console.rule(f"{number + 1}. {job.script}.py on {args.np or job.size} ranks", align="left")
-        results.append(run(job, args.np or job.size, args, launcher, console))
+        print()
+        console.rule(f"{number + 1}. {demo.script}.py: {demo.what}", align="left")
+        results.append(run(demo, args, launcher))
+    if setup and not setup.finish():
+        return 1
+    if args.pictures:
+        from PIL import Image
+
+        for r in results:
+            if r.numbers:
+                image = Image.open(r.numbers["picture"]).convert("RGB").quantize(32)  # a third of the size
+                image.save(args.pictures / f"{r.script}.png", optimize=True)
     summarise(results, console)
-    show_reports([args.output / result.script / "run.jsonl" for result in results if result.numbers])
+    folder = "" if shutil.which("hvdloss") else os.path.relpath(Path(sys.executable).parent) + os.sep
+    print(NEXT.format(output=args.output, bin=folder), end="")
     return 1 if any(r.failure and not r.failure.startswith("skipped") for r in results) else 0
 
 
-def find_launcher() -> str | None:
-    """Return horovodrun of this interpreter's environment, or else of PATH."""
-    return shutil.which("horovodrun", path=str(Path(sys.executable).parent)) or shutil.which("horovodrun")
+class Setup:
+    """A command that installs what the later demos need, while the first one runs."""
+
+    def __init__(self, command: str, log: Path) -> None:
+        self._log = log
+        with log.open("w") as out:
+            self._child = subprocess.Popen(command, shell=True, stdout=out, stderr=out)
+        try:
+            self._child.wait(timeout=2)
+        except subprocess.TimeoutExpired:
+            print(f"Horovod and TensorFlow are being installed meanwhile; see {log}.\n", flush=True)
+
+    def finish(self) -> bool:
+        """Wait for the command, say now and then how far it is, and return whether it succeeded."""
+        while True:
+            try:
+                if self._child.wait(timeout=20) == 0:
+                    return True
+                print(f"error: the installation failed; see {self._log}, which ends:", file=sys.stderr)
+                print(*self._lines()[-10:], sep="\n", file=sys.stderr)
+                return False
+            except subprocess.TimeoutExpired:
+                print("installing:", *self._lines()[-1:], flush=True)
+
+    def _lines(self) -> list[str]:
+        return self._log.read_text(errors="replace").splitlines()
 
 
-@dataclass
-class Result:
-    """What came of one example."""
-
-    script: str
-    size: int
-    seconds: float
-    numbers: dict[str, Any] | None
-    failure: str = ""
+def find(launcher: str) -> str | None:
+    """Return a program of this interpreter's environment, or else of PATH."""
+    return shutil.which(launcher, path=str(Path(sys.executable).parent)) or shutil.which(launcher)
 
 
-def run(job: Job, size: int, args: argparse.Namespace, launcher: str, console: Console) -> Result:
-    """Run one example and show what it prints, rank 0's lines as they are."""
-    output = args.output / job.script
+def run(demo: Demo, args: argparse.Namespace, launcher: str) -> Result:
+    """Run one demo and show what it prints, rank 0's lines as they are."""
+    output, size = args.output / demo.script, str(args.np or demo.size)
     numbers = output / "numbers.json"
     numbers.unlink(missing_ok=True)
-    controller = "--mpi" if args.mpi else "--gloo"
-    command = [launcher, controller, "-np", str(size), sys.executable]
-    command += [str(HERE / f"{job.script}.py"), "--output", str(output)]
+    if launcher.endswith("torchrun"):
+        command = [launcher, "--nproc-per-node", size]
+    else:
+        command = [launcher, "--mpi" if args.mpi else "--gloo", "-np", size, sys.executable]
+    command += [str(HERE / f"{demo.script}.py"), "--output", str(output)]
     environment = {
         **os.environ,
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
         "PYTHONUNBUFFERED": "1",
         "TF_CPP_MIN_LOG_LEVEL": "2",
         "OMP_NUM_THREADS": "1",  # the ranks share the cores
-        "COLUMNS": str(min(console.width, 100)),
-        PROGRESS: "1",
+        "COLUMNS": "100",
+        **({"FORCE_COLOR": "1"} if sys.stdout.isatty() else {}),
     }
-    if console.is_terminal:
-        environment["FORCE_COLOR"] = "1"
     began = time.monotonic()
-    dropped: deque[str] = deque(maxlen=20)
-    with Bar(console) as bar:
-        child = subprocess.Popen(
-            command,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-        )
-        try:
-            assert child.stdout is not None
-            for raw in child.stdout:
-                prefix = _PREFIX.match(raw)
-                line = _PREFIX.sub("", raw).rstrip()
-                if MARK in line:
-                    bar.update(line.partition(MARK)[2])
-                elif _NOISE.search(line):
-                    dropped.append(line)
-                else:
-                    other = f"[rank {prefix[1]}] " if prefix and prefix[1] != "0" else ""
-                    bar.print(other + line)
-            status = child.wait()
-        except KeyboardInterrupt:
-            child.wait()  # horovodrun was interrupted too, and ends its ranks
-            raise
-    seconds = time.monotonic() - began
-    found = json.loads(numbers.read_text()) if numbers.exists() else None
-    if status == 0 and found is None:
-        return Result(job.script, size, seconds, None, "left no numbers.json")
-    if status:
-        for line in dropped if found is None else ():
-            console.print(line, style="dim", markup=False)
-        print(f"error: {job.script}.py ended with status {status}", file=sys.stderr)
-    return Result(job.script, size, seconds, found, f"failed (status {status})" if status else "")
-
-
-class Bar:
-    """The job's progress bar on a terminal; a few plain lines elsewhere."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._shown = 0
-        self._bar = progress.Progress(
-            progress.SpinnerColumn(),
-            progress.TextColumn("{task.description}"),
-            progress.BarColumn(30),
-            progress.TaskProgressColumn(),
-            progress.TimeElapsedColumn(),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
-        self._task = self._bar.add_task(f"{'starting the ranks':<32}", total=None)
-
-    def __enter__(self) -> Bar:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def update(self, text: str) -> None:
-        """Take over a line of _common.Progress: "12/300 what loss 0.5"."""
-        count, _, what = text.partition(" ")
-        done, _, total = count.partition("/")
-        self._bar.update(self._task, completed=int(done), total=int(total), description=f"{what:<32}")
-        quarter = 4 * int(done) // int(total)
-        if not self._console.is_terminal and quarter > self._shown:
-            self._shown = quarter
-            self.print(f"  {100 * int(done) // int(total):3d} %  {what}")
-
-    def print(self, line: str) -> None:
-        if self._console.is_terminal:
-            from rich.text import Text
-
-            self._console.print(Text.from_ansi(line))
+    noise = []
+    child = subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    )
+    assert child.stdout is not None
+    for raw in child.stdout:
+        rank, line = _PREFIX.match(raw), _PREFIX.sub("", raw).rstrip()
+        if _NOISE.search(line):
+            noise.append(line)
         else:
-            print(line, flush=True)
-
-
-def _difference(outcome: dict) -> str:
-    """Return an outcome's difference to one process for the table."""
-    if outcome.get("gradient_error") is not None:
-        return f"{outcome['gradient_error']:.1e}"
-    error = outcome.get("parameter_error")
-    return "-" if error is None else f"({error:.1e})"
+            print(f"[rank {rank[1]}] {line}" if rank and rank[1] != "0" else line, flush=True)
+    status = child.wait()
+    result = Result(demo.script, time.monotonic() - began)
+    result.numbers = json.loads(numbers.read_text()) if numbers.exists() else {}
+    if status:
+        print(*noise[-20:] if not result.numbers else [], sep="\n")
+        print(f"error: {demo.script}.py ended with status {status}", file=sys.stderr)
+        result.failure = f"failed (status {status})"
+    elif not result.numbers:
+        result.failure = "left no numbers.json"
+    return result
 
 
 def summarise(results: list[Result], console: Console) -> None:
-    """Print one table of all examples and the pictures' places."""
-    table = Table(
-        title="All examples", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False
-    )
-    table.add_column("\nexample", no_wrap=True)
-    for name in ("\nranks", "gradient*\nhvdloss", "gradient*\nplain averaging", "\nexact", "\ntime"):
+    """Print one table of all demos."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("\ndemo", no_wrap=True)
+    table.add_column("\nheld-out", no_wrap=True)
+    for name in ("\nhvdloss", "plain\naveraging", "\nworse in", "gradient\noff by"):
         table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("hvdloss\nexact", no_wrap=True)
+    table.add_column("\ntime", justify="right", no_wrap=True)
     for r in results:
-        outcomes = {o["name"]: o for o in (r.numbers or {}).get("outcomes", [])}
-        shown = [_difference(outcomes.get(name) or {}) for name in (EXACT, PLAIN)]
-        verdict = r.failure or "yes"
+        row = ["-"] * 5
+        if r.numbers:
+            exact, plain = (r.numbers["outcomes"][name] for name in (EXACT, PLAIN))
+            metric, values = next(iter(exact["test"].items()))
+            others = plain["test"][metric]
+            worse = sum(b > a for a, b in zip(values, others, strict=True))
+            row = [metric, f"{np.mean(values):.4g}", f"{np.mean(others):.4g}", f"{worse} of {len(values)}"]
+            row.append(f"{np.median(plain['gradient_errors']):.0%}")
         style = "green" if not r.failure else "yellow" if r.failure.startswith("skipped") else "bold red"
-        size = str(r.size) if r.size else "-"
-        table.add_row(r.script, size, *shown, f"[{style}]{verdict}[/]", f"{r.seconds:.0f} s")
+        table.add_row(
+            r.script,
+            *row,
+            f"[{style}]{r.failure.split()[0].strip(':') if r.failure else 'yes'}[/]",
+            f"{r.seconds:.0f} s",
+        )
     print()
+    console.rule("All demos", align="left")
     console.print(table)
-    print(
-        "* largest relative difference to one process's gradient, of all steps; where fit shows no gradient,"
-    )
-    print("  that of the trained parameters, in brackets")
-    pictures = [(r.numbers or {}).get("picture") for r in results]
-    if any(pictures):
-        print("Pictures of the loss curves:")
-        for picture in filter(None, pictures):
-            print(f"  {picture}")
-
-
-def show_reports(records: list[Path]) -> None:
-    """Make the page of every run that was recorded, and print their places."""
-    pages = []
-    for record in filter(Path.exists, records):
-        command = [sys.executable, "-m", "hvdloss.cli", "report", str(record)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        pages.append(done.stdout.strip() or f"no page of {record}: {done.stderr.strip()}")
-    if pages:
-        print("Pages of the runs, from their records (`hvdloss report` compares several):")
-        for page in pages:
-            print(f"  {page}")
+    for r in results:
+        if r.failure:
+            print(f"{r.script}: {r.failure}")
+    print()
 
 
 if __name__ == "__main__":

@@ -22,11 +22,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import hvdloss.torch as hvd
-from _common import EXACT, ONE, Progress, Shards, at_least, options, recorder, relative, split, told_by_all
+from _common import EXACT, ONE, Shards, at_least, options, recorder, relative, split, told_by_all
 from _torch import DTYPES, flat
 from hvdloss.torch.ops import communicator_of
 
-LENGTH, LEDGER_WIDTH, HEADS, BLOCKS = 48, 32, 4, 4
+SEED = 0
+LENGTH, WIDTH, HEADS, BLOCKS = 48, 32, 4, 4
 MODULES = ("json.decoder", "textwrap", "string", "heapq", "bisect", "fnmatch", "glob", "shlex")
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -37,11 +38,11 @@ class Embedding(nn.Module):
     def __init__(self, groups: hvd.Grid | None) -> None:
         super().__init__()
         self.bytes = (
-            nn.Embedding(256, LEDGER_WIDTH)
+            nn.Embedding(256, WIDTH)
             if groups is None
-            else hvd.VocabParallelEmbedding(256, LEDGER_WIDTH, process_set=groups.model)
+            else hvd.VocabParallelEmbedding(256, WIDTH, process_set=groups.model)
         )
-        self.places = nn.Embedding(LENGTH, LEDGER_WIDTH)
+        self.places = nn.Embedding(LENGTH, WIDTH)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.bytes(x) + self.places(torch.arange(x.shape[1]))
@@ -55,11 +56,11 @@ class Block(nn.Module):
         kind: dict[str, Any] = {"activation": "gelu", "norm_first": True}
         if groups is None:
             self.layer = nn.TransformerEncoderLayer(
-                LEDGER_WIDTH, HEADS, 4 * LEDGER_WIDTH, dropout=0.0, batch_first=True, **kind
+                WIDTH, HEADS, 4 * WIDTH, dropout=0.0, batch_first=True, **kind
             )
         else:
             self.layer = hvd.ParallelTransformerLayer(
-                LEDGER_WIDTH, HEADS, 4 * LEDGER_WIDTH, process_set=groups.model, **kind
+                WIDTH, HEADS, 4 * WIDTH, process_set=groups.model, **kind
             )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -72,7 +73,7 @@ def layers(groups: hvd.Grid | None = None) -> list[Callable[[], nn.Module]]:
     return [
         lambda: Embedding(groups),
         *[lambda: Block(groups)] * BLOCKS,
-        lambda: nn.Sequential(nn.LayerNorm(LEDGER_WIDTH), nn.Linear(LEDGER_WIDTH, 256)),
+        lambda: nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 256)),
     ]
 
 
@@ -87,7 +88,7 @@ def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
 
 def train(args: argparse.Namespace, groups: hvd.Grid, data: Data, each: Callable[..., None]) -> nn.Module:
     """Train this rank's stage on its replica's lines. But for `each`, this is all one has to write."""
-    torch.manual_seed(args.seed)  # on all ranks alike: nothing needs to be broadcast
+    torch.manual_seed(SEED)  # on all ranks alike: nothing needs to be broadcast
     stage = hvd.pipeline_stage(layers(groups), groups).to(DTYPES[args.dtype])
     objective = hvd.Objective(losses)
     pipeline = hvd.Pipeline(stage, objective, groups, schedule=args.schedule)
@@ -111,7 +112,7 @@ def train(args: argparse.Namespace, groups: hvd.Grid, data: Data, each: Callable
 
 def train_alone(args: argparse.Namespace, data: Data, each: Callable[[float], None]) -> nn.Module:
     """Train an ordinary model in this process, on all replicas' lines of each step."""
-    torch.manual_seed(args.seed)
+    torch.manual_seed(SEED)
     model = nn.Sequential(*(make() for make in layers())).to(DTYPES[args.dtype])
     optimizer = make_optimizer(model)
     for epoch in range(args.epochs):
@@ -131,8 +132,8 @@ class Data:
         text = "\n".join(inspect.getsource(__import__(name, fromlist=["x"])) for name in MODULES)
         lines = [line.encode()[: LENGTH + 1] for line in text.splitlines() if len(line.strip()) >= 8]
         self.lines = [torch.tensor(list(line)) for line in lines]
-        training, self.held_out = split(len(self.lines), args.seed)
-        self.shards = Shards(training, args.shares, replicas, args.batch, args.seed)
+        training, self.held_out = split(len(self.lines), SEED)
+        self.shards = Shards(training, args.shares, replicas, args.batch, SEED)
         self.micro, self.dtype = args.micro, DTYPES[args.dtype]
 
     def batch(self, index: Any) -> Batch:
@@ -160,26 +161,19 @@ def compare(args: argparse.Namespace) -> int:
     groups = hvd.grid(args.model, stages)
     data = Data(args, hvd.size() // (args.model * stages))
     first = hvd.rank() == 0
-    steps = args.epochs * data.shards.steps
     ours: list[float] = []
     runs: list[hvd.PipelineStats] = []
     alone: list[float] = []
-    with Progress(2 * steps, show=first and not args.quiet and not args.json) as progress:
 
-        def each(report: hvd.StepReport, run: hvd.PipelineStats) -> None:
-            ours.append(report.loss)
-            runs.append(run)
-            progress.advance(EXACT, report.loss)
+    def each(report: hvd.StepReport, run: hvd.PipelineStats) -> None:
+        ours.append(report.loss)
+        runs.append(run)
 
-        def each_alone(loss: float) -> None:
-            alone.append(loss)
-            progress.advance(ONE, loss)
-
-        began = time.perf_counter()
-        stage = train(args, groups, data, each)
-        seconds = time.perf_counter() - began
-        whole = hvd.full_state_dict(stage, pipe=groups.pipe)
-        one = train_alone(args, data, each_alone) if first else None
+    began = time.perf_counter()
+    stage = train(args, groups, data, each)
+    seconds = time.perf_counter() - began
+    whole = hvd.full_state_dict(stage, pipe=groups.pipe)
+    one = train_alone(args, data, alone.append) if first else None
     told = told_by_all(
         communicator_of(hvd.global_process_set),
         {
@@ -202,7 +196,7 @@ def compare(args: argparse.Namespace) -> int:
             "replicas": data.shards.size,
             "model": args.model,
             "stages": stages,
-            "steps": steps,
+            "len(ours)": steps,
             "seconds": seconds,
             "loss_error": max(abs(a / b - 1) for a, b in zip(ours, alone, strict=True)),
             "parameter_error": relative(flat(trained.parameters()), flat(one.parameters())),
@@ -215,36 +209,33 @@ def compare(args: argparse.Namespace) -> int:
         args.output.mkdir(parents=True, exist_ok=True)
         (args.output / "numbers.json").write_text(json.dumps(found, indent=1) + "\n")
         torch.save(whole, args.output / "model.pt")
-        show(args, found)
+        show(found)
         status = 0 if found["exact"] else 1
     return int(told_by_all(communicator_of(hvd.global_process_set), status)[0])
 
 
-def show(args: argparse.Namespace, found: dict[str, Any]) -> None:
-    if args.json:
-        print(json.dumps(found, indent=1))
-    elif not args.quiet:
-        held_out = found["held_out"]
+def show(found: dict[str, Any]) -> None:
+    held_out = found["held_out"]
+    print(
+        f"A transformer of {found['parameters']} parameters on Python's source files: {found['stages']} "
+        f"stage(s), {found['replicas']} replica(s), layers split over {found['model']} rank(s)\n"
+        f"held-out lines: {held_out['untrained']:.3f} nats a byte untrained, {held_out[EXACT]:.3f} after "
+        f"{found['steps']} steps; {held_out[ONE]:.3f} in one process\n"
+        f"relative difference to one process: {found['loss_error']:.1e} of the loss (the worst step), "
+        f"{found['parameter_error']:.1e} of the parameters at the end"
+    )
+    for rank, one in enumerate(found["ranks"]):
         print(
-            f"A transformer of {found['parameters']} parameters on Python's source files: {found['stages']} "
-            f"stage(s), {found['replicas']} replica(s), layers split over {found['model']} rank(s)\n"
-            f"held-out lines: {held_out['untrained']:.3f} nats a byte untrained, {held_out[EXACT]:.3f} after "
-            f"{found['steps']} steps; {held_out[ONE]:.3f} in one process\n"
-            f"relative difference to one process: {found['loss_error']:.1e} of the loss (the worst step), "
-            f"{found['parameter_error']:.1e} of the parameters at the end"
+            f"rank {rank}, stage {one['stage']}: {one['parameters']} parameters, idle {one['idle']:.0%} "
+            f"of a run (the bubble of equal stages: {one['theory']:.0%}), {one['messages']} messages "
+            f"of {one['bytes'] / 1e3:.0f} kB in the last step"
         )
-        for rank, one in enumerate(found["ranks"]):
-            print(
-                f"rank {rank}, stage {one['stage']}: {one['parameters']} parameters, idle {one['idle']:.0%} "
-                f"of a run (the bubble of equal stages: {one['theory']:.0%}), {one['messages']} messages "
-                f"of {one['bytes'] / 1e3:.0f} kB in the last step"
-            )
     if not found["exact"]:
         print("error: this is not what one process learned", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    parser = options("torch_split_transformer", __doc__, epochs=2, batch=32)
+    parser = options("torch_split_transformer", __doc__, epochs=2, batch=32, seeds=1)
     parser.add_argument("--stages", type=at_least(1), help="stages of a model (2, if ranks are even)")
     parser.add_argument("--model", type=at_least(1), default=1, help="ranks that share a layer (%(default)s)")
     parser.add_argument("--micro", type=at_least(1), default=4, help="lines in a micro-batch (%(default)s)")

@@ -6,6 +6,7 @@
 # password-less sudo; otherwise what is missing is named in one line. MPI and a system CMake are
 # not needed to go on: Horovod is then built without MPI, with a CMake from PyPI.
 #
+#   scripts/setup.sh --torch         PyTorch and hvdloss alone: enough for a first run, without a compiler
 #   PYTHON=python3.12 make test      another Python than the one found first
 #   TORCH_INDEX=URL make test        another index for torch (an empty one: PyPI's own build)
 #   NO_APT=1 make test               never touch the system's packages
@@ -13,6 +14,8 @@
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+torch_only=
+[ "${1:-}" != --torch ] || torch_only=yes
 venv=.venv
 stamp=$venv/.setup-stamp
 torch=$(grep -E '^torch==' constraints.txt)
@@ -27,6 +30,11 @@ die() { printf 'setup: %s\n' "$*" >&2; exit 1; }
 state=$(pwd -P | cat - constraints.txt pyproject.toml scripts/setup.sh hvdloss/cli/install/{recipe.py,patches/*} | sha256sum | cut -d' ' -f1)
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$state" ] && "$venv/bin/python" -c '' 2>/dev/null; then
     exit 0
+fi
+
+if [ -n "$torch_only" ]; then
+    say "first $torch and hvdloss go into $venv (about a minute): enough for training on several ranks." \
+        "TensorFlow and Horovod, which is compiled, follow in the background (some four minutes)."
 fi
 
 [ "$(uname -s)" = Linux ] || die "Horovod is built on Linux here; on Windows use WSL 2, elsewhere a container."
@@ -55,12 +63,14 @@ else
     "$python" -c 'import ensurepip, venv' 2>/dev/null || needed+=("$name-venv")
     "$python" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))' || needed+=("$name-dev")
 fi
-command -v c++ >/dev/null || needed+=(g++)
-command -v make >/dev/null || needed+=(make)
-command -v cmake >/dev/null || useful+=(cmake)
-command -v mpicxx >/dev/null || useful+=(libopenmpi-dev)
-command -v mpirun >/dev/null || useful+=(openmpi-bin)
-command -v ssh >/dev/null || useful+=(openssh-client) # Open MPI looks for it even on one machine
+if [ -z "$torch_only" ]; then
+    command -v c++ >/dev/null || needed+=(g++)
+    command -v make >/dev/null || needed+=(make)
+    command -v cmake >/dev/null || useful+=(cmake)
+    command -v mpicxx >/dev/null || useful+=(libopenmpi-dev)
+    command -v mpirun >/dev/null || useful+=(openmpi-bin)
+    command -v ssh >/dev/null || useful+=(openssh-client) # Open MPI looks for it even on one machine
+fi
 
 . scripts/apt.sh # what apt-get prints is shown only if it fails
 if [ $((${#needed[@]} + ${#useful[@]})) -gt 0 ] && ! apt_install "${needed[@]}" "${useful[@]}"; then
@@ -100,6 +110,10 @@ if [ -n "${TORCH_INDEX-unset}" ] && ! command -v nvidia-smi >/dev/null; then
     esac
 elif [ -n "${TORCH_INDEX:-}" ]; then
     index=(--extra-index-url "$TORCH_INDEX")
+fi
+if [ -n "$torch_only" ]; then
+    "${pip[@]}" install -qq --constraint constraints.txt "${index[@]}" "$torch" --editable '.[examples]' >&2
+    exit 0
 fi
 say "installing $torch, $tensorflow and hvdloss into $venv (some minutes the first time)"
 "${pip[@]}" install -qq --constraint constraints.txt "${index[@]}" \

@@ -70,7 +70,7 @@ def test_slurm(tmp_path):
     scontrol = tmp_path / "scontrol"
     scontrol.write_text('#!/bin/sh\n[ "$*" = "show hostnames here" ] && echo localhost\n')
     scontrol.chmod(0o755)
-    arguments = [ROOT / "examples" / "torch_regression.py", "--epochs", "1", "--output", tmp_path / "run"]
+    arguments = [ROOT / "examples" / "torch_tokens.py", "--epochs", "1", "--output", tmp_path / "run"]
     trains_on_two_ranks(
         ["bash", LAUNCH / "slurm.sbatch", *map(str, arguments)],
         {

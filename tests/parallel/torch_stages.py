@@ -20,7 +20,7 @@ from tests.ranks import needs
 NEEDS = needs("gloo-2", more="dist-2")
 
 EXACT = 1e-11
-WORDS, LEDGER_WIDTH, HEADS, FEATURES = 11, 6, 3, 8
+WORDS, WIDTH, HEADS, FEATURES = 11, 6, 3, 8
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -33,15 +33,15 @@ def layers(groups: hvd.Grid | None) -> list[Callable[[], torch.nn.Module]]:
     """Return makers of a transformer's layers: ordinary ones, or split over ``groups.model``."""
     place = {"dtype": torch.float64}
     if groups is None or groups.model.size() == 1:
-        embedding = lambda: torch.nn.Embedding(WORDS, LEDGER_WIDTH, **place)  # noqa: E731
+        embedding = lambda: torch.nn.Embedding(WORDS, WIDTH, **place)  # noqa: E731
         block = lambda: torch.nn.TransformerEncoderLayer(  # noqa: E731
-            LEDGER_WIDTH, HEADS, FEATURES, dropout=0.0, batch_first=True, **place
+            WIDTH, HEADS, FEATURES, dropout=0.0, batch_first=True, **place
         )
     else:
         among = {"process_set": groups.model, **place}
-        embedding = lambda: hvd.VocabParallelEmbedding(WORDS, LEDGER_WIDTH, **among)  # noqa: E731
-        block = lambda: hvd.ParallelTransformerLayer(LEDGER_WIDTH, HEADS, FEATURES, **among)  # noqa: E731
-    return [embedding, block, block, lambda: torch.nn.Linear(LEDGER_WIDTH, WORDS, **place)]
+        embedding = lambda: hvd.VocabParallelEmbedding(WORDS, WIDTH, **among)  # noqa: E731
+        block = lambda: hvd.ParallelTransformerLayer(WIDTH, HEADS, FEATURES, **among)  # noqa: E731
+    return [embedding, block, block, lambda: torch.nn.Linear(WIDTH, WORDS, **place)]
 
 
 def grids() -> list[tuple[int, int]]:
