@@ -20,7 +20,7 @@ INTERNAL = {
     "HorovodGroup",
     "group_of",
 }  # said in words, a module, the house's own
-_OURS = "All of [Horovod's names](index.md#horovods-own-names), and these. "
+_OURS = "All of [Horovod's names](../index.md#horovods-own-names), and these. "
 
 # Pages of the reference: what stands above, and the modules whose `__all__` is on it.
 PAGES: dict[str, tuple[str, str, tuple[str, ...]]] = {
@@ -62,31 +62,31 @@ PAGES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     ),
     "data": (
         "Data",
-        "Which rank gets which samples, and files. The guide is [Data on many ranks](../data.md).",
+        "Which rank gets which samples, and files. The guide is [Data on many ranks](../../howto/data.md).",
         ("hvdloss.data",),
     ),
     "metrics": (
         "Metrics",
-        "Of all ranks' samples. The guide is [Metrics](../metrics.md).",
+        "Of all ranks' samples. The guide is [Metrics](../../howto/metrics.md).",
         ("hvdloss.metrics",),
     ),
     "training": (
         "Training",
         "Decisions that all ranks take alike, checkpoints, seeds, rates. The guides are "
-        "[Training well](../training.md) and [Resuming](../elastic.md).",
+        "[Training well](../../howto/training.md) and [Resuming](../../howto/elastic.md).",
         ("hvdloss.training",),
     ),
-    "explain": ("Explanations", "The guide is [Explanations](../explain.md).", ("hvdloss.explain",)),
+    "explain": ("Explanations", "The guide is [Explanations](../../howto/explain.md).", ("hvdloss.explain",)),
     "report": (
         "Records and reports",
         "Reports of steps, records of runs, and who follows them. The guide is "
-        "[Recording and reading a run](../report.md).",
+        "[Recording and reading a run](../../howto/report.md).",
         ("hvdloss.report",),
     ),
     "trackers": (
         "Trackers",
         "Steps in TensorBoard, MLflow and Weights & Biases. The guide is "
-        "[Ways in from other tools](../integrations.md).",
+        "[Ways in from other tools](../../howto/integrations.md).",
         ("hvdloss.trackers",),
     ),
 }
@@ -137,5 +137,5 @@ def on_files(files: Any, config: Any) -> Any:
     from mkdocs.structure.files import File
 
     for name in PAGES:
-        files.append(File.generated(config, f"reference/{name}.md", content=page(name)))
+        files.append(File.generated(config, f"reference/api/{name}.md", content=page(name)))
     return files

@@ -24,7 +24,7 @@ class Exit(IntEnum):
 
     @property
     def meaning(self) -> str:
-        """What it tells a script; docs/commands.md shows all of them."""
+        """What it tells a script; docs/reference/commands.md shows all of them."""
         return _MEANINGS[self]
 
 
