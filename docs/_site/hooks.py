@@ -26,7 +26,7 @@ _OURS = "All of [Horovod's names](../index.md#horovods-own-names), and these. "
 PAGES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "hvdloss": (
         "hvdloss",
-        "What is the same in every framework. `import hvdloss` imports none of them.",
+        "What all frameworks share. `import hvdloss` imports none of them.",
         ("hvdloss",),
     ),
     "torch": (
@@ -72,21 +72,21 @@ PAGES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     ),
     "training": (
         "Training",
-        "Decisions that all ranks take alike, checkpoints, seeds, rates. The guides are "
-        "[Training well](../../howto/training.md) and [Resuming](../../howto/elastic.md).",
+        "Decisions that all ranks share, checkpoints, seeds, learning rates. The guides are "
+        "[Training decisions](../../howto/training.md) and [Elastic jobs](../../howto/elastic.md).",
         ("hvdloss.training",),
     ),
     "explain": ("Explanations", "The guide is [Explanations](../../howto/explain.md).", ("hvdloss.explain",)),
     "report": (
         "Records and reports",
-        "Reports of steps, records of runs, and who follows them. The guide is "
-        "[Recording and reading a run](../../howto/report.md).",
+        "Reports of steps, records of runs, and their readers. The guide is "
+        "[Reports of a run](../../howto/report.md).",
         ("hvdloss.report",),
     ),
     "trackers": (
         "Trackers",
         "Steps in TensorBoard, MLflow and Weights & Biases. The guide is "
-        "[Ways in from other tools](../../howto/integrations.md).",
+        "[With other tools](../../howto/integrations.md).",
         ("hvdloss.trackers",),
     ),
 }
