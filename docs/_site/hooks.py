@@ -111,7 +111,7 @@ def names(module: str) -> list[str]:
 def page(name: str) -> str:
     """Return a page of the reference."""
     title, text, modules = PAGES[name]
-    parts = [f"# {title}\n\n{text}\n"]
+    parts = [f"# {title}\n\nFor people who look up a name. {text}\n"]
     for module in modules:
         several = len(modules) > 1
         parts += [f"## {module}\n"] if several else []
