@@ -1,4 +1,4 @@
-# hvdloss with Horovod, PyTorch and TensorFlow: docs/docker.md says how to build, run and change it.
+# hvdloss with Horovod, PyTorch and TensorFlow: docs/howto/docker.md says how to build, run and change it.
 #
 #   docker build -t hvdloss:cpu .
 #   docker run --rm hvdloss:cpu                           # hvdloss doctor

@@ -46,7 +46,7 @@ test-reliability: setup ## inflict every kind of fault on real jobs, once
 test-horovod: setup ## run Horovod's own tests with Horovod and with hvdloss, and compare (HOROVOD=folder of its repository at v0.28.1)
 	$(PYTHON_BIN) scripts/horovod_tests.py $(HOROVOD)
 
-reliability: setup ## inflict every kind of fault on real jobs, and write docs/reliability.md's table (40 minutes)
+reliability: setup ## inflict every kind of fault on real jobs, and write docs/explanation/reliability.md's table (40 minutes)
 	$(PYTHON_BIN) tests/reliability/inflict.py --docs
 
 soak: setup ## train on 8 ranks for 20 minutes while ranks are killed (SOAK="--minutes 720" for a night)

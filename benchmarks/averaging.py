@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,19 @@ import numpy as np
 SAMPLES = 64  # of a step, on both ranks
 SHARES = [32, 36, 40, 44, 48, 52, 56, 60, 62]  # samples of the first rank
 SPLITS = {"plain": 1.0, "weighted": 5.0}  # what errors on 8s and 9s count
+_STYLE = """
+.card{fill:#fff;stroke:#d0d7de}.text{fill:#1f2328}.quiet{fill:#59636e}.line{stroke:#d0d7de}
+.blue{fill:#0969da}.orange{fill:#bc4c00}.green{fill:#1a7f37}.on{stroke:#fff}
+path.blue{fill:none;stroke:#0969da}path.orange{fill:none;stroke:#bc4c00}path.green{fill:none;stroke:#1a7f37}
+@media (prefers-color-scheme:dark){
+.card{fill:#161b22;stroke:#30363d}.text{fill:#e6edf3}.quiet{fill:#9198a1}.line{stroke:#30363d}
+.blue{fill:#4493f8}.orange{fill:#f0883e}.green{fill:#3fb950}.on{stroke:#161b22}
+path.blue{stroke:#4493f8}path.orange{stroke:#f0883e}path.green{stroke:#3fb950}}
+path{stroke-width:3}
+text{font:16px system-ui,-apple-system,"Segoe UI",Helvetica,Arial,sans-serif}
+.on{paint-order:stroke;stroke-width:6px}
+.head{font-weight:600;font-size:18px}.big{font-weight:600;font-size:22px}
+""".strip()
 
 
 def mean_gradient(x: Any, y: Any, weight: Any, parameters: Any) -> Any:
@@ -71,56 +85,83 @@ def errors(first: int, factor: float, *, batches: int = 200, seed: int = 0) -> d
     return {"average": middle, "low": low, "high": high, "exact": max(exact)}
 
 
+def _text(x: float, y: float, text: str, kind: str = "text", anchor: str = "start") -> str:
+    return f'<text x="{x:g}" y="{y:g}" class="{kind}" text-anchor="{anchor}">{text}</text>'
+
+
+def _samples(x: float, y: float, number: int, colour: str) -> str:
+    """Return squares for so many samples, in columns of six."""
+    return "".join(
+        f'<rect class="{colour}" x="{x + 17 * (i // 6):g}" y="{y + 17 * (i % 6):g}" '
+        'width="13" height="13" rx="2"/>'
+        for i in range(number)
+    )
+
+
 def draw(path: Path, found: dict[str, list[dict[str, float]]]) -> None:
-    """Draw the errors by share; grey on nothing, so that it can be read on light and dark pages."""
-    import matplotlib
+    """Draw what a sample counts, and the errors by split, as an SVG for light and dark pages.
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    It stands on a card of its own, so that it can be read where the page's colours are not the system's.
+    """
+    first = 60
+    rest = SAMPLES - first
+    counts = [SAMPLES / (2 * n) for n in (first, rest)]
+    left = [
+        _text(28, 40, "One step of 64 samples", "text head"),
+        _text(28, 76, "60 on rank 0"),
+        _text(28 + 17 * 12, 76, "4 on rank 1"),
+        _samples(28, 88, first, "blue"),
+        _samples(28 + 17 * 12, 88, rest, "orange"),
+        _text(28, 222, "What one sample counts", "text head"),
+        _text(28, 244, "(1 is right)", "quiet"),
+        _text(28, 278, "averaged", "text"),
+        _text(150, 278, f"{counts[0]:.2f}", "blue big"),
+        _text(28 + 17 * 12, 278, f"{counts[1]:g}", "orange big"),
+        _text(28, 312, "hvdloss", "text"),
+        _text(150, 312, "1", "green big"),
+        _text(28 + 17 * 12, 312, "1", "green big"),
+        _text(28, 352, f"Averaging two means, each of the {rest}", "quiet"),
+        _text(28, 374, f"counts {counts[1] / counts[0]:g} times as much as each of the {first}.", "quiet"),
+    ]
+    x0, x1, y0, y1, top = 430.0, 738.0, 318.0, 70.0, 2.5
+    place = {n: x0 + (x1 - x0) * i / (len(SHARES) - 1) for i, n in enumerate(SHARES)}
 
-    grey, colours = "#808080", {"plain": "#3f83d6", "weighted": "#e0592a"}
-    names = {"plain": "all samples count alike", "weighted": "errors on 8s and 9s count five times"}
-    style = {"svg.hashsalt": "hvdloss", "font.size": 13, "text.color": grey, "axes.edgecolor": grey,
-             "axes.labelcolor": grey, "xtick.color": grey, "ytick.color": grey}  # fmt: skip
-    with plt.rc_context(style):
-        figure, (counts, curve) = plt.subplots(
-            1, 2, figsize=(11, 4.4), width_ratios=[1, 1.6], layout="constrained"
+    def height(error: float) -> float:
+        return y0 - (y0 - y1) * error / top
+
+    right = [_text(x0 - 42, 40, "Error of the averaged gradient", "text head")]
+    for percent in (0, 50, 100, 150, 200, 250):
+        y = height(percent / 100)
+        right.append(f'<line class="line" x1="{x0}" x2="{x1}" y1="{y:g}" y2="{y:g}"/>')
+        right.append(_text(x0 - 8, y + 5, f"{percent} %" if percent else "0", "quiet", "end"))
+    for n in SHARES[::2]:
+        right.append(_text(place[n], y0 + 24, f"{n}+{SAMPLES - n}", "quiet", "middle"))
+    right.append(_text((x0 + x1) / 2, y0 + 50, "samples on rank 0 + rank 1", "quiet", "middle"))
+    for kind, colour in (("plain", "blue"), ("weighted", "orange")):
+        rows = found[kind]
+        points = " L".join(
+            f"{place[n]:.1f} {height(r['average']):.1f}" for n, r in zip(SHARES, rows, strict=True)
         )
-        shares = [60, 4]
-        bars = [1 / (2 * n) * SAMPLES for n in shares]
-        counts.bar(
-            ["each of 60\non rank 0", "each of 4\non rank 1"], bars, color=colours["weighted"], width=0.6
-        )
-        counts.axhline(1.0, color=grey, linestyle="--")
-        counts.text(0.5, 1.15, "right: 1", ha="center", color=grey)
-        for place, value in enumerate(bars):
-            counts.text(place, max(value, 1.0) + 0.12, f"{value:.2g}", ha="center", color=grey)
-        counts.set_ylim(0, max(bars) * 1.15)
-        counts.set_title("What a sample counts in the average")
-        x = np.array(SHARES) / SAMPLES
-        for kind, rows in found.items():
-            curve.plot(x, [r["average"] for r in rows], "o-", color=colours[kind], label=names[kind])
-            curve.fill_between(
-                x, [r["low"] for r in rows], [r["high"] for r in rows], color=colours[kind], alpha=0.2, lw=0
-            )
-        worst = max(r["exact"] for rows in found.values() for r in rows)
-        curve.axhline(
-            0.0, color="#2f9e5f", lw=2.5, label=f"weighted by the ranks' weights (at most {worst:.0e})"
-        )
-        curve.set_xlabel(f"share of the {SAMPLES} samples on rank 0")
-        curve.set_title("Relative error of the gradient")
-        curve.set_ylim(-0.03, None)
-        curve.legend(frameon=False, loc="upper left", fontsize=11)
-        for axes in (counts, curve):
-            axes.spines[["top", "right"]].set_visible(False)
-        figure.savefig(path, transparent=True, metadata={"Date": None} if path.suffix == ".svg" else None)
-        plt.close(figure)
+        right.append(f'<path class="{colour}" d="M{points}"/>')
+    right.append(f'<path class="green" d="M{x0} {y0} H{x1}"/>')
+    right.append(_text(x0 + 12, 96, "all samples weigh 1", "blue on"))
+    right.append(_text(x0 + 12, 120, "8s and 9s weigh 5", "orange on"))
+    worst = max(r["exact"] for rows in found.values() for r in rows)
+    right.append(_text(x0 + 12, 144, f"hvdloss: below {10 ** math.ceil(math.log10(worst)):.0e}", "green on"))
+    title = "Averaging the means of ranks with 60 and 4 samples counts each of the 4 fifteen times as much"
+    path.write_text(
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 780 400" role="img" aria-label="{title}">\n'
+        f"<title>{title}</title>\n<style>\n{_STYLE}\n</style>\n"
+        '<rect class="card" x="0.5" y="0.5" width="779" height="399" rx="8"/>\n'
+        + "\n".join(left + right)
+        + "\n</svg>\n"
+    )
 
 
 def main() -> None:
     """Print the table, and write the picture and the numbers where asked."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--picture", type=Path, help="where to draw (svg or png)")
+    parser.add_argument("--picture", type=Path, help="where to draw (SVG)")
     parser.add_argument("--json", type=Path, help="where to write the numbers")
     parser.add_argument("--batches", type=int, default=200, help="steps looked at (%(default)s)")
     args = parser.parse_args()

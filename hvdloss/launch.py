@@ -129,8 +129,8 @@ def check_launch(size: int, mpi_built: bool, environ: Mapping[str, str]) -> None
     raise ConfigError(
         f"hvd.init(): {launch.launcher} started {launch.size} processes ({launch.variable}={launch.size}), "
         f"but Horovod has 1 rank: {why}, so each process would train a model of its own. Launch with "
-        f"`horovodrun -np {launch.size} python ...` (docs/launching.md has Slurm, Kubernetes and Ray); or, "
-        f"if every process is meant to train alone, unset {launch.variable}."
+        f"`horovodrun -np {launch.size} python ...` (docs/howto/launching.md has Slurm, Kubernetes and Ray); "
+        f"or, if every process is meant to train alone, unset {launch.variable}."
     )
 
 

@@ -19,7 +19,8 @@ __all__ = ["Bucket", "Member", "ParameterInfo", "plan_buckets"]
 
 BUCKET_BYTES = 25 * 2**20
 FIRST_BUCKET_BYTES = 2**20
-# From this size on, a copy into a bucket costs more than a message of its own (docs/performance.md).
+# From this size on, a copy into a bucket costs more than a message of its own
+# (docs/explanation/performance.md).
 UNBUCKETED_BYTES = 4 * 2**20
 
 

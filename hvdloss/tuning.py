@@ -1,8 +1,8 @@
 """Choices that depend on the machine and not on the mathematics: how gradients are sent.
 
 Each can be given as an argument or in an environment variable; otherwise a rule decides, which
-``docs/performance.md`` gives reasons for. What was chosen, and by what, stands in the StepReport, and
-``hvdloss doctor`` shows what would be chosen.
+``docs/explanation/performance.md`` gives reasons for. What was chosen, and by what, stands in the
+StepReport, and ``hvdloss doctor`` shows what would be chosen.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ VARIABLES = {
 }
 
 
-#: Up to this number of ranks a table of all ledgers costs no more than their sums (docs/performance.md).
+#: Up to this number of ranks a table of all ledgers costs no more than their sums
+#: (docs/explanation/performance.md).
 TABLE_RANKS = 64
 
 

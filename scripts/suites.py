@@ -131,7 +131,12 @@ SUITES = (
         (
             *HARNESS,
             *("adapters/torch/lightning.py", "adapters/torch/transformers.py", "hvdloss/trackers/*"),
-            *("hvdloss/report/*", "examples/launch/*", "docs/launching.md", "docs/integrations.md"),
+            *(
+                "hvdloss/report/*",
+                "examples/launch/*",
+                "docs/howto/launching.md",
+                "docs/howto/integrations.md",
+            ),
             *("pyproject.toml", "tests/integrations/*", "tests/parallel/lightning_*"),
             "tests/parallel/transformers_*",
         ),

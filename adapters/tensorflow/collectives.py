@@ -25,7 +25,7 @@ function           forward                              backward (default; repli
 =================  ===================================  ==============================================
 
 Horovod's own functions divide some of these gradients by the number of ranks and multiply others by it;
-see docs/collectives.md.
+see docs/reference/collectives.md.
 """
 
 from __future__ import annotations

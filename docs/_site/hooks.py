@@ -21,13 +21,13 @@ INTERNAL = {
     "group_of",
     "linear_bound",
 }  # said in words, a module, the house's own
-_OURS = "All of [Horovod's names](index.md#horovods-own-names), and these. "
+_OURS = "All of [Horovod's names](../index.md#horovods-own-names), and these. "
 
 # Pages of the reference: what stands above, and the modules whose `__all__` is on it.
 PAGES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "hvdloss": (
         "hvdloss",
-        "What is the same in every framework. `import hvdloss` imports none of them.",
+        "What all frameworks share. `import hvdloss` imports none of them.",
         ("hvdloss",),
     ),
     "torch": (
@@ -63,37 +63,37 @@ PAGES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     ),
     "data": (
         "Data",
-        "Which rank gets which samples, and files. The guide is [Data on many ranks](../data.md).",
+        "Which rank gets which samples, and files. The guide is [Data on many ranks](../../howto/data.md).",
         ("hvdloss.data",),
     ),
     "split": (
         "Split models",
         "Which rank holds which part of a model, and in which order stages compute. The guide is "
-        "[Split models](../howto/split-models.md).",
+        "[Split models](../../howto/split-models.md).",
         ("hvdloss.split",),
     ),
     "metrics": (
         "Metrics",
-        "Of all ranks' samples. The guide is [Metrics](../metrics.md).",
+        "Of all ranks' samples. The guide is [Metrics](../../howto/metrics.md).",
         ("hvdloss.metrics",),
     ),
     "training": (
         "Training",
-        "Decisions that all ranks take alike, checkpoints, seeds, rates. The guides are "
-        "[Training well](../training.md) and [Resuming](../elastic.md).",
+        "Decisions that all ranks share, checkpoints, seeds, learning rates. The guides are "
+        "[Training decisions](../../howto/training.md) and [Elastic jobs](../../howto/elastic.md).",
         ("hvdloss.training",),
     ),
-    "explain": ("Explanations", "The guide is [Explanations](../explain.md).", ("hvdloss.explain",)),
+    "explain": ("Explanations", "The guide is [Explanations](../../howto/explain.md).", ("hvdloss.explain",)),
     "report": (
         "Records and reports",
-        "Reports of steps, records of runs, and who follows them. The guide is "
-        "[Recording and reading a run](../report.md).",
+        "Reports of steps, records of runs, and their readers. The guide is "
+        "[Reports of a run](../../howto/report.md).",
         ("hvdloss.report",),
     ),
     "trackers": (
         "Trackers",
         "Steps in TensorBoard, MLflow and Weights & Biases. The guide is "
-        "[Ways in from other tools](../integrations.md).",
+        "[With other tools](../../howto/integrations.md).",
         ("hvdloss.trackers",),
     ),
 }
@@ -118,7 +118,7 @@ def names(module: str) -> list[str]:
 def page(name: str) -> str:
     """Return a page of the reference."""
     title, text, modules = PAGES[name]
-    parts = [f"# {title}\n\n{text}\n"]
+    parts = [f"# {title}\n\nFor people who look up a name. {text}\n"]
     for module in modules:
         several = len(modules) > 1
         parts += [f"## {module}\n"] if several else []
@@ -144,5 +144,5 @@ def on_files(files: Any, config: Any) -> Any:
     from mkdocs.structure.files import File
 
     for name in PAGES:
-        files.append(File.generated(config, f"reference/{name}.md", content=page(name)))
+        files.append(File.generated(config, f"reference/api/{name}.md", content=page(name)))
     return files

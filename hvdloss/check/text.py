@@ -42,7 +42,7 @@ NOTES = {
     ),
 }
 _PAGES = {
-    "hvdloss": "docs/torch.md",
+    "hvdloss": "docs/reference/torch.md",
     "Horovod": "docs/howto/from-horovod.md",
     "DDP": "docs/howto/from-ddp.md",
     "FSDP": "docs/howto/from-fsdp.md",
@@ -85,10 +85,10 @@ def way_out(kind: str, seen: Evidence) -> tuple[str, list[str]]:
     return {
         "parameters": (page, ["hvd.broadcast_parameters(model.state_dict(), root_rank=0)"]),
         "not_reduced": (page, lines),
-        "same_data": ("docs/data.md", [_LOADER]),
-        "repeated": ("docs/data.md", [_LOADER]),
+        "same_data": ("docs/howto/data.md", [_LOADER]),
+        "repeated": ("docs/howto/data.md", [_LOADER]),
         "batch_norm": (
-            "docs/torch.md",
+            "docs/reference/torch.md",
             [
                 "model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)  # before it is wrapped"
                 if ahead

@@ -50,7 +50,7 @@ class _LazyGroup(click.Group):
 @click.version_option(__version__, prog_name="hvdloss")
 @click.pass_context
 def cli(ctx: click.Context) -> None:
-    """The exact global loss over Horovod: install it, check it, measure it."""
+    """Exact losses for data-parallel training: install Horovod, check, measure, report."""
     # Files of commands reveal data. `install` writes into the environment, which others may share.
     if ctx.invoked_subcommand != "install":
         ctx.with_resource(private_umask())

@@ -128,7 +128,7 @@ def check(
     if imported & {"keras", "tensorflow"} and "torch" not in imported:
         click.echo(
             "COULD NOT TELL: only PyTorch is covered, not Keras and TensorFlow. What averaging "
-            "makes of their steps, a record says: docs/report.md",
+            "makes of their steps, a record says: docs/howto/report.md",
             err=True,
         )
         ctx.exit(_STATUS[Verdict.UNKNOWN])

@@ -24,7 +24,7 @@ class Exit(IntEnum):
 
     @property
     def meaning(self) -> str:
-        """The exit status; docs/commands.md lists all of them."""
+        """The exit status; docs/reference/commands.md lists all of them."""
         return _MEANINGS[self]
 
 

@@ -114,7 +114,7 @@ def explain(
       x, y           this rank's rows and targets; may be none
       loss           an Objective, the name of a loss, or a metric
       weight, ids, groups, classes, feature_names, output, mode
-                     if there are any; see docs/explain.md
+                     if there are any; see docs/howto/explain.md
 
     Runs in this process, or on the ranks that horovodrun started it on; -np starts them. Results are those
     of one process with all the rows, however they lie on ranks.

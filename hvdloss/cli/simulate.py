@@ -277,8 +277,8 @@ def simulate(ctx: click.Context, /, **given: Any) -> None:
     """Try a plan on ranks that are not there: shares, period, compression, number of ranks.
 
     What decides is the very code that real ranks run; how long they compute, how long sums take and how
-    the loss falls is modelled (docs/simulate.md says how). Times are written like 50us, rates like 200Mbit
-    or 25MB. Shown are the second half of the steps, with the plan and without.
+    the loss falls is modelled (docs/howto/simulate.md says how). Times are written like 50us, rates like
+    200Mbit or 25MB. Shown are the second half of the steps, with the plan and without.
 
     Exit status: 0 done; 2 a wrong option or file; 3 --plot without matplotlib; 130 interrupted.
     """

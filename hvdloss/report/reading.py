@@ -26,7 +26,7 @@ _UNDONE = ("steps", "epochs", "decisions", "classes", "hardest")  # faults have 
 
 @dataclass
 class Record:
-    """What a record holds: the lines of each kind, in their order, as dicts (docs/report.md has the fields).
+    """What a record holds: the lines of each kind, in their order, as dicts (docs/reference/record.md).
 
     Attributes:
         path: of the file.

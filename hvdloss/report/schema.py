@@ -1,8 +1,8 @@
 """What the lines of a record hold, and whether bytes that claim to be one are.
 
 A record is JSON lines: one object a line, strict JSON (what is NaN or infinite is null), UTF-8. ``"kind"``
-says what a line is; docs/report.md lists the fields, with units. Within version 1 kinds and fields may be
-added, so readers pass over those that they do not know.
+says what a line is; docs/reference/record.md lists the fields, with units. Within version 1 kinds and
+fields may be added, so readers pass over those that they do not know.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ A frame is 4 bytes of length, a MAC of 32 bytes, and JSON of that length. The ke
 from the job's key, which travelled over Horovod, and from one random number of either end; every frame has
 a number. So what was recorded on one connection is worth nothing on another one, or later on this one. It
 is not encrypted: who can read the network sees states and error texts, as it sees gradients
-(docs/security.md).
+(docs/explanation/security.md).
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ def test_neither_hvdloss_nor_help_imports_what_it_does_not_need():
 
 
 def documented_statuses() -> dict[int, str]:
-    page = (ROOT / "docs" / "commands.md").read_text()
+    page = (ROOT / "docs" / "reference" / "commands.md").read_text()
     return {int(n): text for n, text in re.findall(r"^\| (\d+) \| (.*?) \|$", page, re.MULTILINE)}
 
 
@@ -167,8 +167,8 @@ def on_terminal(*arguments: str, env: dict[str, str] | None = None) -> str:
     ],
 )
 def test_bash_completes_commands(line, expected, tmp_path):
-    """With click's script, as docs/commands.md has it."""
-    page = (ROOT / "docs" / "commands.md").read_text()
+    """With click's script, as docs/reference/commands.md has it."""
+    page = (ROOT / "docs" / "reference" / "commands.md").read_text()
     (source,) = re.findall(r"echo '(eval .*bash_source.*)' >>", page)
     words = line.split(" ")
     command = tmp_path / "hvdloss"  # of this Python, whatever is on PATH

@@ -207,5 +207,7 @@ def test_the_version_is_of_what_is_changed_and_not_of_what_is_said_about_it():
 
 def test_the_guide_lists_the_series():
     """In order, each with its first line."""
-    rows = re.findall(r"^\| `(\d{4}-[\w-]+)` \| (.*) \|$", (ROOT / "docs" / "install.md").read_text(), re.M)
+    rows = re.findall(
+        r"^\| `(\d{4}-[\w-]+)` \| (.*) \|$", (ROOT / "docs" / "howto" / "install.md").read_text(), re.M
+    )
     assert rows == [(patch.name.removesuffix(".patch"), patch.synopsis) for patch in SERIES]

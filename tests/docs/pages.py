@@ -109,3 +109,29 @@ def run(page: str) -> Ran:
             ran.skipped.append(str(reason))
         ran.examples += 1
     return ran
+
+
+def patched(script: str, diff: str) -> str:
+    """Return a script with a page's diff applied; the diff's lines may be indented less than the script's.
+
+    Raises:
+        ValueError: a line that stays or goes is not in the script, behind those before it.
+    """
+    lines, place, indent = script.splitlines(), 0, ""
+    for line in diff.splitlines():
+        kind, text = line[:1], line[1:].strip()
+        if not text:
+            continue
+        if kind == "+":
+            lines.insert(place, indent + text)
+            place += 1
+            continue
+        place = next((i for i in range(place, len(lines)) if lines[i].strip() == text), -1)
+        if place < 0:
+            raise ValueError(f"not in the script: {text}")
+        indent = lines[place].removesuffix(lines[place].lstrip())
+        if kind == "-":
+            del lines[place]
+        else:
+            place += 1
+    return "\n".join(lines) + "\n"

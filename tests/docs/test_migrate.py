@@ -6,7 +6,7 @@ import difflib
 
 import pytest
 
-from tests.docs.pages import DOCS, ROOT
+from tests.docs.pages import DOCS, ROOT, blocks, patched
 from tests.ranks import Case, parallel_cases
 
 MIGRATE = ROOT / "examples" / "migrate"
@@ -49,6 +49,15 @@ def test_pages_show_the_scripts(name):
         2:
     ]
     assert [s for s in shown if s.startswith(("+", "-"))] == [m for m in moves if not m.startswith("@@")]
+
+
+def test_readme_shows_the_horovod_scripts():
+    """Its diff makes one script the other; that of DDP is tried by a case of `torch_migrate`."""
+    diff = next(text for kind, text in blocks("README.md") if kind == "diff")
+    before, after = ((MIGRATE / f"horovod_{which}.py").read_text() for which in ("before", "after"))
+    assert sorted(patched(before, diff).splitlines()) == sorted(after.splitlines())
+    with pytest.raises(ValueError, match="not in the script: import horovod"):
+        patched(after, diff)
 
 
 @parallel_cases("torch_migrate", group="torch")

@@ -14,13 +14,15 @@ from tests.docs.pages import COMMANDS, DOCS, OTHER, ROOT, RUN, blocks, every_pag
 
 # Blocks that do not run, with their reasons, by page. Let there be few.
 SKIPPED = {
-    "docs/losses.md": ["needs four ranks, under which a test runs examples/torch_split_classifier.py"],
+    "docs/reference/losses.md": [
+        "needs four ranks, under which a test runs examples/torch_split_classifier.py"
+    ],
 }  # fmt: skip
 # Pages whose blocks another test runs, in a process of their own; they may have `py` blocks that it does not.
 ELSEWHERE = {
     "docs/tutorial.md": "docs/test_tutorial.py",  # as a notebook
-    "docs/integrations.md": "integrations/test_integration_guides.py",
-    "docs/launching.md": "integrations/test_integration_guides.py",
+    "docs/howto/integrations.md": "integrations/test_integration_guides.py",
+    "docs/howto/launching.md": "integrations/test_integration_guides.py",
 }
 SLOW: set[str] = set()
 PAGES = [page for page in every_page() if page not in ELSEWHERE and RUN & {kind for kind, _ in blocks(page)}]
@@ -86,8 +88,13 @@ def report(names: dict[str, Any], text: str) -> None:
 
 
 THEN = {
-    f"docs/{check.__name__}.md": check
-    for check in (losses, terms, watch, data, explain, metrics, training, elastic, report)
+    f"docs/{folder}/{check.__name__}.md": check
+    for folder, checks in {
+        "explanation": (watch,),
+        "howto": (data, explain, metrics, training, elastic, report),
+        "reference": (losses, terms),
+    }.items()
+    for check in checks
 }
 
 

@@ -96,7 +96,7 @@ def test_site_asks_for_nothing_from_the_network(site):
 def test_site_has_every_public_name_and_no_private_one(site):
     for page in hooks.PAGES:
         parser = _Asked()
-        parser.feed((site / "reference" / f"{page}.html").read_text())
+        parser.feed((site / "reference" / "api" / f"{page}.html").read_text())
         assert public(page) <= parser.ids
         private = [i for i in parser.ids if re.match(r"hvdloss\..*\._[a-z]", i)]
         assert private == []
@@ -135,7 +135,7 @@ def opened(page: Path, folder: Path) -> tuple[str, set[str]]:
 
 @pytest.mark.more
 def test_pages_open_in_a_browser_without_a_request(site, tmp_path):
-    shown, asked = opened(site / "reference" / "torch.html", tmp_path)
+    shown, asked = opened(site / "reference" / "api" / "torch.html", tmp_path)
     assert "hvdloss.torch.Objective" in shown
     assert asked == set()
 

@@ -34,7 +34,7 @@ def horovodrun(folder: Path, *command: str, ranks: tuple[int, int, int], hosts: 
         str(Path(sys.executable).with_name("horovodrun")),
         *("--gloo", "-np", number, "--min-np", least, "--max-np", most),
         *("--host-discovery-script", str(discover), "--network-interfaces", "lo"),
-        # Longer than Horovod takes to end what is left on a host it gave up: see docs/elastic.md.
+        # Longer than Horovod takes to end what is left on a host it gave up: see docs/howto/elastic.md.
         *("--blacklist-cooldown-range", "8", "12", "--gloo-timeout-seconds", "120"),
         *(sys.executable, *command),
     ]

@@ -24,14 +24,14 @@ def blocks(guide: str) -> str:
 @needs("tensorboard", "lightning", "transformers", "accelerate")
 def test_integrations(tmp_path):
     program = tmp_path / "guide.py"
-    program.write_text(blocks("integrations.md") + "\nprint('all of it')\n")
+    program.write_text(blocks("howto/integrations.md") + "\nprint('all of it')\n")
     assert "all of it" in run([sys.executable, program])
 
 
 @pytest.mark.more
 def test_launching(tmp_path):
     program = tmp_path / "guide.py"
-    program.write_text(blocks("launching.md"))
+    program.write_text(blocks("howto/launching.md"))
     assert run([sys.executable, program]).rstrip().endswith("[3, 3]")
 
 

@@ -1,4 +1,4 @@
-"""The recipes of docs/launching.md: what each would start on a cluster is started here, on one machine."""
+"""The recipes of docs/howto/launching.md: what each starts on a cluster is started here, on one machine."""
 
 from __future__ import annotations
 

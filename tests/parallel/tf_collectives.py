@@ -23,7 +23,7 @@ DRAWS = 3
 def case_horovods_own_gradients():
     """What Horovod's operations give for the loss sum_k k * sum(out_k), over the exact gradient.
 
-    This is what docs/collectives.md says; should Horovod mend it, this case tells.
+    This is what docs/reference/collectives.md says; should Horovod mend it, this case tells.
     """
     size, rank = hvd.size(), hvd.rank()
     total = float(sum(range(1, size + 1)))

@@ -81,8 +81,9 @@ def _against_one_process(g, wire, alone, sizes, *, once=False, input_once=False)
 def case_horovods_own_gradients():
     """What Horovod's functions give for the loss sum_k k * sum(out_k), over the exact gradient.
 
-    This is what docs/collectives.md says; should Horovod mend it, this case tells. It comes first, for
-    gradients of Horovod's have no names of their own, and wait for ever once ranks were in process sets.
+    This is what docs/reference/collectives.md says; should Horovod mend it, this case tells. It comes
+    first: gradients of Horovod's have no names of their own, and wait for ever once ranks were in
+    process sets.
     """
     size, rank = hvd.size(), hvd.rank()
     total = float(sum(range(1, size + 1)))

@@ -7,7 +7,6 @@ import os
 import socket
 import sys
 import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +14,13 @@ from sklearn.datasets import load_digits
 from torch.utils.data.distributed import DistributedSampler
 
 import hvdloss.torch as hvd
+from tests.docs import pages
 from tests.ranks import needs
 
 NEEDS = needs("gloo-2")
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "migrate"))
+MIGRATE = pages.ROOT / "examples" / "migrate"
+sys.path.insert(0, str(MIGRATE))
 BATCH = 32
 
 
@@ -63,8 +64,8 @@ def case_horovod():
     return compare("horovod")
 
 
-def case_ddp():
-    """Under torchrun's environment, since that is how the script is started before."""
+def as_torchrun() -> None:
+    """Set what torchrun sets, since that is how the scripts are started before."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = hvd.broadcast_object(free.getsockname()[1], root_rank=0)
@@ -74,4 +75,22 @@ def case_ddp():
         RANK=str(hvd.rank()),
         WORLD_SIZE=str(hvd.size()),
     )
+
+
+def case_ddp():
+    as_torchrun()
     return compare("ddp")
+
+
+def case_ddp_with_the_diff_of_the_readme():
+    """The script keeps DistributedDataParallel, and is exact."""
+    as_torchrun()
+    diff = [text for kind, text in pages.blocks("README.md") if kind == "diff"][1]
+    names = {"__name__": "script"}
+    exec(compile(pages.patched((MIGRATE / "ddp_before.py").read_text(), diff), "README.md", "exec"), names)
+    first, right = one_process()
+    model = names["train"](epochs=1, batch_size=BATCH)
+    time.sleep(0.5)  # as above
+    off = float((flat(model) - right).norm() / (right - first).norm())
+    assert off < 1e-5, off
+    return {"ddp, README": off}

@@ -1,4 +1,4 @@
-"""Writes the tables of docs/reliability.md: what `inflict.py`, `healthy.py` and `watch_scale` measured."""
+"""Writes the tables of docs/explanation/reliability.md: what `inflict.py` and others measured."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from faults import FAULTS, LOOPS
 from healthy import LOOPS as HEALTHY_LOOPS
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "explanation"
 JSON_PATH, PAGE = DOCS / "reliability.json", DOCS / "reliability.md"
 
 

@@ -1,4 +1,4 @@
-"""Jobs that are healthy but slow, none of which may be ended: the second table of docs/reliability.md.
+"""Jobs that are healthy but slow, none of which may be ended; docs/explanation/reliability.md has the table.
 
     python tests/reliability/healthy.py                     # all kinds, as long as they are in life (an hour)
     python tests/reliability/healthy.py --kind pause --loop torch
@@ -26,7 +26,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-JSON_PATH = ROOT / "docs" / "healthy.json"
+JSON_PATH = ROOT / "docs" / "explanation" / "healthy.json"
 LOOPS = {"torch": "PyTorch loop", "tape": "TensorFlow tape in a tf.function"}
 ENDED = re.compile(r"ends Horovod|(?:RankError|LostRankError|StallError|HorovodInternalError)\b")
 

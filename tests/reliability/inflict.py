@@ -362,14 +362,14 @@ def main() -> int:
     add("--slow-repeats", type=int, default=2, help="of those that take long (%(default)s)")
     add("--horovodrun", type=int, default=1, help="how many more of the deadly ones through it (%(default)s)")
     add("--out", type=Path, default=ROOT / "runs" / "reliability", help="folder of the results (%(default)s)")
-    add("--docs", action="store_true", help="write docs/reliability.json and the page's table too")
+    add("--docs", action="store_true", help="write docs/explanation/reliability.json and the table")
     add(
         "--gather",
         type=Path,
         nargs="+",
         help="write the docs from inflictions.jsonl of earlier runs; the last of a fault counts",
     )
-    add("--page", action="store_true", help="only write the page's table from docs/reliability.json")
+    add("--page", action="store_true", help="only write the table from reliability.json")
     args = parser.parse_args()
     if args.page:
         write_page()

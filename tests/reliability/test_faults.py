@@ -1,7 +1,7 @@
 """Faults inflicted on real jobs: every rank knows, in seconds, by name.
 
 `make test` inflicts some of what a job survives, one launch per loop; `make test-reliability` all kinds,
-once each; `make reliability` (`inflict.py`) all of it many times, for docs/reliability.md.
+once each; `make reliability` (`inflict.py`) all of it many times, for docs/explanation/reliability.md.
 """
 
 from __future__ import annotations

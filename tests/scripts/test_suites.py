@@ -25,7 +25,7 @@ def run_for(*changed: str) -> set[str]:
 @pytest.mark.parametrize(
     ("changed", "expected"),
     [
-        ("docs/terms.md", {"pages"}),
+        ("docs/reference/terms.md", {"pages"}),
         ("CHANGELOG.md", set()),
         ("hvdloss/reduction.py", {"more-torch", "more-tensorflow"}),
         ("adapters/torch/optimizer.py", {"more-torch"}),

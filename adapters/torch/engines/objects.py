@@ -1,7 +1,7 @@
 """Python objects as bytes, for those of Horovod's own functions that send objects.
 
-They are pickled, as Horovod does, so a rank can run code on the others that call them: docs/security.md.
-Nothing of this library's own is sent this way.
+They are pickled, as Horovod does, so a rank can run code on the others that call them
+(docs/explanation/security.md). Nothing of this library's own is sent this way.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What is built: Horovod's newest release, with the patches that it needs today.
 
 Horovod 0.28.1 (2023) is source only and compiles against neither a current PyTorch nor a
-current TensorFlow. The patches (docs/install.md lists them) make it, and make it fast to build
+current TensorFlow. The patches (docs/howto/install.md lists them) make it, and make it fast to build
 and to start, keep strangers out, and let ranks get over the loss of another. A change of a
 patch changes `RECIPE`: wheels built by another recipe are not reused.
 """
