@@ -196,7 +196,7 @@ def compare(args: argparse.Namespace) -> int:
             "replicas": data.shards.size,
             "model": args.model,
             "stages": stages,
-            "len(ours)": steps,
+            "steps": len(ours),
             "seconds": seconds,
             "loss_error": max(abs(a / b - 1) for a, b in zip(ours, alone, strict=True)),
             "parameter_error": relative(flat(trained.parameters()), flat(one.parameters())),
