@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from hvdloss.errors import UsageError
+from hvdloss.errors import ConfigError, UsageError
 
 __all__ = [
     "SAME",
@@ -16,6 +16,7 @@ __all__ = [
     "factor_of_passes",
     "uneven_division_error",
     "unheard_error",
+    "weight_gradient_error",
 ]
 
 _NEAR = 1e-5  # a division in float32 is not exact, nor is the multiplication by a scale before it
@@ -102,6 +103,20 @@ def uneven_division_error(passes: int) -> UsageError:
         f"which is also one over backward_passes_per_step: it cannot be known whether that divides by the "
         f"micro-batches, which an objective does itself, or is the part of each. Leave a division by the "
         f"micro-batches out; give parts of another size, or put them into one function of the elements"
+    )
+
+
+def weight_gradient_error(name: str, detached: str) -> ConfigError:
+    """Return the error of weights that carry a gradient.
+
+    Args:
+        name: of the objective.
+        detached: the framework's expression for the weights without it.
+    """
+    return ConfigError(
+        f"weight= of {name} carries a gradient: weights are data, and what they depend on would "
+        f"not learn from them. Pass {detached}, or make them part of the loss: "
+        f"Objective(lambda prediction, target: ...), or a function of sums (hvdloss.losses.SumsLoss)"
     )
 
 

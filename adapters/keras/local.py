@@ -14,7 +14,7 @@ from hvdloss.control.weights import Proximal
 from hvdloss.errors import ConfigError
 from hvdloss.keras._backend import hvd
 from hvdloss.ledger import COLUMN, FAULTS
-from hvdloss.tensorflow.books import Books, raise_fault, translated
+from hvdloss.tensorflow.books import Books, raise_fault, translated, without_factor
 from hvdloss.tensorflow.exchange import Exchange, marked
 from hvdloss.tensorflow.variables import variable
 from hvdloss.term import Travel
@@ -96,7 +96,7 @@ class Stretch:
 
         # Now rather than after the last exchange: whatever was loaded in between is equal on all ranks.
         tf.cond(tf.equal(self.steps, 0), anchor_here, lambda: tf.constant(False))
-        self.row.assign_add(row)
+        self.row.assign_add(without_factor(row))  # a factor may change from step to step
         self.steps.assign_add(1)
         return (row[_DENOMINATOR] > 0) & ~tf.reduce_any(row[FAULTS] > 0)
 

@@ -16,7 +16,7 @@ from hvdloss.keras.local import Stretch, check_local
 from hvdloss.keras.losses import ExactCompileLoss, Objective
 from hvdloss.ledger import COLUMN
 from hvdloss.report import StepReport
-from hvdloss.tensorflow.books import Books, failing
+from hvdloss.tensorflow.books import Books, failing, merge_pass
 from hvdloss.tensorflow.exchange import (
     Exchange,
     beyond,
@@ -152,10 +152,9 @@ class _Engine:
         row = self.idle
         undo, unclear = tf.ones((), tf.float64), tf.zeros((), tf.float64)
         if row is None:
-            row = self.books.take(lenient=self.lenient)
-            undo, unclear = self.books.undivided(
-                optimizer.gradient_accumulation_steps or 1, self.loss_scale()
-            )
+            row, scale = self.books.take(lenient=self.lenient), self.loss_scale()
+            undo, unclear = self.books.undivided(optimizer.gradient_accumulation_steps or 1, scale)
+            row = self.books.with_factor(row, undo if scale is None else undo / tf.cast(scale, tf.float64))
             row = failing(row, self.books.unheard() + unclear)
         self.row, self.factor = row, None
         self.variables = list(variables)
@@ -171,7 +170,7 @@ class _Engine:
             if self.window is None:
                 with tf.init_scope():
                     self.window = variable(tf.zeros(self.books.width, tf.float64), "hvdloss_window")
-            self.window.assign_add(row)
+            self.window.assign(merge_pass(self.window, row))
             self.row = self.window.read_value()
             # Keras divides what it adds up by the number of passes.
             self.factor = float(steps)

@@ -31,7 +31,7 @@ from hvdloss.tensorflow.objective import Objective
 from hvdloss.tensorflow.optimizer import DistributedOptimizer
 from hvdloss.tensorflow.preemption import Preemption
 from hvdloss.tensorflow.recorder import Recorder, follow
-from hvdloss.tensorflow.several import Objectives
+from hvdloss.tensorflow.several import Objectives, global_losses
 from hvdloss.tensorflow.sharded import (
     ArcFace,
     ClassShards,
@@ -73,6 +73,7 @@ __all__ = [
     "broadcast_variables",
     "check_synchronized",
     "follow",
+    "global_losses",
     "grid",
     "lime_weights",
     "merged_value",

@@ -20,19 +20,20 @@ from hvdloss.control.compression import AdaptiveCompression
 from hvdloss.control.period import period_of
 from hvdloss.control.weights import Proximal
 from hvdloss.controller import Controller, counts_of
-from hvdloss.errors import UsageError
+from hvdloss.errors import HvdlossError, UsageError
 from hvdloss.ledger import COLUMN, FAULTS, NONFINITE, WIDTH, Ledgers, judge, unpack
-from hvdloss.passes import another_error, uneven_division_error, unheard_error
+from hvdloss.passes import SAME, another_error, uneven_division_error, unheard_error
 from hvdloss.reduction import MEASURED
 from hvdloss.report import StepReport
 from hvdloss.report.steps import Interest, LossReport
 from hvdloss.tensorflow._backend import hvd
 from hvdloss.tensorflow.ops import communicator_of
+from hvdloss.tensorflow.refusals import clear_refusals, pop_refusal
 from hvdloss.tensorflow.variables import variable
 from hvdloss.term import Travel
 from hvdloss.world import following
 
-__all__ = ["Books", "failing", "fault", "kept", "raise_fault", "translated"]
+__all__ = ["Books", "failing", "fault", "kept", "merge_pass", "raise_fault", "translated", "without_factor"]
 
 # What crossed a graph as a TensorFlow error, so that those who own the call can raise the real one.
 _faults: list[Exception] = []
@@ -41,6 +42,27 @@ _faults: list[Exception] = []
 def failing(row: tf.Tensor, failed: tf.Tensor) -> tf.Tensor:
     """Return a row that tells, too, that this rank cannot go on, where `failed` is above 0."""
     return tf.tensor_scatter_nd_add(row, [[_FAILED]], [failed])
+
+
+def merge_pass(rows: tf.Tensor, row: tf.Tensor) -> tf.Tensor:
+    """Return the row of several passes together with that of one more: sums, but for the loss's factor.
+
+    See :func:`hvdloss.passes.factor_of_passes`.
+    """
+    before, now = rows[_DENOMINATOR] > 0, row[_DENOMINATOR] > 0
+    factor = tf.where(before, rows[_FACTOR], row[_FACTOR])
+    apart = before & now & ~_same(row[_FACTOR], rows[_FACTOR])
+    news = tf.maximum(tf.maximum(rows[_RESCALED], row[_RESCALED]), 2.0 * tf.cast(apart, tf.float64))
+    return tf.tensor_scatter_nd_update(rows + row, _OF_FACTOR, tf.stack([factor, news]))
+
+
+def without_factor(row: tf.Tensor) -> tf.Tensor:
+    """Return a row that tells nothing of what the loss was multiplied with."""
+    return tf.tensor_scatter_nd_update(row, _OF_FACTOR, tf.zeros(2, tf.float64))
+
+
+def _same(factor: tf.Tensor, other: tf.Tensor) -> tf.Tensor:
+    return tf.abs(factor - other) <= SAME * tf.maximum(tf.abs(factor), tf.abs(other))
 
 
 def fault() -> Exception | None:
@@ -70,11 +92,14 @@ def translated(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 _FAILED, _MORE, _LEAVING = COLUMN["failed"], COLUMN["more"], COLUMN["leaving"]
-_READING = COLUMN["reading"]
+_READING, _DENOMINATOR = COLUMN["reading"], COLUMN["denominator"]
+_FACTOR, _RESCALED = COLUMN["factor"], COLUMN["rescaled"]
+_OF_FACTOR = [[_FACTOR], [_RESCALED]]
 _ELEMENTS, _PASSES = COLUMN["elements"], COLUMN["micro_batches"]
 # Sums of passes that are not told: of squared denominators, of scaled losses, and of what arrived at losses.
 _EXTRA = 3
-_DIVISION = 1000.0  # in the place of `failed`: which of this rank's errors it is
+# In the place of `failed`: which of this rank's errors it is.
+_DIVISION, _REFUSAL = 1000.0, 1e6
 
 _ALL_OF_THEM = (  # what to do with several objectives
     "Make hvd.Objectives({'name': objective, ...}) of all of them, and give that to a "
@@ -114,6 +139,7 @@ class Books:
         self._told = (False, False)  # the first two
         self._leaving: Callable[[], bool] = lambda: False
         self._error: BaseException | None = None  # why it cannot go on
+        self._refusal: HvdlossError | None = None  # of the passes that were last traced or made
         self.process_set: Any = None  # of the ranks; set by those who exchange
         self.choices: dict[str, Any] = {}  # of how gradients travel, for the report
         self.listeners: list[Callable[[StepReport], None]] = []
@@ -124,7 +150,8 @@ class Books:
         self.owned = False  # whether a tape or optimizer takes what is entered
         self.divides = True  # whether a division of the loss by the passes is one too many
         self._several: Any = 1.0  # calls of the objective in them
-        self.arrived: Any = 1.0  # at the losses of the passes last taken, on average
+        self.arrived: Any = 1.0  # at the losses of the passes last taken, in sum
+        self._factor: tf.Variable | None = None  # what all ranks' losses were last multiplied with
         self._passes = 1
         self._others: Sequence[str] = ()  # objectives whose losses a backward pass came from as well
         following(self)
@@ -146,6 +173,8 @@ class Books:
         self._of(1).assign(tf.zeros((0, self.width), tf.float64))
         self._told = (False, False)
         self._signal_now()
+        assert self._factor is not None
+        self._factor.assign(1.0)
 
     def memory(self) -> dict[str, Any]:
         """Return what a run that goes on needs: plain values and arrays, equal on all ranks. Eager only."""
@@ -256,6 +285,7 @@ class Books:
                 )
                 self._signal = variable(self._signals(), "hvdloss_signal", dtype=tf.float64)
                 self._samples = variable(0, "hvdloss_samples", dtype=tf.float64)
+                self._factor = variable(1.0, "hvdloss_factor", dtype=tf.float64)
                 self._counts = variable(tf.zeros(0, tf.int64), "hvdloss_nonfinite", shape=(None,))
         return self._variables[which]
 
@@ -281,6 +311,7 @@ class Books:
             return tf.identity(x), grad
 
         self._of(0)  # exists before any function is traced
+        clear_refusals()
         if self.owned:
             self.forget_others()
         return through(loss)
@@ -416,17 +447,41 @@ class Books:
         def near(x: tf.Tensor) -> tf.Tensor:
             return tf.abs(x - whole) <= 1e-5 * whole
 
-        divided = near(self.arrived * passes) & ~near(self.arrived)
+        arrived = self.arrived / tf.maximum(self._several, 1.0)
+        divided = near(arrived * passes) & ~near(arrived)
         several = divided & (self._several > 1)
         return (
             tf.where(divided, tf.constant(float(passes), tf.float64), tf.ones((), tf.float64)),
             tf.where(several, tf.constant(_DIVISION, tf.float64), tf.zeros((), tf.float64)),
         )
 
+    def with_factor(self, row: tf.Tensor, undone: Any = 1.0) -> tf.Tensor:
+        """Return the row of the passes last taken, which tells what their losses were multiplied with.
+
+        `undone`: what the gradients are multiplied with again. See
+        :func:`hvdloss.passes.factor_of_passes`.
+        """
+        assert self._factor is not None
+        factor = self.arrived * tf.cast(undone, tf.float64)
+        told = (row[_DENOMINATOR] > 0) & (self._several > 0) & tf.math.is_finite(factor)
+        factor = tf.where(told, factor, tf.zeros_like(factor))
+        news = tf.cast(told & ~_same(factor, self._factor.read_value()), tf.float64)
+        return tf.tensor_scatter_nd_update(row, _OF_FACTOR, tf.stack([factor, news]))
+
+    def _agreed_factor(self, table: tf.Tensor) -> tf.Tensor:
+        """Return :func:`hvdloss.ledger.agreed_factor` of a step's table."""
+        assert self._factor is not None
+        told = (table[:, _DENOMINATOR] > 0) & tf.equal(table[:, COLUMN["nonfinite_losses"]], 0)
+        there = tf.reduce_any(told) & tf.reduce_any(table[:, _RESCALED] > 0)
+        first = table[tf.argmax(tf.cast(told, tf.int32)), _FACTOR]
+        return tf.where(there, first, self._factor.read_value())
+
     def _failure(self, failed: float) -> BaseException | None:
         """Return why this rank cannot go on, by what its row tells."""
         if self._error is not None or not failed:
             return self._error
+        if failed >= _REFUSAL:
+            return self._refusal
         if failed >= _DIVISION:
             return uneven_division_error(self._passes)
         names = " or ".join(map(repr, self._others))
@@ -455,10 +510,10 @@ class Books:
 
     def _unsound(self, table: tf.Tensor) -> tf.Tensor:
         """Return whether a step is an error, by all ranks' rows."""
-        faults = table[:, FAULTS]
+        faults = tf.concat([table[:, FAULTS], table[:, _RESCALED : _RESCALED + 1]], 1)
         if self.nonfinite != "raise":
             others = (slice(FAULTS.start, NONFINITE.start), slice(NONFINITE.stop, FAULTS.stop))
-            faults = tf.concat([table[:, some] for some in others], 1)
+            faults = tf.concat([table[:, some] for some in (*others, slice(_RESCALED, _RESCALED + 1))], 1)
         total = tf.reduce_sum(table[:, 1])
         return tf.reduce_any(faults > 0) | tf.equal(total, 0.0) | ~tf.math.is_finite(total)
 
@@ -478,7 +533,7 @@ class Books:
         self.scaled = book[MEASURED + 1] > 0
         calls = self._several = book[_PASSES]
         n = tf.maximum(calls, 1.0)
-        self.arrived = book[MEASURED + 2] / n
+        self.arrived = book[MEASURED + 2]
         apart = calls * book[MEASURED] - book[1] ** 2 > 1e-9 * book[1] ** 2
         silent = tf.equal(calls, 0.0)
         one, zero = tf.ones((), tf.float64), tf.zeros((), tf.float64)
@@ -490,7 +545,16 @@ class Books:
             + [zero] * (WIDTH - MEASURED - 2)
         )
         # What terms tell of several calls adds up, as it does over passes.
-        return tf.concat([own, book[MEASURED + _EXTRA :]], 0) if self.controller.width else own
+        row = tf.concat([own, book[MEASURED + _EXTRA :]], 0) if self.controller.width else own
+        return self.with_refusal(row)
+
+    def with_refusal(self, row: tf.Tensor) -> tf.Tensor:
+        """Return the row of passes, which tells if one was refused (:mod:`hvdloss.tensorflow.refusals`)."""
+        found = pop_refusal()
+        if found is None:
+            return row
+        self._refusal = found
+        return failing(row, tf.constant(_REFUSAL, tf.float64))
 
     def close(
         self,
@@ -536,6 +600,8 @@ class Books:
             self._of(1).assign(table, read_value=False),
             self._samples_now().assign_add(tf.reduce_sum(table[:, _ELEMENTS]), read_value=False),
         ]
+        assert self._factor is not None
+        kept.append(self._factor.assign(self._agreed_factor(table), read_value=False))
         if self.nonfinite != "raise":
             assert self._counts is not None
             told = tf.reduce_any(table[:, NONFINITE] > 0, 1)

@@ -15,6 +15,7 @@ from hvdloss.elements import ClassOptions
 from hvdloss.errors import ShapeError, second_derivative_error
 from hvdloss.objective import loss_named
 from hvdloss.tensorflow._backend import hvd
+from hvdloss.tensorflow.refusals import as_data
 from hvdloss.tensorflow.waiting import explaining
 from tensorflow.python.eager import context
 
@@ -42,8 +43,8 @@ class TensorFlowOps:
 
     def weights_like(self, w: Any, losses: tf.Tensor) -> tf.Tensor:
         """Broadcast and cast; weights are data, so no gradient."""
-        w = tf.cast(w if tf.is_tensor(w) else np.asarray(w), losses.dtype)
-        return tf.broadcast_to(tf.stop_gradient(w), tf.shape(losses))
+        w = as_data(tf.cast(w, losses.dtype)) if tf.is_tensor(w) else tf.cast(np.asarray(w), losses.dtype)
+        return tf.broadcast_to(w, tf.shape(losses))
 
     def ones_like(self, losses: tf.Tensor) -> tf.Tensor:
         """Return ones."""
@@ -162,8 +163,13 @@ class TensorFlowOps:
         return tf.cast(x, tf.float64)
 
     def known(self, x: tf.Tensor, value: Any) -> tf.Tensor:
-        """Add what changes only the gradient."""
-        return tf.cast(value, x.dtype) + (x - tf.stop_gradient(x))
+        """Take the place of `x`; a graph then has no way from its value to what follows."""
+
+        @tf.custom_gradient
+        def known(x: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor], tf.Tensor]]:
+            return tf.identity(tf.cast(value, x.dtype)), tf.identity
+
+        return known(x)
 
     def reshape(self, x: tf.Tensor, shape: tuple[int, ...]) -> tf.Tensor:
         """Reshape."""

@@ -32,7 +32,7 @@ class _ExactV1(tf.compat.v1.train.Optimizer):
         books = self._objective.books
         books.forget()
         pairs = self._optimizer.compute_gradients(*args, **kwargs)
-        row = books.take()
+        row = books.with_factor(books.take())
         if not included(hvd, self._exchange.process_set):
             return pairs
         row = books.signed(row)

@@ -101,7 +101,7 @@ class _Exact:
 
         several = isinstance(self._hvd_objective, Objectives)
         gradients, others = books.watching(weighed if several else plain)
-        row = row if several else books.take()
+        row = row if several else books.with_factor(books.take())
         if not included(hvd, process_set):
             return gradients
         row = failing(books.signed(row), others)

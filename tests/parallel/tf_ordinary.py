@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 
 import keras
 import numpy as np
 import tensorflow as tf
 from keras_support import before_case, network, sgd
-from tf_support import Network, cuts, data, difference, part, reference, weighted_mse
+from tf_support import Network, cuts, data, difference, part, raised, reference, weighted_mse
 
 import hvdloss.keras as khvd
 import hvdloss.tensorflow as hvd
+from hvdloss.errors import ShapeError
 from hvdloss.tensorflow.books import translated
 from hvdloss.tensorflow.ops import communicator_of
 from tests.ranks import needs
@@ -21,8 +23,8 @@ NEEDS = needs("gloo-2", more="gloo-3")
 __all__ = ["before_case"]
 
 
-def refused(action, *words: str) -> None:
-    """Assert that `action` raises the same RankError on every rank."""
+def refused(action, *words: str, kind: str = "RankError") -> None:
+    """Assert that `action` raises the same error on every rank."""
     try:
         translated(action)
         text = "nothing"
@@ -30,9 +32,10 @@ def refused(action, *words: str) -> None:
         text = f"{type(error).__name__}: {error}"
     # Keras adds the addresses of functions around it.
     text = text[: text.find(":")] + text[max(0, text.find("step ")) : text.find("as well)")]
+    text = re.sub(r" at 0x\w+", "", text)
     texts = communicator_of(hvd.global_process_set).gather(text.encode(), "texts")
     assert len(set(texts)) == 1, texts
-    for word in ("RankError", *words):
+    for word in (kind, *words):
         assert word in text, text
 
 
@@ -53,6 +56,148 @@ def case_two_objectives_in_one_tape_are_refused_by_name():
         refused(lambda call=call: call(True), "'huber'", "'mse'")
         expected = reference(lambda: weighted_mse(net(x), y, w), net.parameters)
         assert difference(call(False), expected) < 1e-12
+
+
+FUNCTIONS = {
+    "root": tf.sqrt,
+    "square": lambda loss: loss**2,
+    "logarithm": lambda loss: tf.math.log(1 + loss),
+    "of each rank": lambda loss: loss * (1 + hvd.rank()),
+    "left out by one": lambda loss: loss * float(hvd.rank() != 1),
+}
+
+
+def case_a_function_of_a_losss_value_is_refused_on_every_rank():
+    """Its derivative at this rank's mean is not that at the mean of all; one number for all is fine."""
+    rng = np.random.default_rng(7)
+    net, objective = Network(rng), hvd.Objective("mse")
+    x, y, w = data(rng, 20)
+    xs, ys, ws = map(tf.constant, part((x, y, w), cuts(rng, 20, hvd.size(), empty=False)))
+
+    def gradient(function, mine=(xs, ys, ws)):
+        with tf.GradientTape() as tape:
+            loss = function(objective(net(mine[0]), *mine[1:]))
+        return hvd.DistributedGradientTape(tape, objective).gradient(loss, net.parameters)
+
+    for name, function in FUNCTIONS.items():
+        calls = [lambda function=function: gradient(function)]
+        if name == "root":  # one that travels in a graph does so as the others
+            calls.append(tf.function(calls[0], autograph=False))
+        for call in calls:
+            refused(call, "factors from", "global_losses", "Nothing was updated", kind="UsageError")
+    factor = tf.Variable(1.0, dtype=tf.float64, trainable=False)
+    traced = tf.function(lambda: gradient(lambda loss: factor * loss), autograph=False)
+    for number in (3.0, 0.5, 0.0, -1.0, -1.0):
+        factor.assign(number)
+        expected = reference(lambda number=number: number * weighted_mse(net(x), y, w), net.parameters)
+        for found in (traced(), gradient(lambda loss: factor * loss)):
+            assert max(float(tf.norm(a - b)) for a, b in zip(found, expected, strict=True)) < 1e-10
+    # A rank without elements has no factor, and the only one that has any tells that of all.
+    mine = [tf.constant(a if hvd.rank() == 0 else a[:0]) for a in (x, y, w)]
+    expected = reference(lambda: tf.sqrt(weighted_mse(net(x), y, w)), net.parameters)
+    assert difference(gradient(tf.sqrt, mine), expected) < 1e-12
+
+
+def case_a_function_of_a_losss_value_is_refused_in_accumulation_too():
+    """Between micro-batches of one rank, where ranks have the same; a scale that changes is none."""
+    rng = np.random.default_rng(8)
+    x, y, w = map(tf.constant, data(rng, 12))
+    for scaled in (False, True):
+        net, objective = Network(rng), hvd.Objective("mse")
+        plain = tf.keras.optimizers.SGD(0.01)
+        plain = keras.optimizers.LossScaleOptimizer(plain, 8.0, dynamic_growth_steps=1) if scaled else plain
+        optimizer = hvd.DistributedOptimizer(plain, objective, backward_passes_per_step=2)
+
+        def step(function, net=net, objective=objective, optimizer=optimizer, scaled=scaled):
+            for rows in (slice(0, 4), slice(4, 12)):
+                with tf.GradientTape() as tape:
+                    loss = function(objective(net(x[rows]), y[rows], w[rows]))
+                    loss = optimizer.scale_loss(loss) if scaled else loss
+                optimizer.apply_gradients(
+                    zip(tape.gradient(loss, net.parameters), net.parameters, strict=True)
+                )
+
+        for factor in (2.0, 2.0, 3.0):
+            expected = reference(
+                lambda factor=factor, net=net: factor * weighted_mse(net(x), y, w), net.parameters
+            )
+            moved = [p - 0.01 * g for p, g in zip(net.parameters, expected, strict=True)]
+            step(lambda loss, factor=factor: factor * loss)
+            assert difference(net.parameters, moved) < 1e-12
+        refused(lambda step=step: step(tf.sqrt), "micro-batches of rank", kind="UsageError")
+
+
+def case_a_function_of_the_loss_in_a_train_step_is_refused():
+    """Of what compute_loss gives, with a regularizer in it."""
+
+    class Root(keras.Model):
+        def compute_loss(self, *args, **kwargs):
+            return tf.sqrt(super().compute_loss(*args, **kwargs))
+
+    x, y, _ = data(np.random.default_rng(9), 8 * hvd.size())
+    rows = slice(8 * hvd.rank(), 8 * hvd.rank() + 8)
+    inner = network()
+    for losses in ("mse", ["mse", "mae"]):
+        outputs = inner.outputs if losses == "mse" else [inner.outputs[0], 2 * inner.outputs[0]]
+        model = Root(inner.inputs, outputs)
+        model.compile(khvd.DistributedOptimizer(sgd()), loss=losses)
+        targets = y[rows] if losses == "mse" else [y[rows], y[rows]]
+        before = model.get_weights()
+        refused(
+            lambda model=model, targets=targets: model.fit(x[rows], targets, verbose=0),
+            "factors from",
+            kind="UsageError",
+        )
+        assert difference(model.get_weights(), before) == 0
+
+
+def case_a_weight_that_carries_a_gradient_is_refused():
+    rng = np.random.default_rng(10)
+    net, objective = Network(rng), hvd.Objective("mse")
+    x, y, w = data(rng, 20)
+    where = cuts(rng, 20, hvd.size(), empty=False)
+    xs, ys, ws = map(tf.constant, part((x, y, w), where))
+
+    def weights(p, w):
+        return w * tf.exp(-p)
+
+    def gradient(detached):
+        with tf.GradientTape() as tape:
+            p = net(xs)
+            weight = weights(tf.stop_gradient(p) if detached else p, ws)
+            loss = objective(p, ys, weight if hvd.rank() == 0 or detached else ws)
+        return hvd.DistributedGradientTape(tape, objective).gradient(loss, net.parameters)
+
+    for call in (gradient, tf.function(gradient, autograph=False)):
+        refused(lambda call=call: call(False), "rank 0", "carries a gradient", "stop_gradient")
+        fixed = weights(net(x), w)
+        expected = reference(lambda fixed=fixed: weighted_mse(net(x), y, fixed), net.parameters)
+        assert difference(call(True), expected) < 1e-12
+
+    class Weighing(keras.Model):
+        def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+            return super().compute_loss(x, y, y_pred, tf.squeeze(tf.exp(-y_pred), -1), training)
+
+    inner = network()
+    model = Weighing(inner.inputs, inner.outputs)
+    model.compile(khvd.DistributedOptimizer(sgd()), loss=khvd.Objective("mse"))
+    before = model.get_weights()
+    refused(lambda: model.fit(xs, ys, batch_size=20, verbose=0), "carries a gradient")
+    assert difference(model.get_weights(), before) == 0
+
+
+def case_a_weight_that_fits_the_losses_in_two_ways_is_refused():
+    objective, square = hvd.Objective("mse"), tf.ones((3, 3), tf.float64)
+    w = tf.constant([1.0, 2.0, 4.0], tf.float64)
+    for call in (objective, tf.function(objective, autograph=False)):
+        error = raised(lambda call=call: call(square, 2 * square, w))
+        assert isinstance(error, ShapeError), error
+        for words in ("weight[:, None]", "weight[None, :]"):
+            assert words in str(error), error
+    rows = tf.constant([[1.0], [2.0], [3.0]], tf.float64) * square
+    for weight in (w[:, None], w[None, :]):
+        expected = weighted_mse(rows, 0 * square, weight)
+        assert abs(float(objective(rows, 0 * square, weight) / expected) - 1) < 1e-12
 
 
 def case_an_objective_that_no_optimizer_has_is_refused_by_name():
