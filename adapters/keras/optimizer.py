@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from hvdloss.keras._backend import hvd
 from hvdloss.keras.local import Stretch, check_local
 from hvdloss.keras.losses import ExactCompileLoss, Objective
 from hvdloss.ledger import COLUMN
+from hvdloss.passes import changed_gradients_error, changed_gradients_warning
 from hvdloss.report import StepReport
 from hvdloss.tensorflow.books import Books, failing, merge_pass
 from hvdloss.tensorflow.exchange import (
@@ -27,6 +29,8 @@ from hvdloss.tensorflow.exchange import (
     tied,
 )
 from hvdloss.tensorflow.objective import Objective as TensorFlowObjective
+from hvdloss.tensorflow.own_gradients import changed, watch_tapes
+from hvdloss.tensorflow.refusals import refuse
 from hvdloss.tensorflow.variables import variable
 from hvdloss.world import following, next_number
 
@@ -61,6 +65,8 @@ class _Engine:
         self.loss_scale: Callable[[], Any] = lambda: None  # what a LossScaleOptimizer multiplies with
         self.lenient = objective is None
         self.warned = False  # that nothing is known of the loss
+        self.looked = False  # at what tapes gave, as it came to the optimizer outside of this one
+        self._warned_of_changes = False
         self.compile_loss: ExactCompileLoss | None = None
         self.window: tf.Variable | None = None
         self.idle: Any = None  # the empty row, while a step is traced to which this rank adds nothing
@@ -76,6 +82,7 @@ class _Engine:
         self.reduced: Any = None
         self.done = 0
         self.after_idle: Callable[[], None] = lambda: None  # what to do after an idle step
+        watch_tapes()
         following(self)
 
     def renew(self) -> None:
@@ -143,6 +150,17 @@ class _Engine:
     def included(self) -> bool:
         """Whether this rank shares the steps."""
         return included(hvd, self.exchange.process_set)
+
+    def look(self, gradients: Sequence[Any]) -> None:
+        """Refuse gradients that were changed since the tape gave them, or warn where that is not known."""
+        found = changed(gradients)
+        if self.looked or self.lenient or self.idle is not None or self.exchange.size == 1:
+            return
+        if found:
+            refuse(changed_gradients_error())
+        elif found is None and not self._warned_of_changes:
+            self._warned_of_changes = True
+            warnings.warn(changed_gradients_warning(), stacklevel=4)
 
     def took(self, optimizer: Any, gradients: list[Any], variables: Sequence[Any]) -> list[Any]:
         """Take the gradients of one backward pass; return them as Keras is to add them up."""
@@ -240,6 +258,7 @@ class _Exact:
     def apply(self, grads: Any, trainable_variables: Any = None) -> None:
         """Reduce the gradients, or add them to those of the step, and update. See Keras."""
         grads = list(grads)
+        self._hvd.look(grads)
         if trainable_variables is not None:
             trainable_variables = list(trainable_variables)
             if not self.built:
@@ -415,6 +434,16 @@ class _ExactScale:
     @property
     def _hvd(self) -> _Engine:
         return self.inner_optimizer._hvd  # type: ignore[attr-defined]
+
+    def apply(self, grads: Any, trainable_variables: Any = None) -> None:
+        """Unscale gradients for the inner optimizer. See Keras."""
+        grads, engine = list(grads), self._hvd
+        engine.look(grads)
+        engine.looked = True
+        try:
+            self._base.apply(self, grads, trainable_variables)
+        finally:
+            engine.looked = False
 
     def check_finite(self, grads: list[Any]) -> tf.Tensor:
         """Return whether the gradients of all ranks are finite. One small all-reduce."""

@@ -7,10 +7,60 @@ from typing import Any
 
 import tensorflow as tf
 
-__all__ = ["depend_on"]
+__all__ = ["depend_on", "linear_in"]
 
 # What depends on the shape of an input, not on its values.
 _OF_SHAPES = {"BroadcastGradientArgs", "OnesLike", "Rank", "Shape", "ShapeN", "Size", "ZerosLike"}
+
+
+# Linear in all inputs together; in each input alone; in the first; in all but the first.
+_SUMS = {"Add", "AddN", "AddV2", "BroadcastTo", "Cast", "ConcatV2", "ExpandDims", "Identity", "Mean", "Neg"}
+_SUMS |= {
+    "Pack",
+    "Reshape",
+    "Slice",
+    "Split",
+    "SplitV",
+    "Squeeze",
+    "StopGradient",
+    "StridedSlice",
+    "Sub",
+    "Sum",
+}
+_SUMS |= {"Tile", "Transpose", "Unpack", "UnsortedSegmentSum"}
+_PRODUCTS = {"BatchMatMulV2", "Einsum", "MatMul", "Mul", "MulNoNan"}
+_QUOTIENTS = {"Div", "DivNoNan", "RealDiv"}
+_CHOICES = {"Select", "SelectV2"}
+
+
+def linear_in(tensor: tf.Tensor, given: Sequence[tf.Tensor]) -> bool | None:
+    """Return whether a tensor is a linear function of others of its graph; None if it is none of them.
+
+    By the operations between them: what is not known to be linear is not.
+    """
+    sources = {id(one) for one in given}
+    reached, waiting = dict.fromkeys(sources, True), list(given)
+    while waiting:
+        for op in waiting.pop().consumers():
+            for out in op.outputs if op.type not in _OF_SHAPES else ():
+                if id(out) not in reached:
+                    reached[id(out)] = True
+                    waiting.append(out)
+
+    def linear(tensor: tf.Tensor) -> bool:
+        if id(tensor) in sources or id(tensor) not in reached:
+            return True
+        inputs = _made_of(tensor)
+        kind, moving = tensor.op.type, [i for i, one in enumerate(inputs) if id(one) in reached]
+        fits = (
+            kind in _SUMS | {"IdentityN"}
+            or (kind in _PRODUCTS and len(moving) == 1)
+            or (kind in _QUOTIENTS and moving == [0])
+            or (kind in _CHOICES and 0 not in moving)
+        )
+        return fits and all(linear(inputs[i]) for i in moving)
+
+    return linear(tensor) if id(tensor) in reached else None
 
 
 def depend_on(tensors: Any, values: Sequence[tf.Tensor]) -> list[tf.Tensor]:

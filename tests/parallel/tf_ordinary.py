@@ -332,6 +332,69 @@ def case_a_train_step_with_its_own_loss_is_warned_of_once():
     assert all("hvd.Objective" in text for text in ours)
 
 
+class OwnStep(keras.Model):
+    """A model whose train_step changes gradients before it gives them to the optimizer."""
+
+    change = None
+
+    def train_step(self, batch):
+        x, y = batch
+        with tf.GradientTape() as tape:
+            loss = self.compute_loss(x, y, self(x, training=True))
+            scaled = self.optimizer.scale_loss(loss)
+        variables = self.trainable_variables
+        self.optimizer.apply(self.change(tape.gradient(scaled, variables)), variables)
+        return {"loss": loss}
+
+
+def centred(gradients):
+    """Return twice the gradients of matrices without their means, and the other gradients halved."""
+    return [2 * (g - tf.reduce_mean(g, 0)) if len(g.shape) > 1 else g / 2 for g in gradients]
+
+
+def case_gradients_changed_before_the_optimizer_takes_them():
+    """Exact if linearly; clipped ones are refused, and eagerly, where it cannot be known, warned of once."""
+    x, y, _ = data(np.random.default_rng(11), 20)
+    rows = slice(*cuts(np.random.default_rng(12), 20, hvd.size(), empty=False)[hvd.rank() :][:2])
+
+    def model(change, optimizer=sgd, ours=True, **options):
+        made = network()
+        made = OwnStep(made.inputs, made.outputs)
+        made.change = change
+        made.compile(khvd.DistributedOptimizer(optimizer()) if ours else optimizer(), loss="mse", **options)
+        return made
+
+    def fit(one, rows=rows):
+        one.fit(x[rows], y[rows], batch_size=20, epochs=2, verbose=0)
+
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for optimizer in (sgd, lambda: keras.optimizers.LossScaleOptimizer(sgd(), 8.0)):
+            ours, alone = model(centred, optimizer), model(centred, optimizer, ours=False)
+            fit(ours)
+            fit(alone, slice(None))
+            assert difference(ours.get_weights(), alone.get_weights()) < 1e-12
+    assert not [one for one in told if "tape.gradient gave" in str(one.message)]
+    if hvd.size() == 1:
+        return
+    for optimizer, clip in (
+        (sgd, lambda gradients: tf.clip_by_global_norm(gradients, 1.0)[0]),
+        (
+            lambda: keras.optimizers.LossScaleOptimizer(sgd(), 8.0),
+            lambda gradients: [tf.clip_by_value(g, -0.1, 0.1) for g in gradients],
+        ),
+    ):
+        ours = model(clip, optimizer)
+        before = ours.get_weights()
+        refused(lambda ours=ours: fit(ours), "was clipped", "global_clipnorm")
+        assert difference(ours.get_weights(), before) == 0
+    ours = model(lambda gradients: tf.clip_by_global_norm(gradients, 1.0)[0], run_eagerly=True)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        fit(ours)
+    assert sum("tape.gradient gave" in str(one.message) for one in told) == 1, told
+
+
 def case_local_variables_may_be_named_before_the_optimizer_is_built():
     keras.utils.set_random_seed(1)
     found = []
