@@ -30,7 +30,7 @@ from hvdloss.tensorflow.exchange import (
 )
 from hvdloss.tensorflow.objective import Objective as TensorFlowObjective
 from hvdloss.tensorflow.own_gradients import changed, watch_tapes
-from hvdloss.tensorflow.refusals import refuse
+from hvdloss.tensorflow.passes import refuse
 from hvdloss.tensorflow.variables import variable
 from hvdloss.world import following, next_number
 

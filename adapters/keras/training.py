@@ -29,6 +29,7 @@ from hvdloss.plan import ParameterInfo
 from hvdloss.tensorflow.books import translated
 from hvdloss.tensorflow.exchange import empty_row
 from hvdloss.tensorflow.guard import check_synchronized, checksums, parameter_name
+from hvdloss.tensorflow.normalization import synchronized_layers
 from hvdloss.tensorflow.ops import communicator_of
 from hvdloss.tensorflow.variables import variable
 
@@ -255,17 +256,23 @@ class _Begin(keras.callbacks.Callback):
         self._check_whole()
 
     def _check_whole(self) -> None:
-        """Check that ranks meet in every step, if a loss needs all of them in its forward pass.
+        """Check that ranks meet in every step, if a loss or layer needs all of them in its forward pass.
 
         Raises:
             ConfigError: they make different numbers of steps, or nobody knows how many.
         """
         losses = keras.tree.flatten(self.model.loss)
-        whole = [x._exact.name for x in losses if isinstance(x, Objective) and x._exact.whole is not None]
+        layers = synchronized_layers(self.model)
+        for layer in layers:
+            layer._hvdloss_process_set = self.engine.exchange.process_set
+        whole = [
+            f"loss={x._exact.name}" for x in losses if isinstance(x, Objective) and x._exact.whole is not None
+        ]
+        whole += [f"layer {one.name!r}: BatchNormalization(synchronized=True)" for one in layers]
         if whole and len(self.counts) > 1 and (None in self.counts or len(set(self.counts)) > 1):
             known = ["unknown" if count is None else count for count in self.counts]
             raise ConfigError(
-                f"loss={whole[0]} needs all ranks in every step, but their numbers of batches are {known}; "
+                f"{whole[0]} needs all ranks in every step, but their numbers of batches are {known}; "
                 f"give fit steps_per_epoch, or data of known and equal length (dataset.apply(tf.data."
                 f"experimental.assert_cardinality(n))); batches may be empty"
             )

@@ -28,7 +28,7 @@ from hvdloss.report import StepReport
 from hvdloss.report.steps import Interest, LossReport
 from hvdloss.tensorflow._backend import hvd
 from hvdloss.tensorflow.ops import communicator_of
-from hvdloss.tensorflow.refusals import clear_refusals, pop_refusal
+from hvdloss.tensorflow.passes import clear_refusals, pop_refusal, set_weight_of_pass
 from hvdloss.tensorflow.variables import variable
 from hvdloss.term import Travel
 from hvdloss.world import following
@@ -304,7 +304,9 @@ class Books:
         def through(x: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor], tf.Tensor]]:
             def grad(upstream: tf.Tensor) -> tf.Tensor:
                 # Tied to the gradient, since the backward half of an inner function keeps nothing else.
-                entered = self.enter(row() if callable(row) else row, upstream)
+                entry = row() if callable(row) else row
+                set_weight_of_pass(entry[_DENOMINATOR])
+                entered = self.enter(entry, upstream)
                 with tf.control_dependencies([entered]):
                     return tf.identity(upstream)
 
@@ -530,6 +532,7 @@ class Books:
         """
         book = self._of(0).read_value()
         self.forget()
+        set_weight_of_pass(1.0)
         self.scaled = book[MEASURED + 1] > 0
         calls = self._several = book[_PASSES]
         n = tf.maximum(calls, 1.0)
@@ -549,7 +552,7 @@ class Books:
         return self.with_refusal(row)
 
     def with_refusal(self, row: tf.Tensor) -> tf.Tensor:
-        """Return the row of passes, which tells if one was refused (:mod:`hvdloss.tensorflow.refusals`)."""
+        """Return the row of passes, which tells if one was refused (:mod:`hvdloss.tensorflow.passes`)."""
         found = pop_refusal()
         if found is None:
             return row

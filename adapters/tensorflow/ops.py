@@ -15,7 +15,7 @@ from hvdloss.elements import ClassOptions
 from hvdloss.errors import ShapeError, second_derivative_error
 from hvdloss.objective import loss_named
 from hvdloss.tensorflow._backend import hvd
-from hvdloss.tensorflow.refusals import as_data
+from hvdloss.tensorflow.passes import as_data
 from hvdloss.tensorflow.waiting import explaining
 from tensorflow.python.eager import context
 

@@ -31,7 +31,7 @@ from hvdloss.tensorflow.books import Books, kept
 from hvdloss.tensorflow.collectives import group_of
 from hvdloss.tensorflow.objective import Objective, Told
 from hvdloss.tensorflow.ops import TensorFlowOps, once
-from hvdloss.tensorflow.refusals import clear_refusals, refuse
+from hvdloss.tensorflow.passes import clear_refusals, refuse
 from hvdloss.tensorflow.variables import variable
 
 __all__ = ["Objectives", "global_losses"]

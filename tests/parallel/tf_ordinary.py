@@ -8,7 +8,7 @@ import warnings
 import keras
 import numpy as np
 import tensorflow as tf
-from keras_support import before_case, network, sgd
+from keras_support import before_case, dataset, mine, network, sgd, step_batches, train_alone
 from tf_support import Network, cuts, data, difference, part, raised, reference, weighted_mse
 
 import hvdloss.keras as khvd
@@ -227,8 +227,8 @@ def case_a_loss_divided_by_the_number_of_passes():
     rng = np.random.default_rng(3)
     for passes, scaled in ((3, False), (2, True)):
         net, other = Network(rng), Network(np.random.default_rng(0))
-        for mine, theirs in zip(other.parameters, net.parameters, strict=True):
-            mine.assign(theirs)
+        for own, theirs in zip(other.parameters, net.parameters, strict=True):
+            own.assign(theirs)
         objective = hvd.Objective("mse")
         inner = tf.keras.optimizers.SGD(0.05, momentum=0.9)
         plain = keras.optimizers.LossScaleOptimizer(inner, initial_scale=2.0**6) if scaled else inner
@@ -286,13 +286,13 @@ def case_what_a_loss_masks_is_absent():
             from_logits=True, ignore_class=2, dtype="float64", **options
         )
 
-    for mine, alone in (
+    for ours, alone in (
         (loss(), loss()),
         (khvd.Objective(loss(reduction=None)), loss()),
         (khvd.Objective("cross_entropy", ignore_index=2), loss()),
     ):
         model, one = network(out=3), network(out=3)
-        model.compile(khvd.DistributedOptimizer(sgd()), loss=mine)
+        model.compile(khvd.DistributedOptimizer(sgd()), loss=ours)
         one.compile(sgd(), loss=alone)
         model.fit(x[a:b], t[a:b], batch_size=24, epochs=2, verbose=0, shuffle=False)
         one.fit(x, t, batch_size=24, epochs=2, verbose=0, shuffle=False)
@@ -393,6 +393,90 @@ def case_gradients_changed_before_the_optimizer_takes_them():
         warnings.simplefilter("always")
         fit(ours)
     assert sum("tape.gradient gave" in str(one.message) for one in told) == 1, told
+
+
+def normalized(synchronized):
+    """Return a model with a layer of batch normalisation, the same on every rank."""
+    keras.utils.set_random_seed(3)
+    layers = keras.layers.Dense(4), keras.layers.BatchNormalization(synchronized=synchronized, name="norm")
+    return keras.Sequential([keras.Input((5,)), *layers, keras.layers.Dense(1, activation="tanh")])
+
+
+def case_synchronized_batch_normalization_is_one_processs():
+    """Values, gradients and moving statistics, whatever each rank holds and weighs; masks too."""
+    rng = np.random.default_rng(13)
+    error = 0.0
+    for shape, mask in (((9, 3), False), ((9, 4, 3), True)):
+        ours, alone = hvd.SyncBatchNormalization(name="mine"), keras.layers.BatchNormalization()
+        for layer in (ours, alone):
+            layer.build(shape)
+        x, price = (
+            rng.normal(size=shape) + np.arange(9.0).reshape(-1, *[1] * (len(shape) - 1)),
+            rng.normal(size=shape),
+        )
+        kept = rng.uniform(size=shape[:-1]) > 0.3
+
+        def run(layer, x, price, kept, mask=mask):
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                out = layer(x, training=True, mask=kept if mask else None)
+                value = tf.reduce_sum(price * tf.tanh(out))
+            return [out, *tape.gradient(value, [x, layer.gamma.value, layer.beta.value])]
+
+        for call in (run, tf.function(run, autograph=False, reduce_retracing=True)):
+            where = cuts(rng, 9, hvd.size())
+            right = run(alone, *map(tf.constant, (x, price, kept)))
+            found = call(ours, *map(tf.constant, part((x, price, kept), where)))
+            found[2:] = [hvd.allreduce(g, op=hvd.Sum, name=f"norm.{i}") for i, g in enumerate(found[2:])]
+            right[:2] = part(right[:2], where)
+            error = max(error, *(difference([a], [b]) for a, b in zip(found, right, strict=True) if len(b)))
+            error = max(error, difference(ours.get_weights(), alone.get_weights()))
+    assert error < 1e-12, error
+
+    ours, alone, objective = normalized(True), normalized(False), hvd.Objective("mse")
+    x, y, w = data(rng, 20)
+
+    def gradient(x, y, w):
+        with tf.GradientTape() as tape:
+            loss = objective(ours(x, training=True), y, w) + tf.reduce_sum(ours.weights[0] ** 2)
+        return hvd.DistributedGradientTape(tape, objective).gradient(loss, ours.trainable_variables)
+
+    def right(w):
+        loss = weighted_mse(alone(x, training=True), y, w) + tf.reduce_sum(alone.weights[0] ** 2)
+        return loss
+
+    where = cuts(rng, 20, hvd.size(), empty=False)
+    for call in (gradient, tf.function(gradient, autograph=False)):
+        w[:] = rng.permutation(w)
+        w[where[:-1]] = 1.0
+        expected = reference(lambda: right(w), [v.value for v in alone.trainable_variables])
+        found = call(*map(tf.constant, part((x, y, w), where)))
+        error = max(error, difference(found, expected))
+        assert error < 1e-12, error
+        if hvd.size() > 1:
+            none = w * (np.arange(20)[:, None] >= where[1])
+            refused(
+                lambda call=call, none=none: call(*map(tf.constant, part((x, y, none), where))),
+                "SyncBatchNormalization",
+                kind="UsageError",
+            )
+
+    ours, alone = normalized(True), normalized(False)
+    ours.compile(khvd.DistributedOptimizer(sgd()), loss=khvd.Objective("mse"))
+    alone.compile(sgd(), loss=keras.losses.MeanSquaredError(reduction="mean_with_sample_weight"))
+    steps = step_batches(rng, 3)
+    ours.fit(dataset(mine(steps)), epochs=2, verbose=0)
+    train_alone(alone, steps, 2)
+    error = max(error, difference(ours.get_weights(), alone.get_weights()))
+    assert error < 1e-10, error
+    if hvd.size() > 1:
+        refused(
+            lambda: ours.fit(dataset(mine(steps)[: 2 + (hvd.rank() > 0)]), verbose=0),
+            "'norm'",
+            "needs all ranks in every step",
+            kind="ConfigError",
+        )
+    return {"error": error}
 
 
 def case_local_variables_may_be_named_before_the_optimizer_is_built():

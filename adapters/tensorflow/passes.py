@@ -1,16 +1,19 @@
-"""Why a backward pass has no exact step, from where it is found to the row that tells all ranks."""
+"""What a backward pass says while it runs: why it has no exact step, and what it weighs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import tensorflow as tf
 from hvdloss.errors import HvdlossError
 from hvdloss.passes import weight_gradient_error
+from hvdloss.tensorflow.variables import variable
 
-__all__ = ["as_data", "clear_refusals", "pop_refusal", "refuse"]
+__all__ = ["as_data", "clear_refusals", "pop_refusal", "refuse", "set_weight_of_pass", "weight_of_pass"]
 
 _found: list[HvdlossError] = []
+_weight: list[tf.Variable] = []  # made when a layer wants it
 
 
 def refuse(error: HvdlossError) -> None:
@@ -43,3 +46,17 @@ def as_data(weight: tf.Tensor) -> tf.Tensor:
         return tf.identity(w), grad
 
     return data(weight)
+
+
+def set_weight_of_pass(weight: Any) -> None:
+    """Say what the gradients of the backward pass that begins will be multiplied with; 1 when it is over."""
+    if _weight:
+        _weight[0].assign(tf.cast(weight, tf.float64))
+
+
+def weight_of_pass() -> tf.Variable:
+    """Return what is said of the backward pass that is under way, float64."""
+    if not _weight:
+        with tf.init_scope(), tf.device("CPU:0"):
+            _weight.append(variable(1.0, "hvdloss_weight_of_pass", dtype=tf.float64))
+    return _weight[0]
