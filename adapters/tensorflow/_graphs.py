@@ -63,8 +63,11 @@ def linear_in(tensor: tf.Tensor, given: Sequence[tf.Tensor]) -> bool | None:
     return linear(tensor) if id(tensor) in reached else None
 
 
-def depend_on(tensors: Any, values: Sequence[tf.Tensor]) -> list[tf.Tensor]:
-    """Return those of `values` that tensors of the same graph, in any structure, are computed from."""
+def depend_on(tensors: Any, values: Sequence[tf.Tensor], *, differentiably: bool = False) -> list[tf.Tensor]:
+    """Return those of `values` that tensors of the same graph, in any structure, are computed from.
+
+    `differentiably`: by way of what has a gradient only.
+    """
     sought = {id(value): value for value in values}
     found: dict[int, tf.Tensor] = {}
     waiting = [t for t in tf.nest.flatten(tensors, expand_composites=True) if tf.is_symbolic_tensor(t)]
@@ -76,8 +79,14 @@ def depend_on(tensors: Any, values: Sequence[tf.Tensor]) -> list[tf.Tensor]:
         seen.add(id(tensor))
         if id(tensor) in sought:
             found[id(tensor)] = tensor
-        waiting.extend(_made_of(tensor))
+        if not differentiably or _has_gradient(tensor):
+            waiting.extend(_made_of(tensor))
     return list(found.values())
+
+
+def _has_gradient(tensor: tf.Tensor) -> bool:
+    kind = tensor.dtype
+    return tensor.op.type != "StopGradient" and (kind.is_floating or kind.is_complex or kind == tf.resource)
 
 
 def _made_of(tensor: tf.Tensor) -> Sequence[tf.Tensor]:

@@ -8,6 +8,7 @@ from typing import Any
 import tensorflow as tf
 from hvdloss.errors import HvdlossError
 from hvdloss.passes import weight_gradient_error
+from hvdloss.tensorflow._graphs import depend_on
 from hvdloss.tensorflow.variables import variable
 
 __all__ = ["as_data", "clear_refusals", "pop_refusal", "refuse", "set_weight_of_pass", "weight_of_pass"]
@@ -40,12 +41,25 @@ def as_data(weight: tf.Tensor) -> tf.Tensor:
     @tf.custom_gradient
     def data(w: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor], tf.Tensor]]:
         def grad(upstream: tf.Tensor) -> tf.Tensor:
-            refuse(weight_gradient_error("an objective", "tf.stop_gradient(weight)"))
+            if _is_trained(weight, upstream):
+                refuse(weight_gradient_error("an objective", "tf.stop_gradient(weight)"))
             return tf.zeros_like(upstream)
 
         return tf.identity(w), grad
 
     return data(weight)
+
+
+def _is_trained(x: tf.Tensor, upstream: tf.Tensor) -> bool:
+    """Return whether somebody wants the gradient of `x`, which its backward function was called for.
+
+    That of an inner ``tf.function`` gives gradients of all arguments, whoever wants them: there `x` must come
+    from a trained variable.
+    """
+    if not tf.is_symbolic_tensor(x) or upstream.graph is x.graph:
+        return True
+    variables = getattr(x.graph, "trainable_variables", ())
+    return bool(depend_on(x, [x.graph.capture(v.handle) for v in variables], differentiably=True))
 
 
 def set_weight_of_pass(weight: Any) -> None:
