@@ -38,7 +38,7 @@ from typing import Any
 import tensorflow as tf
 from hvdloss.collectives import At, check_known_rows, check_root, check_rows, check_sizes, even_sizes, members
 from hvdloss.tensorflow._backend import hvd
-from hvdloss.tensorflow.exchange import wire_name
+from hvdloss.tensorflow.reducer import wire_name
 from hvdloss.tensorflow.variables import variable
 
 __all__ = [

@@ -10,10 +10,10 @@ import keras
 
 import tensorflow as tf
 from hvdloss.errors import ConfigError, UsageError
-from hvdloss.tensorflow.books import kept
 from hvdloss.tensorflow.collectives import all_reduce
 from hvdloss.tensorflow.ops import once
 from hvdloss.tensorflow.passes import weight_of_pass
+from hvdloss.tensorflow.step import keep_error
 
 __all__ = ["SyncBatchNormalization", "synchronize_moments", "synchronized_layers"]
 
@@ -57,7 +57,7 @@ def _refusing(lost: tf.Tensor) -> list[Any]:
     if tf.executing_eagerly():
         refuse(bool(lost))
         return []
-    return [tf.numpy_function(lambda lost: kept(lambda: refuse(lost)), [lost], tf.bool)]
+    return [tf.numpy_function(lambda lost: keep_error(lambda: refuse(lost)), [lost], tf.bool)]
 
 
 def _moments(layer: Any, x: tf.Tensor, mask: Any) -> tuple[tf.Tensor, tf.Tensor]:

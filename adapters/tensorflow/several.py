@@ -27,11 +27,11 @@ from hvdloss.several import (
 )
 from hvdloss.tensorflow._backend import hvd
 from hvdloss.tensorflow._graphs import depend_on
-from hvdloss.tensorflow.books import Books, kept
 from hvdloss.tensorflow.collectives import group_of
-from hvdloss.tensorflow.objective import Objective, Told
+from hvdloss.tensorflow.objective import CallSums, Objective
 from hvdloss.tensorflow.ops import TensorFlowOps, once
 from hvdloss.tensorflow.passes import clear_refusals, refuse
+from hvdloss.tensorflow.step import StepState, keep_error
 from hvdloss.tensorflow.variables import variable
 
 __all__ = ["Objectives", "global_losses"]
@@ -75,9 +75,9 @@ class Objectives(several.Objectives):
 
     def __init__(self, objectives: Mapping[str, Objective] | Sequence[Objective]) -> None:
         super().__init__(objectives)
-        self.books = Books(self.controller, self.reduction, self.nonfinite)
-        self.books.name = self.name
-        self.books.losses = self._reports
+        self.step_state = StepState(self.controller, self.reduction, self.nonfinite)
+        self.step_state.name = self.name
+        self.step_state.losses = self._reports
         self._calls: list[weakref.ref[_Call]] = []  # that live as long as a tape or graph has them
         self._sent: tuple[Any, list[_Call], tf.Tensor] | None = (
             None  # what global_losses() summed, in a graph
@@ -93,9 +93,9 @@ class Objectives(several.Objectives):
     @property
     def last_step(self) -> StepReport | None:
         """The report of the last reduced step, equal on all ranks; None before the first."""
-        return self.books.report(self.reduction)
+        return self.step_state.report(self.reduction)
 
-    def announced(self, index: int, told: Told) -> tf.Tensor:
+    def weigh_on_backward(self, index: int, told: CallSums) -> tf.Tensor:
         """Return a call's local mean, whose gradient will be multiplied with its part of the step."""
         clear_refusals()
         call = _Call(self, index, told.row())
@@ -198,11 +198,15 @@ class Objectives(several.Objectives):
                 factors.append(c)
         losses = self._summed(tf.stack(table), "losses")
         last = tf.concat([sums[1 : 1 + len(self), tf.newaxis], losses], 1)
-        self.books.scaled = tf.reduce_all(tf.stack(factors) > 1) if factors else tf.constant(False)
+        self.step_state.scaled = tf.reduce_all(tf.stack(factors) > 1) if factors else tf.constant(False)
         n = tf.add_n(rows) if rows else tf.zeros(6, tf.float64)
         stray = zero if rows else one
         row = [n[0], one, n[1], n[2], one, n[3], n[4], n[5], zero, stray, *[zero] * (WIDTH - MEASURED - 2)]
-        return gradients, self.books.with_refusal(tf.stack(row)), lambda: self._keep(last, sent is not None)
+        return (
+            gradients,
+            self.step_state.with_refusal(tf.stack(row)),
+            lambda: self._keep(last, sent is not None),
+        )
 
     def _used_values(self, calls: Sequence[_Call], gradients: Any) -> list[str]:
         """Return the losses whose values gradients of a graph depend on."""
@@ -233,10 +237,10 @@ class Objectives(several.Objectives):
             with tf.init_scope(), tf.device("CPU:0"):
                 shape = (len(self), 1 + len(COLUMNS))
                 self._last = variable(tf.zeros(shape, tf.float64), "hvdloss_losses")
-        step = self.books.steps + 1
+        step = self.step_state.steps + 1
 
         def judged(last: np.ndarray, step: np.ndarray) -> np.ndarray:
-            kept(lambda: self._reports(last, int(step)))
+            keep_error(lambda: self._reports(last, int(step)))
             return np.zeros(0)
 
         if tf.executing_eagerly():

@@ -14,8 +14,8 @@ from tf_support import Network, cuts, data, difference, part, raised, reference,
 import hvdloss.keras as khvd
 import hvdloss.tensorflow as hvd
 from hvdloss.errors import ShapeError
-from hvdloss.tensorflow.books import translated
 from hvdloss.tensorflow.ops import communicator_of
+from hvdloss.tensorflow.step import unwrap_graph_errors
 from tests.ranks import needs
 
 NEEDS = needs("gloo-2", more="gloo-3")
@@ -26,7 +26,7 @@ __all__ = ["before_case"]
 def refused(action, *words: str, kind: str = "RankError") -> None:
     """Assert that `action` raises the same error on every rank."""
     try:
-        translated(action)
+        unwrap_graph_errors(action)
         text = "nothing"
     except Exception as error:
         text = f"{type(error).__name__}: {error}"

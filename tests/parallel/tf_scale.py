@@ -237,7 +237,7 @@ def case_a_listener_that_came_late_is_told_from_the_next_step_on():
     with summing():
         go(1)
         told = []
-        objective.books.listen(told.append)
+        objective.step_state.listen(told.append)
         go(2)
-        objective.books.unlisten(told.append)
+        objective.step_state.unlisten(told.append)
     assert all(report.ranks.gathered for report in told)

@@ -1,4 +1,4 @@
-"""The books of a step: what backward passes told of themselves, and what all ranks' ledgers came to.
+"""The state of a step: the sums of its backward passes, and what all ranks' ledgers came to.
 
 They are TensorFlow variables, so that they are the same in eager code, in a ``tf.function``, and where
 one function calls another; Python state would see only the tracing.
@@ -33,13 +33,22 @@ from hvdloss.tensorflow.variables import variable
 from hvdloss.term import Travel
 from hvdloss.world import following
 
-__all__ = ["Books", "failing", "fault", "kept", "merge_pass", "raise_fault", "translated", "without_factor"]
+__all__ = [
+    "StepState",
+    "keep_error",
+    "merge_pass",
+    "pop_error",
+    "raise_kept_error",
+    "unwrap_graph_errors",
+    "with_failure",
+    "without_factor",
+]
 
 # What crossed a graph as a TensorFlow error, so that those who own the call can raise the real one.
-_faults: list[Exception] = []
+_errors: list[Exception] = []
 
 
-def failing(row: tf.Tensor, failed: tf.Tensor) -> tf.Tensor:
+def with_failure(row: tf.Tensor, failed: tf.Tensor) -> tf.Tensor:
     """Return a row that tells, too, that this rank cannot go on, where `failed` is above 0."""
     return tf.tensor_scatter_nd_add(row, [[_FAILED]], [failed])
 
@@ -65,24 +74,24 @@ def _same(factor: tf.Tensor, other: tf.Tensor) -> tf.Tensor:
     return tf.abs(factor - other) <= SAME * tf.maximum(tf.abs(factor), tf.abs(other))
 
 
-def fault() -> Exception | None:
+def pop_error() -> Exception | None:
     """Return the last error that was raised inside a ``tf.function``, and forget it.
 
     TensorFlow turns every exception inside a function into one of its own, with our message in its text.
     """
-    found = _faults[-1] if _faults else None
-    _faults.clear()
+    found = _errors[-1] if _errors else None
+    _errors.clear()
     return found
 
 
-def translated(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def unwrap_graph_errors(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call, and raise our own error for one that crossed a TensorFlow graph."""
-    fault()
+    pop_error()
     watch.check()
     try:
         return function(*args, **kwargs)
     except tf.errors.OpError as error:
-        ours = fault()
+        ours = pop_error()
         if ours is not None:
             raise ours from None
         why = watch.explained(error)
@@ -106,10 +115,10 @@ _ALL_OF_THEM = (  # what to do with several objectives
     "DistributedGradientTape. Or: "
 )
 
-_of_objectives: weakref.WeakSet[Any] = weakref.WeakSet()  # the books of all objectives
+_of_objectives: weakref.WeakSet[Any] = weakref.WeakSet()  # the step's state of all objectives
 
 
-class Books:
+class StepState:
     """The open ledger row of the passes since the last step, and the table of the last step.
 
     Created without side effects; its variables come into being with their first use, outside any graph.
@@ -131,12 +140,12 @@ class Books:
         # Elements of all steps, those before a checkpoint that it goes on from among them.
         self._samples: tf.Variable | None = None
         self._variables: tuple[tf.Variable, tf.Variable, tf.Variable] | None = None
-        self._state: tf.Variable | None = None  # the terms' state, and what acts decided (see `_now`)
+        self._state: tf.Variable | None = None  # the terms' state, and what acts decided (see `_terms_state`)
         self._bound: tuple[int, int] | None = None
         # Whether this rank cannot go on, whether it has more, whether it is to leave, and whether somebody on
         # it reads what single ranks did.
         self._signal: tf.Variable | None = None
-        self._told = (False, False)  # the first two
+        self._own_flags = (False, False)  # the first two
         self._leaving: Callable[[], bool] = lambda: False
         self._error: BaseException | None = None  # why it cannot go on
         self._refusal: HvdlossError | None = None  # of the passes that were last traced or made
@@ -144,7 +153,7 @@ class Books:
         self.choices: dict[str, Any] = {}  # of how gradients travel, for the report
         self.listeners: list[Callable[[StepReport], None]] = []
         self._interest = Interest(self._signal_now)
-        self.silent = False  # whether a step was traced in which nobody listened
+        self.traced_unobserved = False  # whether a step was traced in which nobody listened
         self.name = ""  # of the objective
         self.losses: Callable[[], dict[str, LossReport]] = dict  # of several objectives, in the last step
         self.owned = False  # whether a tape or optimizer takes what is entered
@@ -156,7 +165,7 @@ class Books:
         self._others: Sequence[str] = ()  # objectives whose losses a backward pass came from as well
         following(self)
 
-    def of_objective(self, name: str, divides: bool) -> None:
+    def register_objective(self, name: str, divides: bool) -> None:
         """Have other tapes and optimizers see passes that go through this objective."""
         self.name, self.divides = name, divides
         _of_objectives.add(self)
@@ -166,12 +175,12 @@ class Books:
     def renew(self) -> None:
         """Forget what was of other ranks."""
         self._bound = self._error = None
-        self.silent = False  # what was traced is traced anew
+        self.traced_unobserved = False  # what was traced is traced anew
         if self._variables is None:
             return
-        self.forget()
+        self.clear()
         self._of(1).assign(tf.zeros((0, self.width), tf.float64))
-        self._told = (False, False)
+        self._own_flags = (False, False)
         self._signal_now()
         assert self._factor is not None
         self._factor.assign(1.0)
@@ -190,12 +199,12 @@ class Books:
         Raises:
             ConfigError: it is none.
         """
-        steps, samples = counts_of(memory, "is not what Books.memory() gives")
+        steps, samples = counts_of(memory, "is not what StepState.memory() gives")
         if self.controller.terms:
             self.begin(*rank_and_size(hvd, self.process_set))
             self.controller.remember(memory["terms"], same_ranks=same_ranks)
             assert self._state is not None
-            self._state.assign(self._now())
+            self._state.assign(self._terms_state())
         self._of(2).assign(steps)
         self._samples_now().assign(samples)
 
@@ -206,7 +215,7 @@ class Books:
 
     # -- what terms see, and what acts decided ----------------------------------------------------
 
-    def _now(self) -> np.ndarray:
+    def _terms_state(self) -> np.ndarray:
         """Return the terms' state; behind it the period, the proximal strength, and whether to compress."""
         proximal = self.controller.act(Proximal)
         compressing = self.compressing
@@ -225,9 +234,9 @@ class Books:
         self.controller.begin(rank, size, anew=True)
         with tf.init_scope(), tf.device("CPU:0"):
             if self._state is None:
-                self._state = variable(self._now(), "hvdloss_state", dtype=tf.float64)
+                self._state = variable(self._terms_state(), "hvdloss_state", dtype=tf.float64)
             else:
-                self._state.assign(self._now())
+                self._state.assign(self._terms_state())
 
     @property
     def state(self) -> tf.Tensor:
@@ -242,7 +251,7 @@ class Books:
         return tf.cast(self._state[-3], tf.int64)
 
     @property
-    def pull(self) -> tf.Tensor:
+    def proximal_strength(self) -> tf.Tensor:
         """Strength of the proximal term, float64; after :meth:`begin`."""
         assert self._state is not None
         return self._state[-2]
@@ -277,7 +286,7 @@ class Books:
                 self._variables = (
                     # The sums of the rows since the last step, of their squared denominators, and of
                     # passes whose loss was multiplied; then those of the terms.
-                    variable(self._nothing(), "hvdloss_row"),
+                    variable(self._zero_row(), "hvdloss_row"),
                     variable(
                         tf.zeros((0, self.width), tf.float64), "hvdloss_table", shape=(None, self.width)
                     ),
@@ -289,10 +298,10 @@ class Books:
                 self._counts = variable(tf.zeros(0, tf.int64), "hvdloss_nonfinite", shape=(None,))
         return self._variables[which]
 
-    def _nothing(self) -> tf.Tensor:
+    def _zero_row(self) -> tf.Tensor:
         return tf.zeros(MEASURED + _EXTRA + self.controller.width, tf.float64)
 
-    def announced(self, loss: tf.Tensor, row: tf.Tensor | Callable[[], tf.Tensor]) -> tf.Tensor:
+    def record_on_backward(self, loss: tf.Tensor, row: tf.Tensor | Callable[[], tf.Tensor]) -> tf.Tensor:
         """Return `loss`; a backward pass through it enters `row`.
 
         float64: ``MEASURED`` sums, and those of the terms.
@@ -306,7 +315,7 @@ class Books:
                 # Tied to the gradient, since the backward half of an inner function keeps nothing else.
                 entry = row() if callable(row) else row
                 set_weight_of_pass(entry[_DENOMINATOR])
-                entered = self.enter(entry, upstream)
+                entered = self.accumulate(entry, upstream)
                 with tf.control_dependencies([entered]):
                     return tf.identity(upstream)
 
@@ -315,10 +324,10 @@ class Books:
         self._of(0)  # exists before any function is traced
         clear_refusals()
         if self.owned:
-            self.forget_others()
+            self.clear_unowned()
         return through(loss)
 
-    def enter(self, row: tf.Tensor, upstream: tf.Tensor | None = None) -> tf.Tensor:
+    def accumulate(self, row: tf.Tensor, upstream: tf.Tensor | None = None) -> tf.Tensor:
         """Add the row of one backward pass; in a graph, return what does it.
 
         `upstream`: the gradient that came to its loss; above 1 where the loss was multiplied.
@@ -333,7 +342,7 @@ class Books:
     def tell(self, more: bool, error: BaseException | None = None) -> None:
         """Say in the next exchange whether this rank has more data, or why it cannot go on. Eager only."""
         self._error = error
-        self._told = (error is not None, more)
+        self._own_flags = (error is not None, more)
         self._signal_now()
 
     def _signal_now(self) -> None:
@@ -343,7 +352,7 @@ class Books:
 
     def _signals(self) -> list[float]:
         reading = bool(self.listeners) or self._interest.on
-        return [*map(float, self._told), float(self._leaving()), float(reading)]
+        return [*map(float, self._own_flags), float(self._leaving()), float(reading)]
 
     @property
     def leaving(self) -> Callable[[], bool]:
@@ -367,7 +376,7 @@ class Books:
         table = self._of(1).numpy()
         return int(self._of(2)), bool((table[:, _MORE] > 0).any())
 
-    def signed(self, row: tf.Tensor) -> tf.Tensor:
+    def with_flags(self, row: tf.Tensor) -> tf.Tensor:
         """Return the row that is exchanged with what this rank tells by now."""
         self._of(2)
         assert self._signal is not None
@@ -390,7 +399,7 @@ class Books:
         """How many passes were entered since they were last taken."""
         return self._of(0).read_value()[_PASSES]
 
-    def watching(self, backward: Callable[[], Any]) -> tuple[Any, tf.Tensor]:
+    def watch_others(self, backward: Callable[[], Any]) -> tuple[Any, tf.Tensor]:
         """Do a backward pass; return what it gives, and above 0 if it went through other objectives too."""
         others = [one for one in _of_objectives if one is not self and one._variables is not None]
         before = [one.calls for one in others]
@@ -398,18 +407,18 @@ class Books:
         found = [one.calls > count for one, count in zip(others, before, strict=True)]
         return out, self._any(others, found)
 
-    def _unowned(self) -> list[Books]:
-        """Return the books of objectives that nobody takes."""
+    def _unowned(self) -> list[StepState]:
+        """Return the state of objectives that no tape or optimizer has."""
         return [
             one for one in _of_objectives if one is not self and not one.owned and one._variables is not None
         ]
 
-    def forget_others(self) -> None:
+    def clear_unowned(self) -> None:
         """Drop what was entered for objectives that nobody takes: it is no part of the pass to come."""
         for one in self._unowned():
-            one.forget()
+            one.clear()
 
-    def unheard(self) -> tf.Tensor:
+    def unowned_calls(self) -> tf.Tensor:
         """Return above 0 if a pass went through an objective that nobody takes, and forget it.
 
         Of passes since this objective was last called, or the optimizer was made.
@@ -417,10 +426,10 @@ class Books:
         others = self._unowned()
         found = [one.calls > 0 for one in others]
         with tf.control_dependencies([] if tf.executing_eagerly() else found):
-            self.forget_others()
+            self.clear_unowned()
         return self._any(others, found)
 
-    def _any(self, others: list[Books], found: list[tf.Tensor]) -> tf.Tensor:
+    def _any(self, others: list[StepState], found: list[tf.Tensor]) -> tf.Tensor:
         """Return whether any was found, float64, and keep the names for the message."""
         if not others:
             return tf.zeros((), tf.float64)
@@ -431,7 +440,7 @@ class Books:
             self._others = sorted({one.name for one in others})
         return tf.cast(tf.reduce_any(tf.stack(found)), tf.float64)
 
-    def undivided(self, passes: int, scale: Any = None) -> tuple[tf.Tensor, tf.Tensor]:
+    def undo_division(self, passes: int, scale: Any = None) -> tuple[tf.Tensor, tf.Tensor]:
         """Return what undoes a division of the loss by the passes, of the pass last taken, and if it cannot.
 
         Args:
@@ -478,7 +487,7 @@ class Books:
         first = table[tf.argmax(tf.cast(told, tf.int32)), _FACTOR]
         return tf.where(there, first, self._factor.read_value())
 
-    def _failure(self, failed: float) -> BaseException | None:
+    def _error_told(self, failed: float) -> BaseException | None:
         """Return why this rank cannot go on, by what its row tells."""
         if self._error is not None or not failed:
             return self._error
@@ -489,14 +498,14 @@ class Books:
         names = " or ".join(map(repr, self._others))
         return another_error(names, self.name, _ALL_OF_THEM) if self.name else unheard_error(names)
 
-    def _judge(self, table: np.ndarray, step: int) -> None:
+    def _check(self, table: np.ndarray, step: int) -> None:
         """Raise what is wrong with a step, on all ranks alike.
 
         Collectives: none, but where a rank cannot go on: one gather, of why.
         """
         ledgers = self._ledgers(table)
         if ledgers.total("failed") and self.process_set is not None:
-            mine = self._failure(ledgers[self.process_set.rank()].failed)
+            mine = self._error_told(ledgers[self.process_set.rank()].failed)
             raise_together(communicator_of(self.process_set), mine, "hvdloss.failed", f"step {step}")
         error = judge(ledgers, step, self.nonfinite)
         if error is not None:
@@ -519,19 +528,19 @@ class Books:
         total = tf.reduce_sum(table[:, 1])
         return tf.reduce_any(faults > 0) | tf.equal(total, 0.0) | ~tf.math.is_finite(total)
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         """Drop what was entered since the last step."""
-        self._of(0).assign(self._nothing())
+        self._of(0).assign(self._zero_row())
 
-    def take(self, lenient: bool = False) -> tf.Tensor:
+    def pop_row(self, allow_untracked: bool = False) -> tf.Tensor:
         """Return the row (:attr:`width` float64) of the passes entered, and start a new one.
 
         Several calls of the objective within one backward pass count as one if their denominators are
-        equal. Otherwise, or without any, the row tells of a stray pass; `lenient` turns a row without
+        equal. Otherwise, or without any, the row tells of a stray pass; `allow_untracked` turns a row without
         any pass into one that weighs the same on every rank.
         """
         book = self._of(0).read_value()
-        self.forget()
+        self.clear()
         set_weight_of_pass(1.0)
         self.scaled = book[MEASURED + 1] > 0
         calls = self._several = book[_PASSES]
@@ -540,9 +549,9 @@ class Books:
         apart = calls * book[MEASURED] - book[1] ** 2 > 1e-9 * book[1] ** 2
         silent = tf.equal(calls, 0.0)
         one, zero = tf.ones((), tf.float64), tf.zeros((), tf.float64)
-        stray = tf.where(apart if lenient else apart | silent, one, zero)
-        denominator = tf.where(silent, one, book[1] / n) if lenient else book[1] / n
-        passes = one if lenient else tf.minimum(calls, 1.0)
+        stray = tf.where(apart if allow_untracked else apart | silent, one, zero)
+        denominator = tf.where(silent, one, book[1] / n) if allow_untracked else book[1] / n
+        passes = one if allow_untracked else tf.minimum(calls, 1.0)
         own = tf.stack(
             [book[0], denominator, book[2] / n, book[3] / n, passes, book[5], book[6], book[7], zero, stray]
             + [zero] * (WIDTH - MEASURED - 2)
@@ -557,9 +566,9 @@ class Books:
         if found is None:
             return row
         self._refusal = found
-        return failing(row, tf.constant(_REFUSAL, tf.float64))
+        return with_failure(row, tf.constant(_REFUSAL, tf.float64))
 
-    def close(
+    def finish_step(
         self,
         table: tf.Tensor,
         travel: Callable[[int], Travel],
@@ -579,24 +588,24 @@ class Books:
         after: list[tf.Operation] = []
         state: Any = None
         if tf.executing_eagerly():
-            state = self._closed(table.numpy(), int(step) + 1, 1, travel)
+            state = self._finish(table.numpy(), int(step) + 1, 1, travel)
         elif self.controller.terms:
-            state = self._in_a_graph(self._closed, table, step + 1, 1, travel)
+            state = self._call_in_graph(self._finish, table, step + 1, 1, travel)
             after.append(state.op)
         else:
             done = tf.cond(
                 self._unsound(table),
-                lambda: self._raising(table, step + 1),
+                lambda: self._check_in_graph(table, step + 1),
                 lambda: tf.constant(True),
             )
             after.append(done.op)
         with tf.control_dependencies(after):
             after += judging()
         with tf.control_dependencies(after):
-            kept = self.keep(table, 1, state)
+            kept = self.commit(table, 1, state)
         return after if tf.executing_eagerly() else [*after, *(op for op in kept if op is not None)]
 
-    def keep(self, table: tf.Tensor, steps: Any, state: Any) -> list[Any]:
+    def commit(self, table: tf.Tensor, steps: Any, state: Any) -> list[Any]:
         """Keep what all ranks told of the last of so many steps, and the terms' new state if there is any."""
         kept = [
             self._of(2).assign_add(steps, read_value=False),
@@ -617,7 +626,7 @@ class Books:
             kept.append(self._counts.assign(past + told, read_value=False))
         if state is not None and self._state is not None:
             kept.append(self._state.assign(state, read_value=False))
-        return kept + self._tell(table, kept)
+        return kept + self._notify(table, kept)
 
     # -- those who follow -------------------------------------------------------------------------
 
@@ -628,40 +637,42 @@ class Books:
             UsageError: a ``tf.function`` with a step in it was traced already, when nobody listened, so that
                 nothing in it tells of steps. Keras's callback has ``fit`` traced anew.
         """
-        if self.silent and not self.listeners:
+        if self.traced_unobserved and not self.listeners:
             raise UsageError(
                 "steps of this objective were traced in a tf.function before anybody followed them; call "
                 "recorder.follow(objective) before the first step, or make the tf.function anew after it"
             )
         self.listeners.append(listener)
-        self._reads()
+        self._update_interest()
 
     def unlisten(self, listener: Callable[[StepReport], None]) -> None:
         """Call `listener` no more."""
         if listener in self.listeners:
             self.listeners.remove(listener)
-            self._reads()
+            self._update_interest()
 
-    def _reads(self) -> None:
+    def _update_interest(self) -> None:
         if self._variables is not None:
             self._signal_now()
 
-    def _tell(self, table: tf.Tensor, kept: list[Any]) -> list[Any]:
+    def _notify(self, table: tf.Tensor, kept: list[Any]) -> list[Any]:
         """Tell those who follow of the step that `kept` keeps; in a graph, return what does it.
 
         Nothing is added to a graph that is traced while nobody listens.
         """
         if tf.executing_eagerly():
             if self.listeners:
-                self._told_of(self.report(self.reduction))
+                self._notify_listeners(self.report(self.reduction))
             return []
         if not self.listeners:
-            self.silent = True
+            self.traced_unobserved = True
             return []
 
         def call(table: np.ndarray, step: np.ndarray, counts: np.ndarray, samples: np.ndarray) -> np.ndarray:
             if self.listeners:
-                self._told_of(self._report(table, int(step), counts.tolist(), self.reduction, int(samples)))
+                self._notify_listeners(
+                    self._report(table, int(step), counts.tolist(), self.reduction, int(samples))
+                )
             return np.zeros(0)
 
         with tf.control_dependencies([op for op in kept if op is not None]):
@@ -670,32 +681,32 @@ class Books:
             told = tf.numpy_function(call, [table, self._of(2).read_value(), *counted], tf.float64)
         return [told.op]
 
-    def _told_of(self, report: StepReport | None) -> None:
+    def _notify_listeners(self, report: StepReport | None) -> None:
         # One that began to listen in the middle of a step is told from the next one on.
         if report is not None and report.ranks.gathered:
             for listener in list(self.listeners):
                 listener(report)
 
-    def try_close(
+    def try_finish_steps(
         self, table: tf.Tensor, step: tf.Tensor, steps: tf.Tensor, travel: Callable[[int], Travel]
     ) -> tuple[tf.Tensor, tf.Tensor]:
         """Judge so many local steps that end with `step`, and let the terms see them; do not keep them.
 
         Returns:
-            whether they are sound (else :func:`raise_fault` raises what is wrong), and what to keep.
+            whether they are sound (else :func:`raise_kept_error` raises what is wrong), and what to keep.
         """
 
-        def closed(table: np.ndarray, step: int, steps: int, travel: Callable[[int], Travel]) -> np.ndarray:
+        def finish(table: np.ndarray, step: int, steps: int, travel: Callable[[int], Travel]) -> np.ndarray:
             try:
-                return np.concatenate([[1.0], self._closed(table, step, steps, travel)])
+                return np.concatenate([[1.0], self._finish(table, step, steps, travel)])
             except Exception as error:
-                _faults[:] = [error]
-                return np.zeros(1 + len(self._now()))
+                _errors[:] = [error]
+                return np.zeros(1 + len(self._terms_state()))
 
-        found = self._in_a_graph(closed, table, step, steps, travel, 1)
+        found = self._call_in_graph(finish, table, step, steps, travel, 1)
         return found[0] > 0, found[1:]
 
-    def _closed(
+    def _finish(
         self, table: np.ndarray, step: int, steps: int, travel: Callable[[int], Travel]
     ) -> np.ndarray | None:
         """Judge `steps` steps that end with `step`, and let the terms see them.
@@ -703,34 +714,34 @@ class Books:
         Returns:
             what becomes of their state; None without terms.
         """
-        self._judge(table, step)
+        self._check(table, step)
         if not self.controller.terms:
             return None
         if self.nonfinite == "skip" and (table[:, NONFINITE] > 0).any():
-            return self._now()  # a step that terms do not see
+            return self._terms_state()  # a step that terms do not see
         self.controller.close(step, table, travel(steps), self.reduction)
-        return self._now()
+        return self._terms_state()
 
-    def _in_a_graph(
+    def _call_in_graph(
         self,
-        closed: Callable[..., Any],
+        finish: Callable[..., Any],
         table: tf.Tensor,
         step: tf.Tensor,
         steps: Any,
         travel: Callable[[int], Travel],
         more: int = 0,
     ) -> tf.Tensor:
-        """Return what `closed` gives when the graph runs: the state, and `more` numbers before it."""
+        """Return what `finish` gives when the graph runs: the state, and `more` numbers before it."""
 
         def call(table: np.ndarray, step: np.ndarray, steps: np.ndarray) -> Any:
-            return kept(lambda: closed(table, int(step), int(steps), travel))
+            return keep_error(lambda: finish(table, int(step), int(steps), travel))
 
         out = tf.numpy_function(call, [table, step, steps], tf.float64)
-        return tf.ensure_shape(out, (more + len(self._now()),))
+        return tf.ensure_shape(out, (more + len(self._terms_state()),))
 
-    def _raising(self, table: tf.Tensor, step: tf.Tensor) -> tf.Tensor:
+    def _check_in_graph(self, table: tf.Tensor, step: tf.Tensor) -> tf.Tensor:
         def judged(table: Any, step: Any) -> bool:
-            kept(lambda: self._judge(table.numpy(), int(step)))
+            keep_error(lambda: self._check(table.numpy(), int(step)))
             return True
 
         return tf.ensure_shape(tf.py_function(judged, [table, step], tf.bool), ())
@@ -762,19 +773,19 @@ class Books:
         )
 
 
-def kept(call: Callable[[], Any]) -> Any:
+def keep_error(call: Callable[[], Any]) -> Any:
     """Call; keep what it raises for those who own the graph."""
     try:
         return call()
     except Exception as error:
-        _faults[:] = [error]
+        _errors[:] = [error]
         raise
 
 
-def raise_fault() -> tf.Tensor:
-    """Raise, when the graph runs, what :meth:`Books.try_close` found."""
+def raise_kept_error() -> tf.Tensor:
+    """Raise, when the graph runs, what :meth:`StepState.try_finish_steps` found."""
 
     def again() -> bool:
-        raise _faults[-1]
+        raise _errors[-1]
 
     return tf.ensure_shape(tf.numpy_function(again, [], tf.bool), ())
