@@ -462,10 +462,11 @@ def _factor_error(ledgers: Ledgers, step: int) -> UsageError | None:
     return UsageError(
         f"step {step}: what the objective returned was multiplied {found} before the backward pass. Nothing "
         f"was updated. A root, power, logarithm or clamp of a loss has its factor from this rank's own mean, "
-        f"not from that of all elements: give the objectives to PyTorch's optimizer as a dict and use "
-        f"hvd.global_losses(loss), or write it as a function of sums (hvdloss.losses.SumsLoss). Leave "
-        f"out a factor for the part of the samples that a micro-batch or rank has, which the objective "
-        f"knows; elements that shall count more, less or not at all have weights."
+        f"not from that of all elements: give the objectives to PyTorch's optimizer as a dict, or "
+        f"hvd.Objectives of them to TensorFlow's tape, and use hvd.global_losses(loss), or write it as a "
+        f"function of sums (hvdloss.losses.SumsLoss). Leave out a factor for the part of the samples that a "
+        f"micro-batch or rank has, which the objective knows; elements that shall count more, less or not "
+        f"at all have weights."
     )
 
 

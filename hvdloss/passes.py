@@ -5,18 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from hvdloss.errors import UsageError
+from hvdloss.errors import ConfigError, UsageError
 
 __all__ = [
     "SAME",
     "another_error",
     "bypassed_error",
+    "changed_gradients_error",
+    "changed_gradients_warning",
     "divided_by",
     "division_error",
     "factor_of_passes",
     "late_error",
     "uneven_division_error",
     "unheard_error",
+    "weight_gradient_error",
 ]
 
 _NEAR = 1e-5  # a division in float32 is not exact, nor is the multiplication by a scale before it
@@ -103,6 +106,44 @@ def uneven_division_error(passes: int) -> UsageError:
         f"which is also one over backward_passes_per_step: it cannot be known whether that divides by the "
         f"micro-batches, which an objective does itself, or is the part of each. Leave a division by the "
         f"micro-batches out; give parts of another size, or put them into one function of the elements"
+    )
+
+
+def weight_gradient_error(name: str, detached: str) -> ConfigError:
+    """Return the error of weights that carry a gradient.
+
+    Args:
+        name: of the objective.
+        detached: the framework's expression for the weights without it.
+    """
+    return ConfigError(
+        f"weight= of {name} carries a gradient: weights are data, and what they depend on would "
+        f"not learn from them. Pass {detached}, or make them part of the loss: "
+        f"Objective(lambda prediction, target: ...), or a function of sums (hvdloss.losses.SumsLoss)"
+    )
+
+
+_REDUCED_FIRST = (
+    "Let the optimizer clip (clipnorm=, global_clipnorm=, clipvalue=), which acts on the gradient of all "
+    "ranks' elements; or have the tape give that one (hvd.DistributedGradientTape(tape, objective)), change "
+    "it, and apply it with a plain optimizer"
+)
+
+
+def changed_gradients_error() -> UsageError:
+    """Return the error of gradients that were changed, not linearly, before they were reduced."""
+    return UsageError(
+        f"what tape.gradient gave was clipped, or changed by its own values, before the optimizer took it: "
+        f"on each rank that rank's own gradient. {_REDUCED_FIRST}"
+    )
+
+
+def changed_gradients_warning() -> str:
+    """Return what to say of gradients of which it is not known what was done to them."""
+    return (
+        f"the gradients given to the optimizer are not those that tape.gradient gave, but were made of this "
+        f"rank's own: exact if they were multiplied with one number on all ranks, or added up, and wrong if "
+        f"they were clipped. {_REDUCED_FIRST}"
     )
 
 

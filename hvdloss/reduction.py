@@ -284,23 +284,38 @@ def broadcast_error(
 ) -> ShapeError | None:
     """Return the error for a weight that does not broadcast to the losses, or None if it does.
 
-    NumPy's rule, with one direction only: the losses never grow.
+    NumPy's rule, with two differences: the losses never grow, and a weight with fewer axes must not fit at
+    both ends, as one for each row or column of a square.
+
+    >>> broadcast_error((5,), (8, 5), 0), broadcast_error((8, 1), (8, 5), 0)
+    (None, None)
+    >>> str(broadcast_error((5,), (5, 5), 0))[:50]
+    'weight of shape (5,) fits the first and the last a'
     """
-    fits = len(weight_shape) <= len(loss_shape) and all(
-        w in (1, n) or w is None or n is None
-        for w, n in zip(reversed(weight_shape), reversed(loss_shape), strict=False)
-    )
-    if fits:
-        return None
-    hint = ""
-    if weight_shape and weight_shape == loss_shape[: len(weight_shape)]:
-        axes = [":"] * len(weight_shape) + ["None"] * (len(loss_shape) - len(weight_shape))
-        what = "sample" if len(weight_shape) == 1 else "leading entry"
-        hint = f"; for one weight per {what} pass weight[{', '.join(axes)}]"
-    return ShapeError(
-        f"weight of shape {weight_shape} does not broadcast to the per-element losses of shape "
-        f"{loss_shape} (rank {rank}){hint}"
-    )
+    given, axes = len(weight_shape), len(loss_shape)
+
+    def like(some: tuple[int | None, ...], *alone: int) -> bool:
+        return all(
+            w == n or w in alone or w is None or n is None for w, n in zip(weight_shape, some, strict=True)
+        )
+
+    leads = 0 < given < axes and like(loss_shape[:given])
+    by_row = f"weight[{', '.join([':'] * given + ['None'] * (axes - given))}]"
+    what = "sample" if given == 1 else "leading entry"
+    if given > axes or not like(loss_shape[axes - given :], 1):
+        hint = f"; for one weight per {what} pass {by_row}" if leads else ""
+        return ShapeError(
+            f"weight of shape {weight_shape} does not broadcast to the per-element losses of shape "
+            f"{loss_shape} (rank {rank}){hint}"
+        )
+    if leads and any(w != 1 for w in weight_shape):
+        by_column = f"weight[{', '.join(['None'] * (axes - given) + [':'] * given)}]"
+        return ShapeError(
+            f"weight of shape {weight_shape} fits the first and the last axes of the per-element losses of "
+            f"shape {loss_shape} (rank {rank}); for one weight per {what} pass {by_row}, for one per entry "
+            f"of the last axes {by_column}"
+        )
+    return None
 
 
 def broadcast_weights(ops: ArrayOps, weight: Any, losses: Any, rank: int) -> Any:

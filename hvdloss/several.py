@@ -249,6 +249,24 @@ def twice_error(name: str) -> UsageError:
     )
 
 
+def value_error(name: str) -> UsageError:
+    """Return the error of a gradient made of a rank's own value of a loss."""
+    return UsageError(
+        f"a gradient depends on the value of the loss {name!r}, which is this rank's own mean: that of a "
+        f"trained factor, or of a product, root or power of losses. Take their values over all ranks: "
+        f"hvd.global_losses(...)"
+    )
+
+
+def changed_factor_warning(name: str) -> str:
+    """Return what to say of a factor that changes between steps, and may be trained."""
+    return (
+        f"what the loss {name!r} is multiplied with changes between steps. A schedule is exact; a trained "
+        f"factor (exp(-s) * loss + s, say) gets its gradient from each rank's own mean, unless the values "
+        f"are those of all ranks: hvd.global_losses(...)"
+    )
+
+
 def left_out_error(name: str) -> UsageError:
     """Return the error of a call that is not in the denominators, which were on their way already."""
     return UsageError(

@@ -38,11 +38,11 @@ from hvdloss.keras.training import SynchronizationCallback
 from hvdloss.report import RankReport, StepReport
 from hvdloss.segments import Segments
 from hvdloss.tensorflow import _elastic
-from hvdloss.tensorflow._compat import SyncBatchNormalization
 from hvdloss.tensorflow.checkpoint import Checkpoint
 from hvdloss.tensorflow.functions import allgather_object, broadcast_object, broadcast_variables
 from hvdloss.tensorflow.guard import check_synchronized
 from hvdloss.tensorflow.metrics import Metrics
+from hvdloss.tensorflow.normalization import SyncBatchNormalization
 from hvdloss.tensorflow.preemption import Preemption
 from hvdloss.tensorflow.segments import link_segments, sequence_weights
 from hvdloss.tensorflow.sharded import ArcFace, ClassShards, CosFace, Grid, grid

@@ -366,7 +366,7 @@ class PreemptionCallback(keras.callbacks.Callback):
         if engine is None:
             raise ConfigError("PreemptionCallback needs a model compiled with hvd.DistributedOptimizer")
         self.leaving = Preemption(self.model.optimizer, **self.options)
-        engine.after_idle = self._after_step
+        engine.after_empty_step = self._after_step
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Leave, if a rank is to."""

@@ -14,36 +14,36 @@ from hvdloss.control.weights import Proximal
 from hvdloss.errors import ConfigError
 from hvdloss.keras._backend import hvd
 from hvdloss.ledger import COLUMN, FAULT_COLUMNS
-from hvdloss.tensorflow.books import Books, raise_fault, translated
-from hvdloss.tensorflow.exchange import Exchange, marked
+from hvdloss.tensorflow.reducer import GradientReducer, with_nonfinite_flag
+from hvdloss.tensorflow.step import StepState, raise_kept_error, unwrap_graph_errors, without_factor
 from hvdloss.tensorflow.variables import variable
 from hvdloss.term import CommStats
 
-__all__ = ["Stretch"]
+__all__ = ["LocalSteps"]
 
 _DENOMINATOR, _PASSES, _STRAYS = COLUMN["denominator"], COLUMN["micro_batches"], COLUMN["untracked_backwards"]
 _FAILED = COLUMN["failed"]
 _TOLD_HERE = [[COLUMN["nonfinite_gradients"]], [COLUMN["drift_sqnorm"]], [COLUMN["mean_update_sqnorm"]]]
 
 
-class Stretch:
+class LocalSteps:
     """The steps that a rank takes by itself since the last exchange of parameters.
 
     Holds the parameters of that exchange (the anchor, equal on all ranks) and what the rank saw since,
     as variables, so that everything happens in the graph of the training step.
 
     Args:
-        books: of the objective, whose terms have a :class:`hvdloss.control.SyncPeriod`.
-        exchange: how gradients travel; parameters travel the same way.
+        step_state: of the objective, whose terms have a :class:`hvdloss.control.SyncPeriod`.
+        reducer: how gradients travel; parameters travel the same way.
         passes: backward passes per step.
     """
 
-    def __init__(self, books: Books, exchange: Exchange, passes: int) -> None:
-        period = books.controller.policy(SyncPeriod)
+    def __init__(self, step_state: StepState, reducer: GradientReducer, passes: int) -> None:
+        period = step_state.controller.policy(SyncPeriod)
         assert period is not None
-        self.books, self.wire, self.passes = books, exchange, passes
+        self.step_state, self.reducer, self.passes = step_state, reducer, passes
         self.outer = period.outer
-        self.pulls = books.controller.policy(Proximal) is not None
+        self.proximal = step_state.controller.policy(Proximal) is not None
         self.built = False
 
     def build(self, optimizer: Any) -> None:
@@ -55,7 +55,7 @@ class Stretch:
         # What the optimizer remembers of gradients is a rank's own as long as its steps are.
         adding = getattr(optimizer, "_accumulated_gradients", ())
         shared = [optimizer._iterations, optimizer._learning_rate, *adding]
-        self.memory = [
+        self.optimizer_state = [
             _raw(v)
             for v in optimizer.variables
             if all(v is not one for one in shared) and tf.as_dtype(v.dtype).is_floating
@@ -65,23 +65,23 @@ class Stretch:
             return variable(tf.zeros(p.shape, p.dtype), name)
 
         with tf.init_scope():
-            self.anchor = [like(p, "hvdloss_anchor") for p in self.parameters]
+            self.synced_params = [like(p, "hvdloss_synced") for p in self.parameters]
             outer = [] if self.outer is None else self.parameters
             self.velocity = [like(p, "hvdloss_velocity") for p in outer]
-            self.row = variable(tf.zeros(self.books.width, tf.float64), "hvdloss_local")
+            self.row = variable(tf.zeros(self.step_state.width, tf.float64), "hvdloss_local")
             self.steps = variable(0, "hvdloss_local_steps", dtype=tf.int64)
             #: Steps at the end of the last stretch in which no rank had a batch.
-            self.surplus = variable(0, "hvdloss_local", dtype=tf.int64)
+            self.overrun_steps = variable(0, "hvdloss_local", dtype=tf.int64)
             #: Of the last mean move, squared.
             self.length = variable(0.0, "hvdloss_local", dtype=tf.float64)
-        self._exchanging = tf.function(self._exchange, autograph=False)
+        self._synchronize = tf.function(self._sync_parameters, autograph=False)
 
     # -- a step -----------------------------------------------------------------------------------
 
     @property
     def local(self) -> tf.Tensor:
         """Whether this step's gradients stay here; the first step is done together."""
-        return (self.books.period > 1) & (self.books.steps > 0)
+        return (self.step_state.period > 1) & (self.step_state.steps > 0)
 
     def count(self, row: tf.Tensor) -> tf.Tensor:
         """Add a step of this rank, before its update; return whether it may be made.
@@ -89,29 +89,29 @@ class Stretch:
         A step without weight, or unsound, moves nothing: the exchange tells all ranks what was wrong.
         """
 
-        def anchor_here() -> tf.Tensor:
-            for p, anchor in zip(self.parameters, self.anchor, strict=True):
-                anchor.assign(p)
+        def save_params() -> tf.Tensor:
+            for p, saved in zip(self.parameters, self.synced_params, strict=True):
+                saved.assign(p)
             return tf.constant(True)
 
         # Now rather than after the last exchange: whatever was loaded in between is equal on all ranks.
-        tf.cond(tf.equal(self.steps, 0), anchor_here, lambda: tf.constant(False))
-        self.row.assign_add(row)
+        tf.cond(tf.equal(self.steps, 0), save_params, lambda: tf.constant(False))
+        self.row.assign_add(without_factor(row))  # a factor may change from step to step
         self.steps.assign_add(1)
         return (row[_DENOMINATOR] > 0) & ~tf.reduce_any(row[FAULT_COLUMNS] > 0)
 
-    def pulled(self, gradients: Sequence[Any], places: Sequence[int]) -> list[Any]:
+    def add_proximal_grad(self, gradients: Sequence[Any], places: Sequence[int]) -> list[Any]:
         """Return the gradients with that of ``mu / 2 ||theta - anchor||^2`` added; sparse ones as they are.
 
         `places`: of the gradients' parameters.
         """
-        if not self.pulls:
+        if not self.proximal:
             return list(gradients)
-        mu = self.books.pull
+        mu = self.step_state.proximal_strength
         return [
             g
             if isinstance(g, tf.IndexedSlices)
-            else g + tf.cast(mu, g.dtype) * tf.cast(self.parameters[i] - self.anchor[i], g.dtype)
+            else g + tf.cast(mu, g.dtype) * tf.cast(self.parameters[i] - self.synced_params[i], g.dtype)
             for g, i in zip(gradients, places, strict=True)
         ]
 
@@ -122,35 +122,37 @@ class Stretch:
         """Whether ranks are apart. Eager only."""
         return self.built and int(self.steps) > 0
 
-    def exchange(self) -> None:
+    def sync_parameters(self) -> None:
         """Average the ranks' parameters, if steps were taken since they were equal. Eager only."""
         if self.pending:
-            translated(self._exchanging)
+            unwrap_graph_errors(self._synchronize)
 
-    def exchange_if_due(self) -> None:
+    def sync_parameters_if_due(self) -> None:
         """Average the ranks' parameters, if the stretch is complete; eagerly or in a graph."""
-        due = (self.steps > 0) & (self.steps >= self.books.period)
+        due = (self.steps > 0) & (self.steps >= self.step_state.period)
         if not tf.executing_eagerly():
-            tf.cond(due, self._exchanging, lambda: tf.constant(False))
+            tf.cond(due, self._synchronize, lambda: tf.constant(False))
         elif bool(due):
-            translated(self._exchanging)
+            unwrap_graph_errors(self._synchronize)
 
-    def _exchange(self) -> tf.Tensor:
+    def _sync_parameters(self) -> tf.Tensor:
         row, steps = self.row.read_value(), self.steps.read_value()
         groups = _by_dtype(self.parameters)
-        moved = [p - anchor for p, anchor in zip(self.parameters, self.anchor, strict=True)]
+        moved = [p - saved for p, saved in zip(self.parameters, self.synced_params, strict=True)]
         flats = [_flat([moved[i] for i in group]) for group in groups]
-        began = self.wire.clock.begin(flats)
+        began = self.reducer.timer.begin(flats)
         length = _squared_length(flats)
         finite = tf.math.is_finite(length)  # else steps went too far, of gradients that were finite
         weight = self._weights(row[_DENOMINATOR])
         weight = tf.where(finite, weight, tf.zeros_like(weight))
-        if self.books.nonfinite == "drop":
-            row = tf.where(finite, row, marked(row, ~finite, drop=True))
+        if self.step_state.nonfinite == "drop":
+            row = tf.where(finite, row, with_nonfinite_flag(row, ~finite, drop=True))
         bad = tf.cast(~finite, tf.float64)
         told = [bad, tf.math.multiply_no_nan(length, weight), self.length]
         row = tf.tensor_scatter_nd_add(row, _TOLD_HERE, tf.stack(told))
-        table = self.wire.sum_table(self.wire.clock.told(self.books.signed(row)), "stretch")
+        table = self.reducer.sum_table(
+            self.reducer.timer.with_times(self.step_state.with_flags(row)), "stretch"
+        )
         # At the end of an epoch of unknown length ranks without batches cannot tell that others have
         # none either; those steps did not happen.
         made = table[:, _PASSES] + table[:, _STRAYS] + table[:, _FAILED]
@@ -158,61 +160,63 @@ class Stretch:
         real = tf.minimum(steps, tf.cast(rounds, tf.int64))
 
         def close() -> tf.Tensor:
-            step = self.books.steps + real
-            sound, state = self.books.try_close(table, step, real, self._travel(flats))
-            return tf.cond(sound, lambda: settle(state), self._go_back)
+            step = self.step_state.steps + real
+            sound, state = self.step_state.try_finish_steps(table, step, real, self._travel(flats))
+            return tf.cond(sound, lambda: move_all(state), self._restore_params)
 
-        def settle(state: tf.Tensor) -> tf.Tensor:
+        def move_all(state: tf.Tensor) -> tf.Tensor:
             share = weight / tf.reduce_sum(self._weights(table[:, _DENOMINATOR]))
             means = [
-                self.wire.sum_scaled(flat, share, f"{self.wire.name}.moves.{number}", self.books.compress)
+                self.reducer.sum_scaled(
+                    flat, share, f"{self.reducer.name}.moves.{number}", self.step_state.compress
+                )
                 for number, flat in enumerate(flats)
             ]
-            self.wire.clock.end(began, means)
+            self.reducer.timer.end(began, means)
             for mean, group in zip(means, groups, strict=True):
-                self._settle(mean, group)
+                self._apply_outer_step(mean, group)
             self.length.assign(_squared_length(means))
-            self.books.keep(table, real, state)
-            self._begin()
-            apart = self.books.period > 1
-            return tf.cond(apart, lambda: tf.constant(True), lambda: self._share_memory(share))
+            self.step_state.commit(table, real, state)
+            self._restart()
+            apart = self.step_state.period > 1
+            return tf.cond(apart, lambda: tf.constant(True), lambda: self._average_optimizer_state(share))
 
         def drop() -> tf.Tensor:
-            self._begin()
+            self._restart()
             return tf.constant(True)
 
         done = tf.cond(real > 0, close, drop)
-        self.surplus.assign(steps - real)
+        self.overrun_steps.assign(steps - real)
         return done
 
-    def _share_memory(self, share: tf.Tensor) -> tf.Tensor:
+    def _average_optimizer_state(self, share: tf.Tensor) -> tf.Tensor:
         """Average what the ranks' optimizers remember: with equal gradients they must make equal updates.
 
         As it is: squares of small gradients are beyond float16.
         """
-        for number, group in enumerate(_by_dtype(self.memory)):
-            some = [self.memory[i] for i in group]
-            name = f"{self.wire.name}.memory.{number}"
-            mean = self.wire.sum_scaled(_flat(some), share, name, compression=hvd.Compression.none)
+        for number, group in enumerate(_by_dtype(self.optimizer_state)):
+            some = [self.optimizer_state[i] for i in group]
+            name = f"{self.reducer.name}.memory.{number}"
+            mean = self.reducer.sum_scaled(_flat(some), share, name, compression=hvd.Compression.none)
             for v, value in zip(some, _split(mean, some), strict=True):
                 v.assign(value)
         return tf.constant(True)
 
     def _weights(self, denominators: tf.Tensor) -> tf.Tensor:
         """Return what ranks count: what they saw; with the reduction "sum" the same, as in a step."""
-        if self.books.reduction == "sum":
+        if self.step_state.reduction == "sum":
             return tf.cast(denominators > 0, tf.float64)
         return denominators
 
-    def _settle(self, mean: tf.Tensor, group: Sequence[int]) -> None:
+    def _apply_outer_step(self, mean: tf.Tensor, group: Sequence[int]) -> None:
         """Move parameters of one dtype from the anchor by the ranks' mean move."""
         for i, move in zip(group, _split(mean, [self.parameters[i] for i in group]), strict=True):
             if self.outer is not None:
                 move, velocity = self.outer.update(move, self.velocity[i])
                 self.velocity[i].assign(velocity)
-            self.parameters[i].assign(self.anchor[i] + move)
+            self.parameters[i].assign(self.synced_params[i] + move)
 
-    def _begin(self) -> list[Any]:
+    def _restart(self) -> list[Any]:
         """Start counting anew."""
         return [
             self.row.assign(tf.zeros_like(self.row), read_value=False),
@@ -228,25 +232,27 @@ class Stretch:
 
     def forget(self) -> None:
         """Start counting anew, as parameters were loaded. Eager only."""
-        self._begin()
+        self._restart()
 
-    def _go_back(self) -> tf.Tensor:
+    def _restore_params(self) -> tf.Tensor:
         """Return to the parameters of the last exchange, and raise what was wrong."""
-        done = [p.assign(a, read_value=False) for p, a in zip(self.parameters, self.anchor, strict=True)]
-        done += self._begin()
+        done = [
+            p.assign(a, read_value=False) for p, a in zip(self.parameters, self.synced_params, strict=True)
+        ]
+        done += self._restart()
         with tf.control_dependencies(done):
-            return raise_fault()
+            return raise_kept_error()
 
     def _travel(self, flats: Sequence[tf.Tensor]) -> Any:
         """Return what tells, after so many steps, how parameters travelled."""
         sizes = [(flat.dtype, flat.shape.num_elements()) for flat in flats]
-        compressing = self.books.compressing
+        compressing = self.step_state.compressing
 
         def told(steps: int) -> CommStats:
             half = compressing is not None and compressing.on
             return CommStats(
                 messages=len(sizes) + 1,
-                bytes=sum(self.wire.bytes_of(dtype, n, half) for dtype, n in sizes),
+                bytes=sum(self.reducer.bytes_of(dtype, n, half) for dtype, n in sizes),
                 full_bytes=sum(dtype.size * n for dtype, n in sizes),
                 steps=steps,
                 parameters=True,

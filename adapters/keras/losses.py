@@ -21,11 +21,11 @@ from hvdloss.errors import ConfigError
 from hvdloss.keras._backend import CompileLoss, get_keras_mask, squeeze_or_expand_to_same_rank
 from hvdloss.losses import GlobalLoss
 from hvdloss.report import StepReport
-from hvdloss.tensorflow.books import Books
-from hvdloss.tensorflow.exchange import Exchange
+from hvdloss.tensorflow.objective import CallSums, check_elementwise, reduction_of_keras, swapped
 from hvdloss.tensorflow.objective import Objective as TensorFlowObjective
-from hvdloss.tensorflow.objective import Told, check_elementwise, reduction_of_keras, swapped
 from hvdloss.tensorflow.ops import TensorFlowOps
+from hvdloss.tensorflow.reducer import GradientReducer
+from hvdloss.tensorflow.step import StepState
 from hvdloss.term import Term
 
 __all__ = ["ExactCompileLoss", "ExactMean", "Objective"]
@@ -162,7 +162,7 @@ class Objective(keras.losses.Loss):
         )
         self.nonfinite = nonfinite
         self.reduction = self._exact.reduction
-        self.books = self._exact.books
+        self.step_state = self._exact.step_state
         self.controller = self._exact.controller
 
     @property
@@ -208,8 +208,8 @@ class Objective(keras.losses.Loss):
 
         Collectives: none; those of the loss if it is of :mod:`hvdloss.losses`.
         """
-        told = self.contribute(y_true, y_pred, sample_weight, segments=segments, keys=keys)
-        return self.books.announced(told.with_penalty(told.mean()), told.row())
+        sums = self.contribute(y_true, y_pred, sample_weight, segments=segments, keys=keys)
+        return self.step_state.record_on_backward(sums.with_penalty(sums.mean()), sums.row())
 
     def contribute(
         self,
@@ -219,7 +219,7 @@ class Objective(keras.losses.Loss):
         *,
         segments: Any = None,
         keys: Any = None,
-    ) -> Told:
+    ) -> CallSums:
         """Return what these elements add to a step, without telling anybody; see calling it."""
         weight = _with_mask(sample_weight, y_pred)
         whole = self._exact.global_loss
@@ -304,7 +304,7 @@ class _Leaf:
             told = self._contribute(y_true, y_pred, sample_weight)
         return self.owner.collect(self.number, told)
 
-    def _contribute(self, y_true: Any, y_pred: Any, sample_weight: Any) -> Told:
+    def _contribute(self, y_true: Any, y_pred: Any, sample_weight: Any) -> CallSums:
         """Return numerator and denominator as ``keras.losses.Loss`` would divide them."""
         loss = self.loss
         mask = get_keras_mask(y_pred) if tf.is_tensor(y_pred) else None
@@ -313,15 +313,17 @@ class _Leaf:
         y_true = keras.tree.map_structure(lambda x: keras.ops.convert_to_tensor(x, dtype=loss.dtype), y_true)
         part = self._exact.contribute(y_pred, y_true, weight).part
         if loss.reduction == "mean_with_sample_weight":
-            return Told(part)
+            return CallSums(part)
         if loss.reduction in (None, "none", "sum"):
-            return Told(dataclasses.replace(part, denominator=_OPS.scalar64(1.0 / self.owner.size, y_pred)))
+            return CallSums(
+                dataclasses.replace(part, denominator=_OPS.scalar64(1.0 / self.owner.size, y_pred))
+            )
         entries = self._exact.entries
         masks = [one for one in (mask, self._exact.mask) if one is not None]
         if masks:
             counted = tf.cast(functools.reduce(_both, masks), tf.float64)
             entries *= tf.reduce_sum(counted) / tf.cast(tf.size(counted), tf.float64)
-        return Told(dataclasses.replace(part, denominator=entries))
+        return CallSums(dataclasses.replace(part, denominator=entries))
 
 
 def _both(a: Any, b: Any) -> tf.Tensor:
@@ -338,28 +340,28 @@ class ExactCompileLoss(CompileLoss):
 
     Args:
         like: what Keras made of the losses.
-        exchange: how normalisers travel.
-        acting: the loss among them that has terms, whose books then are the model's; or None.
+        reducer: how normalisers travel.
+        acting: the loss among them that has terms, whose step_state then are the model's; or None.
         nonfinite: what they do about what is NaN or infinite.
     """
 
     def __init__(
         self,
         like: CompileLoss,
-        exchange: Exchange,
+        reducer: GradientReducer,
         acting: Objective | None = None,
         nonfinite: str = "raise",
     ) -> None:
         super().__init__(like._user_loss, like._user_loss_weights, output_names=like.output_names)
-        self.books = Books(nonfinite=nonfinite) if acting is None else acting.books
-        self.exchange = exchange
+        self.step_state = StepState(nonfinite=nonfinite) if acting is None else acting.step_state
+        self.reducer = reducer
         self.denominator: Any = None  # of the last call, while it is traced
-        self._parts: list[Told] = []
+        self._parts: list[CallSums] = []
 
     @property
     def size(self) -> int:
         """How many ranks share a step."""
-        return self.exchange.size
+        return self.reducer.size
 
     @property
     def several(self) -> int:
@@ -373,13 +375,13 @@ class ExactCompileLoss(CompileLoss):
         self._flat_losses = [
             one._replace(loss=_Leaf(one.loss, number, self)) for number, one in enumerate(self._flat_losses)
         ]
-        if self.several and self.books.nonfinite == "drop":
+        if self.several and self.step_state.nonfinite == "drop":
             raise ConfigError(
                 f'nonfinite="drop" with {self.several} losses: each one\'s gradients are divided by what all '
                 f'ranks hold of it before it is known whether they are finite; choose "skip" or "raise"'
             )
         if self.several:  # whose combined rows are means
-            self.books.reduction = "mean"
+            self.step_state.reduction = "mean"
         for number, metric in enumerate(self.metrics):
             self.metrics[number] = ExactMean(self, name=metric.name)
 
@@ -395,7 +397,7 @@ class ExactCompileLoss(CompileLoss):
             for one in ours:
                 one.alone = False
 
-    def collect(self, number: int, told: Told) -> tf.Tensor:
+    def collect(self, number: int, told: CallSums) -> tf.Tensor:
         """Take what one loss contributed; return its local value, scaled in the backward pass."""
         value = told.mean()
         self._parts.append(told)
@@ -418,11 +420,11 @@ class ExactCompileLoss(CompileLoss):
         if not parts:
             return total
         if not self.several:
-            return self.books.announced(total, parts[0].row())
+            return self.step_state.record_on_backward(total, parts[0].row())
         self.denominator = None
-        return self.books.announced(total, lambda: self._combined(parts))
+        return self.step_state.record_on_backward(total, lambda: self._combined(parts))
 
-    def _sharing(self, parts: list[Told]) -> Callable[[], list[tf.Tensor]]:
+    def _sharing(self, parts: list[CallSums]) -> Callable[[], list[tf.Tensor]]:
         """Return a function of the backward pass that gives each loss's factor and its global inverse."""
         found: list[Any] = []
 
@@ -440,9 +442,9 @@ class ExactCompileLoss(CompileLoss):
 
     def normalisers(self, mine: tf.Tensor) -> tf.Tensor:
         """Return the sums of all ranks' denominators and activity, ``(losses + 1,)``. One all-reduce."""
-        return self.exchange.total(mine, "normalisers")
+        return self.reducer.total(mine, "normalisers")
 
-    def _combined(self, parts: list[Told]) -> tf.Tensor:
+    def _combined(self, parts: list[CallSums]) -> tf.Tensor:
         """Return the row of all losses together: their exact total, of denominator 1."""
         inverse = self._inverse()
         rows = [told.part.row(_OPS) for told in parts]
@@ -476,7 +478,7 @@ class ExactMean(keras.metrics.Mean):
             # its weight a constant.
             with tf.control_dependencies([tf.convert_to_tensor(values)]):
                 sample_weight = tf.identity(denominator)
-        if self._source[0].books.nonfinite != "raise":  # such a batch was none
+        if self._source[0].step_state.nonfinite != "raise":  # such a batch was none
             values = tf.convert_to_tensor(values)
             finite = tf.math.is_finite(values)
             values = tf.where(finite, values, tf.zeros_like(values))

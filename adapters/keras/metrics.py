@@ -48,7 +48,7 @@ def merged_results(model: Any, local: list[np.ndarray] | None = None) -> dict[st
         _check_sums(metric)
     local = states(model) if local is None else local
     engine = engine_of(model.optimizer)
-    group = (engine and engine.exchange.process_set) or hvd.global_process_set
+    group = (engine and engine.reducer.process_set) or hvd.global_process_set
     if len(local) != len(variables) or not included(hvd, group):
         return pythonify_logs(model.get_metrics_result())
     flat = np.concatenate([x.reshape(-1) for x in local]) if local else np.zeros(0)

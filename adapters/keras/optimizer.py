@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,21 +13,24 @@ from hvdloss.communicator import included
 from hvdloss.control.period import SyncPeriod
 from hvdloss.errors import ConfigError
 from hvdloss.keras._backend import hvd
-from hvdloss.keras.local import Stretch, check_local
+from hvdloss.keras.local import LocalSteps, check_local
 from hvdloss.keras.losses import ExactCompileLoss, Objective
 from hvdloss.ledger import COLUMN
+from hvdloss.passes import changed_gradients_error, changed_gradients_warning
 from hvdloss.report import StepReport
-from hvdloss.tensorflow.books import Books, failing
-from hvdloss.tensorflow.exchange import (
-    Exchange,
-    beyond,
-    check_acts,
-    check_options,
-    marked,
-    scaled,
-    tied,
-)
 from hvdloss.tensorflow.objective import Objective as TensorFlowObjective
+from hvdloss.tensorflow.own_gradients import changed, watch_tapes
+from hvdloss.tensorflow.passes import refuse
+from hvdloss.tensorflow.reducer import (
+    GradientReducer,
+    check_options,
+    check_policies,
+    exceeds,
+    scale_grad,
+    with_dependencies,
+    with_nonfinite_flag,
+)
+from hvdloss.tensorflow.step import StepState, merge_pass, with_failure
 from hvdloss.tensorflow.variables import variable
 from hvdloss.world import next_name_index, register_for_reset
 
@@ -44,29 +48,31 @@ class _Engine:
     reduction belongs, since clipping must act on the gradient of all ranks.
     """
 
-    def __init__(self, objective: Any, exchange: Exchange, op: Any, scale_local: bool) -> None:
+    def __init__(self, objective: Any, reducer: GradientReducer, op: Any, scale_local: bool) -> None:
         self.objective = objective
-        self.exchange = exchange
+        self.reducer = reducer
         self.op = op
         self.scale_local = scale_local
         self.local: set[int] = set()
         self.local_later: list[Any] = []  # variables that are, once the optimizer is built
-        self.stretch: Stretch | None = None  # of local steps, where terms decide on their number
+        self.local_steps: LocalSteps | None = None  # of local steps, where terms decide on their number
         # Without an objective or a compiled loss every backward pass weighs the same, as in Horovod.
-        self.books = Books() if objective is None else objective.books
-        self.books.process_set = exchange.process_set
-        self.books.owned = True
+        self.step_state = StepState() if objective is None else objective.step_state
+        self.step_state.process_set = reducer.process_set
+        self.step_state.owned = True
         with tf.init_scope():
-            self.books.forget_others()
+            self.step_state.clear_unowned()
         self.loss_scale: Callable[[], Any] = lambda: None  # what a LossScaleOptimizer multiplies with
-        self.lenient = objective is None
+        self.allow_untracked = objective is None
         self.warned = False  # that nothing is known of the loss
+        self.looked = False  # at what tapes gave, as it came to the optimizer outside of this one
+        self._warned_of_changes = False
         self.compile_loss: ExactCompileLoss | None = None
-        self.window: tf.Variable | None = None
-        self.idle: Any = None  # the empty row, while a step is traced to which this rank adds nothing
+        self.accumulated_row: tf.Variable | None = None
+        self.empty_row: Any = None  # the empty row, while a step is traced to which this rank adds nothing
         self.ending = False  # and which is dropped if no rank adds anything
         self.ended: tf.Variable | None = None
-        self.idle_steps: dict[Any, Any] = {}  # traced
+        self.empty_steps: dict[Any, Any] = {}  # traced
         self.sparse: dict[int, tf.DType] = {}  # places of sparse gradients, once known
         self.places: list[int] | None = None  # of all that have a gradient
         # Of the step being traced:
@@ -75,18 +81,19 @@ class _Engine:
         self.variables: list[Any] = []
         self.reduced: Any = None
         self.done = 0
-        self.after_idle: Callable[[], None] = lambda: None  # what to do after an idle step
+        self.after_empty_step: Callable[[], None] = lambda: None  # what to do after an idle step
+        watch_tapes()
         register_for_reset(self)
 
     def reset(self) -> None:
         """Forget what was of other ranks."""
-        self.idle_steps = {}
+        self.empty_steps = {}
         self.row = self.factor = self.reduced = None
-        self.idle, self.ending = None, False
-        if self.window is not None:
-            self.window.assign(tf.zeros_like(self.window))
-        if self.stretch is not None and self.stretch.built:
-            self.stretch.reset()
+        self.empty_row, self.ending = None, False
+        if self.accumulated_row is not None:
+            self.accumulated_row.assign(tf.zeros_like(self.accumulated_row))
+        if self.local_steps is not None and self.local_steps.built:
+            self.local_steps.reset()
 
     def listen(self, compile_loss: ExactCompileLoss, optimizer: Any) -> None:
         """Have the compiled loss of a model tell the weight of each backward pass.
@@ -96,16 +103,16 @@ class _Engine:
                 about what they measure cannot be done here.
         """
         given = self.objective
-        if given is not None and given.controller.terms and given.books is not compile_loss.books:
+        if given is not None and given.controller.terms and given.step_state is not compile_loss.step_state:
             raise ConfigError(
                 "the objective given to DistributedOptimizer has terms, but the model was compiled with "
                 "another loss, of which they would see nothing; compile the model with loss=objective"
             )
         self.compile_loss = compile_loss
-        self.books, self.lenient = compile_loss.books, False
-        self.books.process_set = self.exchange.process_set
+        self.step_state, self.allow_untracked = compile_loss.step_state, False
+        self.step_state.process_set = self.reducer.process_set
         # What was traced for another loss, and rows of another width, are of no use.
-        self.window, self.idle_steps = None, {}
+        self.accumulated_row, self.empty_steps = None, {}
         self.follow(optimizer)
 
     def follow(self, optimizer: Any) -> None:
@@ -114,52 +121,66 @@ class _Engine:
         Raises:
             ConfigError: it cannot be done here.
         """
-        controller = self.books.controller
-        check_acts(controller, self.exchange.compression)
+        controller = self.step_state.controller
+        check_policies(controller, self.reducer.compression)
         scales = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
         if scales:
             self.loss_scale = lambda: optimizer.dynamic_scale.value
-        if scales and self.books.nonfinite == "drop":
+        if scales and self.step_state.nonfinite == "drop":
             raise ConfigError(
                 'nonfinite="drop" with a LossScaleOptimizer: it skips every step in which a gradient of any '
                 'rank is infinite, and must see it to lower its scale; choose "skip" or "raise"'
             )
-        self.stretch = None
+        self.local_steps = None
         if controller.policy(SyncPeriod) is not None:
             check_local(optimizer, self.local)
-            self.stretch = Stretch(self.books, self.exchange, optimizer.gradient_accumulation_steps or 1)
+            self.local_steps = LocalSteps(
+                self.step_state, self.reducer, optimizer.gradient_accumulation_steps or 1
+            )
 
     def begin(self) -> None:
         """Have the terms start with the present ranks, unless they have."""
-        if self.books.controller.terms:
-            self.books.begin(self.exchange.process_set.rank(), self.exchange.size)
+        if self.step_state.controller.terms:
+            self.step_state.begin(self.reducer.process_set.rank(), self.reducer.size)
 
     @property
     def skips(self) -> bool:
         """Whether a step may turn out to be one without an update."""
-        return self.books.nonfinite == "skip"
+        return self.step_state.nonfinite == "skip"
 
     @property
     def included(self) -> bool:
         """Whether this rank shares the steps."""
-        return included(hvd, self.exchange.process_set)
+        return included(hvd, self.reducer.process_set)
 
-    def took(self, optimizer: Any, gradients: list[Any], variables: Sequence[Any]) -> list[Any]:
+    def look(self, gradients: Sequence[Any]) -> None:
+        """Refuse gradients that were changed since the tape gave them, or warn where that is not known."""
+        found = changed(gradients)
+        if self.looked or self.allow_untracked or self.empty_row is not None or self.reducer.size == 1:
+            return
+        if found:
+            refuse(changed_gradients_error())
+        elif found is None and not self._warned_of_changes:
+            self._warned_of_changes = True
+            warnings.warn(changed_gradients_warning(), stacklevel=4)
+
+    def collect(self, optimizer: Any, gradients: list[Any], variables: Sequence[Any]) -> list[Any]:
         """Take the gradients of one backward pass; return them as Keras is to add them up."""
         self.begin()
-        if self.stretch is not None:
-            self.stretch.build(optimizer)
-        row = self.idle
+        if self.local_steps is not None:
+            self.local_steps.build(optimizer)
+        row = self.empty_row
         undo, unclear = tf.ones((), tf.float64), tf.zeros((), tf.float64)
         if row is None:
-            row = self.books.take(lenient=self.lenient)
-            undo, unclear = self.books.undivided(
-                optimizer.gradient_accumulation_steps or 1, self.loss_scale()
+            row, scale = self.step_state.pop_row(allow_untracked=self.allow_untracked), self.loss_scale()
+            undo, unclear = self.step_state.undo_division(optimizer.gradient_accumulation_steps or 1, scale)
+            row = self.step_state.with_factor(
+                row, undo if scale is None else undo / tf.cast(scale, tf.float64)
             )
-            row = failing(row, self.books.unheard() + unclear)
+            row = with_failure(row, self.step_state.unowned_calls() + unclear)
         self.row, self.factor = row, None
         self.variables = list(variables)
-        if self.idle is None:
+        if self.empty_row is None:
             self.places = [optimizer._get_variable_index(v) for v in variables]
             self.sparse = {
                 place: g.dtype
@@ -168,63 +189,67 @@ class _Engine:
             }
         steps = optimizer.gradient_accumulation_steps
         if steps:
-            if self.window is None:
+            if self.accumulated_row is None:
                 with tf.init_scope():
-                    self.window = variable(tf.zeros(self.books.width, tf.float64), "hvdloss_window")
-            self.window.assign_add(row)
-            self.row = self.window.read_value()
+                    self.accumulated_row = variable(
+                        tf.zeros(self.step_state.width, tf.float64), "hvdloss_accumulated"
+                    )
+            self.accumulated_row.assign(merge_pass(self.accumulated_row, row))
+            self.row = self.accumulated_row.read_value()
             # Keras divides what it adds up by the number of passes.
             self.factor = float(steps)
-            gradients = [scaled(g, row[1] * undo) for g in gradients]
+            gradients = [scale_grad(g, row[1] * undo) for g in gradients]
         return gradients
 
     def reduce(self, optimizer: Any, gradients: list[Any]) -> tuple[list[Any], tf.Tensor]:
         """Return the gradients of all ranks' elements, and the table of their ledgers."""
         place_of = optimizer._get_variable_index
         shared = [i for i, v in enumerate(self.variables) if place_of(v) not in self.local]
-        reduced, table = self.exchange.reduce(
+        reduced, table = self.reducer.reduce(
             [gradients[i] for i in shared],
             [self.variables[i] for i in shared],
-            self.books.signed(self.row),
+            self.step_state.with_flags(self.row),
             factor=self.factor,
-            compress=self.books.compress,
-            nonfinite=self.books.nonfinite,
-            look=not self.lenient,
+            compress=self.step_state.compress,
+            nonfinite=self.step_state.nonfinite,
+            look=not self.allow_untracked,
             local=[g for i, g in enumerate(gradients) if i not in set(shared)],
-            rows=bool(self.books.controller.terms),
+            rows=bool(self.step_state.controller.terms),
         )
-        self.books.choices = self.exchange.choices
+        self.step_state.choices = self.reducer.choices
         total = tf.reduce_sum(table[:, 1])
-        own = self.exchange.own(table, self.row)[1]  # nothing, of a rank that was dropped
+        own = self.reducer.own(table, self.row)[1]  # nothing, of a rank that was dropped
         factor = own if self.factor is None else tf.where(own > 0, self.factor, 0.0)
         share = tf.math.divide_no_nan(tf.cast(factor, tf.float64), total)
         alone = tf.math.divide_no_nan(tf.cast(factor, tf.float64), own)
         out = [
-            scaled(g, share if self.scale_local else alone) if place_of(v) in self.local else g
+            scale_grad(g, share if self.scale_local else alone) if place_of(v) in self.local else g
             for g, v in zip(gradients, self.variables, strict=True)
         ]
         for i, g in zip(shared, reduced, strict=True):
             out[i] = g
-        if self.op == hvd.Sum and self.lenient:
-            out = [scaled(g, tf.cast(self.exchange.size, tf.float64)) for g in out]
+        if self.op == hvd.Sum and self.allow_untracked:
+            out = [scale_grad(g, tf.cast(self.reducer.size, tf.float64)) for g in out]
         return out, table
 
-    def settle(self, gradients: list[Any], table: tf.Tensor) -> list[Any]:
+    def finish_step(self, gradients: list[Any], table: tf.Tensor) -> list[Any]:
         """Judge the step and keep its report; return gradients that cannot be used before that."""
-        after = self.books.close(table, self.exchange.travel(self.books.compressing))
-        if self.window is not None:
+        after = self.step_state.finish_step(table, self.reducer.travel(self.step_state.compressing))
+        if self.accumulated_row is not None:
             with tf.control_dependencies([*after, self.row]):
-                done = self.window.assign(tf.zeros_like(self.window))
+                done = self.accumulated_row.assign(tf.zeros_like(self.accumulated_row))
             after = after and [*after, done.op]
-        return tied(gradients, after)
+        return with_dependencies(gradients, after)
 
-    def own(self, optimizer: Any, gradients: list[Any]) -> list[Any]:
+    def local_gradients(self, optimizer: Any, gradients: list[Any]) -> list[Any]:
         """Return the gradient of this rank's elements alone, for a local step."""
-        assert self.stretch is not None
+        assert self.local_steps is not None
         if self.factor is not None:
             share = tf.math.divide_no_nan(tf.constant(self.factor, tf.float64), self.row[1])
-            gradients = [scaled(g, share) for g in gradients]
-        return self.stretch.pulled(gradients, [optimizer._get_variable_index(v) for v in self.variables])
+            gradients = [scale_grad(g, share) for g in gradients]
+        return self.local_steps.add_proximal_grad(
+            gradients, [optimizer._get_variable_index(v) for v in self.variables]
+        )
 
 
 class _Exact:
@@ -241,6 +266,7 @@ class _Exact:
     def apply(self, grads: Any, trainable_variables: Any = None) -> None:
         """Reduce the gradients, or add them to those of the step, and update. See Keras."""
         grads = list(grads)
+        self._hvd.look(grads)
         if trainable_variables is not None:
             trainable_variables = list(trainable_variables)
             if not self.built:
@@ -253,19 +279,19 @@ class _Exact:
         first = next((g for g in reversed(grads) if g is not None), None)
         with tf.control_dependencies([] if first is None or tf.executing_eagerly() else [_values(first)]):
             self._base.apply(self, grads, trainable_variables)
-        stretch = self._hvd.stretch
-        if stretch is not None and stretch.built:
+        local_steps = self._hvd.local_steps
+        if local_steps is not None and local_steps.built:
             # Not before the step is counted, so that an error leaves it counted on every rank.
             with tf.control_dependencies([tf.convert_to_tensor(self._iterations)]):  # type: ignore[attr-defined]
-                stretch.exchange_if_due()
+                local_steps.sync_parameters_if_due()
 
     def _backend_apply_gradients(self, grads: list[Any], trainable_variables: list[Any]) -> None:
         engine = self._hvd
         if not engine.included:
             self._base._backend_apply_gradients(self, grads, trainable_variables)
             return
-        grads = engine.took(self, list(grads), trainable_variables)
-        if engine.stretch is None and not engine.ending and not engine.skips:
+        grads = engine.collect(self, list(grads), trainable_variables)
+        if engine.local_steps is None and not engine.ending and not engine.skips:
             self._base._backend_apply_gradients(self, grads, trainable_variables)
             return
         steps = self.gradient_accumulation_steps  # type: ignore[has-type]
@@ -301,12 +327,12 @@ class _Exact:
             return self._base._clip_gradients(self, grads)
         if engine.reduced is None:
             reduced, table = engine.reduce(self, list(grads))
-            grads = engine.settle(reduced, table)
+            grads = engine.finish_step(reduced, table)
         return self._base._clip_gradients(self, grads)
 
     def _step(self, grads: list[Any], trainable_variables: list[Any]) -> tf.Tensor:
         """Do a step with all of its gradients: together with the other ranks, or alone."""
-        engine, stretch = self._hvd, self._hvd.stretch
+        engine, local_steps = self._hvd, self._hvd.local_steps
 
         def together() -> tf.Tensor:
             reduced, table = engine.reduce(self, grads)
@@ -323,23 +349,25 @@ class _Exact:
             )
 
         def alone() -> tf.Tensor:
-            assert stretch is not None
-            bad = (engine.row[1] > 0) & beyond(grads, [g.dtype.max for g in grads])
-            sound = stretch.count(marked(engine.row, bad, engine.books.nonfinite == "drop"))
-            if engine.window is not None:
-                engine.window.assign(tf.zeros_like(engine.window))
+            assert local_steps is not None
+            bad = (engine.row[1] > 0) & exceeds(grads, [g.dtype.max for g in grads])
+            sound = local_steps.count(
+                with_nonfinite_flag(engine.row, bad, engine.step_state.nonfinite == "drop")
+            )
+            if engine.accumulated_row is not None:
+                engine.accumulated_row.assign(tf.zeros_like(engine.accumulated_row))
             return tf.cond(
                 sound,
-                lambda: self._update(engine.own(self, grads), trainable_variables),
+                lambda: self._update(engine.local_gradients(self, grads), trainable_variables),
                 lambda: self._forget(),
             )
 
-        return together() if stretch is None else tf.cond(stretch.local, alone, together)
+        return together() if local_steps is None else tf.cond(local_steps.local, alone, together)
 
     def _settled(self, reduced: list[Any], table: tf.Tensor, trainable_variables: list[Any]) -> tf.Tensor:
         """Judge a step of all ranks, and update, or leave everything as it was."""
         engine = self._hvd
-        grads = engine.settle(reduced, table)
+        grads = engine.finish_step(reduced, table)
         if not engine.skips:
             return self._update(grads, trainable_variables)
 
@@ -348,7 +376,7 @@ class _Exact:
             self._iterations.assign_sub(self.gradient_accumulation_steps or 1)  # type: ignore[attr-defined]
             return self._forget()
 
-        return tf.cond(engine.books.skips(table), skip, lambda: self._update(grads, trainable_variables))
+        return tf.cond(engine.step_state.skips(table), skip, lambda: self._update(grads, trainable_variables))
 
     def _update(self, grads: list[Any], trainable_variables: list[Any]) -> tf.Tensor:
         """Clip and apply gradients that are not to be reduced, or added up, any more."""
@@ -380,13 +408,13 @@ class _Exact:
 
         Collectives: one all-reduce of the parameters per dtype, and one of the ledgers before it.
         """
-        if self._hvd.stretch is not None and self._hvd.included:
-            self._hvd.stretch.exchange()
+        if self._hvd.local_steps is not None and self._hvd.included:
+            self._hvd.local_steps.sync_parameters()
 
     @property
     def last_step(self) -> StepReport | None:
         """The report of the last reduced step, equal on all ranks; None before the first."""
-        return self._hvd.books.report("mean")
+        return self._hvd.step_state.report("mean")
 
     @property
     def objective(self) -> Any:
@@ -399,7 +427,7 @@ class _Exact:
             self._hvd.local_later.append(variable)
             return
         place = self._get_variable_index(variable)  # type: ignore[attr-defined]
-        if self._hvd.stretch is not None:
+        if self._hvd.local_steps is not None:
             check_local(self, {place})
         self._hvd.local.add(place)
 
@@ -417,16 +445,26 @@ class _ExactScale:
     def _hvd(self) -> _Engine:
         return self.inner_optimizer._hvd  # type: ignore[attr-defined]
 
+    def apply(self, grads: Any, trainable_variables: Any = None) -> None:
+        """Unscale gradients for the inner optimizer. See Keras."""
+        grads, engine = list(grads), self._hvd
+        engine.look(grads)
+        engine.looked = True
+        try:
+            self._base.apply(self, grads, trainable_variables)
+        finally:
+            engine.looked = False
+
     def check_finite(self, grads: list[Any]) -> tf.Tensor:
         """Return whether the gradients of all ranks are finite. One small all-reduce."""
         finite = self._base.check_finite(self, grads)
         engine = self._hvd
-        if not engine.included or engine.exchange.size == 1:
+        if not engine.included or engine.reducer.size == 1:
             return finite
-        return tf.equal(engine.exchange.count(~finite, "finite"), 0.0)
+        return tf.equal(engine.reducer.count(~finite, "finite"), 0.0)
 
     def _stateful_handle_non_finite_grads(self) -> None:
-        self._hvd.books.forget()
+        self._hvd.step_state.clear()
         self._base._stateful_handle_non_finite_grads(self)
 
     last_step = _Exact.last_step
@@ -520,10 +558,11 @@ def DistributedOptimizer(
             local variables, and ``AdaptiveCompression`` with `compression`.
 
     Collectives per step: one all-reduce per bucket of dense gradients, two all-gathers per sparse
-    one, one all-reduce of the ranks' ledgers (``size`` x 22 float64 and what terms tell; with more than 64
-    ranks see :meth:`hvdloss.tensorflow.exchange.Exchange.reduce`), all under way together; one small one
-    more for a model of several losses, and for a ``LossScaleOptimizer``. After local steps (``SyncPeriod``)
-    instead, once per stretch: one all-reduce of the ledgers, then one of the parameters per dtype.
+    one, one all-reduce of the ranks' ledgers (``size`` x 21 float64 and what terms tell; with more than 64
+    ranks see :meth:`hvdloss.tensorflow.reducer.GradientReducer.reduce`), all under way together; one small
+    one more for a model of several losses, and for a ``LossScaleOptimizer``. After local steps
+    (``SyncPeriod``) instead, once per stretch: one all-reduce of the ledgers, then one of the parameters per
+    dtype.
     """
     if groups is None and num_groups:
         groups = num_groups
@@ -565,7 +604,7 @@ def DistributedOptimizer(
         exact = objective._exact if isinstance(objective, Objective) else objective
         exact.process_set = process_set or ours
         exact.passes = inner.gradient_accumulation_steps or 1
-    exchange = Exchange(
+    reducer = GradientReducer(
         # Optimizers are told apart on the wire by the order of their construction.
         f"hvdloss.keras.{name or next_name_index('keras')}",
         process_set=process_set or ours,
@@ -577,7 +616,7 @@ def DistributedOptimizer(
         device_sparse=device_sparse,
         bucket_cap_mb=bucket_cap_mb,
     )
-    engine = _Engine(objective, exchange, op, scale_local_gradients)
+    engine = _Engine(objective, reducer, op, scale_local_gradients)
     engine.follow(optimizer)
     inner._hvd = engine
     as_exact_class(inner)

@@ -1,4 +1,4 @@
-"""Following ``model.fit``: callbacks for the recorder, and for sinks of other kinds."""
+"""Subscription ``model.fit``: callbacks for the recorder, and for sinks of other kinds."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class FollowCallback(keras.callbacks.Callback):
     Args:
         sinks: objects with ``step(report)`` and ``close()``: see :class:`hvdloss.report.Sink`. They are
             closed when ``fit`` is over; if it raises, when the process ends, or by whoever made them.
-        rank: which one tells, counted among all ranks, if it is in the optimizer's process set.
+        rank: which one reports, counted among all ranks, if it is in the optimizer's process set.
 
     Raises:
         ConfigError: a sink that lacks a method; in ``fit``, a model that was not compiled with a
@@ -48,12 +48,12 @@ class FollowCallback(keras.callbacks.Callback):
         engine = engine_of(self.model.optimizer)
         if engine is None:
             raise ConfigError(f"{type(self).__name__} needs a model compiled with hvd.DistributedOptimizer")
-        if self._following is not None and self._following.of(engine.books):
+        if self._following is not None and self._following.of(engine.step_state):
             return  # an elastic job runs a fit again that did not come to its end
-        traced, engine.books.silent = engine.books.silent, False
+        traced, engine.step_state.traced_unobserved = engine.step_state.traced_unobserved, False
         self._following = recorder.following(self.model.optimizer, self.sinks, self.rank, True, "keras")
         if traced:
-            engine.idle_steps = {}
+            engine.empty_steps = {}
             if self.model.train_function is not None:
                 self.model.make_train_function(force=True)
 
@@ -101,7 +101,7 @@ class RecorderCallback(FollowCallback):
                 f"hvd.Recorder(...) and its follow(optimizer)"
             )
         engine = engine_of(self.model.optimizer)
-        if engine is not None and recorder.is_reporting_rank(self.rank, engine.books):
+        if engine is not None and recorder.is_reporting_rank(self.rank, engine.step_state):
             self.recorder.open()
         super().on_train_begin(logs)
 

@@ -26,13 +26,14 @@ from hvdloss.keras.losses import ExactCompileLoss, ExactMean, Objective
 from hvdloss.keras.optimizer import as_exact_class, engine_of
 from hvdloss.messages import decode_all
 from hvdloss.plan import ParameterInfo
-from hvdloss.tensorflow.books import translated
-from hvdloss.tensorflow.exchange import empty_row
 from hvdloss.tensorflow.guard import check_synchronized, checksums, parameter_name
+from hvdloss.tensorflow.normalization import synchronized_layers
 from hvdloss.tensorflow.ops import communicator_of
+from hvdloss.tensorflow.reducer import empty_row
+from hvdloss.tensorflow.step import unwrap_graph_errors
 from hvdloss.tensorflow.variables import variable
 
-__all__ = ["SynchronizationCallback", "install", "run_idle_step"]
+__all__ = ["SynchronizationCallback", "install", "run_empty_step"]
 
 
 # -- compile ------------------------------------------------------------------------------------------
@@ -82,7 +83,7 @@ def _compiled(model: Any) -> None:
         losses = keras.tree.flatten(model.loss)
         sets = {id(x.process_set): x.process_set for x in losses if isinstance(x, Objective)}
         for process_set in sets.values():
-            if process_set is not None and process_set is not engine.exchange.process_set:
+            if process_set is not None and process_set is not engine.reducer.process_set:
                 raise ConfigError("objective and optimizer were given different process sets")
         ours = {id(x): x for x in losses if isinstance(x, Objective)}.values()
         acting = [loss for loss in ours if loss.controller.terms]
@@ -93,7 +94,7 @@ def _compiled(model: Any) -> None:
             )
         for loss in losses:
             if isinstance(loss, Objective):
-                loss._exact.process_set = engine.exchange.process_set
+                loss._exact.process_set = engine.reducer.process_set
                 loss._exact.passes = _passes(model.optimizer)
         policies = sorted({loss.nonfinite if isinstance(loss, Objective) else "raise" for loss in losses})
         if len(policies) > 1:
@@ -104,7 +105,7 @@ def _compiled(model: Any) -> None:
         with keras.src.utils.tracking.DotNotTrackScope():
             model._compile_loss = ExactCompileLoss(
                 model._compile_loss,
-                engine.exchange,
+                engine.reducer,
                 acting[0] if acting else None,
                 policies[0] if policies else "raise",
             )
@@ -121,7 +122,7 @@ def _passes(optimizer: Any) -> int:
 # -- fit ----------------------------------------------------------------------------------------------
 
 
-def run_idle_step(model: Any, *, ending: bool = False) -> bool:
+def run_empty_step(model: Any, *, ending: bool = False) -> bool:
     """Take part in one training step of the other ranks without adding anything to it.
 
     The update is the same on this rank as on the others. With `ending`, a step to which no rank adds
@@ -139,17 +140,17 @@ def run_idle_step(model: Any, *, ending: bool = False) -> bool:
     if engine.ended is None:
         engine.ended = variable(False, "hvdloss_ended")
     engine.ended.assign(False)
-    stretch = engine.stretch
-    if stretch is not None:
-        stretch.build(inner)
-        stretch.surplus.assign(0)
+    local_steps = engine.local_steps
+    if local_steps is not None:
+        local_steps.build(inner)
+        local_steps.overrun_steps.assign(0)
     steps = _passes(optimizer)
     before = int(inner._iterations)  # `iterations` counts updates
     skipped = steps - 1 - before % steps if ending else 0
     several = engine.compile_loss.several if engine.compile_loss is not None else 0
     if several:
         # In a function, since Horovod names an eager operation differently than the same one in a graph.
-        exchange_nothing = engine.idle_steps.setdefault(
+        exchange_nothing = engine.empty_steps.setdefault(
             "normalisers", tf.function(engine.compile_loss.normalisers, autograph=False)
         )
         for _ in range(skipped + 1):
@@ -157,32 +158,32 @@ def run_idle_step(model: Any, *, ending: bool = False) -> bool:
     inner._iterations.assign_add(skipped)
 
     key = (ending, tuple(engine.sparse), tuple(engine.places or ()))
-    if key not in engine.idle_steps:
+    if key not in engine.empty_steps:
         variables = list(inner._trainable_variables)
         if engine.places is not None:
             variables = [variables[place] for place in engine.places]
 
         def step(gradients: list[Any], row: tf.Tensor) -> None:
-            engine.idle, engine.ending = row, ending
+            engine.empty_row, engine.ending = row, ending
             try:
                 optimizer.apply(gradients, variables)
             finally:
-                engine.idle, engine.ending = None, False
+                engine.empty_row, engine.ending = None, False
 
         # Zeros are passed in: made inside they would be constants, whose sum TensorFlow takes once only.
         nothing = [_nothing(v, engine, inner) for v in variables]
-        engine.idle_steps[key] = tf.function(step, autograph=False), nothing
-    function, nothing = engine.idle_steps[key]
-    function(nothing, empty_row(engine.books.controller.width))
+        engine.empty_steps[key] = tf.function(step, autograph=False), nothing
+    function, nothing = engine.empty_steps[key]
+    function(nothing, empty_row(engine.step_state.controller.width))
     if not ending:
         return False
     if bool(engine.ended):
         inner._iterations.assign(before)
         return True
     # After local steps it shows at the exchange how many of them no rank had a batch in.
-    surplus = 0 if stretch is None else int(stretch.surplus)
-    inner._iterations.assign_sub(surplus * steps)
-    return surplus > 0
+    overrun_steps = 0 if local_steps is None else int(local_steps.overrun_steps)
+    inner._iterations.assign_sub(overrun_steps * steps)
+    return overrun_steps > 0
 
 
 def _nothing(variable: Any, engine: Any, inner: Any) -> Any:
@@ -217,7 +218,7 @@ class _Begin(keras.callbacks.Callback):
         return engine_of(self.model.optimizer)
 
     def communicator(self) -> Any:
-        return communicator_of(self.engine.exchange.process_set)
+        return communicator_of(self.engine.reducer.process_set)
 
     def on_train_begin(self, logs: Any = None) -> None:
         # Keras builds it with the first batch, which this rank may never have.
@@ -237,14 +238,14 @@ class _Begin(keras.callbacks.Callback):
             "initial_epoch": epoch,
             "gradient_accumulation_steps": _passes(model.optimizer),
             "optimizer": model.optimizer.__class__.__name__,
-            "nonfinite": self.engine.books.nonfinite,
-            **self.engine.exchange.settings(),
+            "nonfinite": self.engine.step_state.nonfinite,
+            **self.engine.reducer.settings(),
             **_loss_settings(model.loss),
-            **self.engine.books.controller.settings(),
+            **self.engine.step_state.controller.settings(),
         }
         _agree_on_model(self.communicator(), model, settings)
         self.engine.begin()
-        self.engine.books.controller.prepare(self.communicator())
+        self.engine.step_state.controller.prepare(self.communicator())
         steps = self.params.get("steps")
         told = self.communicator().all_gather_bytes(
             json.dumps([steps, self.problem]).encode(), "hvdloss.steps"
@@ -257,19 +258,25 @@ class _Begin(keras.callbacks.Callback):
         self._check_global_loss()
 
     def _check_global_loss(self) -> None:
-        """Check that ranks meet in every step, if a loss needs all of them in its forward pass.
+        """Check that ranks meet in every step, if a loss or layer needs all of them in its forward pass.
 
         Raises:
             ConfigError: they make different numbers of steps, or nobody knows how many.
         """
         losses = keras.tree.flatten(self.model.loss)
+        layers = synchronized_layers(self.model)
+        for layer in layers:
+            layer._hvdloss_process_set = self.engine.reducer.process_set
         whole = [
-            x._exact.name for x in losses if isinstance(x, Objective) and x._exact.global_loss is not None
+            f"loss={x._exact.name}"
+            for x in losses
+            if isinstance(x, Objective) and x._exact.global_loss is not None
         ]
+        whole += [f"layer {one.name!r}: BatchNormalization(synchronized=True)" for one in layers]
         if whole and len(self.counts) > 1 and (None in self.counts or len(set(self.counts)) > 1):
             known = ["unknown" if count is None else count for count in self.counts]
             raise ConfigError(
-                f"loss={whole[0]} needs all ranks in every step, but their numbers of batches are {known}; "
+                f"{whole[0]} needs all ranks in every step, but their numbers of batches are {known}; "
                 f"give fit steps_per_epoch, or data of known and equal length (dataset.apply(tf.data."
                 f"experimental.assert_cardinality(n))); batches may be empty"
             )
@@ -282,13 +289,13 @@ class _Begin(keras.callbacks.Callback):
 
     def on_test_begin(self, logs: Any = None) -> None:
         if self.training:  # validation at the end of an epoch
-            self._stay_in_step()
+            self._join_remaining_steps()
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         if self.training:
-            self._stay_in_step()
+            self._join_remaining_steps()
 
-    def _stay_in_step(self) -> None:
+    def _join_remaining_steps(self) -> None:
         """Do this epoch's remaining steps of the other ranks, and end with weights that are equal."""
         self.training = False
         if not self.engine.included or len(self.counts) < 2:
@@ -296,13 +303,13 @@ class _Begin(keras.callbacks.Callback):
         known = [count for count in self.counts if count is not None]
         if len(known) == len(self.counts):
             for _ in range(max(known) - self.done):
-                run_idle_step(self.model)
-                self.engine.after_idle()
+                run_empty_step(self.model)
+                self.engine.after_empty_step()
         else:
-            while not run_idle_step(self.model, ending=True):
-                self.engine.after_idle()
-        if self.engine.stretch is not None:
-            self.engine.stretch.exchange()
+            while not run_empty_step(self.model, ending=True):
+                self.engine.after_empty_step()
+        if self.engine.local_steps is not None:
+            self.engine.local_steps.sync_parameters()
 
 
 def _loss_settings(loss: Any) -> dict[str, Any]:
@@ -362,9 +369,9 @@ class SynchronizationCallback(keras.callbacks.Callback):
 
     def _check(self, when: str) -> None:
         engine = engine_of(self.model.optimizer)
-        if engine is not None and engine.stretch is not None and engine.stretch.pending:
+        if engine is not None and engine.local_steps is not None and engine.local_steps.pending:
             return  # ranks are apart, and meant to be
-        group = None if engine is None else engine.exchange.process_set
+        group = None if engine is None else engine.reducer.process_set
         shared = self.model.trainable_variables
         if engine is not None and engine.local:
             inner = getattr(self.model.optimizer, "inner_optimizer", self.model.optimizer)
@@ -388,13 +395,13 @@ class _End(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         engine = engine_of(self.model.optimizer)
-        if engine is None or not engine.included or engine.exchange.size == 1:
+        if engine is None or not engine.included or engine.reducer.size == 1:
             return
-        stop = engine.exchange.count(tf.constant(bool(self.model.stop_training)), "stop")
+        stop = engine.reducer.count(tf.constant(bool(self.model.stop_training)), "stop")
         self.model.stop_training = bool(stop > 0)
 
 
-def _apart(callbacks: Any) -> str:
+def _diverging_callbacks(callbacks: Any) -> str:
     """Return why callbacks would decide from a rank's own numbers what must be decided alike; or nothing."""
     from hvdloss.keras.callbacks import MetricAverageCallback
 
@@ -423,13 +430,13 @@ def _apart(callbacks: Any) -> str:
     return ""
 
 
-def _with_ours(model: Any, callbacks: Any) -> Any:
+def _wrap_callbacks(model: Any, callbacks: Any) -> Any:
     """Return the callbacks of a ``fit``, ours around the user's."""
     if isinstance(callbacks, keras.callbacks.CallbackList):
         given = callbacks.callbacks
     else:
         given = keras.tree.flatten(callbacks) if callbacks else []
-    first = [_Begin(_apart(given))]
+    first = [_Begin(_diverging_callbacks(given))]
     last: list[Any] = [_End()]
     if not any(isinstance(one, SynchronizationCallback) for one in given):
         last.insert(0, SynchronizationCallback())
@@ -442,7 +449,7 @@ def _with_ours(model: Any, callbacks: Any) -> Any:
     return [*first, *given, *last]
 
 
-def _tell(model: Any, begin: _Begin, error: Exception, read: DataError | None) -> None:
+def _notify_ranks(model: Any, begin: _Begin, error: Exception, read: DataError | None) -> None:
     """Have the other ranks of a ``fit`` know that this one cannot go on.
 
     In the step they are in, where they are in step with this rank; else through the watch. Nothing where
@@ -466,7 +473,7 @@ def _tell(model: Any, begin: _Begin, error: Exception, read: DataError | None) -
     # Horovod's own failures, where there is nobody to tell.
     common |= type(error).__module__.startswith("horovod")
     common |= isinstance(error, tf.errors.OpError) and "Horovod" in str(error)
-    if engine is None or not begin.agreed or common or engine.exchange.size == 1 or not engine.included:
+    if engine is None or not begin.agreed or common or engine.reducer.size == 1 or not engine.included:
         return
     over = False  # the steps of the epoch
     if known := [count for count in begin.counts if count is not None]:
@@ -477,22 +484,22 @@ def _tell(model: Any, begin: _Begin, error: Exception, read: DataError | None) -
         if (told := watch.report_error(error)) is not None:
             raise told from error
         return
-    engine.books.tell(False, read or error)
+    engine.step_state.tell(False, read or error)
     try:
-        for _ in range(_passes(model.optimizer) * period_of(engine.books.controller)):
-            translated(run_idle_step, model)
+        for _ in range(_passes(model.optimizer) * period_of(engine.step_state.controller)):
+            unwrap_graph_errors(run_empty_step, model)
     except RankError as told:
-        if len(told.ranks) < engine.exchange.size:
+        if len(told.ranks) < engine.reducer.size:
             raise told from error
     finally:
-        engine.books.tell(False)
+        engine.step_state.tell(False)
 
 
 def _warn_of_own_loss(model: Any) -> None:
     """Warn, once for each optimizer, of a model whose loss nobody knows: ranks then all count the same."""
     engine = engine_of(model.optimizer)
     assert engine is not None
-    if not engine.lenient or engine.warned or engine.exchange.size == 1:
+    if not engine.allow_untracked or engine.warned or engine.reducer.size == 1:
         return
     engine.warned = True
     warnings.warn(
@@ -539,7 +546,7 @@ def install() -> None:
             args = args[:5] if len(args) == 6 else args
             if len(args) > 5:
                 raise ConfigError("pass the arguments of fit after `verbose` by name")
-        kwargs["callbacks"] = _with_ours(self, kwargs.get("callbacks"))
+        kwargs["callbacks"] = _wrap_callbacks(self, kwargs.get("callbacks"))
         _warn_of_own_loss(self)
         data = args[0] if args else kwargs.get("x")
         ours = kwargs["callbacks"]
@@ -550,10 +557,10 @@ def install() -> None:
             data.enter(last - kwargs.get("initial_epoch", 0))
             begin.data = data
         try:
-            return translated(plain_fit, self, *args, **kwargs)
+            return unwrap_graph_errors(plain_fit, self, *args, **kwargs)
         except Exception as error:
             read = getattr(data, "error", None) if isinstance(data, EpochDataset) else None
-            _tell(self, begin, error, read)
+            _notify_ranks(self, begin, error, read)
             raise
         finally:
             if isinstance(data, EpochDataset):
@@ -563,7 +570,7 @@ def install() -> None:
     def train_on_batch(self: Any, *args: Any, **kwargs: Any) -> Any:
         if engine_of(self.optimizer) is None:
             return plain_train(self, *args, **kwargs)
-        return translated(plain_train, self, *args, **kwargs)
+        return unwrap_graph_errors(plain_train, self, *args, **kwargs)
 
     @functools.wraps(plain_test)
     def test_step(self: Any, *args: Any, **kwargs: Any) -> Any:

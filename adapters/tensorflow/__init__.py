@@ -11,12 +11,7 @@ from __future__ import annotations
 from hvdloss.report import RankReport, StepReport
 from hvdloss.segments import Segments
 from hvdloss.tensorflow import _backend, _elastic
-from hvdloss.tensorflow._compat import (
-    SyncBatchNormalization,
-    leave_library_unconverted,
-    let_variables_be_called,
-    refuse_synchronized,
-)
+from hvdloss.tensorflow._compat import leave_library_unconverted, let_variables_be_called
 from hvdloss.tensorflow.checkpoint import Checkpoint
 from hvdloss.tensorflow.explain import (
     LossAttribution,
@@ -28,12 +23,13 @@ from hvdloss.tensorflow.explain import (
 from hvdloss.tensorflow.functions import allgather_object, broadcast_object, broadcast_variables
 from hvdloss.tensorflow.guard import check_synchronized
 from hvdloss.tensorflow.metrics import Metrics
+from hvdloss.tensorflow.normalization import SyncBatchNormalization, synchronize_moments
 from hvdloss.tensorflow.objective import Objective
 from hvdloss.tensorflow.optimizer import DistributedOptimizer
 from hvdloss.tensorflow.preemption import Preemption
 from hvdloss.tensorflow.recorder import Recorder, follow
 from hvdloss.tensorflow.segments import link_segments, sequence_weights
-from hvdloss.tensorflow.several import Objectives
+from hvdloss.tensorflow.several import Objectives, global_losses
 from hvdloss.tensorflow.sharded import (
     ArcFace,
     ClassShards,
@@ -76,6 +72,7 @@ __all__ = [
     "broadcast_variables",
     "check_synchronized",
     "follow",
+    "global_losses",
     "grid",
     "lime_weights",
     "link_segments",
@@ -103,4 +100,4 @@ __all__ += _THEIRS
 
 leave_library_unconverted()
 let_variables_be_called()
-refuse_synchronized(_backend.hvd)
+synchronize_moments(_backend.hvd)

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import keras
 
 import tensorflow as tf
-from hvdloss.errors import ConfigError
 
 __all__ = [
-    "SyncBatchNormalization",
     "as_the_caller_would",
     "leave_library_unconverted",
     "let_variables_be_called",
-    "refuse_synchronized",
 ]
 
 
@@ -67,34 +63,3 @@ def let_variables_be_called() -> None:
             variables._hvdloss = True  # type: ignore[attr-defined]
             variables.__doc__ = plain.__doc__
             owner.variables = property(variables)
-
-
-def SyncBatchNormalization(*args: Any, fused: bool | None = None, **kwargs: Any) -> keras.layers.Layer:
-    """Return ``keras.layers.BatchNormalization(..., synchronized=True)``: see :func:`refuse_synchronized`."""
-    return keras.layers.BatchNormalization(*args, synchronized=True, **kwargs)
-
-
-def refuse_synchronized(hvd: Any) -> None:
-    """Have Keras's batch normalisation refuse to train on several ranks if it is to be synchronized.
-
-    Keras synchronizes it under ``tf.distribute`` alone, and says nothing where there is none: each rank then
-    normalises by its own batch.
-    """
-    layer = keras.layers.BatchNormalization
-    plain = layer._moments
-    if hasattr(plain, "_hvdloss"):
-        return
-
-    @functools.wraps(plain)
-    def moments(self: Any, inputs: Any, mask: Any) -> Any:
-        if self.synchronized and hvd.is_initialized() and hvd.size() > 1:
-            raise ConfigError(
-                f"layer {self.name!r}: BatchNormalization(synchronized=True), and so SyncBatchNormalization, "
-                f"does nothing on {hvd.size()} ranks: each would normalise by its own batch. Use "
-                f"GroupNormalization or LayerNormalization, whose statistics are each sample's own; or "
-                f"synchronized=False, if statistics of each rank's own batch are meant"
-            )
-        return plain(self, inputs, mask)
-
-    moments._hvdloss = True  # type: ignore[attr-defined]
-    layer._moments = moments

@@ -9,7 +9,7 @@ from typing import Any
 import tensorflow as tf
 from hvdloss.world import register_for_reset
 
-__all__ = ["noted"]
+__all__ = ["register_trace"]
 
 _FILE = "polymorphic_function.py"
 
@@ -41,7 +41,7 @@ class _Traces:
 _traces = _Traces()
 
 
-def noted() -> None:
+def register_trace() -> None:
     """Have the functions that are being traced be traced anew with other ranks; eagerly, nothing."""
     if not tf.executing_eagerly():
         _traces.note()

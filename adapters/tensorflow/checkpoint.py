@@ -18,7 +18,7 @@ from hvdloss.tensorflow.ops import communicator_of
 from hvdloss.training import checkpoint as core
 from hvdloss.training.checkpoint import StateDict
 
-__all__ = ["Checkpoint", "books_of", "from_array", "memory_of", "remember", "settle", "to_array"]
+__all__ = ["Checkpoint", "from_array", "memory_of", "remember", "settle", "step_state_of", "to_array"]
 
 
 def to_array(value: Any) -> Any:
@@ -59,29 +59,29 @@ def from_array(kind: str, array: np.ndarray) -> tf.Tensor:
 # -- what objectives remember -----------------------------------------------------------------------------
 
 
-def _books_and_stretch(value: Any) -> tuple[Any, Any]:
-    """Return the books of an optimizer or an objective, and what it has of local steps; None for neither."""
+def _step_and_local_steps(value: Any) -> tuple[Any, Any]:
+    """Return the step's state of an optimizer or objective, and its local steps; None for neither."""
     inner = getattr(value, "inner_optimizer", value)
     engine = getattr(inner, "_hvd", None)
-    if engine is not None and hasattr(engine, "books"):
-        return engine.books, engine.stretch
+    if engine is not None and hasattr(engine, "step_state"):
+        return engine.step_state, engine.local_steps
     exact = getattr(value, "_exact", value)  # of Keras's objective
-    books = getattr(exact, "books", None)
-    return (books, None) if hasattr(books, "controller") else (None, None)
+    step_state = getattr(exact, "step_state", None)
+    return (step_state, None) if hasattr(step_state, "controller") else (None, None)
 
 
-def books_of(value: Any) -> Any:
-    """Return the books of an optimizer or an objective; None for anything else."""
-    return _books_and_stretch(value)[0]
+def step_state_of(value: Any) -> Any:
+    """Return the step's state of an optimizer or an objective; None for anything else."""
+    return _step_and_local_steps(value)[0]
 
 
 def memory_of(value: Any) -> Any:
     """Return what an optimizer or an objective remembers; None for anything else."""
-    books, stretch = _books_and_stretch(value)
-    if books is None:
+    step_state, local_steps = _step_and_local_steps(value)
+    if step_state is None:
         return None
-    built = stretch is not None and stretch.built
-    return {**books.memory(), "velocity": [v.numpy() for v in stretch.velocity] if built else []}
+    built = local_steps is not None and local_steps.built
+    return {**step_state.memory(), "velocity": [v.numpy() for v in local_steps.velocity] if built else []}
 
 
 def remember(value: Any, memory: Any, *, same_ranks: bool) -> None:
@@ -90,23 +90,23 @@ def remember(value: Any, memory: Any, *, same_ranks: bool) -> None:
     Raises:
         ConfigError: it is none.
     """
-    books, stretch = _books_and_stretch(value)
+    step_state, local_steps = _step_and_local_steps(value)
     if not isinstance(memory, dict) or "velocity" not in memory:
         raise ConfigError(f"memory={str(memory)[:200]} is not of a DistributedOptimizer or an Objective")
-    books.remember(memory, same_ranks=same_ranks)
-    if stretch is not None and memory["velocity"]:
-        stretch.build(getattr(value, "inner_optimizer", value))
-        for variable, told in zip(stretch.velocity, memory["velocity"], strict=True):
+    step_state.remember(memory, same_ranks=same_ranks)
+    if local_steps is not None and memory["velocity"]:
+        local_steps.build(getattr(value, "inner_optimizer", value))
+        for variable, told in zip(local_steps.velocity, memory["velocity"], strict=True):
             variable.assign(told)
-    if stretch is not None and stretch.built:
-        stretch.forget()
+    if local_steps is not None and local_steps.built:
+        local_steps.forget()
 
 
 def settle(value: Any) -> None:
     """Make the ranks' parameters equal, after local steps."""
-    _, stretch = _books_and_stretch(value)
-    if stretch is not None:
-        stretch.exchange()
+    _, local_steps = _step_and_local_steps(value)
+    if local_steps is not None:
+        local_steps.sync_parameters()
 
 
 # -- parts ------------------------------------------------------------------------------------------------

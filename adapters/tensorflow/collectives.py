@@ -46,7 +46,7 @@ from hvdloss.collectives import (
     resolve_group,
 )
 from hvdloss.tensorflow._backend import hvd
-from hvdloss.tensorflow.exchange import wire_name
+from hvdloss.tensorflow.reducer import wire_name
 from hvdloss.tensorflow.variables import variable
 
 __all__ = [

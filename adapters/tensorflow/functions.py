@@ -13,7 +13,7 @@ from hvdloss.errors import ConfigError
 from hvdloss.tensorflow._backend import hvd
 from hvdloss.tensorflow.guard import parameter_name
 from hvdloss.tensorflow.ops import at_once, communicator_of
-from hvdloss.tensorflow.waiting import explaining
+from hvdloss.tensorflow.waiting import raise_root_cause
 
 __all__ = ["allgather_object", "broadcast_object", "broadcast_variables"]
 
@@ -74,7 +74,7 @@ def broadcast_variables(
     values = [np.asarray(v.numpy()) for v in held]
     for number, places in enumerate(group_by_bytes([value.nbytes for value in values])):
         flat = np.concatenate([np.ascontiguousarray(values[i]).reshape(-1).view(np.uint8) for i in places])
-        with at_once(), explaining("broadcast_variables", group):
+        with at_once(), raise_root_cause("broadcast_variables", group):
             got = hvd.broadcast(
                 tf.constant(flat), root_rank, name=f"hvdloss.broadcast_variables.{number}", process_set=group
             ).numpy()

@@ -18,18 +18,18 @@ from hvdloss.reduction import Contribution, broadcast_error, broadcast_weights, 
 from hvdloss.report import StepReport
 from hvdloss.tensorflow._backend import hvd
 from hvdloss.tensorflow._compat import as_the_caller_would
-from hvdloss.tensorflow._traces import noted
-from hvdloss.tensorflow.books import Books
+from hvdloss.tensorflow._traces import register_trace
 from hvdloss.tensorflow.collectives import group_of
 from hvdloss.tensorflow.ops import NAMED_LOSSES, TensorFlowOps, communicator_of, once
+from hvdloss.tensorflow.step import StepState
 from hvdloss.term import Term
 
-__all__ = ["Objective", "Told"]
+__all__ = ["CallSums", "Objective"]
 
 _OPS = TensorFlowOps()
 
 
-def _gate(prediction: tf.Tensor, holder: list[tf.Tensor]) -> tf.Tensor:
+def _mask_gradient(prediction: tf.Tensor, holder: list[tf.Tensor]) -> tf.Tensor:
     """Return `prediction`, with a gradient that is zero at absent elements, even where it would be NaN.
 
     The mask is put into `holder` after the losses are known: only then is their shape.
@@ -45,7 +45,7 @@ def _gate(prediction: tf.Tensor, holder: list[tf.Tensor]) -> tf.Tensor:
     return gate(prediction)
 
 
-def _part(value: tf.Tensor, factor: float) -> tf.Tensor:
+def _scale_gradient(value: tf.Tensor, factor: float) -> tf.Tensor:
     """Return `value`, whose gradient is multiplied, and has no gradient itself."""
 
     @tf.custom_gradient
@@ -98,7 +98,7 @@ def check_elementwise(loss: Any) -> None:
 
 
 @dataclass(frozen=True)
-class Told:
+class CallSums:
     """What one call of an objective adds to a step.
 
     Attributes:
@@ -120,7 +120,7 @@ class Told:
         return mean if self.penalty is None else mean + tf.cast(self.penalty, mean.dtype)
 
     def row(self) -> tf.Tensor:
-        """Return what is entered into the books: the sums of the elements, and those of the terms."""
+        """Return what is entered into the step_state: the sums of the elements, and those of the terms."""
         row = self.part.row(_OPS)
         return tf.concat([row, *self.sums], 0) if self.sums else row
 
@@ -201,8 +201,8 @@ class Objective(ObjectiveBase[tf.Tensor]):
             process_set=process_set,
             nonfinite=nonfinite,
         )
-        self.books = Books(self.controller, self.reduction, nonfinite)
-        self.books.of_objective(self.name, self.reduction != "sum" or self.global_loss is not None)
+        self.step_state = StepState(self.controller, self.reduction, nonfinite)
+        self.step_state.register_objective(self.name, self.reduction != "sum" or self.global_loss is not None)
         self.several: tuple[Any, int] | None = None  # those that it is one of, and which
         self.alone = False  # while a rank evaluates a loss of all ranks' elements on its own
 
@@ -212,7 +212,7 @@ class Objective(ObjectiveBase[tf.Tensor]):
     @property
     def last_step(self) -> StepReport | None:
         """The report of the last reduced step, equal on all ranks; None before the first."""
-        return self.books.report(self.reduction)
+        return self.step_state.report(self.reduction)
 
     def prepare(self) -> None:
         """Let the terms measure what they need before the first step.
@@ -226,7 +226,7 @@ class Objective(ObjectiveBase[tf.Tensor]):
         """
         group = self.process_set or hvd.global_process_set
         if self.controller.terms and included(hvd, group):
-            self.books.begin(*rank_and_size(hvd, group))
+            self.step_state.begin(*rank_and_size(hvd, group))
             self.controller.prepare(communicator_of(group))
 
     def __call__(
@@ -267,8 +267,8 @@ class Objective(ObjectiveBase[tf.Tensor]):
         told = self.contribute(prediction, target, weight, segments=segments, keys=keys, total=total)
         if self.several is not None:
             objectives, index = self.several
-            return objectives.announced(index, told)
-        return self.books.announced(told.with_penalty(told.mean()), told.row())
+            return objectives.weigh_on_backward(index, told)
+        return self.step_state.record_on_backward(told.with_penalty(told.mean()), told.row())
 
     def sums(self, prediction: Any, target: Any, weight: Any = None) -> tf.Tensor:
         """Return this rank's sums of a micro-batch, float64, without gradient; they add up.
@@ -368,7 +368,7 @@ class Objective(ObjectiveBase[tf.Tensor]):
         segments: Any = None,
         keys: Any = None,
         total: Any = None,
-    ) -> Told:
+    ) -> CallSums:
         """Return what these elements add to a step, without telling anybody.
 
         For callers that combine several losses before they announce one backward pass. The arguments,
@@ -379,19 +379,19 @@ class Objective(ObjectiveBase[tf.Tensor]):
             return self._contribute_whole(prediction, target, weight, keys, total)
         if total is not None:
             raise ConfigError(f"total= is for functions of sums, which {self.name} is not; leave it out")
-        noted()
+        register_trace()
         rank, size = rank_and_size(hvd, self.process_set)
         given = prediction
         holder: list[tf.Tensor] = []
         may_mask = self.classes or not self.named or weight is not None or self.controller.has_weights
         may_mask = may_mask or segments is not None
         if may_mask and tf.is_tensor(prediction):
-            prediction = _gate(prediction, holder)
+            prediction = _mask_gradient(prediction, holder)
         losses, weight = self._elements(prediction, target, weight, rank)
         layout, weight = self.lay_out(_OPS, losses, weight, segments, rank)
         penalty, sums = None, []
         if self.controller.terms:
-            self.books.begin(rank, size)
+            self.step_state.begin(rank, size)
             weight, penalty, sums = self.apply_terms(
                 _OPS,
                 prediction=prediction,
@@ -399,7 +399,7 @@ class Objective(ObjectiveBase[tf.Tensor]):
                 losses=losses,
                 weight=weight,
                 keys=keys,
-                state=self.books.state,
+                state=self.step_state.state,
                 class_axis=-1 if self.classes else None,
                 rank=rank,
                 size=size,
@@ -414,42 +414,42 @@ class Objective(ObjectiveBase[tf.Tensor]):
             rank=rank,
         )
         if weight is not None and tf.is_tensor(given):
-            self._set_gate(holder, losses, given, weight)
-        return Told(part, penalty, tuple(sums))
+            self._set_mask(holder, losses, given, weight)
+        return CallSums(part, penalty, tuple(sums))
 
-    def _contribute_whole(self, prediction: Any, target: Any, weight: Any, keys: Any, total: Any) -> Told:
+    def _contribute_whole(self, prediction: Any, target: Any, weight: Any, keys: Any, total: Any) -> CallSums:
         """Return what these elements add to a step's loss of all ranks' elements."""
         assert self.global_loss is not None
-        noted()
+        register_trace()
         group: Group = OneRank() if self.alone else group_of(self.process_set)
         holder: list[tf.Tensor] = []
         given = prediction
         if tf.is_tensor(prediction):
-            prediction = _gate(prediction, holder)
+            prediction = _mask_gradient(prediction, holder)
         if weight is not None:
             weight = self._fit(weight, self.global_loss.elements(_OPS, given, target))
         if self.controller.terms:
-            self.books.begin(group.rank, group.size)
+            self.step_state.begin(group.rank, group.size)
         part, penalty, sums, weight = self.contribute_global(
             _OPS,
             group,
-            _part,
+            _scale_gradient,
             prediction=prediction,
             target=target,
             weight=weight,
             keys=keys,
-            state=lambda: self.books.state,
+            state=lambda: self.step_state.state,
             total=total,
         )
         if weight is not None and tf.is_tensor(given):
-            self._set_gate(holder, weight, given, weight)
-        return Told(part, penalty, tuple(sums))
+            self._set_mask(holder, weight, given, weight)
+        return CallSums(part, penalty, tuple(sums))
 
     def _fit(self, weight: Any, losses: tf.Tensor) -> Any:
         """Return `weight` as this kind of objective means it; here as it is."""
         return weight
 
-    def _set_gate(
+    def _set_mask(
         self, holder: list[tf.Tensor], losses: tf.Tensor, prediction: tf.Tensor, weight: Any
     ) -> None:
         """Let the gate hold back the gradient of absent elements, where the shapes tell which they are."""

@@ -15,7 +15,8 @@ from hvdloss.elements import ClassOptions
 from hvdloss.errors import ShapeError, second_derivative_error
 from hvdloss.objective import loss_named
 from hvdloss.tensorflow._backend import hvd
-from hvdloss.tensorflow.waiting import explaining
+from hvdloss.tensorflow.passes import as_data
+from hvdloss.tensorflow.waiting import raise_root_cause
 from tensorflow.python.eager import context
 
 __all__ = ["NAMED_LOSSES", "HorovodCommunicator", "TensorFlowOps", "at_once", "communicator_of", "once"]
@@ -42,8 +43,8 @@ class TensorFlowOps:
 
     def weights_like(self, w: Any, losses: tf.Tensor) -> tf.Tensor:
         """Broadcast and cast; weights are data, so no gradient."""
-        w = tf.cast(w if tf.is_tensor(w) else np.asarray(w), losses.dtype)
-        return tf.broadcast_to(tf.stop_gradient(w), tf.shape(losses))
+        w = as_data(tf.cast(w, losses.dtype)) if tf.is_tensor(w) else tf.cast(np.asarray(w), losses.dtype)
+        return tf.broadcast_to(w, tf.shape(losses))
 
     def ones_like(self, losses: tf.Tensor) -> tf.Tensor:
         """Return ones."""
@@ -181,8 +182,13 @@ class TensorFlowOps:
         return tf.cast(x, tf.float64)
 
     def with_value(self, x: tf.Tensor, value: Any) -> tf.Tensor:
-        """Add what changes only the gradient."""
-        return tf.cast(value, x.dtype) + (x - tf.stop_gradient(x))
+        """Take the place of `x`; a graph then has no way from its value to what follows."""
+
+        @tf.custom_gradient
+        def known(x: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor], tf.Tensor]]:
+            return tf.identity(tf.cast(value, x.dtype)), tf.identity
+
+        return known(x)
 
     def reshape(self, x: tf.Tensor, shape: tuple[int, ...]) -> tf.Tensor:
         """Reshape."""
@@ -411,14 +417,14 @@ class HorovodCommunicator:
 
     def all_reduce(self, array: np.ndarray, name: str) -> np.ndarray:
         """Sum over ranks; one all-reduce."""
-        with at_once(), explaining(name, self._process_set):
+        with at_once(), raise_root_cause(name, self._process_set):
             tensor = tf.constant(np.asarray(array, dtype=np.float64))
             out = hvd.allreduce(tensor, name=name, op=hvd.Sum, process_set=self._process_set)
         return out.numpy()
 
     def all_gather_bytes(self, data: bytes, name: str) -> list[bytes]:
         """Gather bytes, never pickles; two all-gathers."""
-        with at_once(), explaining(name, self._process_set):
+        with at_once(), raise_root_cause(name, self._process_set):
             mine = tf.constant(np.frombuffer(data, dtype=np.uint8))
             length = tf.constant([len(data)], tf.int64)
             lengths = hvd.allgather(length, name=f"{name}.lengths", process_set=self._process_set).numpy()

@@ -9,8 +9,8 @@ from hvdloss.communicator import included
 from hvdloss.errors import ConfigError
 from hvdloss.report import StepReport
 from hvdloss.tensorflow._backend import hvd
-from hvdloss.tensorflow.exchange import Exchange, check_acts, check_options, check_skips
 from hvdloss.tensorflow.objective import Objective
+from hvdloss.tensorflow.reducer import GradientReducer, check_options, check_policies, check_skips
 
 __all__ = ["DistributedOptimizer"]
 
@@ -18,9 +18,9 @@ __all__ = ["DistributedOptimizer"]
 class _ExactV1(tf.compat.v1.train.Optimizer):
     """A ``tf.compat.v1`` optimizer whose ``compute_gradients`` gives those of all ranks' elements."""
 
-    def __init__(self, optimizer: Any, objective: Objective, exchange: Exchange) -> None:
+    def __init__(self, optimizer: Any, objective: Objective, reducer: GradientReducer) -> None:
         super().__init__(use_locking=False, name=f"Distributed{type(optimizer).__name__}")
-        self._optimizer, self._objective, self._exchange = optimizer, objective, exchange
+        self._optimizer, self._objective, self._reducer = optimizer, objective, reducer
 
     @property
     def last_step(self) -> StepReport | None:
@@ -29,25 +29,27 @@ class _ExactV1(tf.compat.v1.train.Optimizer):
 
     def compute_gradients(self, *args: Any, **kwargs: Any) -> list[tuple[Any, Any]]:
         """Return (gradient, variable) pairs, reduced. See the plain optimizer's method."""
-        books = self._objective.books
-        books.forget()
+        step_state = self._objective.step_state
+        step_state.clear()
         pairs = self._optimizer.compute_gradients(*args, **kwargs)
-        row = books.take()
-        if not included(hvd, self._exchange.process_set):
+        row = step_state.with_factor(step_state.pop_row())
+        if not included(hvd, self._reducer.process_set):
             return pairs
-        row = books.signed(row)
-        self._exchange.agree([v for _, v in pairs], self._objective.settings(), [g for g, _ in pairs])
+        row = step_state.with_flags(row)
+        self._reducer.check_consistency(
+            [v for _, v in pairs], self._objective.settings(), [g for g, _ in pairs]
+        )
         there = [(g, v) for g, v in pairs if g is not None]
-        reduced, _ = self._exchange.reduce(
+        reduced, _ = self._reducer.reduce(
             [g for g, _ in there],
             [v for _, v in there],
             row,
-            compress=books.compress,
-            judged=lambda table: books.close(table, self._exchange.travel(books.compressing)),
-            nonfinite=books.nonfinite,
-            look=~books.scaled,
+            compress=step_state.compress,
+            judged=lambda table: step_state.finish_step(table, self._reducer.travel(step_state.compressing)),
+            nonfinite=step_state.nonfinite,
+            look=~step_state.scaled,
         )
-        books.choices = self._exchange.choices
+        step_state.choices = self._reducer.choices
         done = iter(reduced)
         return [(g if g is None else next(done), v) for g, v in pairs]
 
@@ -145,7 +147,9 @@ def DistributedOptimizer(
             f"objective={objective!r} is not an hvdloss.tensorflow.Objective; wrap the loss function in one"
         )
     check_options(op, gradient_predivide_factor, groups)
-    check_acts(objective.controller, compression, "optimizers of tf.compat.v1.train cannot take local steps")
+    check_policies(
+        objective.controller, compression, "optimizers of tf.compat.v1.train cannot take local steps"
+    )
     check_skips(objective.nonfinite, "an optimizer of tf.compat.v1.train")
     if backward_passes_per_step != 1:
         raise ConfigError(
@@ -156,9 +160,9 @@ def DistributedOptimizer(
     if process_set is not None and ours is not None and process_set is not ours:
         raise ConfigError("objective and optimizer were given different process sets")
     objective.process_set = process_set or ours
-    objective.books.owned = True
-    objective.books.process_set = objective.process_set or hvd.global_process_set
-    exchange = Exchange(
+    objective.step_state.owned = True
+    objective.step_state.process_set = objective.process_set or hvd.global_process_set
+    reducer = GradientReducer(
         f"hvdloss.v1.{name or type(optimizer).__name__}",
         process_set=objective.process_set,
         compression=compression,
@@ -169,4 +173,4 @@ def DistributedOptimizer(
         device_sparse=device_sparse,
         bucket_cap_mb=bucket_cap_mb,
     )
-    return _ExactV1(optimizer, objective, exchange)
+    return _ExactV1(optimizer, objective, reducer)

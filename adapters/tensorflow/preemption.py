@@ -8,7 +8,7 @@ from typing import Any
 from hvdloss.communicator import communicator_for
 from hvdloss.errors import ConfigError
 from hvdloss.tensorflow._backend import hvd
-from hvdloss.tensorflow.checkpoint import books_of
+from hvdloss.tensorflow.checkpoint import step_state_of
 from hvdloss.tensorflow.ops import communicator_of
 from hvdloss.training import preemption as core
 
@@ -46,13 +46,13 @@ class Preemption(core.Preemption):
     """
 
     def __init__(self, steps: Any = None, *, process_set: Any = None, **options: Any) -> None:
-        books = books_of(steps)
-        if steps is not None and books is None:
+        step_state = step_state_of(steps)
+        if steps is not None and step_state is None:
             raise ConfigError(
                 f"steps={type(steps).__name__} is neither an hvdloss.tensorflow.Objective nor an optimizer "
                 f"from hvdloss's DistributedOptimizer; leave it out to have ranks tell each other in a "
                 f"message of their own"
             )
-        group = process_set if books is None else books.process_set
+        group = process_set if step_state is None else step_state.process_set
         ranks = functools.partial(communicator_for, hvd, communicator_of, group)
-        super().__init__(books, communicator=ranks, shutdown=hvd.shutdown, **options)
+        super().__init__(step_state, communicator=ranks, shutdown=hvd.shutdown, **options)

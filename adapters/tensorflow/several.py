@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,15 +17,24 @@ from hvdloss.ledger import LEDGER_WIDTH
 from hvdloss.reduction import TENSOR_FIELDS
 from hvdloss.report import StepReport
 from hvdloss.report.steps import LossReport
-from hvdloss.several import COLUMNS, gradient_factor, loss_reports, twice_error
+from hvdloss.several import (
+    COLUMNS,
+    changed_factor_warning,
+    gradient_factor,
+    loss_reports,
+    twice_error,
+    value_error,
+)
 from hvdloss.tensorflow._backend import hvd
-from hvdloss.tensorflow.books import Books, kept
+from hvdloss.tensorflow._graphs import depend_on
 from hvdloss.tensorflow.collectives import group_of
-from hvdloss.tensorflow.objective import Objective, Told
+from hvdloss.tensorflow.objective import CallSums, Objective
 from hvdloss.tensorflow.ops import TensorFlowOps, once
+from hvdloss.tensorflow.passes import clear_refusals, refuse
+from hvdloss.tensorflow.step import StepState, keep_error
 from hvdloss.tensorflow.variables import variable
 
-__all__ = ["Objectives"]
+__all__ = ["Objectives", "global_losses"]
 
 _OPS = TensorFlowOps()
 
@@ -34,9 +44,10 @@ class _Call:
 
     factor: tf.Tensor | None = None
     arrived: tf.Tensor | None = None
+    value: Callable[[], tf.Tensor | None]
 
-    def __init__(self, index: int, row: tf.Tensor) -> None:
-        self.index, self.row = index, row
+    def __init__(self, objectives: Objectives, index: int, row: tf.Tensor) -> None:
+        self.objectives, self.index, self.row = objectives, index, row
 
 
 class Objectives(several.Objectives):
@@ -64,10 +75,15 @@ class Objectives(several.Objectives):
 
     def __init__(self, objectives: Mapping[str, Objective] | Sequence[Objective]) -> None:
         super().__init__(objectives)
-        self.books = Books(self.controller, self.reduction, self.nonfinite)
-        self.books.name = self.name
-        self.books.losses = self._reports
+        self.step_state = StepState(self.controller, self.reduction, self.nonfinite)
+        self.step_state.name = self.name
+        self.step_state.losses = self._reports
         self._calls: list[weakref.ref[_Call]] = []  # that live as long as a tape or graph has them
+        self._sent: tuple[Any, list[_Call], tf.Tensor] | None = (
+            None  # what global_losses() summed, in a graph
+        )
+        self._factors: dict[str, float] = {}  # of the last step
+        self._warned = False  # that one of them changes
         self._last: tf.Variable | None = None  # denominators and sums of the last step's losses
         for index, one in enumerate(self.values()):
             if not isinstance(one, Objective):
@@ -77,11 +93,12 @@ class Objectives(several.Objectives):
     @property
     def last_step(self) -> StepReport | None:
         """The report of the last reduced step, equal on all ranks; None before the first."""
-        return self.books.report(self.reduction)
+        return self.step_state.report(self.reduction)
 
-    def announced(self, index: int, told: Told) -> tf.Tensor:
+    def weigh_on_backward(self, index: int, told: CallSums) -> tf.Tensor:
         """Return a call's local mean, whose gradient will be multiplied with its part of the step."""
-        call = _Call(index, told.row())
+        clear_refusals()
+        call = _Call(self, index, told.row())
 
         @tf.custom_gradient
         def weighed(x: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor], tf.Tensor]]:
@@ -99,10 +116,40 @@ class Objectives(several.Objectives):
             return tf.identity(x), grad
 
         value = weighed(told.mean())
+        value._hvdloss_call = weakref.ref(call)
+        call.value = weakref.ref(value)
         # What no tape has seen, as in a validation, is gone by now.
         self._calls = [one for one in self._calls if one() is not None]
         self._calls.append(weakref.ref(call))
         return told.with_penalty(value)
+
+    def _denominators(self, calls: Sequence[_Call]) -> tf.Tensor:
+        """Return the sums over ranks of passes, and by objective of denominators and numerators.
+
+        Raises:
+            UsageError: an objective was called twice.
+        """
+        zero = tf.zeros((), tf.float64)
+        numbers = [tf.ones((), tf.float64), *[zero] * (2 * len(self))]
+        for call in calls:
+            if any(call.index == other.index for other in calls if other is not call):
+                raise twice_error(list(self)[call.index])
+            numbers[1 + call.index], numbers[1 + len(self) + call.index] = call.row[1], call.row[0]
+        return self._summed(tf.stack(numbers), "denominators")
+
+    def _total(self, sums: tf.Tensor, index: int) -> tf.Tensor:
+        """Return the denominator of an objective; that of a sum is 1."""
+        one = list(self.values())[index]
+        return tf.ones((), tf.float64) if one.reduction == "sum" else sums[1 + index]
+
+    def values_of(self, calls: Sequence[_Call]) -> list[tf.Tensor]:
+        """Return the losses of all ranks' elements of these calls: one small all-reduce."""
+        sums = self._denominators(calls)
+        self._sent = _graph(), list(calls), sums
+        return [
+            tf.math.divide_no_nan(sums[1 + len(self) + call.index], self._total(sums, call.index))
+            for call in calls
+        ]
 
     def backward(self, backward: Callable[[], Any]) -> tuple[Any, tf.Tensor, Callable[[], list[Any]]]:
         """Do a backward pass, with the denominators of all ranks.
@@ -115,7 +162,7 @@ class Objectives(several.Objectives):
 
         Collectives: two small all-reduces.
         """
-        graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+        graph = _graph()
         alive, self._calls = [one() for one in self._calls], []
         calls = [
             call
@@ -123,16 +170,23 @@ class Objectives(several.Objectives):
             if call is not None and (call.row.graph if tf.is_symbolic_tensor(call.row) else None) is graph
         ]
         zero, one = tf.zeros((), tf.float64), tf.ones((), tf.float64)
-        numbers = [one, *[zero] * len(self)]
+        sent, self._sent = self._sent, None
+        if sent is None or sent[0] is not graph:
+            sums = self._denominators(calls)
+        else:
+            sums = sent[2]
+            for call in calls:
+                if all(call is not other for other in sent[1]):
+                    raise UsageError(
+                        f"the loss {list(self)[call.index]!r} is not among those given to global_losses(); "
+                        f"give all losses of a step in one call"
+                    )
         for call in calls:
-            if any(call.index == other.index for other in calls if other is not call):
-                raise twice_error(list(self)[call.index])
-            numbers[1 + call.index] = call.row[1]
-        sums = self._summed(tf.stack(numbers), "denominators")
-        for call in calls:
-            summed = list(self.values())[call.index].reduction == "sum"
-            call.factor = gradient_factor(_OPS, call.row[1], one if summed else sums[1 + call.index], sums[0])
+            call.factor = gradient_factor(_OPS, call.row[1], self._total(sums, call.index), sums[0])
         gradients = backward()
+        if graph is not None:
+            for name in self._used_values(calls, gradients):
+                refuse(value_error(name))
         table = [tf.zeros(len(COLUMNS), tf.float64)] * len(self)
         rows, factors = [], []
         for call in calls:
@@ -143,8 +197,8 @@ class Objectives(several.Objectives):
                 rows.append(tf.stack([shown, r[2], r[3], r[5], r[6], r[7]]))
                 factors.append(c)
         losses = self._summed(tf.stack(table), "losses")
-        last = tf.concat([sums[1:, tf.newaxis], losses], 1)
-        self.books.scaled = tf.reduce_all(tf.stack(factors) > 1) if factors else tf.constant(False)
+        last = tf.concat([sums[1 : 1 + len(self), tf.newaxis], losses], 1)
+        self.step_state.scaled = tf.reduce_all(tf.stack(factors) > 1) if factors else tf.constant(False)
         n = tf.add_n(rows) if rows else tf.zeros(6, tf.float64)
         stray = zero if rows else one
         row = [
@@ -160,7 +214,17 @@ class Objectives(several.Objectives):
             stray,
             *[zero] * (LEDGER_WIDTH - TENSOR_FIELDS - 2),
         ]
-        return gradients, tf.stack(row), lambda: self._keep(last)
+        return (
+            gradients,
+            self.step_state.with_refusal(tf.stack(row)),
+            lambda: self._keep(last, sent is not None),
+        )
+
+    def _used_values(self, calls: Sequence[_Call], gradients: Any) -> list[str]:
+        """Return the losses whose values gradients of a graph depend on."""
+        found = [(call, call.value()) for call in calls]
+        there = depend_on(gradients, [value for _, value in found if value is not None])
+        return [list(self)[call.index] for call, value in found if any(value is one for one in there)]
 
     def _summed(self, x: tf.Tensor, what: str) -> tf.Tensor:
         """Return the sum over ranks; a process that is none of them keeps its own."""
@@ -168,20 +232,31 @@ class Objectives(several.Objectives):
             return x
         return group_of(self.process_set).all_reduce(x, f"hvdloss.{self.name}.{what}", replicated=True)
 
-    def _keep(self, last: tf.Tensor) -> list[Any]:
-        """Judge the losses of a step, and keep them; in a graph, return the operations that do."""
+    def _warn_of_changes(self, reports: Mapping[str, LossReport], summed: bool) -> None:
+        """Warn, once, of a factor that may be trained: eagerly it cannot be seen where one comes from."""
+        before, self._factors = self._factors, {n: r.factor for n, r in reports.items() if r.factor}
+        changed = [n for n, f in self._factors.items() if abs(before.get(n, f) - f) > 1e-6 * abs(f)]
+        if changed and not summed and not self._warned and rank_and_size(hvd, self.process_set)[1] > 1:
+            self._warned = True
+            warnings.warn(changed_factor_warning(changed[0]), stacklevel=2)
+
+    def _keep(self, last: tf.Tensor, summed: bool) -> list[Any]:
+        """Judge the losses of a step, and keep them; in a graph, return the operations that do.
+
+        `summed`: whether their values were those of all ranks.
+        """
         if self._last is None:
             with tf.init_scope(), tf.device("CPU:0"):
                 shape = (len(self), 1 + len(COLUMNS))
                 self._last = variable(tf.zeros(shape, tf.float64), "hvdloss_losses")
-        step = self.books.steps + 1
+        step = self.step_state.steps + 1
 
         def judged(last: np.ndarray, step: np.ndarray) -> np.ndarray:
-            kept(lambda: self._reports(last, int(step)))
+            keep_error(lambda: self._reports(last, int(step)))
             return np.zeros(0)
 
         if tf.executing_eagerly():
-            self._reports(last.numpy(), int(step))
+            self._warn_of_changes(self._reports(last.numpy(), int(step)), summed)
             self._last.assign(last)
             return []
         done = tf.numpy_function(judged, [last, step], tf.float64)
@@ -195,3 +270,45 @@ class Objectives(several.Objectives):
                 return {}
             last = self._last.numpy()
         return loss_reports(self, last[:, 0], last[:, 1:], step, rank_and_size(hvd, self.process_set)[1])
+
+
+def _graph() -> Any:
+    """Return the graph that is being made, or None."""
+    return None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+
+
+def global_losses(*losses: tf.Tensor) -> tuple[tf.Tensor, ...]:
+    """Return losses with their values over all ranks, where a larger graph computes with them.
+
+    Added and multiplied with constants, losses of several objectives need no more than the tape. What
+    computes with their *values* (weights that are trained, as ``exp(-s) * loss + s``; a product, a ratio, a
+    root or a power of losses) needs those of all ranks' elements::
+
+        tasks = hvd.Objectives({"a": hvd.Objective("mse"), "b": hvd.Objective("mae")})
+
+        with tf.GradientTape() as tape:
+            a, b = hvd.global_losses(tasks["a"](...), tasks["b"](...))
+            loss = tf.exp(-s[0]) * a + tf.exp(-s[1]) * b + tf.reduce_sum(s)
+        gradients = hvd.DistributedGradientTape(tape, tasks).gradient(loss, variables)
+
+    Args:
+        losses: scalars, as the objectives of one :class:`Objectives` returned them, all of the step. A rank
+            without elements of a task calls its objective with none.
+
+    Returns:
+        As many scalars, equal on all ranks, whose gradients are those of the losses.
+
+    Raises:
+        ConfigError: what no objective of several returned.
+        UsageError: an objective was called twice.
+
+    Collectives: none more; the all-reduce of the denominators is made here, in the forward pass.
+    """
+    calls = [getattr(loss, "_hvdloss_call", lambda: None)() for loss in losses]
+    if not calls or any(call is None for call in calls) or len({id(call.objectives) for call in calls}) > 1:
+        raise ConfigError(
+            "global_losses() takes what the objectives of one hvd.Objectives returned, as they returned it, "
+            "in the function that calls them and under a tape"
+        )
+    values = calls[0].objectives.values_of(calls)
+    return tuple(_OPS.with_value(loss, value) for loss, value in zip(losses, values, strict=True))

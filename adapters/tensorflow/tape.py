@@ -14,33 +14,33 @@ from hvdloss.communicator import included
 from hvdloss.errors import ConfigError
 from hvdloss.report import StepReport
 from hvdloss.tensorflow._backend import hvd
-from hvdloss.tensorflow.books import failing
-from hvdloss.tensorflow.exchange import Exchange, check_acts, check_options, check_skips, scaled
 from hvdloss.tensorflow.objective import Objective
+from hvdloss.tensorflow.reducer import GradientReducer, check_options, check_policies, check_skips, scale_grad
 from hvdloss.tensorflow.several import Objectives
+from hvdloss.tensorflow.step import with_failure
 from hvdloss.tuning import choose
 
 __all__ = ["DistributedGradientTape", "PartialDistributedGradientTape"]
 
 # Tapes come and go with every step; how their gradients travel is kept, since it holds traced functions.
-_exchanges: dict[Any, Exchange] = {}
+_reducers: dict[Any, GradientReducer] = {}
 # In one graph, tapes are told apart on the wire by their order.
 _order: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 
-def _exchange(name: str, process_set: Any, compression: Any, groups: Any, **options: Any) -> Exchange:
+def _reducer(name: str, process_set: Any, compression: Any, groups: Any, **options: Any) -> GradientReducer:
     hashable = (
         groups
         if groups is None or isinstance(groups, int)
         else tuple(tuple(id(v) for v in group) for group in groups)
     )
-    # Not by the set's number, which another one gets when it is removed; the exchange keeps the set itself.
+    # Not by the set's number, which another one gets when it is removed; the reducer keeps the set itself.
     key = (name, id(process_set), compression, hashable, *sorted(options.items()))
-    if key not in _exchanges:
-        _exchanges[key] = Exchange(
+    if key not in _reducers:
+        _reducers[key] = GradientReducer(
             name, process_set=process_set, compression=compression, groups=groups, **options
         )
-    return _exchanges[key]
+    return _reducers[key]
 
 
 class _Exact:
@@ -81,12 +81,12 @@ class _Exact:
                 text. Gradients of a loss that was multiplied (by a ``LossScaleOptimizer``) may be infinite:
                 that optimizer looks at them.
 
-        Collectives: see :meth:`hvdloss.tensorflow.exchange.Exchange.reduce`; in the first step with these
-        sources one gather, which compares them and the settings of all ranks.
+        Collectives: see :meth:`hvdloss.tensorflow.reducer.GradientReducer.reduce`; in the first step with
+        these sources one gather, which compares them and the settings of all ranks.
         """
-        books = self._hvd_objective.books
+        step_state = self._hvd_objective.step_state
         process_set = self._hvd_options["process_set"]
-        books.forget()
+        step_state.clear()
         backward = super(type(self), self).gradient  # type: ignore[misc]
         keep: Callable[[], list[Any]] = list
         row: Any = None
@@ -100,38 +100,38 @@ class _Exact:
             return gradients
 
         several = isinstance(self._hvd_objective, Objectives)
-        gradients, others = books.watching(weighed if several else plain)
-        row = row if several else books.take()
+        gradients, others = step_state.watch_others(weighed if several else plain)
+        row = row if several else step_state.with_factor(step_state.pop_row())
         if not included(hvd, process_set):
             return gradients
-        row = failing(books.signed(row), others)
+        row = with_failure(step_state.with_flags(row), others)
         flat_sources = tf.nest.flatten(sources)
         flat = tf.nest.flatten(gradients)
         local = [id(source) in self._hvd_local for source in flat_sources]
         there = [i for i, g in enumerate(flat) if g is not None and not local[i]]
-        exchange = self._hvd_exchange()
+        reducer = self._hvd_reducer()
         shared = [i for i, own in enumerate(local) if not own]
-        exchange.agree(
+        reducer.check_consistency(
             [flat_sources[i] for i in shared], self._hvd_objective.settings(), [flat[i] for i in shared]
         )
-        reduced, table = exchange.reduce(
+        reduced, table = reducer.reduce(
             [flat[i] for i in there],
             [flat_sources[i] for i in there],
             row,
-            compress=books.compress,
-            judged=lambda table: books.close(table, exchange.travel(books.compressing), keep),
-            nonfinite=books.nonfinite,
-            look=~books.scaled,
+            compress=step_state.compress,
+            judged=lambda table: step_state.finish_step(table, reducer.travel(step_state.compressing), keep),
+            nonfinite=step_state.nonfinite,
+            look=~step_state.scaled,
             local=[g for i, g in enumerate(flat) if g is not None and local[i]],
-            rows=bool(books.controller.terms),
+            rows=bool(step_state.controller.terms),
         )
-        books.choices = exchange.choices
+        step_state.choices = reducer.choices
         if self._hvd_scale_local:
-            own = exchange.own(table, row)[1]  # nothing, of a rank that was dropped
+            own = reducer.own(table, row)[1]  # nothing, of a rank that was dropped
             share = tf.math.divide_no_nan(own, tf.reduce_sum(table[:, 1]))
             for i, g in enumerate(flat):
                 if g is not None and local[i]:
-                    flat[i] = scaled(g, share)
+                    flat[i] = scale_grad(g, share)
         for i, g in zip(there, reduced, strict=True):
             flat[i] = g
         return tf.nest.pack_sequence_as(gradients, flat)
@@ -154,12 +154,12 @@ class _Exact:
         """The report of the last reduced step of the tape's objective; None before the first."""
         return self._hvd_objective.last_step
 
-    def _hvd_exchange(self) -> Exchange:
+    def _hvd_reducer(self) -> GradientReducer:
         number = 0
         if not tf.executing_eagerly():
             graph = tf.compat.v1.get_default_graph()
             number = next(_order.setdefault(graph, itertools.count()))
-        return _exchange(f"hvdloss.tape{number}", **self._hvd_options)
+        return _reducer(f"hvdloss.tape{number}", **self._hvd_options)
 
 
 def _raw(source: Any) -> Any:
@@ -257,7 +257,7 @@ def DistributedGradientTape(
     if hasattr(gradtape, "_hvd_objective"):
         raise ConfigError("gradtape is already wrapped by hvdloss.tensorflow.DistributedGradientTape")
     check_options(op, gradient_predivide_factor, groups)
-    check_acts(objective.controller, compression, "a gradient tape has no parameters to average")
+    check_policies(objective.controller, compression, "a gradient tape has no parameters to average")
     check_skips(objective.nonfinite, "a gradient tape")
     choose(bucket_cap_mb=bucket_cap_mb)
     ours = objective.process_set
@@ -283,8 +283,8 @@ def DistributedGradientTape(
         "device_sparse": device_sparse,
         "bucket_cap_mb": bucket_cap_mb,
     }
-    objective.books.owned = True
-    objective.books.process_set = tape._hvd_options["process_set"]
+    objective.step_state.owned = True
+    objective.step_state.process_set = tape._hvd_options["process_set"]
     tape._hvd_local = set()
     tape._hvd_scale_local = scale_local_gradients
     return tape

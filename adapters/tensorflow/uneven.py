@@ -12,8 +12,8 @@ from hvdloss.control.period import period_of
 from hvdloss.data.uneven import Uneven
 from hvdloss.errors import ConfigError
 from hvdloss.tensorflow._backend import hvd
-from hvdloss.tensorflow.books import Books
 from hvdloss.tensorflow.ops import communicator_of
+from hvdloss.tensorflow.step import StepState
 
 __all__ = ["uneven"]
 
@@ -23,17 +23,17 @@ Batch = TypeVar("Batch")
 class _Signals:
     """What ranks tell each other in the ledgers of an objective's steps."""
 
-    def __init__(self, books: Books, passes: int) -> None:
-        self.books, self.passes = books, passes
-        self.send_status = books.tell
+    def __init__(self, step_state: StepState, passes: int) -> None:
+        self.step_state, self.passes = step_state, passes
+        self.send_status = step_state.tell
 
     @property
     def patience(self) -> int:
-        return self.passes * period_of(self.books.controller)
+        return self.passes * period_of(self.step_state.controller)
 
     @property
     def sync_status(self) -> tuple[int, bool]:
-        return self.books.sync_status
+        return self.step_state.sync_status
 
 
 def _array(value: Any) -> tuple[str, list[int]] | None:
@@ -90,9 +90,9 @@ def uneven(batches: Iterable[Batch], steps: Any) -> Uneven[Batch]:
     inner = getattr(steps, "inner_optimizer", steps)
     engine = getattr(inner, "_hvd", None)
     if isinstance(steps, Objective):
-        books, passes = steps.books, 1
-    elif engine is not None and hasattr(engine, "books"):
-        books, passes = engine.books, inner.gradient_accumulation_steps or 1
+        step_state, passes = steps.step_state, 1
+    elif engine is not None and hasattr(engine, "step_state"):
+        step_state, passes = engine.step_state, inner.gradient_accumulation_steps or 1
     else:
         raise ConfigError(
             f"steps={type(steps).__name__} is neither an hvdloss.tensorflow.Objective nor an optimizer from "
@@ -100,9 +100,9 @@ def uneven(batches: Iterable[Batch], steps: Any) -> Uneven[Batch]:
         )
     return Uneven(
         batches,
-        _Signals(books, passes),
+        _Signals(step_state, passes),
         lambda: communicator_of(
-            books.process_set or getattr(steps, "process_set", None) or hvd.global_process_set
+            step_state.process_set or getattr(steps, "process_set", None) or hvd.global_process_set
         ),
         array=_array,
         zero=_zero,

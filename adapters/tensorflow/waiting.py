@@ -14,7 +14,7 @@ from hvdloss.communicator import group_ranks, ranks_of_process_set_id
 from hvdloss.tensorflow._backend import hvd
 from hvdloss.tensorflow.variables import variable
 
-__all__ = ["explaining", "uncounted"]
+__all__ = ["raise_root_cause", "uncounted"]
 
 _PREFIX = "horovod_"
 _COLLECTIVES = ("allreduce", "allgather", "broadcast", "alltoall", "reducescatter", "join", "barrier")
@@ -22,7 +22,7 @@ _COUNTED = 16  # exchanges of one graph: those after them are not looked at one 
 
 
 @contextlib.contextmanager
-def explaining(name: str = "", process_set: Any = None) -> Iterator[None]:
+def raise_root_cause(name: str = "", process_set: Any = None) -> Iterator[None]:
     """Raise, for what TensorFlow says of a collective that failed, what the ranks know to be wrong.
 
     Args:
@@ -113,7 +113,7 @@ class _Exchanges:
             number = options.get("process_set_id", 0)
             if tf.executing_eagerly():  # names are of graphs: here Horovod goes by the operation's kind
                 ranks = ranks_of_process_set_id(hvd, number)
-                with explaining(), watch.waiting_for(kind, ranks, watch.enter_exchange(kind, ranks)):
+                with raise_root_cause(), watch.waiting_for(kind, ranks, watch.enter_exchange(kind, ranks)):
                     return _run(operation, args, options)
             what = kind if kind == "join" else f"{kind}.{options.get('name') or 'noname'}"
             if _uncounted or not _first(tf.compat.v1.get_default_graph()):

@@ -9,6 +9,7 @@ import torch
 from hvdloss.communicator import rank_and_size
 from hvdloss.errors import ConfigError
 from hvdloss.objective import ObjectiveBase, expand_mask_axes
+from hvdloss.passes import weight_gradient_error
 from hvdloss.reduction import Contribution, broadcast_weights, reduce_losses
 from hvdloss.torch._backend import hvd
 from hvdloss.torch.ahead import Ahead
@@ -264,11 +265,7 @@ class Objective(ObjectiveBase[torch.Tensor]):
         self, prediction: Any, target: Any, weight: Any, segments: Any, keys: Any, total: Any
     ) -> torch.Tensor:
         if isinstance(weight, torch.Tensor) and weight.requires_grad and torch.is_grad_enabled():
-            raise ConfigError(
-                f"weight= of {self.name} carries a gradient: weights are data, and what they depend on would "
-                f"not learn from them. Pass weight.detach(), or make them part of the loss: "
-                f"Objective(lambda prediction, target: ...), or a function of sums (hvdloss.losses.SumsLoss)"
-            )
+            raise weight_gradient_error(self.name, "weight.detach()")
         if self.global_loss is not None:
             self.check_no_segments(segments)
             return self._measure_global(prediction, target, weight, keys, total)

@@ -303,12 +303,16 @@ shapes = hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=3)
 @example((3,), (3, 2))
 @example((1,), ())
 @example((2, 2), (2, 2, 3))
-def test_a_weight_fits_exactly_if_numpy_broadcasts_it_to_the_losses(weight_shape, loss_shape):
+@example((3,), (3, 3))
+@example((1, 2), (1, 2, 2))
+def test_a_weight_fits_exactly_if_numpy_broadcasts_it_to_the_losses_in_one_way(weight_shape, loss_shape):
     try:
         np.broadcast_to(np.ones(weight_shape), loss_shape)
         fits = True
     except ValueError:
         fits = False
+    given = len(weight_shape)
+    fits &= given == len(loss_shape) or loss_shape[:given] != weight_shape or set(weight_shape) <= {1}
     if fits:
         reduce_losses(OPS, np.zeros(loss_shape), np.ones(weight_shape), "mean")
         return

@@ -485,28 +485,34 @@ def case_jit_compile_is_refused_at_compile_time():
 
 @needs("gloo-2", more="gloo-3 gloo-4 mpi-2")
 def case_without_our_reduction_the_guard_raises():
-    from hvdloss.tensorflow.exchange import Exchange
+    from hvdloss.tensorflow.reducer import GradientReducer
 
     steps = step_batches(np.random.default_rng(26), 3)
-    kept = Exchange.reduce
-    Exchange.reduce = lambda self, gradients, variables, row, **_: (list(gradients), self.sum_table(row))
+    kept = GradientReducer.reduce
+    GradientReducer.reduce = lambda self, gradients, variables, row, **_: (
+        list(gradients),
+        self.sum_table(row),
+    )
     try:
         model = network()
         model.compile(hvd.DistributedOptimizer(sgd()), loss="mse")
         error = raised(lambda: model.fit(dataset(mine(steps)), verbose=0))
     finally:
-        Exchange.reduce = kept
+        GradientReducer.reduce = kept
     assert type(error) is AgreementError, error
     assert "after epoch 1: parameter 0 (dense" in str(error)
     # every: sooner than the end of the epoch
-    Exchange.reduce = lambda self, gradients, variables, row, **_: (list(gradients), self.sum_table(row))
+    GradientReducer.reduce = lambda self, gradients, variables, row, **_: (
+        list(gradients),
+        self.sum_table(row),
+    )
     try:
         model = network()
         model.compile(hvd.DistributedOptimizer(sgd()), loss="mse")
         often = hvd.callbacks.SynchronizationCallback(every=2)
         error = raised(lambda: model.fit(dataset(mine(steps)), verbose=0, callbacks=[often]))
     finally:
-        Exchange.reduce = kept
+        GradientReducer.reduce = kept
     assert "after batch 2" in str(error)
 
 

@@ -26,7 +26,7 @@ NEEDS = needs("gloo-2", more="gloo-3 mpi-2")
 __all__ = ["before_case"]
 
 nan, inf = np.nan, np.inf
-FAULTS = {
+FAULT_COLUMNS = {
     "loss NaN": ("loss", nan),
     "loss infinite": ("loss", inf),
     "gradient NaN": ("gradient", 1e6),  # targets beyond 1e5 are marked: see `tricky`
@@ -60,7 +60,7 @@ def spoiled(steps, faults):
     out = [list(step) for step in steps]
     for number, fault in faults.items():
         x, y, w = (a.copy() for a in out[number][last()])
-        y[0], w[0] = FAULTS[fault][1], 1.0
+        y[0], w[0] = FAULT_COLUMNS[fault][1], 1.0
         out[number][last()] = (x, y, w)
     return out
 
@@ -83,7 +83,7 @@ def case_fit_skips():
     ):
         rng = np.random.default_rng(41)
         steps = step_batches(rng, 5 * per_update)
-        faults = {per_update * k: fault for k, fault in zip((0, 1, 3, 4), FAULTS, strict=True)}
+        faults = {per_update * k: fault for k, fault in zip((0, 1, 3, 4), FAULT_COLUMNS, strict=True)}
         bad = {number // per_update for number in faults}
         rest = [step for n, step in enumerate(steps) if n // per_update not in bad]
         model, other = network(), network()
@@ -119,7 +119,7 @@ def case_fit_drops():
     for make in (sgd, accumulating):
         rng = np.random.default_rng(42)
         steps = step_batches(rng, 6)
-        faults = dict(zip((0, 2, 3, 4) if make is sgd else (0, 2, 3, 5), FAULTS, strict=True))
+        faults = dict(zip((0, 2, 3, 4) if make is sgd else (0, 2, 3, 5), FAULT_COLUMNS, strict=True))
         model, other = network(), network()
         model.compile(hvd.DistributedOptimizer(make()), loss=hvd.Objective(tricky, nonfinite="drop"))
         history = model.fit(dataset(mine(spoiled(steps, faults))), epochs=2, verbose=0)
@@ -146,7 +146,7 @@ def case_fit_drops():
 
 def case_fit_raises():
     (step,) = step_batches(np.random.default_rng(43), 1)
-    for fault, (what, _) in FAULTS.items():
+    for fault, (what, _) in FAULT_COLUMNS.items():
         model = network()
         model.compile(hvd.DistributedOptimizer(sgd()), loss=hvd.Objective(tricky))
         before = model.get_weights()

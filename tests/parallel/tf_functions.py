@@ -110,29 +110,6 @@ def case_within_a_process_set():
         hvd.remove_process_set(odd)
 
 
-def case_synchronized_batch_normalisation_is_refused():
-    for make in (
-        lambda: hvd.SyncBatchNormalization(axis=-1, fused=False, name="mine"),
-        lambda: keras.layers.BatchNormalization(synchronized=True, name="mine"),
-    ):
-        layer = make()
-        x = tf.reshape(tf.range(6.0), (3, 2))
-        layer(x, training=False)
-        error = raised(lambda layer=layer, x=x: layer(x, training=True))
-        if hvd.size() == 1:
-            assert error is None
-            continue
-        assert isinstance(error, ConfigError), error
-        assert "'mine'" in str(error)
-        assert "LayerNormalization" in str(error)
-    keras.layers.BatchNormalization()(x, training=True)
-    keras.utils.set_random_seed(7)
-    model = keras.Sequential([keras.Input((2,)), make(), keras.layers.Dense(1)])
-    model.compile(hvdloss.keras.DistributedOptimizer(keras.optimizers.SGD(0.1)), loss="mse")
-    error = raised(lambda: model.fit(np.ones((4, 2)), np.ones((4, 1)), verbose=0))
-    assert hvd.size() == 1 or "'mine'" in str(error), error
-
-
 def case_begins_in_a_graph_of_tensorflow_1():
     v1 = tf.compat.v1
     hvd.shutdown()

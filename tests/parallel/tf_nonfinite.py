@@ -21,7 +21,7 @@ from tests.ranks import needs
 NEEDS = needs("gloo-2", more="gloo-1 gloo-3 mpi-2")
 
 nan, inf = np.nan, np.inf
-FAULTS = {
+FAULT_COLUMNS = {
     "loss NaN": ("loss", nan),
     "loss infinite": ("loss", inf),
     "gradient NaN": ("gradient", nan),
@@ -62,7 +62,7 @@ def ways(**options):
 
 def spoiled(fault, x, y, w):
     """This rank's arguments of a step in which the last rank has such a fault."""
-    what, value = FAULTS.get(fault, ("", 0.0))
+    what, value = FAULT_COLUMNS.get(fault, ("", 0.0))
     bad = 0.0
     if hvd.rank() == last():
         if what == "loss":
@@ -85,7 +85,7 @@ def case_raise_names_the_rank():
     where = cuts(rng, 20, hvd.size(), empty=False)
     for options in ({}, {"compression": hvd.Compression.fp16}, {"groups": 1}):
         for function, step in enumerate(ways(**options)):
-            for fault, (what, _) in FAULTS.items():
+            for fault, (what, _) in FAULT_COLUMNS.items():
                 before = objective.last_step
                 args = spoiled(fault, *(a.copy() for a in part((x, y, w), where)))
                 error = raised(lambda s=step, a=args: s(net, objective, *a))
@@ -109,7 +109,7 @@ def case_drop_is_the_step_of_the_other_ranks():
         rest = slice(0, where[-2])
         for step in ways(**options):
             count = objective.last_step.ranks[-1].dropped if objective.last_step else 0
-            for fault, (what, _) in [*FAULTS.items(), ("", ("", 0))]:
+            for fault, (what, _) in [*FAULT_COLUMNS.items(), ("", ("", 0))]:
                 args = spoiled(fault, *(a.copy() for a in part((x, y, w), where)))
                 g = step(net, objective, *args)
                 kept = rest if fault else slice(None)
@@ -263,7 +263,7 @@ def case_an_optimizer_that_skips():
 
     count = 0
     for one in (step, tf.function(step)):
-        for fault in ("", *FAULTS, ""):
+        for fault in ("", *FAULT_COLUMNS, ""):
             x, y, w = data(rng, 20)
             where = cuts(rng, 20, hvd.size(), empty=False)
             before = [v.numpy() for v in optimizer.variables] + [v.numpy() for v in net.parameters]
@@ -274,7 +274,7 @@ def case_an_optimizer_that_skips():
             count += bool(fault)
             report = objective.last_step
             assert report.skipped == count
-            assert report.ranks[-1].nonfinite == (FAULTS[fault][0] if fault else "")
+            assert report.ranks[-1].nonfinite == (FAULT_COLUMNS[fault][0] if fault else "")
             if not fault:
                 g = reference(lambda: weighted_mse(other(x), y, w), other.parameters)  # noqa: B023
                 alone.apply_gradients(zip(map(tf.constant, g), other.parameters, strict=True))

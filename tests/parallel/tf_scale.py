@@ -237,7 +237,7 @@ def case_a_listener_that_came_late_is_told_from_the_next_step_on():
     with summing():
         go(1)
         told = []
-        objective.books.add_listener(told.append)
+        objective.step_state.add_listener(told.append)
         go(2)
-        objective.books.remove_listener(told.append)
+        objective.step_state.remove_listener(told.append)
     assert all(report.ranks.gathered for report in told)

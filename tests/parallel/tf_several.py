@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import numpy as np
 import tensorflow as tf
-from tf_support import Network, cuts, data, difference, part, raised, reference, same_on_all_ranks, traced
+from tf_support import (
+    Network,
+    cuts,
+    data,
+    difference,
+    part,
+    raised,
+    reference,
+    same_on_all_ranks,
+    traced,
+    weighted_mse,
+)
 
 import hvdloss.tensorflow as hvd
-from hvdloss.errors import NonFiniteLossError, NoWeightError, UsageError
+from hvdloss.errors import ConfigError, NonFiniteLossError, NoWeightError, UsageError
 from tests.ranks import needs
 
 NEEDS = needs("gloo-2", more="gloo-3")
@@ -138,3 +150,59 @@ def case_what_has_no_exact_step_is_refused():
     graph = tf.function(lambda factor: step(factor))
     error = raised(lambda: graph(tf.constant(1.0 + hvd.rank(), tf.float64)))
     assert "multiplied with different numbers" in str(error), error
+
+
+def weighed_by(losses, s):
+    """Return losses under trained weights (Kendall et al. 2018), and a function of their values."""
+    a, b = losses
+    return tf.exp(-s[0]) * a + tf.exp(-s[1]) * b + tf.reduce_sum(s) + 0.1 * a * tf.sqrt(b)
+
+
+def case_trained_weights_of_losses():
+    """Exact with the values of all ranks; without, refused in a graph, and warned of once eagerly."""
+    rng = np.random.default_rng(5)
+    net, s = Network(rng), tf.Variable(tf.constant([0.3, -0.2], tf.float64))
+    variables = [*net.parameters, s]
+    objectives = hvd.Objectives({"a": hvd.Objective("mse"), "b": hvd.Objective("mae")})
+    a, b = objectives.values()
+
+    def step(x, y, w, known=True, loss_of=weighed_by):
+        with tf.GradientTape() as tape:
+            p = net(x)
+            losses = a(p, y, w), b(p, y)
+            loss = loss_of(hvd.global_losses(*losses) if known else losses, s)
+        return hvd.DistributedGradientTape(tape, objectives).gradient(loss, variables)
+
+    error, graph = 0.0, traced(lambda x, y, w: step(x, y, w))
+    for call in (step, graph, graph):
+        x, y, w = data(rng, 20)
+        found = call(*map(tf.constant, part((x, y, w), cuts(rng, 20, hvd.size()))))
+
+        def loss(x=x, y=y, w=w):
+            p = net(x)
+            return weighed_by((weighted_mse(p, y, w), tf.reduce_mean(tf.abs(p - y))), s)
+
+        error = max(error, difference(found, reference(loss, variables)))
+        for one, g in zip(variables, found, strict=True):
+            one.assign_sub(0.02 * g)
+    assert error < 1e-12, error
+
+    mine = list(map(tf.constant, part((x, y, w), cuts(rng, 20, hvd.size(), empty=False))))
+
+    def trained(losses, s):
+        return tf.exp(-s[0]) * losses[0] + losses[1] + s[0]
+
+    if hvd.size() > 1:
+        refusing = tf.function(lambda: step(*mine, known=False, loss_of=trained), autograph=False)
+        message = str(raised(refusing))
+        for words in ("RankError", "value of the loss 'a'", "global_losses"):
+            assert words in message, message
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            for number in range(3):
+                step(*mine, known=False, loss_of=trained)
+                s.assign_add([0.1 * (number > 0), 0.0])
+        assert sum("loss 'a' is multiplied with changes" in str(one.message) for one in told) == 1, told
+    for wrong in (lambda: hvd.global_losses(tf.constant(1.0)), lambda: hvd.global_losses(a(net(x), y))):
+        assert isinstance(raised(wrong), ConfigError)
+    return {"error, float64": error}

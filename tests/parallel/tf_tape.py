@@ -441,7 +441,7 @@ def case_the_guard_names_the_first_parameter_and_the_ranks():
 
 @needs("gloo-2", more="gloo-3 gloo-4 mpi-2")
 def case_without_our_reduction_the_guard_raises():
-    from hvdloss.tensorflow.exchange import Exchange
+    from hvdloss.tensorflow.reducer import GradientReducer
 
     rng = np.random.default_rng(25)
     net, objective = Network(rng), hvd.Objective("mse")
@@ -455,12 +455,15 @@ def case_without_our_reduction_the_guard_raises():
         hvd.check_synchronized(net)
 
     train()
-    kept = Exchange.reduce
-    Exchange.reduce = lambda self, gradients, variables, row, **_: (list(gradients), self.sum_table(row))
+    kept = GradientReducer.reduce
+    GradientReducer.reduce = lambda self, gradients, variables, row, **_: (
+        list(gradients),
+        self.sum_table(row),
+    )
     try:
         error = raised(train)
     finally:
-        Exchange.reduce = kept
+        GradientReducer.reduce = kept
     assert type(error) is AgreementError, error
 
 

@@ -10,7 +10,7 @@ import tensorflow as tf
 
 import hvdloss
 import hvdloss.tensorflow as hvd
-from hvdloss.tensorflow.books import translated
+from hvdloss.tensorflow.step import unwrap_graph_errors
 
 tf.config.threading.set_intra_op_parallelism_threads(1)
 tf.config.threading.set_inter_op_parallelism_threads(2)
@@ -96,7 +96,7 @@ class TapeLoop:
             hooks.begin(step)
             if self._whole is not None:
                 hooks.middle(step)
-                translated(self._whole, x, y, w)
+                unwrap_graph_errors(self._whole, x, y, w)
                 hooks.done(step)
                 continue
             caught: list[Exception] = []

@@ -18,27 +18,27 @@ from hvdloss.errors import ConfigError
 from hvdloss.ledger import COLUMN, GATHER_COLUMNS, LEDGER_WIDTH
 from hvdloss.plan import ParameterInfo, plan_buckets
 from hvdloss.tensorflow._backend import hvd
-from hvdloss.tensorflow._traces import noted
+from hvdloss.tensorflow._traces import register_trace
 from hvdloss.tensorflow.guard import checksums, parameter_name
 from hvdloss.tensorflow.ledgers import Message, exact_totals
 from hvdloss.tensorflow.ops import communicator_of
 from hvdloss.tensorflow.variables import variable
-from hvdloss.tensorflow.waiting import explaining, uncounted
+from hvdloss.tensorflow.waiting import raise_root_cause, uncounted
 from hvdloss.term import CommStats
 from hvdloss.tuning import choose, launched
 from hvdloss.world import register_for_reset
 
 __all__ = [
-    "Clock",
-    "Exchange",
-    "beyond",
-    "check_acts",
+    "CommTimer",
+    "GradientReducer",
     "check_options",
+    "check_policies",
     "check_skips",
     "empty_row",
-    "marked",
-    "scaled",
-    "tied",
+    "exceeds",
+    "scale_grad",
+    "with_dependencies",
+    "with_nonfinite_flag",
 ]
 
 Gradient = Any  # tf.Tensor or tf.IndexedSlices
@@ -67,7 +67,7 @@ def check_options(op: Any, gradient_predivide_factor: float, groups: Any) -> Non
         raise ConfigError(f"groups={groups!r} must be at least 0, or lists of variables")
 
 
-def check_acts(controller: Controller, compression: Any, never_local: str = "") -> None:
+def check_policies(controller: Controller, compression: Any, never_local: str = "") -> None:
     """Check that what terms do about what they measure can be done here.
 
     Args:
@@ -100,7 +100,7 @@ def check_skips(nonfinite: str, what: str) -> None:
         )
 
 
-class Clock:
+class CommTimer:
     """When exchanges began and ended; what that cost goes into the next one's ledger.
 
     An exchange begins, for its rank, when all that the rank gives to it is computed (by then the first
@@ -137,7 +137,7 @@ class Clock:
         begun, ended = self._counts.numpy()
         return int(begun), int(ended)
 
-    def told(self, row: tf.Tensor) -> tf.Tensor:
+    def with_times(self, row: tf.Tensor) -> tf.Tensor:
         """Return a ledger row with the last exchange's times in it."""
         return tf.concat([row[: _TIMES.start], self._times()[:2], row[_TIMES.stop :]], 0)
 
@@ -165,7 +165,7 @@ def wire_name(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.]", "_", text)
 
 
-class Exchange:
+class GradientReducer:
     """The sum over ranks of gradients, each rank's scaled by what it saw.
 
     Args:
@@ -179,7 +179,7 @@ class Exchange:
         bucket_cap_mb: see :func:`hvdloss.tuning.choose`.
 
     Gradients in 16 bits, or compressed to 16 bits, are divided by the step's weight before they travel,
-    since scaled ones would overflow; the ledgers then go ahead, in a small all-reduce of their own.
+    since scaled ones would overflow; the ledgers then go ledgers_first, in a small all-reduce of their own.
     Otherwise ledgers and gradients go together.
     """
 
@@ -207,12 +207,12 @@ class Exchange:
         # A message starts when the graph has it ready: `overlap` is not ours to choose.
         self.choices: dict[str, Any] = {k: v for k, v in self.tuning.as_dict().items() if k != "overlap"}
         self._eager: dict[Any, Any] = {}
-        self.clock = Clock()
-        watch.track(self.name, self.clock, group_ranks(hvd, self.process_set), inside="tensorflow")
+        self.timer = CommTimer()
+        watch.track(self.name, self.timer, group_ranks(hvd, self.process_set), inside="tensorflow")
         self._payload = (0, 0, 0, 0)  # of the last exchange: messages, bytes: full, as sent, in 16 bits
         self._zero: tf.Variable | None = None
         self._measured: tf.Variable | None = None
-        self._agreed: dict[
+        self._consistent: dict[
             tuple[int, ...], list[weakref.ref[Any]]
         ] = {}  # variables that all ranks hold alike
         register_for_reset(self)
@@ -220,8 +220,8 @@ class Exchange:
     def reset(self) -> None:
         """Forget what was made for other ranks, and what steps were measured in: all measure in the same."""
         self._eager.clear()
-        self._agreed.clear()
-        self.clock.reset()
+        self._consistent.clear()
+        self.timer.reset()
         if self._measured is not None:
             self._measured.assign(1.0)
 
@@ -241,7 +241,7 @@ class Exchange:
         }
 
     @tf.autograph.experimental.do_not_convert
-    def agree(
+    def check_consistency(
         self, variables: Sequence[Any], settings: dict[str, Any], gradients: Sequence[Any] | None = None
     ) -> None:
         """Check, in the first step with these variables, that all ranks hold the same and ask for the same.
@@ -262,7 +262,7 @@ class Exchange:
         if self.size == 1 or not tf.compat.v1.executing_eagerly_outside_functions():
             return
         key = (*map(id, known), *kinds)
-        before = self._agreed.get(key)
+        before = self._consistent.get(key)
         if before is not None and all(one() is v for one, v in zip(before, known, strict=True)):
             return
         with tf.init_scope():
@@ -280,7 +280,7 @@ class Exchange:
                 name=f"{self.name}.agree",
                 broadcast="Call hvd.broadcast_variables(variables, root_rank=0) before the first step.",
             )
-        self._agreed[key] = [weakref.ref(v) for v in known]
+        self._consistent[key] = [weakref.ref(v) for v in known]
 
     @property
     def summing(self) -> bool:
@@ -292,7 +292,7 @@ class Exchange:
 
         One all-reduce of ``size x n`` float64, or with many ranks an all-gather; none with one rank.
         """
-        noted()
+        register_trace()
         if self.size == 1:
             return row[tf.newaxis]
         if self.summing:
@@ -301,7 +301,7 @@ class Exchange:
 
     def count(self, here: tf.Tensor, name: str) -> tf.Tensor:
         """Return on how many ranks a condition holds, float64. One small all-reduce."""
-        noted()
+        register_trace()
         one = tf.cast(here, tf.float64)
         return one if self.size == 1 else self._sum(self._variable(one), f"{self.name}.{name}")
 
@@ -309,7 +309,7 @@ class Exchange:
         """Return the sums over ranks of a vector of finite float64. One small all-reduce."""
         if not self.summing or self.size == 1:
             return tf.reduce_sum(self.sum_table(x, name), 0)
-        noted()
+        register_trace()
         return exact_totals(self.size, self._variable(x), lambda x: self._sum(x, f"{self.name}.{name}"))
 
     def own(self, table: tf.Tensor, row: tf.Tensor) -> tf.Tensor:
@@ -410,7 +410,7 @@ class Exchange:
         ahead, whether gradients are finite is one small message more. With many ranks there is an all-gather
         of the rows where somebody reads them or something is wrong. None with one rank.
         """
-        noted()
+        register_trace()
         look = tf.convert_to_tensor(look)
         drop = nonfinite == "drop"
         if local:
@@ -421,13 +421,13 @@ class Exchange:
             bad = (
                 look
                 & (row[1] > 0)
-                & beyond([*gradients, *local], [g.dtype.max for g in (*gradients, *local)])
+                & exceeds([*gradients, *local], [g.dtype.max for g in (*gradients, *local)])
             )
             if factor is not None:
                 share = tf.math.divide_no_nan(factor, row[1])
-                gradients = [scaled(g, share) for g in gradients]
-            table = self.sum_table(marked(row, bad, drop))
-            return tied(gradients, judged(table)), table
+                gradients = [scale_grad(g, share) for g in gradients]
+            table = self.sum_table(with_nonfinite_flag(row, bad, drop))
+            return with_dependencies(gradients, judged(table)), table
         factor = row[1] if factor is None else factor
         if self.sparse_as_dense:
             gradients = [tf.convert_to_tensor(g) for g in gradients]
@@ -471,7 +471,7 @@ class Exchange:
             made = tf.function(together, autograph=False, reduce_retracing=True)
             self._eager[key] = made, self._payload, self.choices
         function, self._payload, self.choices = self._eager[key]
-        with explaining():
+        with raise_root_cause():
             summed, table = function(list(gradients), row, factor, compress, look, list(local))
         judged(table)
         return summed, table
@@ -550,18 +550,18 @@ class Exchange:
         )
         return plan
 
-    def _ahead(self, gradients: Sequence[Gradient]) -> bool:
+    def _ledgers_first(self, gradients: Sequence[Gradient]) -> bool:
         """Return whether ledgers must be known before gradients travel, which are then divided before."""
         return self.compression is not hvd.Compression.none or any(g.dtype in _HALF for g in gradients)
 
-    def _carrier(
+    def _ledger_bucket(
         self, gradients: Sequence[Gradient], plan: tuple[tuple[int, ...], ...], choosing: bool
     ) -> int | None:
         """Return the bucket in which the ledgers ride: the last that is a copy anyway. None: in none.
 
         The last, as they tell of the others' gradients.
         """
-        if choosing or self._ahead(gradients):  # 16 bits cannot carry them
+        if choosing or self._ledgers_first(gradients):  # 16 bits cannot carry them
             return None
         if self.summing and self.predivide != 1.0:  # sums that are exact must not be divided
             return None
@@ -578,9 +578,9 @@ class Exchange:
         """Return how many messages a step sends, and what they hold."""
         sparse = sum(isinstance(g, tf.IndexedSlices) for g in gradients)
         buckets = sum(len(members) > 1 for members in plan)
-        apart = telling or self._carrier(gradients, plan, choosing) is None
+        apart = telling or self._ledger_bucket(gradients, plan, choosing) is None
         return {
-            "messages": len(plan) + sparse + apart + (self._ahead(gradients) and not drop),
+            "messages": len(plan) + sparse + apart + (self._ledgers_first(gradients) and not drop),
             "buckets": buckets,
             "unbucketed": len(plan) - buckets - sparse,
             "sparse": sparse,
@@ -600,8 +600,8 @@ class Exchange:
         local: Sequence[tf.Tensor],
         rows: bool,
     ) -> tuple[list[Gradient], tf.Tensor]:
-        ahead = self._ahead(gradients)
-        carrier = self._carrier(gradients, plan, compress is not None)
+        ledgers_first = self._ledgers_first(gradients)
+        ledger_bucket = self._ledger_bucket(gradients, plan, compress is not None)
         sums: list[Gradient] = [None] * len(plan)
         # Side by side in one message: few messages, one pass to scale and one to divide.
         parts = [
@@ -610,38 +610,38 @@ class Exchange:
             else tf.concat([tf.reshape(gradients[i], [-1]) for i in members], 0)
             for members in plan
         ]
-        grow = tf.ones((), tf.float64) if ahead else tf.math.divide_no_nan(factor, self._measure())
-        limits = [self._limit(part.dtype, ahead, compress) / grow for part in parts]
-        looked = beyond([*parts, *local], [*limits, *(g.dtype.max for g in local)])
+        grow = tf.ones((), tf.float64) if ledgers_first else tf.math.divide_no_nan(factor, self._measure())
+        limits = [self._limit(part.dtype, ledgers_first, compress) / grow for part in parts]
+        looked = exceeds([*parts, *local], [*limits, *(g.dtype.max for g in local)])
         bad = look & (factor > 0) & looked
-        if drop or not ahead:
-            row = marked(row, bad, drop)
+        if drop or not ledgers_first:
+            row = with_nonfinite_flag(row, bad, drop)
         if drop:
             factor = tf.where(row[1] > 0, factor, tf.zeros_like(factor))
-        row = self.clock.told(row)
+        row = self.timer.with_times(row)
         message = Message(self.process_set.rank(), self.size, self.summing)
         own = self._variable(row)
         table = total = None
-        if carrier is None and self.summing:
+        if ledger_bucket is None and self.summing:
             numbers = message.write(own[:LEDGER_WIDTH], tf.float64)
             totals = message.totals(self._sum(numbers, f"{self.name}.ledger"))
-        elif carrier is None:
+        elif ledger_bucket is None:
             table = self._sum(self._own_row(row), f"{self.name}.ledger")
-        if ahead:
+        if ledgers_first:
             total = totals[1] if self.summing else tf.reduce_sum(table[:, 1])
         # Weights are measured in the last step's total: where it is this step's as well, what arrives is
         # divided already, and needs no further pass.
         measure = self._measure()
-        scale = tf.math.divide_no_nan(factor, total if ahead else measure)
+        scale = tf.math.divide_no_nan(factor, total if ledgers_first else measure)
         for number, part in enumerate(parts):
             name = f"{self.name}.{number}"
             if isinstance(part, tf.IndexedSlices):
                 sums[number] = self._gather_sparse(part, scale, name)
-            elif number != carrier:
+            elif number != ledger_bucket:
                 sums[number] = self.sum_scaled(part, scale, name, compress)
             else:
                 numbers = message.write(own[:LEDGER_WIDTH], part.dtype)
-                flat = self._sum(tf.concat([scaled(part, scale), numbers], 0), name, self.predivide)
+                flat = self._sum(tf.concat([scale_grad(part, scale), numbers], 0), name, self.predivide)
                 sums[number], numbers = tf.split(flat, [-1, numbers.shape[0]])
                 if self.summing:
                     totals = message.totals(numbers)
@@ -652,21 +652,21 @@ class Exchange:
                     # message, and sums of three and more ranks round by place.
                     told = self._sum(self._own_row(row[LEDGER_WIDTH:]), f"{self.name}.terms")
                     table = tf.concat([table, told], 1)
-        if ahead and not drop:  # the ledgers have gone, before gradients could be looked at
+        if ledgers_first and not drop:  # the ledgers have gone, before gradients could be looked at
             if self.summing:
                 there = self.count(bad, "finite")
                 totals = tf.concat([totals[:_GRADIENTS], [there], totals[_GRADIENTS + 1 :]], 0)
-                row = marked(row, bad, drop)
+                row = with_nonfinite_flag(row, bad, drop)
             else:
                 told = self.sum_table(tf.cast([bad], tf.float64), "finite")
                 table = tf.concat([table[:, :_GRADIENTS], told, table[:, _GRADIENTS + 1 :]], 1)
         if self.summing:
             table = self._asked(totals, row, rows)
             total = totals[1]
-        self.clock.end(self.clock.begin(gradients), [*sums, table])
+        self.timer.end(self.timer.begin(gradients), [*sums, table])
         after = judged(table)
         with tf.control_dependencies(after):
-            if ahead:
+            if ledgers_first:
                 sums = [_untouched(g) for g in sums]
             else:
                 total = tf.reduce_sum(table[:, 1]) if total is None else total
@@ -683,10 +683,10 @@ class Exchange:
                 summed[i] = tf.reshape(piece, gradients[i].shape)
         return summed, table
 
-    def _limit(self, dtype: tf.DType, ahead: bool, compress: tf.Tensor | None) -> tf.Tensor:
+    def _limit(self, dtype: tf.DType, ledgers_first: bool, compress: tf.Tensor | None) -> tf.Tensor:
         """Return the largest size of gradients that surely have a finite sum, as they are sent; float64."""
         largest = dtype.max
-        if ahead:  # what is divided before sums up to a mean
+        if ledgers_first:  # what is divided before sums up to a mean
             if self.compression is hvd.Compression.fp16:
                 largest = min(largest, tf.float16.max)
             return tf.constant(float(largest), tf.float64)
@@ -708,7 +708,7 @@ class Exchange:
         What travels is said by `compress` (float16 where it holds), by `compression`, or by that of all
         gradients: the first that is given.
         """
-        x = scaled(x, scale)
+        x = scale_grad(x, scale)
         # Horovod's TensorFlow operations do not know bfloat16.
         wide = tf.cast(x, tf.float32) if x.dtype == tf.bfloat16 else x
 
@@ -728,7 +728,7 @@ class Exchange:
     def _gather_sparse(self, g: tf.IndexedSlices, scale: tf.Tensor, name: str) -> tf.IndexedSlices:
         """Return the rows of all ranks one after another, which is their sum."""
         with tf.device(self.device_sparse), uncounted():
-            values = scaled(g.values, scale)
+            values = scale_grad(g.values, scale)
             wide = tf.cast(values, tf.float32) if values.dtype == tf.bfloat16 else values
             options = {"process_set": self.process_set, "ignore_name_scope": True}
             values = tf.cast(hvd.allgather(wide, name=f"{name}.values", **options), g.dtype)
@@ -736,15 +736,15 @@ class Exchange:
         return tf.IndexedSlices(values, indices, g.dense_shape)
 
 
-def scaled(g: Gradient, factor: tf.Tensor) -> Gradient:
+def scale_grad(g: Gradient, factor: tf.Tensor) -> Gradient:
     """Return ``g * factor`` in the dtype of `g`; zero where the factor is, whatever `g` holds."""
     if isinstance(g, tf.IndexedSlices):
-        return tf.IndexedSlices(scaled(g.values, factor), g.indices, g.dense_shape)
+        return tf.IndexedSlices(scale_grad(g.values, factor), g.indices, g.dense_shape)
     wide = tf.cast(g, tf.float32) if g.dtype in _HALF else g
     return tf.cast(tf.math.multiply_no_nan(wide, tf.cast(factor, wide.dtype)), g.dtype)
 
 
-def beyond(gradients: Sequence[Gradient], limits: Sequence[Any]) -> tf.Tensor:
+def exceeds(gradients: Sequence[Gradient], limits: Sequence[Any]) -> tf.Tensor:
     """Return whether any entry is NaN, infinite, or in size above the limit of its gradient: a bool.
 
     One pass that only reads: the sum of squares, which is as fast as memory and finite wherever all entries
@@ -772,7 +772,7 @@ def beyond(gradients: Sequence[Gradient], limits: Sequence[Any]) -> tf.Tensor:
     return tf.cond(fine, lambda: tf.constant(False), exactly)
 
 
-def marked(row: tf.Tensor, bad: tf.Tensor, drop: bool) -> tf.Tensor:
+def with_nonfinite_flag(row: tf.Tensor, bad: tf.Tensor, drop: bool) -> tf.Tensor:
     """Return a rank's row that tells whether its gradients are `bad`.
 
     With `drop` one that is, or whose loss is, adds nothing to the step and still tells what was wrong.
@@ -822,7 +822,7 @@ def _divided(g: Gradient, by: tf.Tensor) -> Gradient:
     return tf.cond(tf.equal(by, 1.0), lambda: _untouched(g), quotient)
 
 
-def tied(gradients: Sequence[Gradient], after: Sequence[tf.Operation]) -> list[Gradient]:
+def with_dependencies(gradients: Sequence[Gradient], after: Sequence[tf.Operation]) -> list[Gradient]:
     """Return `gradients`, which in a graph cannot be used before the operations `after` are done."""
     if not after:
         return list(gradients)
