@@ -27,7 +27,7 @@ HELD_OUT = 360
 
 def settings(period: int) -> dict[str, tuple[Any, Any]]:
     """Return by name the policies on communication and on skew."""
-    from hvdloss.control import ImportanceWeights, OuterStep, Proximal, SyncPeriod
+    from hvdloss.terms.policies import ImportanceWeights, OuterStep, Proximal, SyncPeriod
 
     outer = OuterStep(lr=1.0, momentum=0.8)
     return {

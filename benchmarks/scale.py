@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hvdloss.agreement import check_consistency
-from hvdloss.ledger import LEDGER_WIDTH, Ledger, Ledgers, Sums, check_step, pack, unpack
-from hvdloss.plan import ParameterInfo
+from hvdloss.comm.agreement import check_consistency
+from hvdloss.comm.plan import ParameterInfo
+from hvdloss.comm.tuning import TABLE_RANKS
+from hvdloss.losses.ledger import LEDGER_WIDTH, Ledger, Ledgers, Sums, check_step, pack, unpack
 from hvdloss.report import StepReport
-from hvdloss.tuning import TABLE_RANKS
 
 __all__ = ["PARAMETERS", "RANKS", "measure"]
 
@@ -52,7 +52,7 @@ def measure(size: int, *, rounds: int = 7, table_ranks: int = TABLE_RANKS) -> di
     Args:
         size: number of ranks.
         rounds: of which the medians are reported.
-        table_ranks: up to so many ranks all ledgers travel (:class:`hvdloss.tuning.Tuning`).
+        table_ranks: up to so many ranks all ledgers travel (:class:`hvdloss.comm.tuning.Tuning`).
 
     Returns:
         by "step" (nobody reads what single ranks did), "read" (somebody does, all of it) and "agreement": the

@@ -49,7 +49,7 @@ def train(plan: str, steps: int) -> dict[str, Any]:
 
     import hvdloss
     import hvdloss.torch as hvd
-    from hvdloss.control import BatchShares, SharedBatches
+    from hvdloss.terms.policies import BatchShares, SharedBatches
 
     x, y = load_digits(return_X_y=True)
     g = torch.Generator().manual_seed(1)

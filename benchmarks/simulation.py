@@ -6,8 +6,8 @@ starts 2, 3 and 4 ranks under horovodrun (Gloo). In every round the ranks time s
 train for some steps with three batch sizes, with local steps, and with rank 0 slowed down by work of its
 own for each sample; what :class:`hvdloss.CommunicationCost` tells of these is what the simulator gets.
 Then they train anew: with equal shares; with rank 0 slowed down; the same with
-:class:`hvdloss.control.BatchShares`; and with an exchange in every eighth step
-(:class:`hvdloss.control.SyncPeriod`). Reported are ratios of predicted to measured step times, and the
+:class:`hvdloss.terms.policies.BatchShares`; and with an exchange in every eighth step
+(:class:`hvdloss.terms.policies.SyncPeriod`). Reported are ratios of predicted to measured step times, and the
 shares that were found, with medians and ranges over the rounds.
 
 Two kinds of work: "cpu" computes with PyTorch, one thread a rank; where there are more ranks than cores,
@@ -39,12 +39,12 @@ import numpy as np
 
 from hvdloss.benchmarks.common import environment, horovodrun, progress, write_json
 from hvdloss.benchmarks.hosts import Hosts
-from hvdloss.control import BatchShares, SharedBatches, SyncPeriod
-from hvdloss.control.simulation import ComputeModel, NetworkModel, TrainingPlan, simulate_training
-from hvdloss.ledger import COLUMN
-from hvdloss.messages import decode_all
-from hvdloss.term import CommStats, Policy
+from hvdloss.comm.messages import decode_all
+from hvdloss.losses.ledger import COLUMN
+from hvdloss.simulation.model import ComputeModel, NetworkModel, TrainingPlan, simulate_training
 from hvdloss.terms.link import LinkModel
+from hvdloss.terms.policies import BatchShares, SharedBatches, SyncPeriod
+from hvdloss.terms.term import CommStats, Policy
 
 PER_RANK = 24  # samples of a rank in a step, with equal shares
 WIDTHS = (768, 1536, 1536, 768)  # of the model: 4.7 M parameters

@@ -38,7 +38,7 @@ def train(plan: str, epochs: int, seed: int) -> dict[str, Any]:
 
     import hvdloss
     import hvdloss.torch as hvd
-    from hvdloss.control import AdaptiveCompression, SyncPeriod
+    from hvdloss.terms.policies import AdaptiveCompression, SyncPeriod
 
     x, y = load_digits(return_X_y=True)
     order = np.random.default_rng(seed).permutation(len(x))

@@ -17,7 +17,7 @@ from torch import nn
 
 import hvdloss.torch as hvd
 from hvdloss.data import Shuffled
-from hvdloss.torch.transformers import one_of_many
+from hvdloss.torch.integrations.transformers import one_of_many
 
 RATE, CLIP = 0.2, 0.5
 

@@ -17,7 +17,7 @@ from sklearn.datasets import load_digits
 
 import hvdloss.keras as hvd
 from hvdloss.data import Shuffled
-from hvdloss.trackers import TensorBoard
+from hvdloss.report.trackers import TensorBoard
 
 
 def main() -> int:

@@ -17,8 +17,8 @@ from torch import nn
 
 import hvdloss.torch as hvd
 from hvdloss.data import Shuffled
-from hvdloss.torch.lightning import HorovodStrategy, StepLog
-from hvdloss.trackers import TensorBoard
+from hvdloss.report.trackers import TensorBoard
+from hvdloss.torch.integrations.lightning import HorovodStrategy, StepLog
 
 ACCUMULATE, CLIP = 2, 0.5
 

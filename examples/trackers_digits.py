@@ -19,7 +19,7 @@ from torch import nn
 
 import hvdloss.torch as hvd
 from hvdloss.data import Shuffled
-from hvdloss.trackers import MLflow, TensorBoard, WandB
+from hvdloss.report.trackers import MLflow, TensorBoard, WandB
 
 RATE = 0.2
 

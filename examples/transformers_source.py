@@ -19,7 +19,7 @@ from torch import nn
 
 import hvdloss.torch as hvd
 from hvdloss.data import Shuffled
-from hvdloss.torch.transformers import HorovodTrainer
+from hvdloss.torch.integrations.transformers import HorovodTrainer
 
 ACCUMULATE, RATE, CLIP = 2, 0.5, 1.0
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from hvdloss._util.lazy import lazy_module
 from hvdloss._version import __version__
-from hvdloss.lazy import lazy_module
 
 if TYPE_CHECKING:
-    from hvdloss.communicator import OneProcess, SimulatedRank, simulate
+    from hvdloss.comm.communicator import OneProcess, SimulatedRank, simulate
     from hvdloss.errors import (
         AgreementError,
         CheckpointError,
@@ -29,19 +29,18 @@ if TYPE_CHECKING:
         UsageError,
         WeightError,
     )
-    from hvdloss.ledger import Ledger
-    from hvdloss.reduction import REDUCTIONS
+    from hvdloss.losses.ledger import Ledger
+    from hvdloss.losses.reduction import REDUCTIONS
     from hvdloss.report import LossReport, RankReport, StepReport, TermReport
-    from hvdloss.term import Batch, StepStats, Term
     from hvdloss.terms.communication import CommunicationCost
     from hvdloss.terms.skew import DataSkew
+    from hvdloss.terms.term import Batch, StepStats, Term
 
 # Loaded on first use, so that importing the package costs a few milliseconds.
 _HOMES = {
-    "communicator": ("OneProcess", "SimulatedRank", "simulate"),
+    "comm.communicator": ("OneProcess", "SimulatedRank", "simulate"),
     "errors": (
         "AgreementError",
-        "CheckpointError",
         "CheckpointError",
         "ConfigError",
         "DataError",
@@ -56,10 +55,10 @@ _HOMES = {
         "UsageError",
         "WeightError",
     ),
-    "ledger": ("Ledger",),
-    "reduction": ("REDUCTIONS",),
+    "losses.ledger": ("Ledger",),
+    "losses.reduction": ("REDUCTIONS",),
     "report": ("LossReport", "RankReport", "StepReport", "TermReport"),
-    "term": ("Batch", "StepStats", "Term"),
+    "terms.term": ("Batch", "StepStats", "Term"),
     "terms.communication": ("CommunicationCost",),
     "terms.skew": ("DataSkew",),
 }

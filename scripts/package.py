@@ -37,8 +37,8 @@ GRAFTED = ("docs/", "examples/", "scripts/", "tests/")
 # Run in a clean environment. It has no framework, and is not in the tree.
 SMOKE = """
 import importlib, json, pathlib, sys
-import hvdloss, hvdloss.losses, hvdloss.data, hvdloss.terms, hvdloss.control, hvdloss.metrics
-import hvdloss.training, hvdloss.explain, hvdloss.control.simulation
+import hvdloss, hvdloss.losses, hvdloss.data, hvdloss.terms, hvdloss.terms.policies, hvdloss.metrics
+import hvdloss.train, hvdloss.explain, hvdloss.simulation.model
 home = pathlib.Path(hvdloss.__file__).parent
 assert sys.prefix in str(home), home
 assert (home / "py.typed").exists()

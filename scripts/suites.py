@@ -32,15 +32,15 @@ HARNESS = (
 )
 # What finds lost ranks, and goes on with those that are left.
 RANKS_COME_AND_GO = (
-    "hvdloss/elastic.py",
+    "hvdloss/train/elastic.py",
     "hvdloss/watch/*",
-    "hvdloss/world.py",
-    "hvdloss/training/preemption.py",
+    "hvdloss/comm/world.py",
+    "hvdloss/train/preemption.py",
     "adapters/*/_elastic.py",
     "hvdloss/cli/install/*",
 )
 NOT_COMPUTED_WITH = (
-    *("hvdloss/cli/*", "hvdloss/check/*", "hvdloss/report/*", "hvdloss/trackers/*"),
+    *("hvdloss/cli/*", "hvdloss/check/*", "hvdloss/report/*", "hvdloss/report/trackers/*"),
 )  # of the core, by adapters
 
 
@@ -104,7 +104,12 @@ SUITES = (
         (
             *HARNESS,
             *RANKS_COME_AND_GO,
-            *("hvdloss/agreement.py", "hvdloss/guard.py", "hvdloss/ledger.py", "tests/reliability/*"),
+            *(
+                "hvdloss/comm/agreement.py",
+                "hvdloss/comm/guard.py",
+                "hvdloss/losses/ledger.py",
+                "tests/reliability/*",
+            ),
         ),
     ),
     Suite("pages", "slow pages of the documentation", ("README.md", "docs/*", "tests/docs/*")),
@@ -130,7 +135,11 @@ SUITES = (
         "Lightning, Transformers, MLflow, W&B, Ray, launchers",
         (
             *HARNESS,
-            *("adapters/torch/lightning.py", "adapters/torch/transformers.py", "hvdloss/trackers/*"),
+            *(
+                "adapters/torch/integrations/lightning.py",
+                "adapters/torch/integrations/transformers.py",
+                "hvdloss/report/trackers/*",
+            ),
             *(
                 "hvdloss/report/*",
                 "examples/launch/*",

@@ -10,14 +10,6 @@ a layer around ``compile``, ``fit`` and ``evaluate`` that acts on models whose o
 from __future__ import annotations
 
 from hvdloss.keras import _backend, callbacks, training
-from hvdloss.keras.data import ShardedDataset
-from hvdloss.keras.explain import (
-    LossAttribution,
-    lime_weights,
-    permutation_importance,
-    predict_function,
-    shap_values,
-)
 from hvdloss.keras.functions import (
     allgather,
     allreduce,
@@ -26,29 +18,37 @@ from hvdloss.keras.functions import (
     load_model,
     reducescatter,
 )
+from hvdloss.keras.integrations.data import ShardedDataset
+from hvdloss.keras.integrations.explain import (
+    LossAttribution,
+    lime_weights,
+    permutation_importance,
+    predict_function,
+    shap_values,
+)
+from hvdloss.keras.integrations.metrics import merged_results, synchronized
+from hvdloss.keras.integrations.recorder import Recorder, follow
+from hvdloss.keras.integrations.stream import StreamDataset
 from hvdloss.keras.losses import Objective
-from hvdloss.keras.metrics import merged_results, synchronized
 from hvdloss.keras.optimizer import DistributedOptimizer, PartialDistributedOptimizer
 from hvdloss.keras.rates import WarmupSchedule
-from hvdloss.keras.recorder import Recorder, follow
 from hvdloss.keras.seeds import seed_everything
 from hvdloss.keras.sharded import ShardedCrossEntropy, ShardedDense, full_weights, load_full_weights
-from hvdloss.keras.stream import StreamDataset
 from hvdloss.keras.training import SynchronizationCallback
+from hvdloss.losses.segments import Segments
 from hvdloss.report import RankReport, StepReport
-from hvdloss.segments import Segments
 from hvdloss.tensorflow import _elastic
 from hvdloss.tensorflow.checkpoint import Checkpoint
 from hvdloss.tensorflow.functions import allgather_object, broadcast_object, broadcast_variables
 from hvdloss.tensorflow.guard import check_synchronized
-from hvdloss.tensorflow.metrics import Metrics
+from hvdloss.tensorflow.integrations.metrics import Metrics
+from hvdloss.tensorflow.integrations.preemption import Preemption
+from hvdloss.tensorflow.integrations.uneven import uneven
 from hvdloss.tensorflow.normalization import SyncBatchNormalization
-from hvdloss.tensorflow.preemption import Preemption
 from hvdloss.tensorflow.segments import link_segments, sequence_weights
 from hvdloss.tensorflow.sharded import ArcFace, ClassShards, CosFace, Grid, grid
 from hvdloss.tensorflow.training import BestCheckpoint, EarlyStopping, merged_value
-from hvdloss.tensorflow.uneven import uneven
-from hvdloss.training import mixup
+from hvdloss.train import mixup
 from hvdloss.watch import same_fate
 
 __all__ = [

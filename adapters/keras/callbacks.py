@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import keras
+from hvdloss._util.private import open_private
 from hvdloss.errors import ConfigError
 from hvdloss.keras._backend import hvd
-from hvdloss.keras.metrics import merged_results, states
-from hvdloss.keras.recorder import FollowCallback, RecorderCallback
+from hvdloss.keras.integrations.metrics import merged_results, states
+from hvdloss.keras.integrations.recorder import FollowCallback, RecorderCallback
 from hvdloss.keras.seeds import seed_everything
 from hvdloss.keras.training import SynchronizationCallback
-from hvdloss.private import open_private
 from hvdloss.tensorflow.functions import broadcast_variables
-from hvdloss.training.files import replace_durably, unfinished
-from hvdloss.training.seeds import seed_for
+from hvdloss.train.files import replace_durably, unfinished
+from hvdloss.train.seeds import seed_for
 
 __all__ = [
     "BestModelCheckpoint",
@@ -75,8 +75,8 @@ class MetricAverageCallback(keras.callbacks.Callback):
     """Replaces metrics in the logs of each epoch by those of all ranks' samples.
 
     Exact: states are summed over ranks, so each rank counts by what it saw (see
-    :mod:`hvdloss.keras.metrics`). Put it before callbacks that read the logs. Passed to ``evaluate`` it
-    makes the returned values global as well.
+    :mod:`hvdloss.keras.integrations.metrics`). Put it before callbacks that read the logs. Passed to
+    ``evaluate`` it makes the returned values global as well.
 
     Args:
         device: accepted for Horovod's sake.
@@ -339,7 +339,7 @@ class PreemptionCallback(keras.callbacks.Callback):
     Args:
         checkpoint: :class:`hvdloss.keras.Checkpoint`, saved with the number of steps; or a function to call.
         state: of an elastic job, which is committed.
-        everyone: see :meth:`hvdloss.training.preemption.Preemption.leave`.
+        everyone: see :meth:`hvdloss.train.preemption.Preemption.leave`.
         options: of :class:`hvdloss.keras.Preemption`: ``signals``, ``status``.
 
     Raises:
@@ -359,7 +359,7 @@ class PreemptionCallback(keras.callbacks.Callback):
     def on_train_begin(self, logs: Any = None) -> None:
         """Begin to notice SIGTERM."""
         from hvdloss.keras.optimizer import engine_of
-        from hvdloss.tensorflow.preemption import Preemption
+        from hvdloss.tensorflow.integrations.preemption import Preemption
 
         self.on_train_end()
         engine = engine_of(self.model.optimizer)

@@ -9,15 +9,15 @@ from typing import Any
 import tensorflow as tf
 
 import keras
-from hvdloss.control.period import SyncPeriod
-from hvdloss.control.weights import Proximal
 from hvdloss.errors import ConfigError
 from hvdloss.keras._backend import hvd
-from hvdloss.ledger import COLUMN, FAULT_COLUMNS
+from hvdloss.losses.ledger import COLUMN, FAULT_COLUMNS
 from hvdloss.tensorflow.reducer import GradientReducer, with_nonfinite_flag
 from hvdloss.tensorflow.step import StepState, raise_kept_error, unwrap_graph_errors, without_factor
 from hvdloss.tensorflow.variables import variable
-from hvdloss.term import CommStats
+from hvdloss.terms.policies.period import SyncPeriod
+from hvdloss.terms.policies.weights import Proximal
+from hvdloss.terms.term import CommStats
 
 __all__ = ["LocalSteps"]
 
@@ -33,7 +33,7 @@ class LocalSteps:
     as variables, so that everything happens in the graph of the training step.
 
     Args:
-        step_state: of the objective, whose terms have a :class:`hvdloss.control.SyncPeriod`.
+        step_state: of the objective, whose terms have a :class:`hvdloss.terms.policies.SyncPeriod`.
         reducer: how gradients travel; parameters travel the same way.
         passes: backward passes per step.
     """

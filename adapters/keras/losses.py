@@ -1,7 +1,7 @@
 """Losses that know what they stand for: the objective, and whatever ``compile`` was given.
 
 A batch's loss alone does not say what it must be weighted with. Here every loss of a model tells its
-numerator and denominator (:mod:`hvdloss.reduction`): an :class:`Objective` by its reduction, a loss of
+numerator and denominator (:mod:`hvdloss.losses.reduction`): an :class:`Objective` by its reduction, a loss of
 Keras by Keras's own rule, so that ``loss="mse"`` is exact too.
 """
 
@@ -16,17 +16,17 @@ from typing import Any
 import tensorflow as tf
 
 import keras
-from hvdloss.elements import check_object, prediction_first, reduction_of
 from hvdloss.errors import ConfigError
 from hvdloss.keras._backend import CompileLoss, get_keras_mask, squeeze_or_expand_to_same_rank
 from hvdloss.losses import GlobalLoss
+from hvdloss.losses.elements import check_object, prediction_first, reduction_of
 from hvdloss.report import StepReport
 from hvdloss.tensorflow.objective import CallSums, check_elementwise, reduction_of_keras, swapped
 from hvdloss.tensorflow.objective import Objective as TensorFlowObjective
 from hvdloss.tensorflow.ops import TensorFlowOps
 from hvdloss.tensorflow.reducer import GradientReducer
 from hvdloss.tensorflow.step import StepState
-from hvdloss.term import Term
+from hvdloss.terms.term import Term
 
 __all__ = ["ExactCompileLoss", "ExactMean", "Objective"]
 
@@ -102,7 +102,7 @@ class Objective(keras.losses.Loss):
     divides by the sum of the weights.
 
     Args:
-        loss: a name from ``hvdloss.objective.LOSSES``, or a callable
+        loss: a name from ``hvdloss.step.objective.LOSSES``, or a callable
             ``(y_true, y_pred) -> per-element losses``, in Keras's order; a loss of Keras must have been
             constructed with ``reduction=None`` or ``"mean_with_sample_weight"``, and what it masks
             (``ignore_class``) is absent. What returns one number for several elements is refused. Or a loss

@@ -9,14 +9,14 @@ from typing import Any
 import tensorflow as tf
 
 import keras
-from hvdloss.communicator import included
-from hvdloss.control.period import SyncPeriod
+from hvdloss.comm.communicator import included
+from hvdloss.comm.world import next_name_index, register_for_reset
 from hvdloss.errors import ConfigError
 from hvdloss.keras._backend import hvd
 from hvdloss.keras.local import LocalSteps, check_local
 from hvdloss.keras.losses import ExactCompileLoss, Objective
-from hvdloss.ledger import COLUMN
-from hvdloss.passes import changed_gradients_error, changed_gradients_warning
+from hvdloss.losses.ledger import COLUMN
+from hvdloss.losses.passes import changed_gradients_error, changed_gradients_warning
 from hvdloss.report import StepReport
 from hvdloss.tensorflow.objective import Objective as TensorFlowObjective
 from hvdloss.tensorflow.own_gradients import changed, watch_tapes
@@ -32,7 +32,7 @@ from hvdloss.tensorflow.reducer import (
 )
 from hvdloss.tensorflow.step import StepState, merge_pass, with_failure
 from hvdloss.tensorflow.variables import variable
-from hvdloss.world import next_name_index, register_for_reset
+from hvdloss.terms.policies.period import SyncPeriod
 
 __all__ = ["DistributedOptimizer", "PartialDistributedOptimizer", "engine_of"]
 
@@ -399,8 +399,8 @@ class _Exact:
         """Average the ranks' parameters now, after local steps; nothing where they are equal.
 
         Before evaluating or saving a model in the middle of a stretch of local steps
-        (:class:`hvdloss.control.SyncPeriod`) in a loop of your own; ``fit`` does it at the end of every
-        epoch. All ranks must call it, eagerly, after the same step.
+        (:class:`hvdloss.terms.policies.SyncPeriod`) in a loop of your own; ``fit`` does it at the end of
+        every epoch. All ranks must call it, eagerly, after the same step.
 
         Raises:
             WeightError, NoWeightError, NonFiniteLossError, UsageError, ConfigError: the same on every
@@ -554,8 +554,8 @@ def DistributedOptimizer(
 
     Raises:
         ConfigError: an argument that cannot be used; terms whose policies cannot be followed here:
-            :class:`hvdloss.control.SyncPeriod` with a ``LossScaleOptimizer``, with ``use_ema``, or with
-            local variables, and ``AdaptiveCompression`` with `compression`.
+            :class:`hvdloss.terms.policies.SyncPeriod` with a ``LossScaleOptimizer``, with ``use_ema``, or
+            with local variables, and ``AdaptiveCompression`` with `compression`.
 
     Collectives per step: one all-reduce per bucket of dense gradients, two all-gathers per sparse
     one, one all-reduce of the ranks' ledgers (``size`` x 21 float64 and what terms tell; with more than 64

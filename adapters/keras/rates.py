@@ -7,18 +7,18 @@ from typing import Any
 import tensorflow as tf
 
 import keras
-from hvdloss.training.rates import Warmup
+from hvdloss.train.rates import Warmup
 
 __all__ = ["WarmupSchedule"]
 
 
 @keras.saving.register_keras_serializable(package="hvdloss")
 class WarmupSchedule(keras.optimizers.schedules.LearningRateSchedule):
-    """A learning rate times a factor that rises step by step: see :class:`hvdloss.training.Warmup`.
+    """A learning rate times a factor that rises step by step: see :class:`hvdloss.train.Warmup`.
 
     ::
 
-        factor = hvdloss.training.scale_factor(hvd.size() * 32, 256)
+        factor = hvdloss.train.scale_factor(hvd.size() * 32, 256)
         optimizer = keras.optimizers.SGD(hvd.WarmupSchedule(0.1, factor, steps=500))
 
     Horovod's ``LearningRateWarmupCallback`` does it by epochs, for the number of ranks only. Keras's
@@ -26,7 +26,7 @@ class WarmupSchedule(keras.optimizers.schedules.LearningRateSchedule):
 
     Args:
         learning_rate: of the base batch: a number or a schedule.
-        factor, steps, start, begin: see :class:`hvdloss.training.Warmup`; steps are updates.
+        factor, steps, start, begin: see :class:`hvdloss.train.Warmup`; steps are updates.
 
     Raises:
         ConfigError: an argument that cannot be used.

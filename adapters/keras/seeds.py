@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import keras
-from hvdloss.communicator import rank_and_size
+from hvdloss.comm.communicator import rank_and_size
 from hvdloss.keras._backend import hvd
-from hvdloss.training.seeds import seed_for
+from hvdloss.train.seeds import seed_for
 
 __all__ = ["seed_everything"]
 

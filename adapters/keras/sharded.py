@@ -10,7 +10,7 @@ import numpy.typing as npt
 import tensorflow as tf
 
 import keras
-from hvdloss.collectives import resolve_group
+from hvdloss.comm.collectives import resolve_group
 from hvdloss.errors import ConfigError, ShapeError
 from hvdloss.keras.losses import class_numbers
 from hvdloss.losses.shards import ClassShards, Margin

@@ -16,22 +16,22 @@ import tensorflow as tf
 
 import keras
 from hvdloss import watch
-from hvdloss.agreement import check_consistency
-from hvdloss.control.period import period_of
+from hvdloss.comm.agreement import check_consistency
+from hvdloss.comm.guard import due
+from hvdloss.comm.messages import decode_all
+from hvdloss.comm.plan import ParameterInfo
 from hvdloss.errors import ConfigError, DataError, HvdlossError, RankError, ShapeError
-from hvdloss.guard import due
 from hvdloss.keras._backend import TensorFlowTrainer, Trainer
-from hvdloss.keras.data import EpochDataset
+from hvdloss.keras.integrations.data import EpochDataset
 from hvdloss.keras.losses import ExactCompileLoss, ExactMean, Objective
 from hvdloss.keras.optimizer import as_exact_class, engine_of
-from hvdloss.messages import decode_all
-from hvdloss.plan import ParameterInfo
 from hvdloss.tensorflow.guard import check_synchronized, checksums, parameter_name
 from hvdloss.tensorflow.normalization import synchronized_layers
 from hvdloss.tensorflow.ops import communicator_of
 from hvdloss.tensorflow.reducer import empty_row
 from hvdloss.tensorflow.step import unwrap_graph_errors
 from hvdloss.tensorflow.variables import variable
+from hvdloss.terms.policies.period import period_of
 
 __all__ = ["SynchronizationCallback", "install", "run_empty_step"]
 
@@ -582,7 +582,7 @@ def install() -> None:
     @functools.wraps(plain_evaluate)
     def evaluate(self: Any, *args: Any, **kwargs: Any) -> Any:
         from hvdloss.keras.callbacks import MetricAverageCallback
-        from hvdloss.keras.metrics import merged_results
+        from hvdloss.keras.integrations.metrics import merged_results
 
         results = plain_evaluate(self, *args, **kwargs)
         callbacks = kwargs.get("callbacks") or (args[6] if len(args) > 6 else None)

@@ -8,26 +8,27 @@ Every public name of Horovod's module is here. New are :class:`Objective`, the e
 
 from __future__ import annotations
 
+from hvdloss.losses.segments import Segments
 from hvdloss.report import RankReport, StepReport
-from hvdloss.segments import Segments
 from hvdloss.tensorflow import _backend, _elastic
 from hvdloss.tensorflow._compat import leave_library_unconverted, let_variables_be_called
 from hvdloss.tensorflow.checkpoint import Checkpoint
-from hvdloss.tensorflow.explain import (
+from hvdloss.tensorflow.functions import allgather_object, broadcast_object, broadcast_variables
+from hvdloss.tensorflow.guard import check_synchronized
+from hvdloss.tensorflow.integrations.explain import (
     LossAttribution,
     lime_weights,
     permutation_importance,
     predict_function,
     shap_values,
 )
-from hvdloss.tensorflow.functions import allgather_object, broadcast_object, broadcast_variables
-from hvdloss.tensorflow.guard import check_synchronized
-from hvdloss.tensorflow.metrics import Metrics
+from hvdloss.tensorflow.integrations.metrics import Metrics
+from hvdloss.tensorflow.integrations.preemption import Preemption
+from hvdloss.tensorflow.integrations.recorder import Recorder, follow
+from hvdloss.tensorflow.integrations.uneven import uneven
 from hvdloss.tensorflow.normalization import SyncBatchNormalization, synchronize_moments
 from hvdloss.tensorflow.objective import Objective
 from hvdloss.tensorflow.optimizer import DistributedOptimizer
-from hvdloss.tensorflow.preemption import Preemption
-from hvdloss.tensorflow.recorder import Recorder, follow
 from hvdloss.tensorflow.segments import link_segments, sequence_weights
 from hvdloss.tensorflow.several import Objectives, global_losses
 from hvdloss.tensorflow.sharded import (
@@ -42,7 +43,6 @@ from hvdloss.tensorflow.sharded import (
 )
 from hvdloss.tensorflow.tape import DistributedGradientTape, PartialDistributedGradientTape
 from hvdloss.tensorflow.training import BestCheckpoint, EarlyStopping, merged_value, seed_everything
-from hvdloss.tensorflow.uneven import uneven
 from hvdloss.watch import same_fate
 
 __all__ = [

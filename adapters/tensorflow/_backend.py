@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib.util
 from typing import Any
 
-from hvdloss.communicator import preserve_process_sets
-from hvdloss.tuning import remove_invalid_settings
+from hvdloss.comm.communicator import preserve_process_sets
+from hvdloss.comm.tuning import remove_invalid_settings
 
 remove_invalid_settings()
 hvd: Any

@@ -11,13 +11,13 @@ import numpy as np
 
 import tensorflow as tf
 from hvdloss import watch
-from hvdloss.elastic import runner
+from hvdloss.comm.launch import init_checked
 from hvdloss.errors import ConfigError
-from hvdloss.launch import init_checked
 from hvdloss.tensorflow._backend import hvd
-from hvdloss.tensorflow.checkpoint import from_array, memory_of, remember, settle, to_array
+from hvdloss.tensorflow.checkpoint import from_array, load_state_dict_of, settle, state_dict_of, to_array
 from hvdloss.tensorflow.ops import communicator_of
-from hvdloss.training.checkpoint import state_from_bytes, state_to_bytes
+from hvdloss.train.checkpoint import state_from_bytes, state_to_bytes
+from hvdloss.train.elastic import runner
 
 __all__ = ["elastic", "watched"]
 
@@ -76,13 +76,14 @@ def _states(base: type) -> type:
             self, shared: Sequence[Any], own: Sequence[Any], optimizers: Sequence[Any], values: dict[str, Any]
         ) -> None:
             self._shared, self._own = list(shared), list(own)
-            self._remembering = [one for one in (*optimizers, *values.values()) if memory_of(one) is not None]
+            every = (*optimizers, *values.values())
+            self._with_state = [one for one in every if state_dict_of(one) is not None]
             self._positions = {
                 name: value for name, value in values.items() if hasattr(value, "load_state_dict")
             }
             plain = {}
             for name, value in values.items():
-                if name in self._positions or any(value is one for one in self._remembering):
+                if name in self._positions or any(value is one for one in self._with_state):
                     object.__setattr__(self, name, value)
                 else:
                     plain[name] = value
@@ -93,14 +94,14 @@ def _states(base: type) -> type:
         def _keep(self, positions: dict[str, Any]) -> None:
             self._kept = {
                 "shared": _values(self._shared),
-                "memories": [memory_of(one) for one in self._remembering],
+                "memories": [state_dict_of(one) for one in self._with_state],
                 "positions": positions,
             }
             self._kept_own = _values(self._own)
 
         def save(self) -> None:
             """Keep everything as it is; all ranks commit together."""
-            for one in self._remembering:
+            for one in self._with_state:
                 settle(one)
             self._keep({name: value.state_dict() for name, value in self._positions.items()})
             super().save()
@@ -113,8 +114,8 @@ def _states(base: type) -> type:
 
         def _give(self, *, same_ranks: bool) -> None:
             _assign(self._shared, self._kept["shared"])
-            for one, memory in zip(self._remembering, self._kept["memories"], strict=True):
-                remember(one, memory, same_ranks=same_ranks)
+            for one, memory in zip(self._with_state, self._kept["memories"], strict=True):
+                load_state_dict_of(one, memory, same_ranks=same_ranks)
             for name, value in self._positions.items():
                 value.load_state_dict(self._kept["positions"][name])
 

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import tensorflow as tf
-from hvdloss.single import *  # noqa: F403 - the neutral names are this module's too
-from hvdloss.single import Average, ObjectState, check_root, elastic_run
+from hvdloss.comm.single import *  # noqa: F403 - the neutral names are this module's too
+from hvdloss.comm.single import Average, ObjectState, check_root, elastic_run
 
 
 def is_homogeneous() -> bool:

@@ -7,7 +7,7 @@ import weakref
 from typing import Any
 
 import tensorflow as tf
-from hvdloss.world import register_for_reset
+from hvdloss.comm.world import register_for_reset
 
 __all__ = ["register_trace"]
 

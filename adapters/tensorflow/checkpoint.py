@@ -1,4 +1,4 @@
-"""Checkpoints of a training run in TensorFlow and Keras: see :mod:`hvdloss.training.checkpoint`."""
+"""Checkpoints of a training run in TensorFlow and Keras: see :mod:`hvdloss.train.checkpoint`."""
 
 from __future__ import annotations
 
@@ -11,14 +11,22 @@ import keras
 import numpy as np
 
 import tensorflow as tf
-from hvdloss.communicator import communicator_for
+from hvdloss.comm.communicator import communicator_for
 from hvdloss.errors import CheckpointError, ConfigError
 from hvdloss.tensorflow._backend import hvd
 from hvdloss.tensorflow.ops import communicator_of
-from hvdloss.training import checkpoint as core
-from hvdloss.training.checkpoint import StateDict
+from hvdloss.train import checkpoint as core
+from hvdloss.train.checkpoint import StateDict
 
-__all__ = ["Checkpoint", "from_array", "memory_of", "remember", "settle", "step_state_of", "to_array"]
+__all__ = [
+    "Checkpoint",
+    "from_array",
+    "load_state_dict_of",
+    "settle",
+    "state_dict_of",
+    "step_state_of",
+    "to_array",
+]
 
 
 def to_array(value: Any) -> Any:
@@ -56,7 +64,7 @@ def from_array(kind: str, array: np.ndarray) -> tf.Tensor:
     return tf.constant(array)
 
 
-# -- what objectives remember -----------------------------------------------------------------------------
+# -- the state of objectives --------------------------------------------------------------------------------
 
 
 def _step_and_local_steps(value: Any) -> tuple[Any, Any]:
@@ -75,28 +83,28 @@ def step_state_of(value: Any) -> Any:
     return _step_and_local_steps(value)[0]
 
 
-def memory_of(value: Any) -> Any:
-    """Return what an optimizer or an objective remembers; None for anything else."""
+def state_dict_of(value: Any) -> Any:
+    """Return the state of an optimizer's or objective's steps; None for anything else."""
     step_state, local_steps = _step_and_local_steps(value)
     if step_state is None:
         return None
     built = local_steps is not None and local_steps.built
-    return {**step_state.memory(), "velocity": [v.numpy() for v in local_steps.velocity] if built else []}
+    return {**step_state.state_dict(), "velocity": [v.numpy() for v in local_steps.velocity] if built else []}
 
 
-def remember(value: Any, memory: Any, *, same_ranks: bool) -> None:
-    """Go on from a :func:`memory_of`; no collective.
+def load_state_dict_of(value: Any, state: Any, *, same_ranks: bool) -> None:
+    """Go on from a :func:`state_dict_of`; no collective.
 
     Raises:
         ConfigError: it is none.
     """
     step_state, local_steps = _step_and_local_steps(value)
-    if not isinstance(memory, dict) or "velocity" not in memory:
-        raise ConfigError(f"memory={str(memory)[:200]} is not of a DistributedOptimizer or an Objective")
-    step_state.remember(memory, same_ranks=same_ranks)
-    if local_steps is not None and memory["velocity"]:
+    if not isinstance(state, dict) or "velocity" not in state:
+        raise ConfigError(f"state={str(state)[:200]} is not of a DistributedOptimizer or an Objective")
+    step_state.load_state_dict(state, same_ranks=same_ranks)
+    if local_steps is not None and state["velocity"]:
         local_steps.build(getattr(value, "inner_optimizer", value))
-        for variable, told in zip(local_steps.velocity, memory["velocity"], strict=True):
+        for variable, told in zip(local_steps.velocity, state["velocity"], strict=True):
             variable.assign(told)
     if local_steps is not None and local_steps.built:
         local_steps.forget()
@@ -169,7 +177,7 @@ class _Model(_Variables):
 
 
 class _Optimizer(_Variables):
-    """An optimizer of Keras, with what its engine remembers."""
+    """An optimizer of Keras, with the state of its steps."""
 
     def before_save(self) -> None:
         """Make parameters equal, after local steps."""
@@ -179,7 +187,7 @@ class _Optimizer(_Variables):
         if not self.value.built:
             raise ConfigError(f"{self.name} is not built: call {self.name}.build(model.trainable_variables)")
         self._variables = self.value.variables
-        return {"variables": super().state(), "engine": memory_of(self.value)}
+        return {"variables": super().state(), "engine": state_dict_of(self.value)}
 
     def load(self, state: Any) -> None:
         if not isinstance(state, dict) or set(state) != {"variables", "engine"}:
@@ -188,21 +196,21 @@ class _Optimizer(_Variables):
             raise ConfigError(f"{self.name} is not built: call {self.name}.build(model.trainable_variables)")
         self._variables = self.value.variables
         super().load(state["variables"])
-        if state["engine"] is not None and memory_of(self.value) is not None:
-            remember(self.value, state["engine"], same_ranks=True)
+        if state["engine"] is not None and state_dict_of(self.value) is not None:
+            load_state_dict_of(self.value, state["engine"], same_ranks=True)
 
 
 class _Objective:
-    """What an objective's terms remember, for loops with a tape."""
+    """The state of an objective's terms, for loops with a tape."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
 
     def state(self) -> Any:
-        return memory_of(self.value)
+        return state_dict_of(self.value)
 
     def load(self, state: Any) -> None:
-        remember(self.value, state, same_ranks=True)
+        load_state_dict_of(self.value, state, same_ranks=True)
 
 
 def _part(name: str, value: Any) -> Any:
@@ -210,7 +218,7 @@ def _part(name: str, value: Any) -> Any:
         return _Model(value, name)
     if isinstance(value, keras.optimizers.Optimizer):
         return _Optimizer(value, name, ())
-    if memory_of(value) is not None:
+    if state_dict_of(value) is not None:
         return _Objective(value)
     if isinstance(value, tf.Module | keras.Layer):
         return _Variables(value, name, value.variables)

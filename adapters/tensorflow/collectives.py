@@ -36,7 +36,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import tensorflow as tf
-from hvdloss.collectives import (
+from hvdloss.comm.collectives import (
     GroupContext,
     check_known_rows,
     check_root,

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 import tensorflow as tf
-from hvdloss.agreement import check_items_consistent
-from hvdloss.collectives import group_by_bytes, named_by_ordinal, resolve_group, root_index
+from hvdloss.comm.agreement import check_items_consistent
+from hvdloss.comm.collectives import group_by_bytes, named_by_ordinal, resolve_group, root_index
 from hvdloss.errors import ConfigError
 from hvdloss.tensorflow._backend import hvd
 from hvdloss.tensorflow.guard import parameter_name

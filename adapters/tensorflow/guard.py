@@ -1,4 +1,4 @@
-"""The guard against silent desynchronisation, for TensorFlow (see :mod:`hvdloss.guard`)."""
+"""The guard against silent desynchronisation, for TensorFlow (see :mod:`hvdloss.comm.guard`)."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from hvdloss.communicator import included
-from hvdloss.guard import assert_synchronized, checksum
+from hvdloss.comm.communicator import included
+from hvdloss.comm.guard import assert_synchronized, checksum
 from hvdloss.tensorflow._backend import hvd
 from hvdloss.tensorflow.ops import communicator_of
 

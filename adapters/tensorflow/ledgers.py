@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 import tensorflow as tf
-from hvdloss.exact import digits_for
-from hvdloss.ledger import LEDGER_WIDTH, Sums
+from hvdloss.comm.exact import digits_for
+from hvdloss.losses.ledger import LEDGER_WIDTH, Sums
 
 __all__ = ["Message", "exact_totals"]
 
@@ -55,7 +55,7 @@ class Message:
         return tf.bitcast(tf.reshape(tf.cast(numbers, tf.uint16), [self.size, LEDGER_WIDTH, 4]), tf.float64)
 
     def totals(self, numbers: tf.Tensor) -> tf.Tensor:
-        """Return what the summed numbers come to: :attr:`hvdloss.ledger.Ledgers.totals`."""
+        """Return what the summed numbers come to: :attr:`hvdloss.losses.ledger.Ledgers.totals`."""
         sums = Sums(self.size, _PRECISION[numbers.dtype])
 
         def read(numbers: np.ndarray) -> Any:

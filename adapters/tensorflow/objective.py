@@ -9,20 +9,20 @@ from typing import Any
 import keras
 
 import tensorflow as tf
-from hvdloss.communicator import included, rank_and_size
-from hvdloss.elements import prediction_first
+from hvdloss.comm.communicator import included, rank_and_size
 from hvdloss.errors import ConfigError
 from hvdloss.losses.base import Group, OneRank
-from hvdloss.objective import ObjectiveBase, expand_mask_axes
-from hvdloss.reduction import Contribution, broadcast_error, broadcast_weights, reduce_losses
+from hvdloss.losses.elements import prediction_first
+from hvdloss.losses.reduction import Contribution, broadcast_error, broadcast_weights, reduce_losses
 from hvdloss.report import StepReport
+from hvdloss.step.objective import ObjectiveBase, expand_mask_axes
 from hvdloss.tensorflow._backend import hvd
 from hvdloss.tensorflow._compat import as_the_caller_would
 from hvdloss.tensorflow._traces import register_trace
 from hvdloss.tensorflow.collectives import group_of
 from hvdloss.tensorflow.ops import NAMED_LOSSES, TensorFlowOps, communicator_of, once
 from hvdloss.tensorflow.step import StepState
-from hvdloss.term import Term
+from hvdloss.terms.term import Term
 
 __all__ = ["CallSums", "Objective"]
 
@@ -138,7 +138,7 @@ class Objective(ObjectiveBase[tf.Tensor]):
     :func:`hvdloss.tensorflow.DistributedOptimizer` the sums also run over micro-batches.
 
     Args:
-        loss: a name from ``hvdloss.objective.LOSSES``, or a callable
+        loss: a name from ``hvdloss.step.objective.LOSSES``, or a callable
             ``(prediction, target) -> per-element losses``, in the order of its parameters' names if they are
             those of ``tf.nn`` (labels, logits) or Keras (y_true, y_pred); or a loss of Keras constructed
             with ``reduction=None`` or ``"mean_with_sample_weight"``. What they mask (``ignore_class``) is
@@ -249,8 +249,8 @@ class Objective(ObjectiveBase[tf.Tensor]):
                 An element of weight zero is absent: its loss may be NaN. A negative, NaN or infinite
                 weight raises WeightError on every rank when the gradients are reduced.
             segments: of packed sequences: integer ids of the losses' shape (negative: padding), or
-                :class:`hvdloss.segments.Segments`; or what :func:`link_segments` returned, where sequences
-                are cut.
+                :class:`hvdloss.losses.segments.Segments`; or what :func:`link_segments` returned, where
+                sequences are cut.
             keys: what terms may group elements by (``DataSkew(of="keys")``): integers whose leading axes
                 are those of the losses.
             total: for functions of sums: those of all micro-batches of all ranks (:meth:`total`), so

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 import tensorflow as tf
-from hvdloss.communicator import Communicator, OneProcess
-from hvdloss.elements import ClassOptions
+from hvdloss.comm.communicator import Communicator, OneProcess
 from hvdloss.errors import ShapeError, second_derivative_error
-from hvdloss.objective import loss_named
+from hvdloss.losses.elements import ClassOptions
+from hvdloss.step.objective import loss_named
 from hvdloss.tensorflow._backend import hvd
 from hvdloss.tensorflow.passes import as_data
 from hvdloss.tensorflow.waiting import raise_root_cause
@@ -26,7 +26,7 @@ _NO_OPTIONS = ClassOptions()
 
 
 class TensorFlowOps:
-    """:class:`hvdloss.reduction.ArrayOps` for TensorFlow tensors, eager or in a graph."""
+    """:class:`hvdloss.losses.reduction.ArrayOps` for TensorFlow tensors, eager or in a graph."""
 
     def shape(self, x: Any) -> tuple[int | None, ...]:
         """Return the static shape; a number's is empty, an axis known only at run time is None."""
@@ -400,7 +400,7 @@ def at_once() -> Iterator[None]:
 
 
 class HorovodCommunicator:
-    """:class:`hvdloss.communicator.Communicator` over Horovod, for a process set; at once, in a graph too."""
+    """A :class:`~hvdloss.comm.communicator.Communicator` over Horovod; at once, in a graph too."""
 
     def __init__(self, process_set: Any = None) -> None:
         self._process_set = process_set or hvd.global_process_set

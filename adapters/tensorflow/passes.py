@@ -7,7 +7,7 @@ from typing import Any
 
 import tensorflow as tf
 from hvdloss.errors import HvdlossError
-from hvdloss.passes import weight_gradient_error
+from hvdloss.losses.passes import weight_gradient_error
 from hvdloss.tensorflow._graphs import depend_on
 from hvdloss.tensorflow.variables import variable
 

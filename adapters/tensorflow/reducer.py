@@ -9,14 +9,13 @@ from typing import Any
 
 import tensorflow as tf
 from hvdloss import watch
-from hvdloss.agreement import check_consistency
-from hvdloss.communicator import group_ranks, included
-from hvdloss.control.compression import AdaptiveCompression
-from hvdloss.control.period import SyncPeriod
-from hvdloss.controller import Controller
+from hvdloss.comm.agreement import check_consistency
+from hvdloss.comm.communicator import group_ranks, included
+from hvdloss.comm.plan import ParameterInfo, plan_buckets
+from hvdloss.comm.tuning import choose, launched
+from hvdloss.comm.world import register_for_reset
 from hvdloss.errors import ConfigError
-from hvdloss.ledger import COLUMN, GATHER_COLUMNS, LEDGER_WIDTH
-from hvdloss.plan import ParameterInfo, plan_buckets
+from hvdloss.losses.ledger import COLUMN, GATHER_COLUMNS, LEDGER_WIDTH
 from hvdloss.tensorflow._backend import hvd
 from hvdloss.tensorflow._traces import register_trace
 from hvdloss.tensorflow.guard import checksums, parameter_name
@@ -24,9 +23,10 @@ from hvdloss.tensorflow.ledgers import Message, exact_totals
 from hvdloss.tensorflow.ops import communicator_of
 from hvdloss.tensorflow.variables import variable
 from hvdloss.tensorflow.waiting import raise_root_cause, uncounted
-from hvdloss.term import CommStats
-from hvdloss.tuning import choose, launched
-from hvdloss.world import register_for_reset
+from hvdloss.terms.controller import Controller
+from hvdloss.terms.policies.compression import AdaptiveCompression
+from hvdloss.terms.policies.period import SyncPeriod
+from hvdloss.terms.term import CommStats
 
 __all__ = [
     "CommTimer",
@@ -176,7 +176,7 @@ class GradientReducer:
         predivide: shifts the range of what travels, as Horovod's ``gradient_predivide_factor``.
         groups: a number of buckets to aim at, or lists of variables that must share one.
         device_dense, device_sparse: where the collectives run.
-        bucket_cap_mb: see :func:`hvdloss.tuning.choose`.
+        bucket_cap_mb: see :func:`hvdloss.comm.tuning.choose`.
 
     Gradients in 16 bits, or compressed to 16 bits, are divided by the step's weight before they travel,
     since scaled ones would overflow; the ledgers then go ledgers_first, in a small all-reduce of their own.
@@ -401,11 +401,11 @@ class GradientReducer:
         Returns:
             sum_k D_k g_k / sum_k D_k in each gradient's dtype, and all rows, ``(size, len(row))`` float64,
             with the times of the exchange before; with many ranks (:attr:`summing`), where nobody needs more,
-            one row of sums (:attr:`hvdloss.ledger.Ledgers.totals`). Gradients of one rank alone are returned
-            as they are.
+            one row of sums (:attr:`hvdloss.losses.ledger.Ledgers.totals`). Gradients of one rank alone are
+            returned as they are.
 
-        Collectives: one all-reduce per bucket of dense gradients (:func:`hvdloss.plan.plan_buckets`), two
-        all-gathers per sparse one; the ledgers ride in a bucket, and what terms tell is one small message
+        Collectives: one all-reduce per bucket of dense gradients (:func:`hvdloss.comm.plan.plan_buckets`),
+        two all-gathers per sparse one; the ledgers ride in a bucket, and what terms tell is one small message
         more; or all of it is one where there is no such bucket or `compress` is given. Where the ledgers go
         ahead, whether gradients are finite is one small message more. With many ranks there is an all-gather
         of the rows where somebody reads them or something is wrong. None with one rank.

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 import tensorflow as tf
-from hvdloss.collectives import auto_name, resolve_group
-from hvdloss.communicator import rank_and_size
+from hvdloss.comm.collectives import auto_name, resolve_group
+from hvdloss.comm.communicator import rank_and_size
 from hvdloss.errors import UsageError
-from hvdloss.segments import Link, LinkedSegments, Segments, check_micro_batches
+from hvdloss.losses.segments import Link, LinkedSegments, Segments, check_micro_batches
 from hvdloss.tensorflow._backend import hvd
 from hvdloss.tensorflow.ops import TensorFlowOps, communicator_of
 
@@ -29,7 +29,7 @@ def sequence_weights(weight: Any, segments: Any) -> tf.Tensor:
 
     Args:
         weight: of the elements, a tensor of their shape; 0 where the target is ignored.
-        segments: ids of the same shape, or :class:`hvdloss.segments.Segments`.
+        segments: ids of the same shape, or :class:`hvdloss.losses.segments.Segments`.
 
     Returns:
         weights of that shape; those of a sequence add up to 1, or to its weight.
@@ -57,9 +57,9 @@ def link_segments(
     argument of a ``tf.function``.
 
     Args:
-        segments: of each micro-batch of this rank: ids, or :class:`hvdloss.segments.Segments`. An id means
-            one sequence in all of them; rows and ``cu_seqlens`` are whole sequences, whose groups may have
-            others elsewhere. An empty list for a rank without any.
+        segments: of each micro-batch of this rank: ids, or :class:`hvdloss.losses.segments.Segments`. An id
+            means one sequence in all of them; rows and ``cu_seqlens`` are whole sequences, whose groups may
+            have others elsewhere. An empty list for a rank without any.
         weights: of each one's elements, as in calling the objective: None, a number or a tensor. They must
             be all of an element's weight: 0 where the target is ignored, times its class's weight.
         over: the process set whose ranks may have pieces of one sequence (or sequences of one group):

@@ -1,4 +1,4 @@
-"""Several losses in one tape: how their denominators travel (:mod:`hvdloss.several` says why)."""
+"""Several losses in one tape: how their denominators travel (:mod:`hvdloss.step.several` says why)."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 
 import tensorflow as tf
-from hvdloss import several
-from hvdloss.communicator import included, rank_and_size
+from hvdloss.comm.communicator import included, rank_and_size
 from hvdloss.errors import ConfigError, UsageError
-from hvdloss.ledger import LEDGER_WIDTH
-from hvdloss.reduction import TENSOR_FIELDS
+from hvdloss.losses.ledger import LEDGER_WIDTH
+from hvdloss.losses.reduction import TENSOR_FIELDS
 from hvdloss.report import StepReport
-from hvdloss.report.steps import LossReport
-from hvdloss.several import (
+from hvdloss.step import several
+from hvdloss.step.report import LossReport
+from hvdloss.step.several import (
     COLUMNS,
     changed_factor_warning,
     gradient_factor,
@@ -70,7 +70,7 @@ class Objectives(several.Objectives):
         objectives: by name, or a sequence.
 
     Raises:
-        ConfigError: what cannot be combined; see :class:`hvdloss.several.Objectives`.
+        ConfigError: what cannot be combined; see :class:`hvdloss.step.several.Objectives`.
     """
 
     def __init__(self, objectives: Mapping[str, Objective] | Sequence[Objective]) -> None:

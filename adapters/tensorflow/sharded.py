@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 import tensorflow as tf
-from hvdloss.collectives import GroupContext, resolve_group
+from hvdloss.comm.collectives import GroupContext, resolve_group
 from hvdloss.errors import ConfigError, ShapeError
 from hvdloss.losses.shards import (
     HEADER,

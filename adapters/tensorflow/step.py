@@ -14,24 +14,32 @@ import numpy as np
 
 import tensorflow as tf
 from hvdloss import watch
-from hvdloss.agreement import raise_on_all_ranks
-from hvdloss.communicator import rank_and_size
-from hvdloss.control.compression import AdaptiveCompression
-from hvdloss.control.period import period_of
-from hvdloss.control.weights import Proximal
-from hvdloss.controller import Controller, parse_counts
+from hvdloss.comm.agreement import raise_on_all_ranks
+from hvdloss.comm.communicator import rank_and_size
+from hvdloss.comm.world import register_for_reset
 from hvdloss.errors import HvdlossError, UsageError
-from hvdloss.ledger import COLUMN, FAULT_COLUMNS, LEDGER_WIDTH, NONFINITE_COLUMNS, Ledgers, check_step, unpack
-from hvdloss.passes import SAME, another_error, uneven_division_error, unheard_error
-from hvdloss.reduction import TENSOR_FIELDS
+from hvdloss.losses.ledger import (
+    COLUMN,
+    FAULT_COLUMNS,
+    LEDGER_WIDTH,
+    NONFINITE_COLUMNS,
+    Ledgers,
+    check_step,
+    unpack,
+)
+from hvdloss.losses.passes import SAME, another_error, uneven_division_error, unheard_error
+from hvdloss.losses.reduction import TENSOR_FIELDS
 from hvdloss.report import StepReport
-from hvdloss.report.steps import Interest, LossReport
+from hvdloss.step.report import Interest, LossReport
 from hvdloss.tensorflow._backend import hvd
 from hvdloss.tensorflow.ops import communicator_of
 from hvdloss.tensorflow.passes import clear_refusals, pop_refusal, set_weight_of_pass
 from hvdloss.tensorflow.variables import variable
-from hvdloss.term import CommStats
-from hvdloss.world import register_for_reset
+from hvdloss.terms.controller import Controller, parse_counts
+from hvdloss.terms.policies.compression import AdaptiveCompression
+from hvdloss.terms.policies.period import period_of
+from hvdloss.terms.policies.weights import Proximal
+from hvdloss.terms.term import CommStats
 
 __all__ = [
     "StepState",
@@ -56,7 +64,7 @@ def with_failure(row: tf.Tensor, failed: tf.Tensor) -> tf.Tensor:
 def merge_pass(rows: tf.Tensor, row: tf.Tensor) -> tf.Tensor:
     """Return the row of several passes together with that of one more: sums, but for the loss's factor.
 
-    See :func:`hvdloss.passes.factor_of_passes`.
+    See :func:`hvdloss.losses.passes.factor_of_passes`.
     """
     before, now = rows[_DENOMINATOR] > 0, row[_DENOMINATOR] > 0
     factor = tf.where(before, rows[_FACTOR], row[_FACTOR])
@@ -185,7 +193,7 @@ class StepState:
         assert self._factor is not None
         self._factor.assign(1.0)
 
-    def memory(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """Return what a run that goes on needs: plain values and arrays, equal on all ranks. Eager only."""
         return {
             "steps": int(self._of(2)),
@@ -193,16 +201,16 @@ class StepState:
             "terms": self.controller.state_dict(),
         }
 
-    def remember(self, memory: Any, *, same_ranks: bool) -> None:
-        """Go on from a :meth:`memory`; no collective. Eager only.
+    def load_state_dict(self, state: Any, *, same_ranks: bool) -> None:
+        """Go on from a :meth:`state_dict`; no collective. Eager only.
 
         Raises:
             ConfigError: it is none.
         """
-        steps, samples = parse_counts(memory, "is not what StepState.memory() gives")
+        steps, samples = parse_counts(state, "is not what StepState.state_dict() gives")
         if self.controller.terms:
             self.begin(*rank_and_size(hvd, self.process_set))
-            self.controller.load_state_dict(memory["terms"], same_ranks=same_ranks)
+            self.controller.load_state_dict(state["terms"], same_ranks=same_ranks)
             assert self._state is not None
             self._state.assign(self._terms_state())
         self._of(2).assign(steps)
@@ -470,7 +478,7 @@ class StepState:
         """Return the row of the passes last taken, which tells what their losses were multiplied with.
 
         `undone`: what the gradients are multiplied with again. See
-        :func:`hvdloss.passes.factor_of_passes`.
+        :func:`hvdloss.losses.passes.factor_of_passes`.
         """
         assert self._factor is not None
         factor = self.arrived * tf.cast(undone, tf.float64)
@@ -480,7 +488,7 @@ class StepState:
         return tf.tensor_scatter_nd_update(row, _OF_FACTOR, tf.stack([factor, news]))
 
     def _agreed_factor(self, table: tf.Tensor) -> tf.Tensor:
-        """Return :func:`hvdloss.ledger.agreed_factor` of a step's table."""
+        """Return :func:`hvdloss.losses.ledger.agreed_factor` of a step's table."""
         assert self._factor is not None
         told = (table[:, _DENOMINATOR] > 0) & tf.equal(table[:, COLUMN["nonfinite_losses"]], 0)
         there = tf.reduce_any(told) & tf.reduce_any(table[:, _RESCALED] > 0)

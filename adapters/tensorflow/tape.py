@@ -10,7 +10,8 @@ from typing import Any
 import keras
 
 import tensorflow as tf
-from hvdloss.communicator import included
+from hvdloss.comm.communicator import included
+from hvdloss.comm.tuning import choose
 from hvdloss.errors import ConfigError
 from hvdloss.report import StepReport
 from hvdloss.tensorflow._backend import hvd
@@ -18,7 +19,6 @@ from hvdloss.tensorflow.objective import Objective
 from hvdloss.tensorflow.reducer import GradientReducer, check_options, check_policies, check_skips, scale_grad
 from hvdloss.tensorflow.several import Objectives
 from hvdloss.tensorflow.step import with_failure
-from hvdloss.tuning import choose
 
 __all__ = ["DistributedGradientTape", "PartialDistributedGradientTape"]
 
@@ -227,7 +227,7 @@ def DistributedGradientTape(
 
     Raises:
         ConfigError: an argument that cannot be used; an objective with
-            :class:`hvdloss.control.SyncPeriod`, since a tape knows no parameters to average, or with
+            :class:`hvdloss.terms.policies.SyncPeriod`, since a tape knows no parameters to average, or with
             ``nonfinite="skip"``, since a tape makes no update that it could leave out.
 
     Collectives: none; see the tape's ``gradient``.

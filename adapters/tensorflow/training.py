@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 import tensorflow as tf
-from hvdloss import training as core
-from hvdloss.communicator import communicator_for, rank_and_size
+from hvdloss import train as core
+from hvdloss.comm.communicator import communicator_for, rank_and_size
 from hvdloss.tensorflow._backend import hvd
 from hvdloss.tensorflow.ops import communicator_of
 
@@ -17,7 +17,7 @@ __all__ = ["BestCheckpoint", "EarlyStopping", "merged_value", "seed_everything"]
 
 
 def merged_value(value: Any, weight: Any = None, *, process_set: Any = None) -> float:
-    """Return one number for all ranks; see :func:`hvdloss.training.merged_value`, whose errors it raises.
+    """Return one number for all ranks; see :func:`hvdloss.train.merged_value`, whose errors it raises.
 
     Args:
         value: this rank's mean, with `weight`; else a number that all ranks have, which is checked.
@@ -30,7 +30,7 @@ def merged_value(value: Any, weight: Any = None, *, process_set: Any = None) -> 
 
 
 class EarlyStopping(core.EarlyStopping):
-    """:class:`hvdloss.training.EarlyStopping` over the ranks of a process set.
+    """:class:`hvdloss.train.EarlyStopping` over the ranks of a process set.
 
     Args:
         patience, options: its arguments.
@@ -52,7 +52,7 @@ class BestCheckpoint(core.BestCheckpoint):
         model.set_weights(best.load())
 
     Args:
-        path, options: see :class:`hvdloss.training.BestCheckpoint`.
+        path, options: see :class:`hvdloss.train.BestCheckpoint`.
         process_set: the ranks; None for all.
     """
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import tensorflow as tf
 from hvdloss import watch
-from hvdloss.communicator import group_ranks, ranks_of_process_set_id
+from hvdloss.comm.communicator import group_ranks, ranks_of_process_set_id
 from hvdloss.tensorflow._backend import hvd
 from hvdloss.tensorflow.variables import variable
 

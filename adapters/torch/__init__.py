@@ -9,19 +9,11 @@ nothing, and without Horovod installed, they run one process.
 
 from __future__ import annotations
 
+from hvdloss.losses.segments import Segments
 from hvdloss.report import RankReport, StepReport
-from hvdloss.segments import Segments
 from hvdloss.torch import _backend, _elastic
 from hvdloss.torch.checkpoint import Checkpoint
 from hvdloss.torch.compression import Compression
-from hvdloss.torch.data import ShardedLoader
-from hvdloss.torch.explain import (
-    LossAttribution,
-    lime_weights,
-    permutation_importance,
-    predict_function,
-    shap_values,
-)
 from hvdloss.torch.functions import (
     allgather_object,
     broadcast_object,
@@ -29,12 +21,22 @@ from hvdloss.torch.functions import (
     broadcast_parameters,
 )
 from hvdloss.torch.guard import check_synchronized
-from hvdloss.torch.metrics import Metrics, synchronized
+from hvdloss.torch.integrations.data import ShardedLoader
+from hvdloss.torch.integrations.explain import (
+    LossAttribution,
+    lime_weights,
+    permutation_importance,
+    predict_function,
+    shap_values,
+)
+from hvdloss.torch.integrations.metrics import Metrics, synchronized
+from hvdloss.torch.integrations.preemption import Preemption
+from hvdloss.torch.integrations.recorder import Recorder, follow
+from hvdloss.torch.integrations.stream import StreamLoader
+from hvdloss.torch.integrations.uneven import uneven
 from hvdloss.torch.normalization import SyncBatchNorm, refuse_pytorchs_own
 from hvdloss.torch.objective import Objective
 from hvdloss.torch.optimizer import DistributedOptimizer
-from hvdloss.torch.preemption import Preemption
-from hvdloss.torch.recorder import Recorder, follow
 from hvdloss.torch.segments import link_segments
 from hvdloss.torch.several import global_losses
 from hvdloss.torch.sharded import (
@@ -52,7 +54,6 @@ from hvdloss.torch.split.layers import ColumnParallelLinear, RowParallelLinear, 
 from hvdloss.torch.split.norm import clip_split_grad_norm_
 from hvdloss.torch.split.stages import Pipeline, PipelineStats, pipeline_stage
 from hvdloss.torch.split.transformer import ParallelSelfAttention, ParallelTransformerLayer
-from hvdloss.torch.stream import StreamLoader
 from hvdloss.torch.training import (
     BestCheckpoint,
     EarlyStopping,
@@ -61,7 +62,6 @@ from hvdloss.torch.training import (
     mixup,
     seed_everything,
 )
-from hvdloss.torch.uneven import uneven
 from hvdloss.watch import same_fate
 
 __all__ = [

@@ -1,7 +1,7 @@
 """``hvd``: the engine that moves tensors between ranks, with the names of Horovod's PyTorch module.
 
 Horovod itself, ``torch.distributed`` (:mod:`hvdloss.torch.engines.distributed`), or one process; chosen by
-how this process was launched (:func:`hvdloss.launch.choose_engine`).
+how this process was launched (:func:`hvdloss.comm.launch.choose_engine`).
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import os
 from typing import Any
 
 import torch.distributed
-from hvdloss.communicator import preserve_process_sets
-from hvdloss.launch import choose_engine
-from hvdloss.tuning import remove_invalid_settings
+from hvdloss.comm.communicator import preserve_process_sets
+from hvdloss.comm.launch import choose_engine
+from hvdloss.comm.tuning import remove_invalid_settings
 
 remove_invalid_settings()
 hvd: Any

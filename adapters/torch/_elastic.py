@@ -9,17 +9,17 @@ from typing import Any
 
 import torch
 from hvdloss import watch
-from hvdloss.elastic import runner
-from hvdloss.launch import init_checked
-from hvdloss.messages import decode_all
+from hvdloss.comm.launch import init_checked
+from hvdloss.comm.messages import decode_all
 from hvdloss.torch._backend import engine, hvd
 from hvdloss.torch.checkpoint import from_array, to_array
-from hvdloss.torch.data import ShardedLoader
 from hvdloss.torch.functions import Source, state_from
+from hvdloss.torch.integrations.data import ShardedLoader
+from hvdloss.torch.integrations.stream import StreamLoader
+from hvdloss.torch.integrations.uneven import Uneven
 from hvdloss.torch.ops import communicator_of
-from hvdloss.torch.stream import StreamLoader
-from hvdloss.torch.uneven import Uneven
-from hvdloss.training.checkpoint import state_from_bytes, state_to_bytes
+from hvdloss.train.checkpoint import state_from_bytes, state_to_bytes
+from hvdloss.train.elastic import runner
 
 __all__ = ["elastic", "watched"]
 
@@ -101,7 +101,7 @@ def elastic() -> Any:
 
         def _snapshot(self) -> Any:
             engine = getattr(self.value, "_hvdloss", None)
-            return None if engine is None else copy.deepcopy(engine.memory())
+            return None if engine is None else copy.deepcopy(engine.state_dict())
 
         def save(self) -> None:
             super().save()
@@ -110,7 +110,7 @@ def elastic() -> Any:
         def restore(self) -> None:
             super().restore()
             if self.memory is not None:
-                self.value._hvdloss.remember(copy.deepcopy(self.memory), same_ranks=True)
+                self.value._hvdloss.load_state_dict(copy.deepcopy(self.memory), same_ranks=True)
 
         def sync(self) -> None:
             """Collectives: five gathers, and one broadcast per 64 MiB."""
@@ -123,7 +123,7 @@ def elastic() -> Any:
             if data and hasattr(self.value, "_hvdloss"):
                 memory = state_from_bytes(data, from_array)
                 # Ranks have come or gone, or this is the beginning.
-                self.value._hvdloss.remember(memory, same_ranks=False)
+                self.value._hvdloss.load_state_dict(memory, same_ranks=False)
             self.save()
 
     class TorchState(theirs.TorchState):

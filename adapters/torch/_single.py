@@ -11,9 +11,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from hvdloss.comm.single import *  # noqa: F403 - the neutral names are this module's too
+from hvdloss.comm.single import Adasum, Average, ObjectState, Sum, check_root, elastic_run
 from hvdloss.errors import HvdlossError
-from hvdloss.single import *  # noqa: F403 - the neutral names are this module's too
-from hvdloss.single import Adasum, Average, ObjectState, Sum, check_root, elastic_run
 
 __all__ = [
     "Adasum",

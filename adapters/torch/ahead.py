@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from hvdloss.errors import ConfigError, NonFiniteLossError, NoWeightError, WeightError
-from hvdloss.reduction import Contribution
+from hvdloss.losses.reduction import Contribution
 from hvdloss.torch._backend import hvd
 from hvdloss.torch.engines.group import EngineGroup
 from hvdloss.torch.ops import TorchOps, on_host, to_device_async

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from hvdloss import watch
 from hvdloss.errors import HvdlossError, UsageError
-from hvdloss.passes import alone_warning, another_error, uneven_division_error
-from hvdloss.reduction import TENSOR_FIELDS
+from hvdloss.losses.passes import alone_warning, another_error, uneven_division_error
+from hvdloss.losses.reduction import TENSOR_FIELDS
 from hvdloss.step.phase import Event
 from hvdloss.step.scale import WeightScale
 from hvdloss.step.state import StepState

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from hvdloss.plan import Bucket
+from hvdloss.comm.plan import Bucket
 from hvdloss.torch.compression import BF16Compressor
 from hvdloss.torch.engines.group import EngineGroup
 from hvdloss.torch.ops import on_host, to_device_async

@@ -1,4 +1,4 @@
-"""Checkpoints of a training run in PyTorch: the tensors' side of :mod:`hvdloss.training.checkpoint`."""
+"""Checkpoints of a training run in PyTorch: the tensors' side of :mod:`hvdloss.train.checkpoint`."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 
 import torch
-from hvdloss.communicator import communicator_for
+from hvdloss.comm.communicator import communicator_for
 from hvdloss.errors import CheckpointError, ConfigError
 from hvdloss.torch._backend import hvd
 from hvdloss.torch.ops import communicator_of
 from hvdloss.torch.sharded import ShardedLinear
-from hvdloss.training import checkpoint as core
-from hvdloss.training.checkpoint import StateDict
+from hvdloss.train import checkpoint as core
+from hvdloss.train.checkpoint import StateDict
 
 __all__ = ["Checkpoint", "from_array", "to_array"]
 
@@ -78,7 +78,7 @@ class _Optimizer(StateDict):
         self.value.exchange()
 
     def state(self) -> Any:
-        return {"optimizer": self.value.state_dict(), "engine": self.value._hvdloss.memory()}
+        return {"optimizer": self.value.state_dict(), "engine": self.value._hvdloss.state_dict()}
 
     def load(self, state: Any) -> None:
         if not isinstance(state, dict) or set(state) != {"optimizer", "engine"}:
@@ -86,7 +86,7 @@ class _Optimizer(StateDict):
                 "the optimizer that was saved was no DistributedOptimizer with an objective"
             )
         self.value.load_state_dict(state["optimizer"])
-        self.value._hvdloss.remember(state["engine"], same_ranks=True)
+        self.value._hvdloss.load_state_dict(state["engine"], same_ranks=True)
 
 
 def _part(name: str, value: Any) -> Any:

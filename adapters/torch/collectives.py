@@ -34,7 +34,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
-from hvdloss.collectives import (
+from hvdloss.comm.collectives import (
     GroupContext,
     auto_name,
     check_root,

@@ -10,15 +10,15 @@ import numpy as np
 
 import torch
 from hvdloss import watch
-from hvdloss.agreement import check_items_consistent, run_on_all_ranks
-from hvdloss.collectives import group_by_bytes, named_by_ordinal, resolve_group, root_index
+from hvdloss.comm.agreement import check_items_consistent, run_on_all_ranks
+from hvdloss.comm.collectives import group_by_bytes, named_by_ordinal, resolve_group, root_index
+from hvdloss.comm.messages import decode_errors, parse_json
 from hvdloss.errors import ConfigError
-from hvdloss.messages import decode_errors, parse_json
 from hvdloss.torch._backend import hvd
 from hvdloss.torch.checkpoint import from_array, to_array
 from hvdloss.torch.engines.group import EngineGroup
 from hvdloss.torch.ops import communicator_of
-from hvdloss.training.tree import flatten_tree, unflatten_tree
+from hvdloss.train.tree import flatten_tree, unflatten_tree
 
 __all__ = [
     "Source",

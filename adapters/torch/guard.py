@@ -1,4 +1,4 @@
-"""The guard against silent desynchronisation, for PyTorch (see :mod:`hvdloss.guard`)."""
+"""The guard against silent desynchronisation, for PyTorch (see :mod:`hvdloss.comm.guard`)."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from hvdloss.communicator import included
-from hvdloss.guard import assert_synchronized, checksum
+from hvdloss.comm.communicator import included
+from hvdloss.comm.guard import assert_synchronized, checksum
 from hvdloss.torch._backend import hvd
 from hvdloss.torch.ops import communicator_of
 

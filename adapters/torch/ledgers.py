@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 
 import torch
-from hvdloss.controller import Controller
-from hvdloss.ledger import COLUMN, LEDGER_WIDTH, Ledger, Ledgers, Sums, unpack
-from hvdloss.reduction import TENSOR_FIELDS
+from hvdloss.comm.tuning import Tuning
+from hvdloss.losses.ledger import COLUMN, LEDGER_WIDTH, Ledger, Ledgers, Sums, unpack
+from hvdloss.losses.reduction import TENSOR_FIELDS
+from hvdloss.terms.controller import Controller
 from hvdloss.torch.buckets import FlatBucket, Wire
 from hvdloss.torch.compression import Compression
 from hvdloss.torch.engines.group import EngineGroup
 from hvdloss.torch.ops import on_host, to_device_async
-from hvdloss.tuning import Tuning
 
 __all__ = ["LedgerExchange", "Message", "zeroed"]
 

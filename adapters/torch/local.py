@@ -7,14 +7,14 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 import torch
-from hvdloss.communicator import Communicator
-from hvdloss.control.period import OuterStep, SyncPeriod
-from hvdloss.control.weights import Proximal
-from hvdloss.controller import Controller
-from hvdloss.messages import decode_all
+from hvdloss.comm.communicator import Communicator
+from hvdloss.comm.messages import decode_all
 from hvdloss.step.local import LocalSums
 from hvdloss.step.scale import WeightScale
-from hvdloss.term import CommStats
+from hvdloss.terms.controller import Controller
+from hvdloss.terms.policies.period import OuterStep, SyncPeriod
+from hvdloss.terms.policies.weights import Proximal
+from hvdloss.terms.term import CommStats
 from hvdloss.torch.buckets import Wire
 from hvdloss.torch.ledgers import zeroed
 

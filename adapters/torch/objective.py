@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from hvdloss.communicator import rank_and_size
+from hvdloss.comm.communicator import rank_and_size
 from hvdloss.errors import ConfigError
-from hvdloss.objective import ObjectiveBase, expand_mask_axes
-from hvdloss.passes import weight_gradient_error
-from hvdloss.reduction import Contribution, broadcast_weights, reduce_losses
+from hvdloss.losses.passes import weight_gradient_error
+from hvdloss.losses.reduction import Contribution, broadcast_weights, reduce_losses
+from hvdloss.step.objective import ObjectiveBase, expand_mask_axes
 from hvdloss.torch._backend import hvd
 from hvdloss.torch.ahead import Ahead
 from hvdloss.torch.collectives import group_of
@@ -70,7 +70,7 @@ class Objective(ObjectiveBase[torch.Tensor]):
     over ranks k, micro-batches m and elements i, plus the penalty, once.
 
     Args:
-        loss: a name from ``hvdloss.objective.LOSSES``, or a callable
+        loss: a name from ``hvdloss.step.objective.LOSSES``, or a callable
             ``(prediction, target) -> per-element losses``. A loss of PyTorch, as a module or function, may
             reduce by itself, and also inside a function of your own: its elements, their class weights and
             those it ignores are read from it. What returns one number otherwise is refused. Or a loss that
@@ -153,8 +153,8 @@ class Objective(ObjectiveBase[torch.Tensor]):
                 An element of weight zero is absent: its loss may be NaN. A negative, NaN or infinite
                 weight raises WeightError on every rank at the optimizer's step.
             segments: of packed sequences: integer ids of the losses' shape (negative: padding), or
-                :class:`hvdloss.segments.Segments`; or what :func:`link_segments` returned, where sequences
-                are cut.
+                :class:`hvdloss.losses.segments.Segments`; or what :func:`link_segments` returned, where
+                sequences are cut.
             keys: what terms may group elements by (``DataSkew(of="keys")``): integers whose leading axes
                 are those of the losses.
             total: for functions of sums: those of all micro-batches of all ranks (:meth:`total`), so

@@ -9,11 +9,11 @@ import numpy as np
 
 import torch
 import torch.nn.functional as F
-from hvdloss.communicator import Communicator, OneProcess
-from hvdloss.elements import ClassOptions
-from hvdloss.engine import Group
+from hvdloss.comm.communicator import Communicator, OneProcess
+from hvdloss.comm.engine import Group
 from hvdloss.errors import second_derivative_error
-from hvdloss.objective import loss_named
+from hvdloss.losses.elements import ClassOptions
+from hvdloss.step.objective import loss_named
 from hvdloss.torch.engines.group import EngineGroup
 from torch.utils._pytree import tree_leaves
 
@@ -51,7 +51,7 @@ def to_device_async(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 class TorchOps:
-    """:class:`hvdloss.reduction.ArrayOps` for PyTorch tensors."""
+    """:class:`hvdloss.losses.reduction.ArrayOps` for PyTorch tensors."""
 
     def shape(self, x: Any) -> tuple[int | None, ...]:
         """Return the shape; a number's is empty."""
@@ -366,7 +366,7 @@ NAMED_LOSSES: dict[str, Callable[..., torch.Tensor]] = {
 
 
 class GroupCommunicator:
-    """:class:`hvdloss.communicator.Communicator` over a group of ranks that exchange tensors."""
+    """:class:`hvdloss.comm.communicator.Communicator` over a group of ranks that exchange tensors."""
 
     def __init__(self, group: Group[torch.Tensor]) -> None:
         self._group = group

@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 
 import torch
-from hvdloss.control.compression import AdaptiveCompression
+from hvdloss.comm.guard import due
+from hvdloss.comm.tuning import choose
 from hvdloss.errors import ConfigError, UsageError
-from hvdloss.guard import due
-from hvdloss.ledger import COLUMN
+from hvdloss.losses.ledger import COLUMN
 from hvdloss.report import StepReport
-from hvdloss.several import Objectives
 from hvdloss.step.phase import Event
+from hvdloss.step.several import Objectives
+from hvdloss.terms.policies.compression import AdaptiveCompression
 from hvdloss.torch._backend import hvd
 from hvdloss.torch.clipping import reduce_before_clipping
 from hvdloss.torch.compression import Compression
@@ -25,7 +26,6 @@ from hvdloss.torch.objective import Objective
 from hvdloss.torch.passes import mark_reduced, see_scalers
 from hvdloss.torch.reducer import Options
 from hvdloss.torch.step import ExactStep
-from hvdloss.tuning import choose
 
 __all__ = ["DistributedOptimizer"]
 
@@ -75,7 +75,7 @@ class _Exact:
         """Average the ranks' parameters now, after local steps; nothing where they are equal.
 
         Before evaluating or saving a model in the middle of a stretch of local steps
-        (:class:`hvdloss.control.SyncPeriod`). All ranks must call it after the same step.
+        (:class:`hvdloss.terms.policies.SyncPeriod`). All ranks must call it after the same step.
 
         Raises:
             WeightError, NoWeightError, NonFiniteLossError, UsageError: the same on every rank; parameters
@@ -300,7 +300,7 @@ def DistributedOptimizer(
         bucket_cap_mb: close a bucket of gradients when it holds so many MiB; None for what
             ``HVDLOSS_BUCKET_CAP_MB`` says, or 25.
         overlap: start a bucket's reduction while the backward pass goes on (True), or after it (False);
-            None for what ``HVDLOSS_OVERLAP`` says, or :func:`hvdloss.tuning.choose` finds.
+            None for what ``HVDLOSS_OVERLAP`` says, or :func:`hvdloss.comm.tuning.choose` finds.
 
     Returns:
         An instance of a subclass of the optimizer's class, with ``synchronize()``,

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from hvdloss.errors import ConfigError
-from hvdloss.passes import SAME, divided_by, factor_of_passes
+from hvdloss.losses.passes import SAME, divided_by, factor_of_passes
 from hvdloss.torch.ops import on_host, to_device_async
 
 __all__ = [
@@ -125,7 +125,7 @@ def scales(like: torch.Tensor) -> list[torch.Tensor]:
 
 
 def divided(arrived: torch.Tensor, passes: int, scales: list[torch.Tensor]) -> Any:
-    """Return :func:`hvdloss.passes.divided_by` of what arrived at a loss: a bool, or a tensor on a device."""
+    """Return :func:`~hvdloss.losses.passes.divided_by` of what arrived at a loss; on a device a tensor."""
     if on_host(arrived):
         return divided_by(float(arrived), passes, [float(s) for s in scales])
     x = arrived.detach().double()
@@ -143,7 +143,7 @@ def division(arrived: torch.Tensor, passes: int, scales: list[torch.Tensor]) -> 
 
 
 def told_factor(passes: list[tuple[torch.Tensor, torch.Tensor]], before: float) -> tuple[Any, Any]:
-    """Return :func:`hvdloss.passes.factor_of_passes`, as numbers, or as tensors on a device."""
+    """Return :func:`hvdloss.losses.passes.factor_of_passes`, as numbers, or as tensors on a device."""
     if not passes or all(on_host(factor) for _, factor in passes):
         return factor_of_passes([(float(weight), float(factor)) for weight, factor in passes], before)
     weight, factor = (

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from hvdloss.elements import check_object, check_smoothing
 from hvdloss.errors import ConfigError
-from hvdloss.reduction import broadcast_error
+from hvdloss.losses.elements import check_object, check_smoothing
+from hvdloss.losses.reduction import broadcast_error
 from hvdloss.torch.ops import on_host
 from torch.nn.modules.loss import _Loss
 from torch.overrides import TorchFunctionMode

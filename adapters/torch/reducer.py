@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 import torch
-from hvdloss.communicator import Communicator
-from hvdloss.plan import Bucket, ParameterInfo, plan_buckets
-from hvdloss.term import CommStats
+from hvdloss.comm.communicator import Communicator
+from hvdloss.comm.plan import Bucket, ParameterInfo, plan_buckets
+from hvdloss.comm.tuning import Tuning
+from hvdloss.terms.term import CommStats
 from hvdloss.torch.buckets import (
     FlatBucket,
     LoneGradient,
@@ -24,7 +25,6 @@ from hvdloss.torch.buckets import (
 from hvdloss.torch.compression import Compression
 from hvdloss.torch.engines.group import EngineGroup
 from hvdloss.torch.parameters import OptimizerParameters
-from hvdloss.tuning import Tuning
 
 __all__ = ["GradientReducer", "Options", "any_of"]
 

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from hvdloss.collectives import auto_name, resolve_group
-from hvdloss.communicator import rank_and_size
-from hvdloss.segments import Link, LinkedSegments, check_micro_batches
+from hvdloss.comm.collectives import auto_name, resolve_group
+from hvdloss.comm.communicator import rank_and_size
+from hvdloss.losses.segments import Link, LinkedSegments, check_micro_batches
 from hvdloss.torch._backend import hvd
 from hvdloss.torch.ops import as_array
 from hvdloss.torch.waiting import raise_root_cause, wait
@@ -30,9 +30,9 @@ def link_segments(
             objective(model(b.x), b.y, b.mask, segments=segments).backward()
 
     Args:
-        segments: of each micro-batch of this rank: ids, or :class:`hvdloss.segments.Segments`. An id means
-            one sequence in all of them; rows and ``cu_seqlens`` are whole sequences, whose groups may have
-            others elsewhere. An empty list for a rank without any.
+        segments: of each micro-batch of this rank: ids, or :class:`hvdloss.losses.segments.Segments`. An id
+            means one sequence in all of them; rows and ``cu_seqlens`` are whole sequences, whose groups may
+            have others elsewhere. An empty list for a rank without any.
         weights: of each one's elements, as in calling the objective: None, a number or a tensor. They must
             be all of an element's weight: 0 where the target is ignored, times its class's weight.
         over: the process set whose ranks may have pieces of one sequence (or sequences of one group):

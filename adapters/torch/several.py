@@ -1,4 +1,4 @@
-"""Several losses in one backward pass: how their denominators travel (:mod:`hvdloss.several` says why).
+"""Several losses in one backward pass: how their denominators travel (:mod:`hvdloss.step.several` says why).
 
 A call of an objective returns its local mean, whose backward pass multiplies the gradient with the call's
 part of the step. The first one of a step sends what all calls of that pass weigh, and waits for the sum; or
@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 import torch
-from hvdloss.agreement import check_items_consistent
+from hvdloss.comm.agreement import check_items_consistent
 from hvdloss.errors import ConfigError, HvdlossError, UsageError
-from hvdloss.report.steps import LossReport
-from hvdloss.several import (
+from hvdloss.step.report import LossReport
+from hvdloss.step.several import (
     COLUMNS,
     Objectives,
     check_expected,
@@ -54,7 +54,7 @@ class Call:
     Attributes:
         exchange: of the optimizer.
         index: of the objective.
-        row: what the call's tensors tell (:meth:`hvdloss.reduction.Contribution.row`).
+        row: what the call's tensors tell (:meth:`hvdloss.losses.reduction.Contribution.row`).
     """
 
     def __init__(self, exchange: LossExchange, index: int, row: torch.Tensor) -> None:
@@ -264,7 +264,7 @@ class LossExchange:
         """Note that a backward pass is over; one that came to no parameter is none of the step's.
 
         `parameters`: those that have a gradient of it by their places, to look for such as it came to without
-        going through a loss (see :func:`hvdloss.several.check_outside`).
+        going through a loss (see :func:`hvdloss.step.several.check_outside`).
         """
         graphs, self._graphs = self._graphs, []
         if not counted:
@@ -323,7 +323,7 @@ class LossExchange:
         """Return what the losses of all ranks came to.
 
         Raises:
-            UsageError, NoWeightError: see :func:`hvdloss.several.loss_reports`.
+            UsageError, NoWeightError: see :func:`hvdloss.step.several.loss_reports`.
         """
         assert self._table is not None
         if self._table_ready is not None:

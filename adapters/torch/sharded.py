@@ -15,7 +15,7 @@ import numpy as np
 
 import torch
 import torch.nn.functional as F
-from hvdloss.collectives import GroupContext, resolve_group
+from hvdloss.comm.collectives import GroupContext, resolve_group
 from hvdloss.errors import ConfigError, ShapeError
 from hvdloss.losses.shards import (
     HEADER,

@@ -14,19 +14,21 @@ import numpy as np
 
 import torch
 from hvdloss import watch
-from hvdloss.agreement import check_consistency
-from hvdloss.communicator import Communicator, group_ranks, included
-from hvdloss.control.compression import AdaptiveCompression
+from hvdloss.comm.agreement import check_consistency
+from hvdloss.comm.communicator import Communicator, group_ranks, included
+from hvdloss.comm.guard import due
+from hvdloss.comm.tuning import launched
+from hvdloss.comm.world import next_name_index, register_for_reset
 from hvdloss.errors import AgreementError, ConfigError, HvdlossError, UsageError
-from hvdloss.guard import due
-from hvdloss.ledger import COLUMN, Ledgers
-from hvdloss.passes import late_error
-from hvdloss.several import Objectives
+from hvdloss.losses.ledger import COLUMN, Ledgers
+from hvdloss.losses.passes import late_error
 from hvdloss.step.local import local_outcome
 from hvdloss.step.outcome import Action, Outcome
 from hvdloss.step.phase import Event, Phase
+from hvdloss.step.several import Objectives
 from hvdloss.step.state import StepState
-from hvdloss.term import CommStats
+from hvdloss.terms.policies.compression import AdaptiveCompression
+from hvdloss.terms.term import CommStats
 from hvdloss.torch._backend import hvd
 from hvdloss.torch.backward import PassCollector
 from hvdloss.torch.guard import check_synchronized, checksums
@@ -37,8 +39,6 @@ from hvdloss.torch.ops import communicator_of, to_device_async
 from hvdloss.torch.parameters import OptimizerParameters
 from hvdloss.torch.reducer import GradientReducer, Options
 from hvdloss.torch.several import LossExchange
-from hvdloss.tuning import launched
-from hvdloss.world import next_name_index, register_for_reset
 
 __all__ = ["ExactStep"]
 
@@ -156,11 +156,11 @@ class ExactStep:
         self.controller.reset(self.process_set.rank(), self.process_set.size(), force=force)
 
     def on_backward_begin(self, row: torch.Tensor, gradient: torch.Tensor, graph: Any) -> None:
-        """Listen to the objective; see :class:`hvdloss.objective.Listener`."""
+        """Listen to the objective; see :class:`hvdloss.step.objective.Listener`."""
         self.passes.on_backward_begin(row, gradient, graph)
 
     def on_foreign_backward(self, name: str, graph: Any) -> None:
-        """Listen to other objectives; see :class:`hvdloss.objective.Listener`."""
+        """Listen to other objectives; see :class:`hvdloss.step.objective.Listener`."""
         self.passes.on_foreign_backward(name, graph)
 
     # -- other ranks, and going on ----------------------------------------------------------------
@@ -176,22 +176,22 @@ class ExactStep:
         if self.included:
             self._begin_terms(force=True)
 
-    def memory(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """Return what a run that goes on needs besides the optimizer's own state; equal on all ranks.
 
         To be asked for when parameters are equal: after :meth:`exchange`.
         """
         return {**self.state.log.state_dict(), "velocity": self.local.velocity}
 
-    def remember(self, memory: Any, *, same_ranks: bool) -> None:
-        """Go on from a :meth:`memory`; no collective.
+    def load_state_dict(self, state: Any, *, same_ranks: bool) -> None:
+        """Go on from a :meth:`state_dict`; no collective.
 
         Raises:
             ConfigError: it is none.
         """
-        self.state.log.load_state_dict(memory, same_ranks=same_ranks)
+        self.state.log.load_state_dict(state, same_ranks=same_ranks)
         self.local.clear()
-        self.local.velocity = memory["velocity"]
+        self.local.velocity = state["velocity"]
 
     def _retire(self, parameters: set[int]) -> bool:
         """Take no further part if another optimizer now has parameters of this one; return whether so."""

@@ -1,7 +1,7 @@
 """Training well, in PyTorch: decisions of all ranks, the best state in a file, seeds, changed batches.
 
 ``torch.optim.lr_scheduler.ReduceLROnPlateau`` needs nothing but a number that is the same on all ranks:
-``scheduler.step(hvd.merged_value(loss, weight))``. ``LambdaLR`` takes :class:`hvdloss.training.Warmup`.
+``scheduler.step(hvd.merged_value(loss, weight))``. ``LambdaLR`` takes :class:`hvdloss.train.Warmup`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 import torch
-from hvdloss import training as core
-from hvdloss.communicator import communicator_for, rank_and_size
+from hvdloss import train as core
+from hvdloss.comm.communicator import communicator_for, rank_and_size
 from hvdloss.errors import ConfigError, ShapeError
 from hvdloss.torch._backend import hvd
 from hvdloss.torch.ops import communicator_of
@@ -30,7 +30,7 @@ __all__ = [
 
 
 def merged_value(value: Any, weight: Any = None, *, process_set: Any = None) -> float:
-    """Return one number for all ranks; see :func:`hvdloss.training.merged_value`, whose errors it raises.
+    """Return one number for all ranks; see :func:`hvdloss.train.merged_value`, whose errors it raises.
 
     Args:
         value: this rank's mean, with `weight`; else a number that all ranks have, which is checked.
@@ -43,7 +43,7 @@ def merged_value(value: Any, weight: Any = None, *, process_set: Any = None) -> 
 
 
 class EarlyStopping(core.EarlyStopping):
-    """:class:`hvdloss.training.EarlyStopping` over the ranks of a process set.
+    """:class:`hvdloss.train.EarlyStopping` over the ranks of a process set.
 
     Args:
         patience, options: its arguments.
@@ -65,7 +65,7 @@ class BestCheckpoint(core.BestCheckpoint):
         model.load_state_dict(best.load())
 
     Args:
-        path, options: see :class:`hvdloss.training.BestCheckpoint`.
+        path, options: see :class:`hvdloss.train.BestCheckpoint`.
         process_set: the ranks; None for all.
     """
 
@@ -167,7 +167,7 @@ def mixup(
     alpha: float = 0.2,
     rng: np.random.Generator,
 ) -> core.Mixed:
-    """Mix the samples of a batch of tensors in random pairs; see :func:`hvdloss.training.mixup`.
+    """Mix the samples of a batch of tensors in random pairs; see :func:`hvdloss.train.mixup`.
 
     ``objective(*mixed.pairs(model(mixed.x)))`` is its loss, exact over ranks.
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from hvdloss import watch
-from hvdloss.communicator import group_ranks, ranks_of_process_set_id
+from hvdloss.comm.communicator import group_ranks, ranks_of_process_set_id
 from hvdloss.torch import blocking
 from hvdloss.torch._backend import hvd
 

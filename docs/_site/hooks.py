@@ -56,9 +56,9 @@ PAGES: dict[str, tuple[str, str, tuple[str, ...]]] = {
         (
             "hvdloss.terms",
             "hvdloss.terms.link",
-            "hvdloss.control",
-            "hvdloss.control.log",
-            "hvdloss.control.simulation",
+            "hvdloss.terms.policies",
+            "hvdloss.terms.policies.log",
+            "hvdloss.simulation.model",
         ),
     ),
     "data": (
@@ -81,7 +81,7 @@ PAGES: dict[str, tuple[str, str, tuple[str, ...]]] = {
         "Training",
         "Decisions that all ranks share, checkpoints, seeds, learning rates. The guides are "
         "[Training decisions](../../howto/training.md) and [Elastic jobs](../../howto/elastic.md).",
-        ("hvdloss.training",),
+        ("hvdloss.train",),
     ),
     "explain": ("Explanations", "The guide is [Explanations](../../howto/explain.md).", ("hvdloss.explain",)),
     "report": (
@@ -94,7 +94,7 @@ PAGES: dict[str, tuple[str, str, tuple[str, ...]]] = {
         "Trackers",
         "Steps in TensorBoard, MLflow and Weights & Biases. The guide is "
         "[With other tools](../../howto/integrations.md).",
-        ("hvdloss.trackers",),
+        ("hvdloss.report.trackers",),
     ),
 }
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import click
 
+from hvdloss._util.private import private_umask
 from hvdloss._version import __version__
-from hvdloss.private import private_umask
 
 #: Subcommand -> (module, attribute, one line for ``--help`` so that it need not import them).
 _COMMANDS = {

@@ -14,6 +14,7 @@ from typing import Any
 
 import click
 
+from hvdloss._util.private import make_folder
 from hvdloss.check.evidence import read
 from hvdloss.check.text import as_dict, report
 from hvdloss.check.verdict import Verdict, judge, overall
@@ -21,7 +22,6 @@ from hvdloss.cli import machine
 from hvdloss.cli.errors import Exit, Interrupted
 from hvdloss.cli.process import Log, interruptible
 from hvdloss.cli.progress import launched, waiting
-from hvdloss.private import make_folder
 
 _STATUS = {Verdict.EXACT: 0, Verdict.OFF: 1, Verdict.UNKNOWN: 2}
 _LAUNCHERS = ("torchrun", "horovodrun")

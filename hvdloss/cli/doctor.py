@@ -30,8 +30,8 @@ from hvdloss.cli.install.probe import FRAMEWORKS
 from hvdloss.cli.install.prove import run_job
 from hvdloss.cli.process import Log, interruptible
 from hvdloss.cli.progress import waiting
+from hvdloss.comm.tuning import choose, cycle_time
 from hvdloss.errors import ConfigError
-from hvdloss.tuning import choose, cycle_time
 from hvdloss.watch import limits_from_environment
 
 _MARKS = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "problem": ("✗", "red"), "info": ("·", "dim")}

@@ -248,7 +248,7 @@ def _adapter() -> Any:
 
 def _subject(hvd: Any, function: Callable[[], Any], kinds: list[str]) -> dict[str, Any]:
     """Return what the entry gives, checked on every rank."""
-    from hvdloss.communicator import Communicator, OneProcess
+    from hvdloss.comm.communicator import Communicator, OneProcess
     from hvdloss.explain.exchange import RankMessage, exchange_messages
 
     made: dict[str, Any] = {}

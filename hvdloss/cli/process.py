@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from hvdloss._util.private import open_private
 from hvdloss.cli.errors import Interrupted
-from hvdloss.private import open_private
 
 
 @dataclass(frozen=True)

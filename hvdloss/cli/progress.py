@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from hvdloss.world import launcher_rank
+from hvdloss.comm.world import launcher_rank
 
 __all__ = ["bar", "launched", "waiting"]
 

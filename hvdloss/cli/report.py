@@ -27,7 +27,7 @@ from hvdloss.errors import ConfigError
 from hvdloss.report import page
 from hvdloss.report.reading import Record, Tail, read
 from hvdloss.report.summary import Summary, bins, hardest, summarize
-from hvdloss.training.files import write_atomically
+from hvdloss.train.files import write_atomically
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 

@@ -23,10 +23,9 @@ from rich.table import Table
 from hvdloss.cli.errors import Exit, Interrupted
 from hvdloss.cli.process import interruptible
 from hvdloss.cli.progress import bar
-from hvdloss.control.compression import AdaptiveCompression
-from hvdloss.control.period import RULES, OuterStep, SyncPeriod
-from hvdloss.control.shares import BatchShares
-from hvdloss.control.simulation import (
+from hvdloss.comm.messages import parse_json
+from hvdloss.errors import ConfigError
+from hvdloss.simulation.model import (
     ComputeModel,
     Figures,
     LossModel,
@@ -35,10 +34,11 @@ from hvdloss.control.simulation import (
     TrainingPlan,
     simulate_training,
 )
-from hvdloss.errors import ConfigError
-from hvdloss.messages import parse_json
-from hvdloss.term import Decision, Policy
 from hvdloss.terms.link import LinkModel
+from hvdloss.terms.policies.compression import AdaptiveCompression
+from hvdloss.terms.policies.period import RULES, OuterStep, SyncPeriod
+from hvdloss.terms.policies.shares import BatchShares
+from hvdloss.terms.term import Decision, Policy
 
 if TYPE_CHECKING:
     _Type = click.ParamType[Any]

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any, Generic
 
-from hvdloss.checks import check_int
+from hvdloss._util.checks import check_int
 from hvdloss.data.sharding import Rule, Samples
 from hvdloss.errors import ConfigError
 

@@ -27,9 +27,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from hvdloss.checks import check_int
+from hvdloss._util.checks import check_int
+from hvdloss._util.extras import optional_import
 from hvdloss.errors import ConfigError, DataError
-from hvdloss.extras import optional_import
 
 __all__ = ["Csv", "NumpyFiles", "Parquet", "Part", "Source"]
 

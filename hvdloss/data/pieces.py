@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from hvdloss.apportion import apportion
+from hvdloss._util.apportion import apportion
 from hvdloss.data.sharding import Indices, Rule
 from hvdloss.errors import ConfigError
 

@@ -19,8 +19,8 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from hvdloss.apportion import apportion
-from hvdloss.checks import check_int
+from hvdloss._util.apportion import apportion
+from hvdloss._util.checks import check_int
 from hvdloss.errors import ConfigError
 
 __all__ = [

@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from hvdloss.agreement import run_on_all_ranks
-from hvdloss.checks import check_int
-from hvdloss.communicator import Communicator
+from hvdloss._util.checks import check_int
+from hvdloss.comm.agreement import run_on_all_ranks
+from hvdloss.comm.communicator import Communicator
 from hvdloss.data.epoch import Epoch
 from hvdloss.data.files import Columns, Source
 from hvdloss.data.pieces import Pieces, RowGroups

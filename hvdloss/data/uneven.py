@@ -11,10 +11,10 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
-from hvdloss.agreement import raise_on_all_ranks
-from hvdloss.communicator import Communicator
+from hvdloss.comm.agreement import raise_on_all_ranks
+from hvdloss.comm.communicator import Communicator
+from hvdloss.comm.messages import decode_all, decode_errors
 from hvdloss.errors import AgreementError, ConfigError, RankError, UsageError
-from hvdloss.messages import decode_all, decode_errors
 
 __all__ = ["Signals", "Uneven", "describe_batch", "empty_batch", "empty_like"]
 

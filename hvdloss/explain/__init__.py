@@ -1,7 +1,7 @@
 """What a trained model relies on, and who drives its loss, computed on all ranks.
 
-NumPy arrays and a :class:`~hvdloss.communicator.Communicator`; ``hvdloss.torch``, ``hvdloss.tensorflow`` and
-``hvdloss.keras`` have the same functions for their models, objectives and process sets. SHAP and LIME are
+NumPy arrays and a :class:`~hvdloss.comm.communicator.Communicator`; ``hvdloss.torch``, ``hvdloss.tensorflow``
+and ``hvdloss.keras`` have the same functions for their models, objectives and process sets. SHAP and LIME are
 those of their libraries (``pip install 'hvdloss[explain]'``), loaded when they are asked for.
 """
 

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hvdloss.checks import check_int
-from hvdloss.communicator import Communicator, OneProcess
+from hvdloss._util.checks import check_int
+from hvdloss.comm.communicator import Communicator, OneProcess
 from hvdloss.errors import ConfigError, HvdlossError, RankError, ShapeError
 from hvdloss.explain.exchange import RankMessage, exchange_messages, require_equal, text_table
 from hvdloss.explain.measures import Array, Elements, effective
-from hvdloss.reduction import check_reduction
+from hvdloss.losses.reduction import check_reduction
 
 __all__ = ["Attribution", "AttributionReport", "LossAttribution", "Part", "Sample"]
 
@@ -274,7 +274,7 @@ class LossAttribution:
         classes: the classes' names, by number, or how many there are; those never seen are listed too.
             None to list those that are seen. False to have no classes.
         k: number of hardest samples to keep.
-        reduction: see :mod:`hvdloss.reduction`.
+        reduction: see :mod:`hvdloss.losses.reduction`.
         communicator: the ranks; None for this process alone.
 
     Raises:

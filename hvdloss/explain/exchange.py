@@ -13,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from hvdloss import errors
-from hvdloss.communicator import Communicator
+from hvdloss.comm.communicator import Communicator
+from hvdloss.comm.messages import decode_errors, parse_json
 from hvdloss.errors import AgreementError, HvdlossError
-from hvdloss.messages import decode_errors, parse_json
 
 __all__ = ["RankMessage", "exchange_messages", "require_equal", "text_table"]
 

@@ -10,10 +10,10 @@ import numpy.typing as npt
 
 from hvdloss.errors import ConfigError, NonFiniteLossError, ShapeError, WeightError
 from hvdloss.losses import NAMED, SumsLoss
+from hvdloss.losses.numpy_ops import NumpyOps
+from hvdloss.losses.reduction import ArrayOps, broadcast_error, check_reduction, finish
 from hvdloss.metrics import Accuracy, Metric
 from hvdloss.metrics.base import State
-from hvdloss.numpy_ops import NumpyOps
-from hvdloss.reduction import ArrayOps, broadcast_error, check_reduction, finish
 
 __all__ = ["Elements", "MeanLoss", "OfSums", "direction", "effective", "measure_of", "name_of", "per_element"]
 
@@ -98,7 +98,7 @@ class MeanLoss(Metric):
 
     Args:
         elements: gives per-element losses and weights.
-        reduction: see :mod:`hvdloss.reduction`.
+        reduction: see :mod:`hvdloss.losses.reduction`.
         name: for tables.
     """
 

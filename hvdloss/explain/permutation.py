@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hvdloss.checks import check_int
-from hvdloss.communicator import Communicator, OneProcess
+from hvdloss._util.checks import check_int
+from hvdloss.comm.communicator import Communicator, OneProcess
 from hvdloss.errors import ConfigError, ShapeError
 from hvdloss.explain.exchange import RankMessage, exchange_messages, require_equal, text_table
 from hvdloss.explain.inputs import Predict, along, ids_of, names_of, predictor, rows_of, where_of

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hvdloss.checks import check_int
-from hvdloss.communicator import Communicator
+from hvdloss._util.checks import check_int
+from hvdloss.comm.communicator import Communicator
+from hvdloss.comm.guard import checksum
 from hvdloss.errors import ConfigError, ShapeError
 from hvdloss.explain.exchange import RankMessage, exchange_messages, require_equal
 from hvdloss.explain.inputs import along, ids_of, names_of, rows_of
 from hvdloss.explain.sample import moves, random_bits, random_keys, smallest
-from hvdloss.guard import checksum
 
 __all__ = ["Explain", "Explained", "explain_rows", "seeded"]
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hvdloss.collectives import even_sizes
+from hvdloss.comm.collectives import even_sizes
 from hvdloss.errors import WeightError
 
 __all__ = ["moves", "random_bits", "random_keys", "smallest"]

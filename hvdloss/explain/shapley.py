@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hvdloss.checks import check_int
-from hvdloss.communicator import Communicator, OneProcess
+from hvdloss._util.checks import check_int
+from hvdloss._util.extras import optional_import
+from hvdloss.comm.communicator import Communicator, OneProcess
 from hvdloss.errors import ConfigError
 from hvdloss.explain.inputs import Predict, predictor
 from hvdloss.explain.rows import Explain, Explained, explain_rows
-from hvdloss.extras import optional_import
 
 __all__ = ["EXPLAINERS", "Make", "shap_explanation", "shap_values"]
 

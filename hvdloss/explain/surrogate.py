@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hvdloss.checks import check_int
-from hvdloss.communicator import Communicator, OneProcess
+from hvdloss._util.checks import check_int
+from hvdloss._util.extras import optional_import
+from hvdloss.comm.communicator import Communicator, OneProcess
 from hvdloss.errors import ConfigError, ShapeError
 from hvdloss.explain.inputs import Predict, predictor
 from hvdloss.explain.rows import Explain, explain_rows
-from hvdloss.extras import optional_import
 
 __all__ = ["LimeExplanation", "lime_weights"]
 

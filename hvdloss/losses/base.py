@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from hvdloss.numpy_ops import NumpyOps
-from hvdloss.reduction import ArrayOps
+from hvdloss.losses.numpy_ops import NumpyOps
+from hvdloss.losses.reduction import ArrayOps
 
 __all__ = ["GlobalLoss", "Group", "Measured", "OneRank"]
 

@@ -25,7 +25,7 @@ from typing import Any
 
 from hvdloss.errors import ConfigError, ShapeError
 from hvdloss.losses.base import GlobalLoss, Group, Measured
-from hvdloss.reduction import ArrayOps, broadcast_weights
+from hvdloss.losses.reduction import ArrayOps, broadcast_weights
 
 __all__ = ["InfoNCE", "SigLIP", "SupervisedContrastive"]
 

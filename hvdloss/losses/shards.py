@@ -26,8 +26,8 @@ import numpy as np
 import numpy.typing as npt
 
 from hvdloss.errors import AgreementError, ConfigError, ShapeError
-from hvdloss.numpy_ops import NumpyOps
-from hvdloss.reduction import ArrayOps
+from hvdloss.losses.numpy_ops import NumpyOps
+from hvdloss.losses.reduction import ArrayOps
 from hvdloss.split.parts import Parts
 
 __all__ = [

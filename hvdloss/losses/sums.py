@@ -19,7 +19,7 @@ from typing import Any
 
 from hvdloss.errors import ConfigError, ShapeError
 from hvdloss.losses.base import GlobalLoss, Group, Measured
-from hvdloss.reduction import ArrayOps, broadcast_weights
+from hvdloss.losses.reduction import ArrayOps, broadcast_weights
 
 __all__ = [
     "R2",
@@ -448,7 +448,7 @@ class Tilted(SumsLoss):
     tilt makes outliers count less. Source: Li, Beirami, Sanjabi and Smith 2021.
 
     Args:
-        loss: a name from ``hvdloss.objective.LOSSES``, or a callable
+        loss: a name from ``hvdloss.step.objective.LOSSES``, or a callable
             ``(prediction, target) -> per-element losses``.
         tilt: any number but 0. ``tilt * loss`` must stay below 700, for the sums are kept in float64.
 

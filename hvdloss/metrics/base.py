@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hvdloss.errors import ConfigError, ShapeError, WeightError
-from hvdloss.objective import IGNORED
+from hvdloss.step.objective import IGNORED
 
 __all__ = ["Array", "Elements", "Metric", "State", "check_choice", "elements"]
 

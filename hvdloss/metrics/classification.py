@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from hvdloss.checks import check_int
+from hvdloss._util.checks import check_int
 from hvdloss.errors import ConfigError
+from hvdloss.losses.numpy_ops import NumpyOps
 from hvdloss.metrics.base import Array, Elements, Metric, State, check_choice, elements
 from hvdloss.metrics.regression import _MeanOf, total_of
-from hvdloss.numpy_ops import NumpyOps
 
 __all__ = [
     "F1",

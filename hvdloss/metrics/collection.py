@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from hvdloss import errors
-from hvdloss.communicator import Communicator, OneProcess
+from hvdloss.comm.communicator import Communicator, OneProcess
+from hvdloss.comm.guard import mismatched_ranks
+from hvdloss.comm.messages import decode_errors, parse_json
 from hvdloss.errors import AgreementError, ConfigError, HvdlossError, NoWeightError
-from hvdloss.guard import mismatched_ranks
-from hvdloss.messages import decode_errors, parse_json
 from hvdloss.metrics.base import Metric, State
 
 __all__ = ["Metrics", "decode_states", "encode_states"]

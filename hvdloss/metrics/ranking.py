@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hvdloss.checks import check_int
+from hvdloss._util.checks import check_int
+from hvdloss.losses.numpy_ops import NumpyOps
 from hvdloss.metrics.base import Array, Elements, State, check_choice
 from hvdloss.metrics.classification import Classes, probabilities
-from hvdloss.numpy_ops import NumpyOps
 
 __all__ = ["AUC", "AveragePrecision", "Estimate"]
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hvdloss.lazy import lazy_module
-from hvdloss.report.steps import LossReport, RankReport, RankReports, StepReport, TermReport
+from hvdloss._util.lazy import lazy_module
+from hvdloss.step.report import LossReport, RankReport, RankReports, StepReport
+from hvdloss.terms.term import TermReport
 
 if TYPE_CHECKING:
     from hvdloss.report.reading import Record, read

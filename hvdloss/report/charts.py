@@ -22,7 +22,7 @@ from xml.etree import ElementTree
 import numpy as np
 import numpy.typing as npt
 
-from hvdloss.extras import optional_import
+from hvdloss._util.extras import optional_import
 from hvdloss.report.reading import Record
 from hvdloss.report.summary import Hardest, bins, class_table, hardest, parts_of_time, summarize
 

@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hvdloss._util.extras import optional_import
 from hvdloss._version import __version__
-from hvdloss.extras import optional_import
 from hvdloss.report.charts import DARK, LIGHT, Chart, charts_of, comparison_chart
 from hvdloss.report.reading import Record
 from hvdloss.report.summary import Summary, class_table, hardest, is_number, summarize

@@ -23,15 +23,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
+from hvdloss._util.checks import check_int
+from hvdloss._util.private import make_folder, open_private
 from hvdloss._version import __version__
-from hvdloss.checks import check_int
+from hvdloss.comm.tuning import launched
 from hvdloss.errors import ConfigError, UsageError
-from hvdloss.private import make_folder, open_private
 from hvdloss.report.schema import FORMAT, TEXT_MOST, checked, encoded, plain, scrubbed
-from hvdloss.report.steps import RankReport, StepReport
 from hvdloss.report.subscription import Subscription, check_reporting_rank
-from hvdloss.term import Decision
-from hvdloss.tuning import launched
+from hvdloss.step.report import RankReport, StepReport
+from hvdloss.terms.term import Decision
 
 __all__ = ["MOST_EVENTS", "Recorder", "run_metadata"]
 

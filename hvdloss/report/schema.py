@@ -13,8 +13,8 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from hvdloss.comm.messages import parse_json
 from hvdloss.errors import ConfigError
-from hvdloss.messages import parse_json
 
 __all__ = ["FORMAT", "KINDS", "checked", "encoded", "plain", "scrubbed"]
 

@@ -10,11 +10,11 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
-from hvdloss.controller import Controller
+from hvdloss.comm.world import register_for_reset, reset_cause
 from hvdloss.errors import ConfigError
-from hvdloss.report.steps import StepReport
-from hvdloss.term import Decision
-from hvdloss.world import register_for_reset, reset_cause
+from hvdloss.step.report import StepReport
+from hvdloss.terms.controller import Controller
+from hvdloss.terms.term import Decision
 
 __all__ = ["Sink", "StepSource", "Subscription", "check_reporting_rank", "check_sink"]
 
@@ -27,7 +27,7 @@ class Sink(Protocol):
 
     - ``begin(metadata)``: once, before the first step: a dict of plain values (see
       :func:`hvdloss.report.record.run_metadata`): framework, ranks, objective, terms, environment.
-    - ``decision(decision)``: every :class:`hvdloss.term.Decision` of the terms' policies.
+    - ``decision(decision)``: every :class:`hvdloss.terms.term.Decision` of the terms' policies.
     - ``before_reset()``: the ranks are about to change (an elastic job): release what only the reporting
       rank may hold, such as a file. The only call made on all ranks.
     - ``ranks(number)``: the number of ranks from here on; this one still reports.

@@ -6,15 +6,13 @@ import json
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from hvdloss.comm.messages import decode_errors, parse_json
 from hvdloss.errors import ShapeError
-from hvdloss.messages import decode_errors, parse_json
 
 __all__ = ["HEADER_BYTES", "ROW_BYTES", "TensorKind", "read_header", "write_header"]
 
 HEADER_BYTES = 512
-ROW_BYTES = (
-    64  # what a micro-batch's loss is made of (`hvdloss.reduction.TENSOR_FIELDS` numbers), with gradients
-)
+ROW_BYTES = 64  # what a micro-batch's loss is made of (`TENSOR_FIELDS` numbers), with gradients
 
 
 class TensorKind(NamedTuple):

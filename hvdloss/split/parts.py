@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from hvdloss.collectives import even_sizes
+from hvdloss.comm.collectives import even_sizes
 from hvdloss.errors import ConfigError
 
 __all__ = ["Cut", "Parts", "row_chunks"]

@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from hvdloss.ledger import FAULT_COLUMNS
-from hvdloss.reduction import TENSOR_FIELDS
+from hvdloss.losses.ledger import FAULT_COLUMNS
+from hvdloss.losses.reduction import TENSOR_FIELDS
 from hvdloss.step.outcome import Action, Outcome
 
 __all__ = ["LocalSums", "local_outcome"]

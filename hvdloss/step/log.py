@@ -7,10 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from hvdloss.controller import Controller, parse_counts
-from hvdloss.ledger import Ledgers, nonfinite_ranks
-from hvdloss.report import StepReport
-from hvdloss.report.steps import Interest, LossReport
+from hvdloss.losses.ledger import Ledgers, nonfinite_ranks
+from hvdloss.step.report import Interest, LossReport, StepReport
+from hvdloss.terms.controller import Controller, parse_counts
 
 __all__ = ["StepLog"]
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from hvdloss.errors import HvdlossError
-from hvdloss.ledger import Ledgers, check_step
+from hvdloss.losses.ledger import Ledgers, check_step
 
 __all__ = ["Action", "Outcome", "outcome_of"]
 
@@ -48,7 +48,7 @@ def outcome_of(ledgers: Ledgers, step: int, policy: str, exceeds: Callable[[], b
     Args:
         ledgers: of all ranks, without a fault but what `policy` lets pass.
         step: its number, for the message.
-        policy: what to do about what is not finite (:data:`hvdloss.ledger.POLICIES`).
+        policy: what to do about what is not finite (:data:`hvdloss.losses.ledger.NONFINITE_MODES`).
         exceeds: whether a reduced gradient is not finite; asked only if a rank's own was not, or was too
             large to be summed surely: the sum may be finite.
     """

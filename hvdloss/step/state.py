@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from hvdloss.agreement import raise_on_all_ranks
-from hvdloss.communicator import Communicator
-from hvdloss.controller import Controller
+from hvdloss.comm.agreement import raise_on_all_ranks
+from hvdloss.comm.communicator import Communicator
 from hvdloss.errors import HvdlossError, NoWeightError, UsageError
-from hvdloss.ledger import Ledger, Ledgers, check_step, common_factor
-from hvdloss.passes import bypassed_error, division_error
+from hvdloss.losses.ledger import Ledger, Ledgers, check_step, common_factor
+from hvdloss.losses.passes import bypassed_error, division_error
 from hvdloss.step.log import StepLog
 from hvdloss.step.outcome import Action, Outcome, outcome_of
 from hvdloss.step.phase import StepPhase
@@ -18,6 +17,7 @@ from hvdloss.step.scale import WeightScale
 from hvdloss.step.status import RankStatus
 from hvdloss.step.sums import PassSums
 from hvdloss.step.timer import CommTimer
+from hvdloss.terms.controller import Controller
 
 __all__ = ["StepState"]
 
@@ -129,7 +129,7 @@ class StepState:
 
         Collectives: one gather, where a rank cannot go on.
         """
-        self.status.hear(ledgers)
+        self.status.update(ledgers)
         if ledgers.total("failed"):
             mine = self.failure
             if mine is None and ledgers[communicator.rank].failed:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from hvdloss.ledger import Ledgers
+from hvdloss.losses.ledger import Ledgers
 
 __all__ = ["RankStatus"]
 
@@ -13,10 +13,10 @@ class RankStatus:
     """What a rank tells the others of itself in each step, and what it hears.
 
     Attributes:
-        more: whether this rank has more data after this step.
+        has_next: whether this rank has more data after this step.
         error: why this rank cannot go on; None while it can.
-        leaving: asked whether this rank is to leave.
-        heard: how many exchanges of ledgers there were, and whether a rank had more by the last.
+        preemption_requested: asked whether this rank is to leave.
+        sync_status: how many exchanges of ledgers there were, and whether a rank had more by the last.
         preempted_ranks: the ranks that are to leave, as all know.
     """
 
@@ -31,7 +31,7 @@ class RankStatus:
         self.sync_status = (0, False)
         self.preempted_ranks: tuple[int, ...] = ()
 
-    def hear(self, ledgers: Ledgers) -> None:
+    def update(self, ledgers: Ledgers) -> None:
         """Take note of what all ranks tell."""
         self.sync_status = (self.sync_status[0] + 1, bool(ledgers.total("has_next")))
         self.preempted_ranks = tuple(ledgers.ranks_with("preemption_requested"))

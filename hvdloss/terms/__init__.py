@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from hvdloss.term import Batch, CommStats, Decision, Policy, StepStats, Term
 from hvdloss.terms.communication import CommunicationCost
 from hvdloss.terms.skew import DataSkew
+from hvdloss.terms.term import Batch, CommStats, Decision, Policy, StepStats, Term
 
 __all__ = ["Batch", "CommStats", "CommunicationCost", "DataSkew", "Decision", "Policy", "StepStats", "Term"]

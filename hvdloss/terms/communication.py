@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hvdloss.communicator import Communicator
-from hvdloss.term import CommStats, Policy, StepStats, Term, check_price
+from hvdloss.comm.communicator import Communicator
 from hvdloss.terms.link import LinkModel, calibrate
+from hvdloss.terms.term import CommStats, Policy, StepStats, Term, check_price
 
 __all__ = ["CommunicationCost"]
 
@@ -27,12 +27,12 @@ class CommunicationCost(Term):
     slower ranks. No clocks are compared across machines.
 
     The values in a step's report are those of the step before, since a step's costs are known when it is
-    over; after local steps (:class:`hvdloss.control.SyncPeriod`) they cover all of them.
+    over; after local steps (:class:`hvdloss.terms.policies.SyncPeriod`) they cover all of them.
 
     Args:
         price: of one exposed second, in units of the loss.
-        policies: :class:`hvdloss.control.BatchShares`, :class:`hvdloss.control.SyncPeriod`,
-            :class:`hvdloss.control.AdaptiveCompression`.
+        policies: :class:`hvdloss.terms.policies.BatchShares`, :class:`hvdloss.terms.policies.SyncPeriod`,
+            :class:`hvdloss.terms.policies.AdaptiveCompression`.
         calibrate: fit the link before the first step with a few all-reduces of growing size (about half
             a second); afterwards each exchange of parameters refines the fit. Without it predictions
             start once two different sizes have been exchanged. The default is to calibrate if a policy

@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from hvdloss.communicator import Communicator
+from hvdloss.comm.communicator import Communicator
+from hvdloss.comm.messages import decode_all, decode_errors
 from hvdloss.errors import ConfigError, UsageError
-from hvdloss.messages import decode_all, decode_errors
 
 __all__ = ["Fit", "LinkModel", "Prediction", "calibrate", "probe_sizes", "ring_beta"]
 

@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 
 from hvdloss.errors import ConfigError, UsageError
-from hvdloss.term import Batch, Policy, StepStats, Term, check_price
 from hvdloss.terms.distributions import (
     MEASURES,
     Window,
@@ -19,6 +18,7 @@ from hvdloss.terms.distributions import (
     effective_sample_size,
     pooled_edges,
 )
+from hvdloss.terms.term import Batch, Policy, StepStats, Term, check_price
 
 __all__ = ["DataSkew"]
 
@@ -50,7 +50,8 @@ class DataSkew(Term):
         window: steps that count; 100 if `half_life` is not given either.
         half_life: steps after which a step counts half.
         warmup: steps in which quantiles are estimated.
-        policies: :class:`hvdloss.control.ImportanceWeights`, ``ClassBalance``, ``RankWeights``, ``Proximal``.
+        policies: :class:`hvdloss.terms.policies.ImportanceWeights`, ``ClassBalance``, ``RankWeights``,
+            ``Proximal``.
 
     Attributes:
         counts: the window's weighted histograms, float64 ``(ranks, bins)``.

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hvdloss.lazy import lazy_module
+from hvdloss._util.lazy import lazy_module
 
 if TYPE_CHECKING:
     from hvdloss.watch.activity import blocking, called_by_blocking

@@ -23,7 +23,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from hvdloss.communicator import Communicator
+from hvdloss.comm.communicator import Communicator
+from hvdloss.comm.messages import decode_all
 from hvdloss.errors import (
     AgreementError,
     ConfigError,
@@ -33,7 +34,6 @@ from hvdloss.errors import (
     NoWeightError,
     RankError,
 )
-from hvdloss.messages import decode_all
 from hvdloss.watch import process
 from hvdloss.watch.activity import Activity
 from hvdloss.watch.agent import FAN_OUT, Plan

@@ -16,8 +16,8 @@ import json
 import struct
 from typing import Any
 
+from hvdloss.comm.messages import parse_json
 from hvdloss.errors import HvdlossError
-from hvdloss.messages import parse_json
 
 __all__ = ["LIMIT", "NONCE", "Channel", "WireError"]
 

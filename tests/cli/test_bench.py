@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from hvdloss.cli import bench as bench_module
 from hvdloss.cli.bench import _goals, ratio_interval
 from hvdloss.cli.errors import Exit
-from hvdloss.ledger import LEDGER_WIDTH
+from hvdloss.losses.ledger import LEDGER_WIDTH
 from tests.cli.conftest import run_cli
 
 pytest.importorskip("torch")

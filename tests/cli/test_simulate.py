@@ -14,17 +14,17 @@ from click.testing import CliRunner, Result
 from hvdloss.cli import simulate as module
 from hvdloss.cli.errors import Exit
 from hvdloss.cli.simulate import COUNT, RATE, TIME, simulate
-from hvdloss.control import BatchShares, SyncPeriod
-from hvdloss.control.log import replay
-from hvdloss.control.simulation import (
+from hvdloss.losses.ledger import LEDGER_WIDTH
+from hvdloss.simulation.model import (
     ComputeModel,
     Figures,
     NetworkModel,
     TrainingPlan,
     simulate_training,
 )
-from hvdloss.ledger import LEDGER_WIDTH
 from hvdloss.terms.link import LinkModel
+from hvdloss.terms.policies import BatchShares, SyncPeriod
+from hvdloss.terms.policies.log import replay
 from tests.cli.conftest import run_cli
 
 QUIET = ["--noise", "0", "--steps", "60"]

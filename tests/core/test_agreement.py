@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hvdloss.agreement import Consistent, check_consistency, check_items_consistent
-from hvdloss.communicator import OneProcess, simulate
+from hvdloss.comm.agreement import Consistent, check_consistency, check_items_consistent
+from hvdloss.comm.communicator import OneProcess, simulate
+from hvdloss.comm.plan import ParameterInfo
 from hvdloss.errors import AgreementError, ConfigError, HvdlossError
-from hvdloss.plan import ParameterInfo
 
 MODEL = [
     ParameterInfo("embedding.weight", (10, 4), "float32 cpu", 4),

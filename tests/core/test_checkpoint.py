@@ -19,9 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hvdloss import CheckpointError, ConfigError, simulate
-from hvdloss.training import Checkpoint, CheckpointWarning
-from hvdloss.training.checkpoint import parse_manifest, read_checkpoint, state_from_bytes, state_to_bytes
-from hvdloss.training.tree import unflatten_tree, unpack_arrays
+from hvdloss.train import Checkpoint, CheckpointWarning
+from hvdloss.train.checkpoint import parse_manifest, read_checkpoint, state_from_bytes, state_to_bytes
+from hvdloss.train.tree import unflatten_tree, unpack_arrays
 
 
 class Holder:
@@ -279,7 +279,7 @@ def test_ranks_save_and_load_together(tmp_path):
 
 WRITER = """
 import sys, numpy as np
-from hvdloss.training import Checkpoint
+from hvdloss.train import Checkpoint
 class Holder:
     def state(self):
         return {"w": np.full(1_000_000, float(step)), "step": step}

@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hvdloss
-from hvdloss.communicator import OneProcess, simulate
+from hvdloss.comm.communicator import OneProcess, simulate
 from hvdloss.errors import ConfigError, HvdlossError, NoWeightError
-from hvdloss.ledger import Ledger, check_step, pack, unpack
-from hvdloss.numpy_ops import NumpyOps
-from hvdloss.reduction import REDUCTIONS, reduce_losses
+from hvdloss.losses.ledger import Ledger, check_step, pack, unpack
+from hvdloss.losses.numpy_ops import NumpyOps
+from hvdloss.losses.reduction import REDUCTIONS, reduce_losses
 
 OPS = NumpyOps()
 

@@ -10,14 +10,14 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import hvdloss
-from hvdloss.apportion import apportion
-from hvdloss.control import AdaptiveCompression, BatchShares, OuterStep, SharedBatches, SyncPeriod
-from hvdloss.control.log import FORMAT, read, record, replay, use_logged_times
-from hvdloss.controller import Controller
+from hvdloss._util.apportion import apportion
 from hvdloss.errors import ConfigError, UsageError
-from hvdloss.ledger import COLUMN, LEDGER_WIDTH
-from hvdloss.term import CommStats
+from hvdloss.losses.ledger import COLUMN, LEDGER_WIDTH
+from hvdloss.terms.controller import Controller
 from hvdloss.terms.link import LinkModel
+from hvdloss.terms.policies import AdaptiveCompression, BatchShares, OuterStep, SharedBatches, SyncPeriod
+from hvdloss.terms.policies.log import FORMAT, read, record, replay, use_logged_times
+from hvdloss.terms.term import CommStats
 
 
 def controlled(*policies, size=2, rank=0, **options):

@@ -9,14 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hvdloss.elements import (
+from hvdloss.errors import ConfigError, ShapeError
+from hvdloss.losses.elements import (
     ClassOptions,
     check_object,
     per_element_error,
     prediction_first,
     reduction_of,
 )
-from hvdloss.errors import ConfigError, ShapeError
 
 GOOD = {  # losses, prediction, target
     "one number per sample": ((8,), [(8, 3)], [(8, 3)]),

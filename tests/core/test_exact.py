@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hvdloss.comm.exact import Digits, digits_for
 from hvdloss.errors import ConfigError, UsageError
-from hvdloss.exact import Digits, digits_for
-from hvdloss.ledger import (
+from hvdloss.losses.ledger import (
     COLUMN,
     FAULT_COLUMNS,
     LEDGER_WIDTH,
@@ -27,9 +27,9 @@ from hvdloss.ledger import (
     exact_sum,
     nonfinite_ranks,
 )
-from hvdloss.reduction import REDUCTIONS
+from hvdloss.losses.reduction import REDUCTIONS
 from hvdloss.report import StepReport
-from hvdloss.report.steps import Interest
+from hvdloss.step.report import Interest
 
 DTYPES = {24: np.float32, 53: np.float64}
 any_finite = st.floats(allow_nan=False, allow_infinity=False)

@@ -16,7 +16,7 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.preprocessing import StandardScaler
 
 import hvdloss
-from hvdloss.communicator import simulate
+from hvdloss.comm.communicator import simulate
 from hvdloss.explain import (
     Attribution,
     LossAttribution,

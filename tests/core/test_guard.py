@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hvdloss.communicator import simulate
+from hvdloss.comm.communicator import simulate
+from hvdloss.comm.guard import assert_synchronized, checksum, due, mismatched_ranks
 from hvdloss.errors import AgreementError, ConfigError
-from hvdloss.guard import assert_synchronized, checksum, due, mismatched_ranks
 
 
 @given(st.lists(st.floats(width=32), min_size=1, max_size=50), st.data())

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from hvdloss.comm.launch import check_launch, choose_engine, foreign_launch, init_checked
 from hvdloss.errors import ConfigError
-from hvdloss.launch import check_launch, choose_engine, foreign_launch, init_checked
 
 SEVERAL = {
     "torchrun": {"WORLD_SIZE": "4", "RANK": "1", "LOCAL_RANK": "1", "TORCHELASTIC_RUN_ID": "none"},

@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from hvdloss import ledger as ledger_module
 from hvdloss.errors import (
     ConfigError,
     HvdlossError,
@@ -22,7 +21,8 @@ from hvdloss.errors import (
     UsageError,
     WeightError,
 )
-from hvdloss.ledger import (
+from hvdloss.losses import ledger as ledger_module
+from hvdloss.losses.ledger import (
     COLUMN,
     LEDGER_WIDTH,
     NONFINITE_COLUMNS,
@@ -34,7 +34,7 @@ from hvdloss.ledger import (
     pack,
     unpack,
 )
-from hvdloss.reduction import TENSOR_FIELDS
+from hvdloss.losses.reduction import TENSOR_FIELDS
 
 NAMES = [field.name for field in fields(Ledger)]
 whole_numbers = st.integers(-(2**40), 2**40).map(float)

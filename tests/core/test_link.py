@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hvdloss.communicator import OneProcess, SimulatedRank, simulate
+from hvdloss.comm.communicator import OneProcess, SimulatedRank, simulate
 from hvdloss.errors import ConfigError, UsageError
 from hvdloss.terms import link as link_module
 from hvdloss.terms.link import Fit, LinkModel, Prediction, calibrate, probe_sizes, ring_beta

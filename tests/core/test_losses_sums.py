@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hvdloss.communicator import simulate
-from hvdloss.control import SyncPeriod
+from hvdloss.comm.communicator import simulate
 from hvdloss.errors import ConfigError, ShapeError
 from hvdloss.losses import (
     NAMED,
@@ -27,9 +26,10 @@ from hvdloss.losses import (
     Tilted,
     Tversky,
 )
-from hvdloss.numpy_ops import NumpyOps
-from hvdloss.objective import ObjectiveBase
+from hvdloss.losses.numpy_ops import NumpyOps
+from hvdloss.step.objective import ObjectiveBase
 from hvdloss.terms import CommunicationCost
+from hvdloss.terms.policies import SyncPeriod
 
 OPS = NumpyOps()
 

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hvdloss
-from hvdloss.communicator import simulate
+from hvdloss.comm.communicator import simulate
+from hvdloss.losses.numpy_ops import NumpyOps
 from hvdloss.metrics import (
     AUC,
     F1,
@@ -33,7 +34,6 @@ from hvdloss.metrics import (
     Recall,
 )
 from hvdloss.metrics.collection import decode_states, encode_states
-from hvdloss.numpy_ops import NumpyOps
 
 K = 4
 

@@ -13,12 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from hvdloss.control.period import SyncPeriod
 from hvdloss.errors import ConfigError
-from hvdloss.ledger import NONFINITE_MODES
-from hvdloss.objective import _ALIASES, LOSSES, ObjectiveBase, expand_mask_axes, loss_named
-from hvdloss.reduction import REDUCTIONS
+from hvdloss.losses.ledger import NONFINITE_MODES
+from hvdloss.losses.reduction import REDUCTIONS
+from hvdloss.step.objective import _ALIASES, LOSSES, ObjectiveBase, expand_mask_axes, loss_named
 from hvdloss.terms import CommunicationCost
+from hvdloss.terms.policies.period import SyncPeriod
 
 
 class Objective(ObjectiveBase):

@@ -6,7 +6,13 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hvdloss.passes import another_error, divided_by, division_error, uneven_division_error, unheard_error
+from hvdloss.losses.passes import (
+    another_error,
+    divided_by,
+    division_error,
+    uneven_division_error,
+    unheard_error,
+)
 
 passes = st.integers(2, 64)
 scales = st.floats(1e-3, 1e6)

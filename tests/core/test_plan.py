@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hvdloss.comm.plan import BUCKET_BYTES, FIRST_BUCKET_BYTES, Bucket, Member, ParameterInfo, plan_buckets
 from hvdloss.errors import ConfigError
-from hvdloss.plan import BUCKET_BYTES, FIRST_BUCKET_BYTES, Bucket, Member, ParameterInfo, plan_buckets
 
 KINDS = {"float32 cpu": 4, "float64 cpu": 8, "float16 cpu": 2, "float32 cuda": 4}
 

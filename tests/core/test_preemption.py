@@ -9,7 +9,7 @@ import threading
 import pytest
 
 from hvdloss import ConfigError, UsageError
-from hvdloss.training.preemption import Preemption
+from hvdloss.train.preemption import Preemption
 
 
 class PreemptionChannel:

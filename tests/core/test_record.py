@@ -20,15 +20,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hvdloss import world
-from hvdloss.controller import Controller
+from hvdloss.comm import world
 from hvdloss.errors import ConfigError, LostRankError, UsageError
-from hvdloss.ledger import Ledger
+from hvdloss.losses.ledger import Ledger
 from hvdloss.report import LossReport, Recorder, StepReport, Subscription, TermReport, read
 from hvdloss.report.reading import Tail
 from hvdloss.report.schema import FORMAT, KINDS, checked, encoded, plain, scrubbed
 from hvdloss.report.summary import class_table, hardest, summarize
-from hvdloss.term import Decision
+from hvdloss.terms.controller import Controller
+from hvdloss.terms.term import Decision
 
 ABOUT = {"ranks": 2, "framework": "none", "terms": {}, "objective": {}, "environment": {"hosts": 1}}
 
@@ -298,7 +298,7 @@ def test_a_run_that_is_killed_leaves_a_record_and_can_be_taken_up(tmp_path):
     path = tmp_path / "a.jsonl"
     program = f"""
 import time
-from hvdloss.ledger import Ledger
+from hvdloss.losses.ledger import Ledger
 from hvdloss.report import Recorder, StepReport
 recorder = Recorder({str(path)!r})
 recorder.begin({{"ranks": 1}})
@@ -337,7 +337,7 @@ while True:
 def test_a_process_that_ends_with_an_exception_says_so_in_its_record(tmp_path):
     path = tmp_path / "a.jsonl"
     program = f"""
-from hvdloss.ledger import Ledger
+from hvdloss.losses.ledger import Ledger
 from hvdloss.report import Recorder, StepReport
 recorder = Recorder({str(path)!r})
 recorder.begin({{"ranks": 1}})

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from hvdloss.errors import ConfigError, NonFiniteLossError, ShapeError, WeightError
-from hvdloss.ledger import Ledger, check_step, pack, unpack
-from hvdloss.numpy_ops import NumpyOps
-from hvdloss.reduction import REDUCTIONS, TENSOR_FIELDS, check_reduction, finish, reduce_losses
+from hvdloss.losses.ledger import Ledger, check_step, pack, unpack
+from hvdloss.losses.numpy_ops import NumpyOps
+from hvdloss.losses.reduction import REDUCTIONS, TENSOR_FIELDS, check_reduction, finish, reduce_losses
 
 OPS = NumpyOps()
 DTYPES = {np.float64: 1e-12, np.float32: 1e-5}

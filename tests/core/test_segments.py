@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hvdloss.errors import ConfigError, ShapeError, WeightError
-from hvdloss.numpy_ops import NumpyOps
-from hvdloss.reduction import reduce_losses
-from hvdloss.segments import Link, LinkedSegments, Segments, check_micro_batches
+from hvdloss.losses.numpy_ops import NumpyOps
+from hvdloss.losses.reduction import reduce_losses
+from hvdloss.losses.segments import Link, LinkedSegments, Segments, check_micro_batches
 
 OPS = NumpyOps()
 TIGHT = 1e-11

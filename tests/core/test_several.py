@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hvdloss.errors import ConfigError, NoWeightError, UsageError
-from hvdloss.numpy_ops import NumpyOps
-from hvdloss.objective import ObjectiveBase
+from hvdloss.losses.numpy_ops import NumpyOps
 from hvdloss.report import StepReport
-from hvdloss.several import (
+from hvdloss.step.objective import ObjectiveBase
+from hvdloss.step.several import (
     COLUMNS,
     Objectives,
     check_expected,

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hvdloss.control import AdaptiveCompression, BatchShares, OuterStep, SyncPeriod
-from hvdloss.control.log import read, replay
-from hvdloss.control.simulation import (
+from hvdloss.errors import ConfigError
+from hvdloss.losses.ledger import COLUMN, LEDGER_WIDTH
+from hvdloss.simulation.model import (
     BACKWARD,
     ComputeModel,
     LossModel,
@@ -25,9 +25,9 @@ from hvdloss.control.simulation import (
     TrainingPlan,
     simulate_training,
 )
-from hvdloss.errors import ConfigError
-from hvdloss.ledger import COLUMN, LEDGER_WIDTH
 from hvdloss.terms.link import LinkModel
+from hvdloss.terms.policies import AdaptiveCompression, BatchShares, OuterStep, SyncPeriod
+from hvdloss.terms.policies.log import read, replay
 
 MODEL = 8e6  # bytes
 some = settings(max_examples=40, deadline=None)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hvdloss import CommunicationCost, ConfigError, DataSkew, world
-from hvdloss.control import AdaptiveCompression, BatchShares, RankWeights, SyncPeriod
-from hvdloss.controller import Controller
-from hvdloss.ledger import COLUMN, LEDGER_WIDTH
-from hvdloss.term import CommStats
-from hvdloss.training.checkpoint import state_from_bytes, state_to_bytes
+from hvdloss import CommunicationCost, ConfigError, DataSkew
+from hvdloss.comm import world
+from hvdloss.losses.ledger import COLUMN, LEDGER_WIDTH
+from hvdloss.terms.controller import Controller
+from hvdloss.terms.policies import AdaptiveCompression, BatchShares, RankWeights, SyncPeriod
+from hvdloss.terms.term import CommStats
+from hvdloss.train.checkpoint import state_from_bytes, state_to_bytes
 
 SIZE = 3
 

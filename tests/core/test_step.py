@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hvdloss.controller import Controller
 from hvdloss.errors import (
     ConfigError,
     NonFiniteGradientError,
@@ -19,7 +18,7 @@ from hvdloss.errors import (
     UsageError,
     WeightError,
 )
-from hvdloss.ledger import Ledger, Ledgers
+from hvdloss.losses.ledger import Ledger, Ledgers
 from hvdloss.step.local import LocalSums, local_outcome
 from hvdloss.step.log import StepLog
 from hvdloss.step.outcome import Action, Outcome, outcome_of
@@ -29,6 +28,7 @@ from hvdloss.step.state import StepState
 from hvdloss.step.status import RankStatus
 from hvdloss.step.sums import PassSums
 from hvdloss.step.timer import CommTimer
+from hvdloss.terms.controller import Controller
 
 
 def at(phase: Phase) -> StepPhase:
@@ -269,9 +269,9 @@ def test_a_rank_tells_what_it_knows():
 
 def test_a_rank_hears_what_all_tell():
     status = RankStatus()
-    status.hear(Ledgers.of([SOUND, Ledger(has_next=1.0, preemption_requested=1.0)]))
+    status.update(Ledgers.of([SOUND, Ledger(has_next=1.0, preemption_requested=1.0)]))
     assert (status.sync_status, status.preempted_ranks) == ((1, True), (1,))
-    status.hear(Ledgers.of([SOUND, SOUND]))
+    status.update(Ledgers.of([SOUND, SOUND]))
     assert (status.sync_status, status.preempted_ranks) == ((2, False), ())
     status.reset()
     assert status.sync_status == (0, False)

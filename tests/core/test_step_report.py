@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hvdloss.ledger import Ledger
-from hvdloss.reduction import REDUCTIONS
+from hvdloss.losses.ledger import Ledger
+from hvdloss.losses.reduction import REDUCTIONS
 from hvdloss.report import RankReport, StepReport
 
 LEDGERS = [

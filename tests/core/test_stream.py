@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hvdloss import ConfigError, RankError, UsageError, simulate
-from hvdloss.agreement import raise_on_all_ranks, run_on_all_ranks
+from hvdloss.comm.agreement import raise_on_all_ranks, run_on_all_ranks
 from hvdloss.data import Epoch, Pieces, RowGroups
 from hvdloss.data.stream import LaneSchedule, SharedIterable, read_batches
 from hvdloss.data.uneven import Uneven, describe_batch, empty_batch, empty_like
 from hvdloss.errors import AgreementError, DataError
-from hvdloss.training import TransformedBatches
+from hvdloss.train import TransformedBatches
 
 MANY = settings(max_examples=60, deadline=None)
 groups = st.lists(st.integers(0, 9), min_size=1, max_size=12)

@@ -10,14 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import hvdloss
-from hvdloss.communicator import OneProcess, simulate
-from hvdloss.control import ClassBalance, ImportanceWeights, Proximal, RankWeights
-from hvdloss.controller import Controller
+from hvdloss.comm.communicator import OneProcess, simulate
 from hvdloss.errors import ConfigError, ShapeError, UsageError
-from hvdloss.ledger import COLUMN, LEDGER_WIDTH
-from hvdloss.numpy_ops import NumpyOps
-from hvdloss.objective import ObjectiveBase
-from hvdloss.term import Batch, CommStats, StepStats, Term
+from hvdloss.losses.ledger import COLUMN, LEDGER_WIDTH
+from hvdloss.losses.numpy_ops import NumpyOps
+from hvdloss.step.objective import ObjectiveBase
+from hvdloss.terms.controller import Controller
+from hvdloss.terms.policies import ClassBalance, ImportanceWeights, Proximal, RankWeights
+from hvdloss.terms.term import Batch, CommStats, StepStats, Term
 
 OPS = NumpyOps()
 

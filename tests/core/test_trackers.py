@@ -10,10 +10,10 @@ import warnings
 import pytest
 
 from hvdloss.errors import ConfigError
-from hvdloss.ledger import Ledger
+from hvdloss.losses.ledger import Ledger
 from hvdloss.report import LossReport, StepReport, TermReport
-from hvdloss.trackers import MLflow, TensorBoard, Tracker, WandB, scalars
-from hvdloss.trackers.base import first_rank
+from hvdloss.report.trackers import MLflow, TensorBoard, Tracker, WandB, scalars
+from hvdloss.report.trackers.base import first_rank
 
 LEDGERS = [
     Ledger(numerator=6.0, denominator=4.0, weight=4.0, elements=5.0, micro_batches=2.0, communication=0.25),

@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hvdloss
-from hvdloss.communicator import simulate
-from hvdloss.training import (
+from hvdloss.comm.communicator import simulate
+from hvdloss.train import (
     BestCheckpoint,
     EarlyStopping,
     Warmup,
@@ -209,7 +209,7 @@ def test_a_writer_that_is_killed_keeps_the_former_file(tmp_path):
     path = tmp_path / "best"
     code = f"""
         import time
-        from hvdloss.training import write_atomically
+        from hvdloss.train import write_atomically
         write_atomically({str(path)!r}, lambda file: file.write(b"whole"))
         def slowly(file):
             while True:

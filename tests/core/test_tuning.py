@@ -7,10 +7,10 @@ import math
 
 import pytest
 
-from hvdloss import single
+from hvdloss.comm import single
+from hvdloss.comm.plan import BUCKET_BYTES, FIRST_BUCKET_BYTES, UNBUCKETED_BYTES
+from hvdloss.comm.tuning import VARIABLES, Choice, choose, cycle_time, launched, remove_invalid_settings
 from hvdloss.errors import ConfigError
-from hvdloss.plan import BUCKET_BYTES, FIRST_BUCKET_BYTES, UNBUCKETED_BYTES
-from hvdloss.tuning import VARIABLES, Choice, choose, cycle_time, launched, remove_invalid_settings
 
 
 def test_the_rule_decides_where_nobody_else_does() -> None:

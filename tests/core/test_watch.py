@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hvdloss import watch
-from hvdloss.communicator import OneProcess, simulate
+from hvdloss.comm.communicator import OneProcess, simulate
 from hvdloss.errors import ConfigError, RankError
 from hvdloss.watch import Fault, Limits, RankState, Wait, service, verdict
 from hvdloss.watch.activity import Activity, stack_of_main

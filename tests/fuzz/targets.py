@@ -24,39 +24,44 @@ from typing import Any
 import numpy as np
 
 import hvdloss
-from hvdloss.agreement import check_consistency, check_items_consistent, raise_on_all_ranks, run_on_all_ranks
-from hvdloss.control import AdaptiveCompression, BatchShares
-from hvdloss.control.log import read, record, replay, use_logged_times
-from hvdloss.controller import Controller
+from hvdloss.comm.agreement import (
+    check_consistency,
+    check_items_consistent,
+    raise_on_all_ranks,
+    run_on_all_ranks,
+)
+from hvdloss.comm.guard import assert_synchronized
+from hvdloss.comm.messages import parse_json
+from hvdloss.comm.plan import ParameterInfo
 from hvdloss.data import Csv, Epoch, NumpyFiles, Parquet, Shuffled
 from hvdloss.data.stream import SharedIterable
 from hvdloss.data.uneven import Uneven
 from hvdloss.errors import AgreementError, HvdlossError
 from hvdloss.explain.exchange import RankMessage, exchange_messages
-from hvdloss.guard import assert_synchronized
-from hvdloss.ledger import LEDGER_WIDTH, Ledger, check_step, pack, unpack
-from hvdloss.messages import parse_json
+from hvdloss.losses.ledger import LEDGER_WIDTH, Ledger, check_step, pack, unpack
+from hvdloss.losses.numpy_ops import NumpyOps
+from hvdloss.losses.reduction import REDUCTIONS, broadcast_weights, reduce_losses
 from hvdloss.metrics import MAE, Metrics
 from hvdloss.metrics.collection import encode_states
-from hvdloss.numpy_ops import NumpyOps
-from hvdloss.objective import expand_mask_axes
-from hvdloss.plan import ParameterInfo
-from hvdloss.reduction import REDUCTIONS, broadcast_weights, reduce_losses
 from hvdloss.report import Recorder, StepReport, TermReport
 from hvdloss.report import read as read_record
 from hvdloss.report.page import run_of, table_of_runs
 from hvdloss.split.messages import read_header
-from hvdloss.term import CommStats, Decision
+from hvdloss.step.objective import expand_mask_axes
+from hvdloss.terms.controller import Controller
 from hvdloss.terms.link import LinkModel
-from hvdloss.training import BestCheckpoint, EarlyStopping, TransformedBatches
-from hvdloss.training.checkpoint import (
+from hvdloss.terms.policies import AdaptiveCompression, BatchShares
+from hvdloss.terms.policies.log import read, record, replay, use_logged_times
+from hvdloss.terms.term import CommStats, Decision
+from hvdloss.train import BestCheckpoint, EarlyStopping, TransformedBatches
+from hvdloss.train.checkpoint import (
     Checkpoint,
     StateDict,
     parse_manifest,
     state_from_bytes,
     state_to_bytes,
 )
-from hvdloss.training.decisions import merged_value
+from hvdloss.train.decisions import merged_value
 from hvdloss.watch import Fault, RankState
 from hvdloss.watch.tally import Exchange, Found, Summary, Tally
 from hvdloss.watch.wire import NONCE, Channel

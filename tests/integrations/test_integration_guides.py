@@ -41,9 +41,9 @@ def test_tensorboard_loads_no_framework(tmp_path):
     """TensorFlow takes seconds and a gigabyte, and would be loaded if it is installed."""
     program = (
         "import sys\n"
-        "from hvdloss.ledger import Ledger\n"
+        "from hvdloss.losses.ledger import Ledger\n"
         "from hvdloss.report import StepReport\n"
-        "from hvdloss.trackers import TensorBoard\n"
+        "from hvdloss.report.trackers import TensorBoard\n"
         f"with TensorBoard({str(tmp_path / 'log')!r}) as tracker:\n"
         "    tracker.step(StepReport.of(1, [Ledger(numerator=1.0, denominator=1.0)], 'mean'))\n"
         "assert tracker.failures == 0\n"

@@ -140,7 +140,7 @@ def step():
 """,
 }
 FOLLOW = """
-from hvdloss.trackers import MLflow, TensorBoard, WandB
+from hvdloss.report.trackers import MLflow, TensorBoard, WandB
 sinks = [
     TensorBoard("tensorboard"),
     MLflow("digits", tracking_uri="sqlite:///mlflow.db"),

@@ -12,8 +12,8 @@ from keras_support import before_case, same_on_all_ranks
 
 import hvdloss
 import hvdloss.keras as hvd
-from hvdloss.control import RankWeights
 from hvdloss.data import Shuffled
+from hvdloss.terms.policies import RankWeights
 from tests.ranks import needs
 
 NEEDS = needs("gloo-2", more="gloo-3")

@@ -12,7 +12,7 @@ from tf_support import same_on_all_ranks
 import hvdloss
 import hvdloss.explain as one_process
 import hvdloss.keras as hvd
-from hvdloss.tensorflow.explain import _elements
+from hvdloss.tensorflow.integrations.explain import _elements
 from tests.ranks import needs
 
 NEEDS = needs("gloo-2", more="gloo-3")

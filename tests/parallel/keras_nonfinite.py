@@ -11,7 +11,6 @@ from tf_support import difference, raised, same_on_all_ranks
 
 import hvdloss
 import hvdloss.keras as hvd
-from hvdloss.control.period import SyncPeriod
 from hvdloss.errors import (
     ConfigError,
     NonFiniteGradientError,
@@ -19,6 +18,7 @@ from hvdloss.errors import (
     NoWeightError,
     ShapeError,
 )
+from hvdloss.terms.policies.period import SyncPeriod
 from tests.ranks import needs
 
 NEEDS = needs("gloo-2", more="gloo-3 mpi-2")

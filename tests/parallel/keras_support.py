@@ -12,7 +12,7 @@ import tensorflow as tf
 from tf_support import cuts, data, difference, same_on_all_ranks
 
 import hvdloss.keras as hvd
-from hvdloss.world import set_name_base
+from hvdloss.comm.world import set_name_base
 
 keras.config.set_floatx("float64")
 keras.config.disable_traceback_filtering()

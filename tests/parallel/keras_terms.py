@@ -13,7 +13,9 @@ from tf_terms import CLASSES, Toggled, batch_of, histograms, raises_everywhere, 
 
 import hvdloss
 import hvdloss.keras as hvd
-from hvdloss.control import (
+from hvdloss.errors import ConfigError, NonFiniteLossError, UsageError
+from hvdloss.terms.distributions import divergences
+from hvdloss.terms.policies import (
     BatchShares,
     ImportanceWeights,
     OuterStep,
@@ -22,8 +24,6 @@ from hvdloss.control import (
     SharedBatches,
     SyncPeriod,
 )
-from hvdloss.errors import ConfigError, NonFiniteLossError, UsageError
-from hvdloss.terms.distributions import divergences
 from tests.ranks import needs
 
 NEEDS = needs("gloo-2")

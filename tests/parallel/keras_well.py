@@ -32,7 +32,7 @@ import hvdloss.tensorflow as thvd
 from hvdloss.data import Shuffled
 from hvdloss.metrics import AUC, F1, MAE
 from hvdloss.tensorflow.ops import communicator_of
-from hvdloss.training import generator_for, scale_factor
+from hvdloss.train import generator_for, scale_factor
 from tests.ranks import needs
 
 NEEDS = needs("gloo-2", more="gloo-3")

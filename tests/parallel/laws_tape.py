@@ -6,7 +6,7 @@ import tensorflow as tf
 from tf_support import Network, traced
 
 import hvdloss.tensorflow as hvd
-from hvdloss.world import set_name_base
+from hvdloss.comm.world import set_name_base
 from tests.laws.driver import RATE
 
 LAWS = ("exact", "packed")

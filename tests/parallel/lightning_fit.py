@@ -21,7 +21,7 @@ from torch import nn
 
 import hvdloss.torch as hvd
 from hvdloss.errors import ConfigError
-from hvdloss.torch.lightning import HorovodStrategy, StepLog
+from hvdloss.torch.integrations.lightning import HorovodStrategy, StepLog
 from hvdloss.torch.ops import communicator_of
 from tests.ranks import needs
 

@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 
 import hvdloss.tensorflow as hvd
-from hvdloss.collectives import even_sizes
+from hvdloss.comm.collectives import even_sizes
 from hvdloss.errors import ConfigError, ShapeError, UsageError
 from hvdloss.tensorflow import collectives as c
 from tests.ranks import needs

@@ -11,8 +11,8 @@ from tf_support import raised, same_on_all_ranks
 
 import hvdloss.keras
 import hvdloss.tensorflow as hvd
+from hvdloss.comm.world import set_name_base
 from hvdloss.errors import AgreementError, ConfigError, UsageError
-from hvdloss.world import set_name_base
 from tests.ranks import needs
 
 NEEDS = needs("gloo-2", more="gloo-1 gloo-3 mpi-2")

@@ -15,9 +15,9 @@ from tf_support import raised, same_on_all_ranks
 import hvdloss
 import hvdloss.keras
 import hvdloss.tensorflow as hvd
-from hvdloss.control import SyncPeriod
 from hvdloss.errors import NonFiniteLossError, UsageError, WeightError
 from hvdloss.report import read
+from hvdloss.terms.policies import SyncPeriod
 from tests.ranks import needs
 
 NEEDS = needs("gloo-2", more="gloo-3 mpi-2")

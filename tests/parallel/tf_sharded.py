@@ -15,9 +15,9 @@ from tf_support import difference, raised, same_on_all_ranks
 
 import hvdloss.keras as khvd
 import hvdloss.tensorflow as hvd
+from hvdloss.comm.world import set_name_base
 from hvdloss.errors import AgreementError, ConfigError, HvdlossError, ShapeError
 from hvdloss.tensorflow.collectives import copy_to_ranks
-from hvdloss.world import set_name_base
 from tests.ranks import needs
 
 NEEDS = needs("gloo-2", more="gloo-3")

@@ -11,7 +11,10 @@ from tf_support import Network, difference, raised, reference, same_on_all_ranks
 
 import hvdloss
 import hvdloss.tensorflow as hvd
-from hvdloss.control import (
+from hvdloss.comm.world import set_name_base
+from hvdloss.errors import ConfigError, NonFiniteGradientError, NonFiniteLossError, UsageError, WeightError
+from hvdloss.terms.distributions import divergences
+from hvdloss.terms.policies import (
     AdaptiveCompression,
     BatchShares,
     ClassBalance,
@@ -22,10 +25,7 @@ from hvdloss.control import (
     SharedBatches,
     SyncPeriod,
 )
-from hvdloss.errors import ConfigError, NonFiniteGradientError, NonFiniteLossError, UsageError, WeightError
-from hvdloss.term import Decision
-from hvdloss.terms.distributions import divergences
-from hvdloss.world import set_name_base
+from hvdloss.terms.term import Decision
 from tests.ranks import needs
 
 NEEDS = needs("gloo-2")

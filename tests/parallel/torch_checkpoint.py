@@ -12,9 +12,9 @@ from torch_support import DEVICE, before_case, flat, generator, here, raises_eve
 
 import hvdloss
 import hvdloss.torch as hvd
-from hvdloss.control import BatchShares, RankWeights, SyncPeriod
-from hvdloss.control.period import OuterStep
 from hvdloss.data import Shuffled
+from hvdloss.terms.policies import BatchShares, RankWeights, SyncPeriod
+from hvdloss.terms.policies.period import OuterStep
 from tests.ranks import needs
 
 NEEDS = needs("gloo-2", more="gloo-3 dist-2")
@@ -107,11 +107,11 @@ def case_local_steps_with_an_outer_step_go_on():
     run.train(5)
     run.checkpoint.save(5)  # in the middle of a stretch: parameters are averaged
     same_on_all_ranks(repr(flat(run.model.parameters()).tolist()))
-    velocity = run.optimizer._hvdloss.memory()["velocity"]
+    velocity = run.optimizer._hvdloss.state_dict()["velocity"]
     assert velocity is not None
     again = Run(folder, terms())
     again.checkpoint.load()
-    held = again.optimizer._hvdloss.memory()["velocity"]
+    held = again.optimizer._hvdloss.state_dict()["velocity"]
     assert all(torch.equal(a, b) for a, b in zip(held, velocity, strict=True))
     again.train(6)
     again.optimizer.exchange()

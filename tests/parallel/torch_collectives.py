@@ -14,7 +14,7 @@ import torch
 from torch_support import before_case, generator
 
 import hvdloss.torch as hvd
-from hvdloss.collectives import even_sizes
+from hvdloss.comm.collectives import even_sizes
 from hvdloss.errors import ConfigError, ShapeError, UsageError
 from hvdloss.torch import collectives as c
 from tests.ranks import needs

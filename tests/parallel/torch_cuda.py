@@ -40,7 +40,7 @@ from torch_support import (
 
 import hvdloss
 import hvdloss.torch as hvd
-from hvdloss.control.period import SyncPeriod
+from hvdloss.terms.policies.period import SyncPeriod
 from hvdloss.torch import collectives
 
 __all__ = ["before_case"]

@@ -22,7 +22,7 @@ NEEDS = needs("gloo-2", more="gloo-3")
 __all__ = ["before_case"]
 
 warnings.filterwarnings("ignore", module="torchmetrics")
-warnings.filterwarnings("ignore", module="hvdloss.torch.metrics")
+warnings.filterwarnings("ignore", module="hvdloss.torch.integrations.metrics")
 
 UPDATES = 5
 SPLITS = ([4, 1], [0, 5], [5, 0])  # of the first and the last rank

@@ -12,7 +12,7 @@ from torch_support import before_case, same_on_all_ranks
 import hvdloss
 import hvdloss.explain as one_process
 import hvdloss.torch as hvd
-from hvdloss.torch.explain import _elements, _of_module
+from hvdloss.torch.integrations.explain import _elements, _of_module
 from tests.ranks import needs
 
 NEEDS = needs("gloo-3", more="gloo-2")

@@ -29,7 +29,6 @@ from torch_support import (
 
 import hvdloss
 import hvdloss.torch as hvd
-from hvdloss.control.period import SyncPeriod
 from hvdloss.errors import (
     ConfigError,
     NonFiniteGradientError,
@@ -39,6 +38,7 @@ from hvdloss.errors import (
     UsageError,
     WeightError,
 )
+from hvdloss.terms.policies.period import SyncPeriod
 from tests.ranks import needs
 
 NEEDS = needs("gloo-2", more="gloo-1 gloo-3 mpi-2 dist-2")

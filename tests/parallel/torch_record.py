@@ -13,9 +13,9 @@ from torch_support import before_case
 
 import hvdloss
 import hvdloss.torch as hvd
-from hvdloss.control import SyncPeriod
 from hvdloss.errors import ConfigError
 from hvdloss.report import read
+from hvdloss.terms.policies import SyncPeriod
 from tests.ranks import needs
 
 NEEDS = needs("gloo-2", more="gloo-1 gloo-3 dist-2")

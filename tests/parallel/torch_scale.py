@@ -12,9 +12,9 @@ from torch_support import before_case, gathered, raises_everywhere, same_on_all_
 
 import hvdloss
 import hvdloss.torch as hvd
-from hvdloss.control import BatchShares, SyncPeriod
 from hvdloss.errors import AgreementError, NoWeightError, RankError, UsageError, WeightError
 from hvdloss.report import read
+from hvdloss.terms.policies import BatchShares, SyncPeriod
 from tests.ranks import needs
 
 NEEDS = needs("gloo-2 gloo-3", more="mpi-2")

@@ -248,7 +248,7 @@ def case_the_flag_costs_no_message():
 
 def case_local_steps_end_together():
     counts = [2 + 5 * rank for rank in range(hvd.size())]
-    terms = (hvdloss.CommunicationCost(policies=(hvdloss.control.SyncPeriod(3),)),)
+    terms = (hvdloss.CommunicationCost(policies=(hvdloss.terms.policies.SyncPeriod(3),)),)
     model, optimizer, given = trained(batches_of(counts)[hvd.rank()], terms=terms)
     same_on_all_ranks(flat(model.parameters()).tolist())
     same_on_all_ranks(given)

@@ -237,7 +237,7 @@ def case_each_micro_batch_is_a_whole_of_its_own_without_total():
 
 def case_with_data_skew_and_its_weights():
     """Terms weigh and see the elements of a loss that is no mean."""
-    from hvdloss.control import ClassBalance
+    from hvdloss.terms.policies import ClassBalance
 
     term = hvdloss.DataSkew(classes=2, policies=(ClassBalance(),))
     objective = hvd.Objective(SoftDice(), terms=(term,))

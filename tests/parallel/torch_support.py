@@ -22,8 +22,8 @@ import torch.nn.functional as F
 
 import hvdloss.torch as hvd
 from hvdloss.benchmarks.common import device_of
+from hvdloss.comm.world import set_name_base
 from hvdloss.torch.ops import HOST_DEVICES, communicator_of
-from hvdloss.world import set_name_base
 
 
 def _device() -> torch.device:

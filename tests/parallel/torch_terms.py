@@ -28,7 +28,9 @@ from torch_support import (
 
 import hvdloss
 import hvdloss.torch as hvd
-from hvdloss.control import (
+from hvdloss.terms.distributions import divergences
+from hvdloss.terms.link import LinkModel
+from hvdloss.terms.policies import (
     AdaptiveCompression,
     BatchShares,
     ClassBalance,
@@ -39,9 +41,7 @@ from hvdloss.control import (
     SharedBatches,
     SyncPeriod,
 )
-from hvdloss.control.log import record, replay, use_logged_times
-from hvdloss.terms.distributions import divergences
-from hvdloss.terms.link import LinkModel
+from hvdloss.terms.policies.log import record, replay, use_logged_times
 from tests.ranks import needs
 
 NEEDS = needs("gloo-2", more="gloo-3 dist-2")

@@ -43,7 +43,7 @@ from hvdloss.metrics import (
     LogLoss,
     Mean,
 )
-from hvdloss.training import Warmup, scale_factor
+from hvdloss.train import Warmup, scale_factor
 from tests.ranks import needs
 
 NEEDS = needs("gloo-2", more="gloo-3")

@@ -21,8 +21,8 @@ from torch import nn
 import hvdloss.torch as hvd
 from hvdloss.data import Shuffled
 from hvdloss.errors import ConfigError, UsageError
+from hvdloss.torch.integrations.transformers import HorovodTrainer, absent, one_of_many
 from hvdloss.torch.ops import communicator_of
-from hvdloss.torch.transformers import HorovodTrainer, absent, one_of_many
 from tests.ranks import needs
 
 NEEDS = needs(more="gloo-2")

@@ -14,9 +14,9 @@ import pytest
 from click.testing import CliRunner
 
 from hvdloss.cli import cli
-from hvdloss.ledger import Ledger
+from hvdloss.losses.ledger import Ledger
 from hvdloss.report import Recorder, StepReport, TermReport, read
-from hvdloss.term import Decision
+from hvdloss.terms.term import Decision
 
 HOSTILE = "</title></style><script>alert(1)</script><img src=x onerror=alert(2)> $x^2$ & \" ' {{ 7*7 }}"
 

@@ -11,14 +11,14 @@ import pytest
 from click.testing import CliRunner
 
 import hvdloss
+from hvdloss._util.private import make_folder, open_private
 from hvdloss.cli import cli
 from hvdloss.cli.install.cache import Cache
 from hvdloss.cli.process import Log
-from hvdloss.control.log import record
-from hvdloss.controller import Controller
-from hvdloss.private import make_folder, open_private
-from hvdloss.training import BestCheckpoint
-from hvdloss.training.files import replace_durably, write_atomically
+from hvdloss.terms.controller import Controller
+from hvdloss.terms.policies.log import record
+from hvdloss.train import BestCheckpoint
+from hvdloss.train.files import replace_durably, write_atomically
 
 
 @pytest.fixture(autouse=True)

@@ -11,9 +11,9 @@ tf = pytest.importorskip("tensorflow")
 
 import hvdloss.tensorflow as hvd  # noqa: E402
 from hvdloss.errors import ConfigError, ShapeError  # noqa: E402
-from hvdloss.numpy_ops import NumpyOps  # noqa: E402
-from hvdloss.objective import LOSSES  # noqa: E402
-from hvdloss.reduction import REDUCTIONS, reduce_losses  # noqa: E402
+from hvdloss.losses.numpy_ops import NumpyOps  # noqa: E402
+from hvdloss.losses.reduction import REDUCTIONS, reduce_losses  # noqa: E402
+from hvdloss.step.objective import LOSSES  # noqa: E402
 from hvdloss.tensorflow import Objective  # noqa: E402
 from hvdloss.tensorflow.ops import NAMED_LOSSES, TensorFlowOps  # noqa: E402
 

@@ -10,7 +10,7 @@ tf = pytest.importorskip("tensorflow")
 import hvdloss.keras as hvdk  # noqa: E402
 import hvdloss.tensorflow as hvd  # noqa: E402
 from hvdloss.errors import ConfigError, ShapeError, UsageError, WeightError  # noqa: E402
-from hvdloss.numpy_ops import NumpyOps  # noqa: E402
+from hvdloss.losses.numpy_ops import NumpyOps  # noqa: E402
 from hvdloss.tensorflow.ops import TensorFlowOps  # noqa: E402
 
 EDGES = np.array([0, 3, 4, 8])

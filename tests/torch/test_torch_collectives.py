@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import hvdloss.torch as hvd
-from hvdloss import collectives as common
+from hvdloss.comm import collectives as common
 from hvdloss.torch import collectives as c
 from tests.ranks import Case, parallel_cases
 

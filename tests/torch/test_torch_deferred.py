@@ -17,7 +17,7 @@ import torch
 
 import hvdloss
 import hvdloss.torch as hvd
-from hvdloss.ledger import Ledger, Ledgers
+from hvdloss.losses.ledger import Ledger, Ledgers
 from hvdloss.step.phase import Event
 from hvdloss.torch import step as module
 from tests.ranks import Case, case_names, more, parallel_cases

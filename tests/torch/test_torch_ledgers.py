@@ -8,7 +8,7 @@ pytest.importorskip("torch")
 
 import torch
 
-from hvdloss.ledger import LEDGER_WIDTH
+from hvdloss.losses.ledger import LEDGER_WIDTH
 from hvdloss.torch.ledgers import Message
 from hvdloss.torch.ops import HOST_DEVICES
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import hvdloss.torch as hvd
 from hvdloss.errors import ConfigError, ShapeError
-from hvdloss.objective import LOSSES
+from hvdloss.step.objective import LOSSES
 from hvdloss.torch import Objective
 
 pytestmark = pytest.mark.filterwarnings("ignore:reduction. 'mean' divides")  # torch, of its kl_div

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 
 import hvdloss.torch as hvd
-from hvdloss.control.period import SyncPeriod
-from hvdloss.control.weights import ImportanceWeights
 from hvdloss.errors import ConfigError, ShapeError
-from hvdloss.numpy_ops import NumpyOps
+from hvdloss.losses.numpy_ops import NumpyOps
 from hvdloss.terms import CommunicationCost, DataSkew
+from hvdloss.terms.policies.period import SyncPeriod
+from hvdloss.terms.policies.weights import ImportanceWeights
 from hvdloss.torch.ops import TorchOps
 
 D = torch.float64

@@ -7,7 +7,7 @@ import torch
 
 import hvdloss
 import hvdloss.torch as hvd
-from hvdloss.control import BatchShares, ImportanceWeights, OuterStep, SyncPeriod
+from hvdloss.terms.policies import BatchShares, ImportanceWeights, OuterStep, SyncPeriod
 
 
 @pytest.fixture(autouse=True)

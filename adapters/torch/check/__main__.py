@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import torch
+from hvdloss.comm.world import launcher_rank
 from hvdloss.torch.check.recorder import Enough, Recorder
-from hvdloss.world import launcher_rank
 
 
 def main() -> None:

@@ -29,8 +29,8 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 from hvdloss import watch
+from hvdloss.comm.single import Adasum, Average, HorovodInternalError, Max, Min, Product, Sum  # noqa: F401
 from hvdloss.errors import ConfigError, UsageError
-from hvdloss.single import Adasum, Average, HorovodInternalError, Max, Min, Product, Sum  # noqa: F401
 from hvdloss.torch import _single, blocking
 from hvdloss.torch._single import Compression
 from hvdloss.torch.engines import exchanges

@@ -8,8 +8,8 @@ import numpy as np
 
 import torch
 import torch.distributed as dist
+from hvdloss.comm.single import Adasum, Average, Max, Min, Product, Sum
 from hvdloss.errors import UsageError
-from hvdloss.single import Adasum, Average, Max, Min, Product, Sum
 from hvdloss.torch.engines.lanes import Lane, Steps
 
 __all__ = [

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from hvdloss.communicator import group_ranks
+from hvdloss.comm.communicator import group_ranks
 from hvdloss.torch._backend import hvd
 from hvdloss.torch.waiting import raise_root_cause, wait
 
@@ -14,7 +14,7 @@ __all__ = ["EngineGroup", "EngineWork"]
 
 
 class EngineWork:
-    """An exchange that is under way; see :class:`hvdloss.engine.Work`.
+    """An exchange that is under way; see :class:`hvdloss.comm.engine.Work`.
 
     Args:
         handle: of the engine's.
@@ -35,7 +35,7 @@ class EngineWork:
 
 
 class EngineGroup:
-    """The ranks of a process set; see :class:`hvdloss.engine.Group`.
+    """The ranks of a process set; see :class:`hvdloss.comm.engine.Group`.
 
     Args:
         process_set: None for all ranks.
@@ -79,7 +79,7 @@ class EngineGroup:
         return self._start(hvd.allgather_async, name, tensor)
 
     def all_to_all(self, tensor: torch.Tensor, name: str, splits: Sequence[int] | None = None) -> EngineWork:
-        """Start sending ``splits[k]`` rows to rank k; see :class:`hvdloss.engine.Group`."""
+        """Start sending ``splits[k]`` rows to rank k; see :class:`hvdloss.comm.engine.Group`."""
         if splits is None:
             return self._start(hvd.alltoall_async, name, tensor)
         return self._start(hvd.alltoall_async, name, tensor, torch.tensor(splits, dtype=torch.int32))

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from hvdloss import watch
+from hvdloss.comm.single import HorovodInternalError
 from hvdloss.errors import UsageError
-from hvdloss.single import HorovodInternalError
 from hvdloss.watch import process
 
 __all__ = ["Call", "Lane", "Links", "Steps"]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from hvdloss.collectives import auto_name, resolve_group
+from hvdloss.comm.collectives import auto_name, resolve_group
 from hvdloss.errors import ShapeError
 from hvdloss.split.parts import Cut, row_chunks
 from hvdloss.torch._backend import hvd

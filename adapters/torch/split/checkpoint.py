@@ -8,7 +8,7 @@ import math
 from typing import Any
 
 import torch
-from hvdloss.messages import decode_all
+from hvdloss.comm.messages import decode_all
 from hvdloss.split.parts import Cut, row_chunks
 from hvdloss.torch.collectives import all_gather, broadcast
 from hvdloss.torch.ops import communicator_of

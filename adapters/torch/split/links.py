@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from hvdloss.collectives import GroupContext, resolve_group
-from hvdloss.messages import decode_errors
-from hvdloss.reduction import TENSOR_FIELDS
+from hvdloss.comm.collectives import GroupContext, resolve_group
+from hvdloss.comm.messages import decode_errors
+from hvdloss.losses.reduction import TENSOR_FIELDS
 from hvdloss.split.messages import HEADER_BYTES, ROW_BYTES, TensorKind, read_header, write_header
 from hvdloss.torch._backend import hvd
 from hvdloss.torch.waiting import wait

@@ -13,10 +13,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from hvdloss import world
+from hvdloss.comm import world
+from hvdloss.comm.messages import decode_all
 from hvdloss.errors import AgreementError, ConfigError, ShapeError, UsageError
-from hvdloss.messages import decode_all
-from hvdloss.reduction import TENSOR_FIELDS, Contribution
+from hvdloss.losses.reduction import TENSOR_FIELDS, Contribution
 from hvdloss.split.grid import Grid
 from hvdloss.split.parts import Parts
 from hvdloss.split.schedule import Pass, bubble_fraction, schedule_named

@@ -27,9 +27,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from hvdloss._util.private import make_folder, open_private
 from hvdloss.cli.errors import Exit, InstallError
-from hvdloss.messages import parse_json
-from hvdloss.private import make_folder, open_private
+from hvdloss.comm.messages import parse_json
 
 #: A build with both frameworks took 60 MB, its tools 20 MB; the rest is the compilers' own.
 BUILD_BYTES = 600 * 2**20
