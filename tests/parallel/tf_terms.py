@@ -300,7 +300,7 @@ def case_terms_without_a_price_or_act_change_nothing():
 
     found = []
     for function, terms in itertools.product((False, True), (False, True)):
-        tape._exchanges.clear()  # or the second would begin with the weights that the first ended with
+        tape._reducers.clear()  # or the second would begin with the weights that the first ended with
         made = (hvdloss.CommunicationCost(), hvdloss.DataSkew(classes=CLASSES))
         objective = hvd.Objective("cross_entropy", terms=made if terms else ())
         net = network(15)
