@@ -310,7 +310,7 @@ class Objective(ObjectiveBase[torch.Tensor]):
             self._set_mask(holder, losses, given, weight, class_axis)
         if self.ahead is not None:
             return self.ahead.loss(part, self.reduction, total)
-        return self._notifying_loss(part, penalty, term_sums)
+        return self.notifying_loss(part, penalty, term_sums)
 
     def _measure_global(
         self, prediction: Any, target: Any, weight: Any, keys: Any, total: Any
@@ -334,9 +334,9 @@ class Objective(ObjectiveBase[torch.Tensor]):
         if weight is not None and isinstance(given, torch.Tensor):
             classes = self.global_loss is not None and self.global_loss.classes
             self._set_mask(holder, weight, given, weight, _OPS.class_axis(given) if classes else None)
-        return self._notifying_loss(part, penalty, term_sums)
+        return self.notifying_loss(part, penalty, term_sums)
 
-    def _notifying_loss(self, part: Contribution, penalty: Any, term_sums: list[Any]) -> torch.Tensor:
+    def notifying_loss(self, part: Contribution, penalty: Any, term_sums: list[Any]) -> torch.Tensor:
         """Return the local loss, whose backward pass notifies the listeners of its ledger row."""
         loss = part.mean(_OPS)
         if self.ahead is not None:  # of all ranks' elements, whose parts may be averaged as they are

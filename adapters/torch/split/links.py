@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 from hvdloss.comm.collectives import GroupContext, resolve_group
+from hvdloss.comm.engine import Work
 from hvdloss.comm.messages import decode_errors
 from hvdloss.losses.reduction import TENSOR_FIELDS
 from hvdloss.split.messages import HEADER_BYTES, ROW_BYTES, TensorKind, read_header, write_header
 from hvdloss.torch._backend import hvd
-from hvdloss.torch.waiting import wait
+from hvdloss.torch.engines.group import EngineGroup
 
 __all__ = ["Activations", "Channel", "Gradients", "Traffic"]
 
@@ -45,38 +46,36 @@ class Channel:
     def __init__(self, pair: Any, forward: bool, name: str, device: torch.device, traffic: Traffic) -> None:
         group, rank, size = resolve_group(hvd, pair, "Pipeline")
         self.device, self._traffic = device, traffic
-        self._at = GroupContext(name, group, rank, size)
-        self.source = self._at.global_rank(0 if forward else 1)
-        # In an order of their own, for engines that match by order; Horovod matches by name.
-        self._lane = group.lane() if hasattr(group, "lane") else group
-        self._sent: deque[tuple[Any, str]] = deque()
+        self._name = name
+        self._group = EngineGroup(group, own_order=True)
+        self.source = GroupContext(name, group, rank, size).global_rank(0 if forward else 1)
+        self._sent: deque[Work] = deque()
         # Both ranks are here: an engine that connects them when they first talk does it now.
         for one in [torch.device("cpu")] + [device] * (device.type != "cpu"):
-            name = f"open.{one.type}"
-            self.wait(self.start(torch.zeros(1, dtype=torch.uint8, device=one), name), name)
+            self.wait(self.start(torch.zeros(1, dtype=torch.uint8, device=one), f"open.{one.type}"))
 
-    def start(self, data: torch.Tensor, name: str) -> Any:
+    def start(self, data: torch.Tensor, name: str) -> Work:
         """Send, or receive in place, bytes; return what to wait for."""
         self._traffic.messages += 1
         self._traffic.bytes += len(data)
-        return hvd.broadcast_async_(data, self.source, name=f"{self._at.name}.{name}", process_set=self._lane)
+        return self._group.broadcast(data, self.source, f"{self._name}.{name}", in_place=True)
 
     def send(self, data: torch.Tensor, name: str) -> None:
         """Start sending bytes, if there are any; let go of those that have arrived."""
-        while self._sent and hvd.poll(self._sent[0][0]):
-            self.wait(*self._sent.popleft())
+        while self._sent and self._sent[0].done():
+            self.wait(self._sent.popleft())
         if len(data):
-            self._sent.append((self.start(data, name), name))
+            self._sent.append(self.start(data, name))
 
     def flush(self) -> None:
         """Wait until all are sent."""
         while self._sent:
-            self.wait(*self._sent.popleft())
+            self.wait(self._sent.popleft())
 
-    def wait(self, handle: Any, name: str) -> torch.Tensor:
+    def wait(self, work: Work) -> torch.Tensor:
         """Return what came, or was sent."""
         began = time.perf_counter()
-        out: torch.Tensor = wait(handle, f"{self._at.name}.{name}", self._at.process_set)
+        out: torch.Tensor = work.wait()
         self._traffic.waited += time.perf_counter() - began
         return out
 
@@ -125,8 +124,8 @@ class Activations:
         self._channel = channel
         self._room = 0  # bytes of the one before: equal on both ranks
         self._number = 0
-        self._first: Any = None  # of the expected message, until it is read
-        self._rest: Any = None
+        self._first: Work | None = None  # of the expected message, until it is read
+        self._rest: Work | None = None
         self._kinds: list[TensorKind] = []
         self._layout = _Layout([], 0)
         self._data = torch.empty(0, dtype=torch.uint8, device=channel.device)
@@ -157,11 +156,12 @@ class Activations:
 
     def advance(self) -> None:
         """Be ready for what is more, if the first message is here."""
-        if self._first is not None and hvd.poll(self._first):
+        if self._first is not None and self._first.done():
             self._read_first()
 
     def _read_first(self) -> None:
-        first = self._channel.wait(self._first, f"{self._number}")
+        assert self._first is not None
+        first = self._channel.wait(self._first)
         self._first = self._rest = None
         self._kinds = read_header(first[:HEADER_BYTES].cpu().numpy().tobytes(), self._channel.source)
         self._layout = _Layout(self._kinds, self._channel.source)
@@ -178,7 +178,7 @@ class Activations:
             self._read_first()
         data = self._data
         if self._rest is not None:
-            data = torch.cat([data, self._channel.wait(self._rest, f"{self._number}.rest")])
+            data = torch.cat([data, self._channel.wait(self._rest)])
         return tuple(
             tensor.requires_grad_(kind.differentiable)
             for tensor, kind in zip(self._layout.unpacked(data), self._kinds, strict=True)
@@ -190,7 +190,7 @@ class Gradients:
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
-        self._expected: deque[tuple[Any, str, _Layout]] = deque()
+        self._expected: deque[tuple[Work, _Layout]] = deque()
 
     def send(self, number: int, inputs: Sequence[torch.Tensor], row: torch.Tensor) -> None:
         """Start sending the gradients of a micro-batch's inputs."""
@@ -206,10 +206,10 @@ class Gradients:
         layout = _Layout([row, *(_kind(t) for t in outputs if t.requires_grad)], self._channel.source)
         assert layout.sizes[0] == ROW_BYTES
         data = torch.empty(sum(layout.sizes), dtype=torch.uint8, device=self._channel.device)
-        self._expected.append((self._channel.start(data, f"{number}"), f"{number}", layout))
+        self._expected.append((self._channel.start(data, f"{number}"), layout))
 
     def take(self) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Return what the loss was made of, and the gradients of the outputs that require one."""
-        handle, name, layout = self._expected.popleft()
-        row, *gradients = layout.unpacked(self._channel.wait(handle, name))
+        work, layout = self._expected.popleft()
+        row, *gradients = layout.unpacked(self._channel.wait(work))
         return row, gradients

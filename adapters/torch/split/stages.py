@@ -381,7 +381,7 @@ class Pipeline:
             return
         numerator = _Relayed.apply(row, gradients, *outputs)
         part = Contribution(numerator, row[1], row[2], row[3], row[5], row[6], fault=row[7])
-        self.objective._notifying_loss(part, None, []).backward()
+        self.objective.notifying_loss(part, None, []).backward()
 
     def _end(self, began: float, count: int) -> None:
         for channel in self._channels:
