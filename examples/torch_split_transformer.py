@@ -23,7 +23,6 @@ from torch import nn
 
 import hvdloss.torch as hvd
 from _common import EXACT, ONE, Shards, at_least, options, recorder, relative, split, told_by_all
-from _torch import DTYPES, flat
 from hvdloss.torch.ops import communicator_of
 
 SEED = 0
@@ -89,7 +88,7 @@ def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
 def train(args: argparse.Namespace, groups: hvd.Grid, data: Data, each: Callable[..., None]) -> nn.Module:
     """Train this rank's stage on its replica's lines. But for `each`, this is all one has to write."""
     torch.manual_seed(SEED)  # on all ranks alike: nothing needs to be broadcast
-    stage = hvd.pipeline_stage(layers(groups), groups).to(DTYPES[args.dtype])
+    stage = hvd.pipeline_stage(layers(groups), groups).to(getattr(torch, args.dtype))
     objective = hvd.Objective(losses)
     pipeline = hvd.Pipeline(stage, objective, groups, schedule=args.schedule)
     optimizer = hvd.DistributedOptimizer(
@@ -113,7 +112,7 @@ def train(args: argparse.Namespace, groups: hvd.Grid, data: Data, each: Callable
 def train_alone(args: argparse.Namespace, data: Data, each: Callable[[float], None]) -> nn.Module:
     """Train an ordinary model in this process, on all replicas' lines of each step."""
     torch.manual_seed(SEED)
-    model = nn.Sequential(*(make() for make in layers())).to(DTYPES[args.dtype])
+    model = nn.Sequential(*(make() for make in layers())).to(getattr(torch, args.dtype))
     optimizer = make_optimizer(model)
     for epoch in range(args.epochs):
         for step in range(data.shards.steps):
@@ -125,6 +124,11 @@ def train_alone(args: argparse.Namespace, data: Data, each: Callable[[float], No
     return model
 
 
+def flat(model: nn.Module) -> np.ndarray:
+    """Return a model's parameters side by side."""
+    return torch.nn.utils.parameters_to_vector(model.parameters()).detach().double().numpy()
+
+
 class Data:
     """Lines of Python's library, and which replica brings which of them to a step."""
 
@@ -134,7 +138,7 @@ class Data:
         self.lines = [torch.tensor(list(line)) for line in lines]
         training, self.held_out = split(len(self.lines), SEED)
         self.shards = Shards(training, args.shares, replicas, args.batch, SEED)
-        self.micro, self.dtype = args.micro, DTYPES[args.dtype]
+        self.micro, self.dtype = args.micro, getattr(torch, args.dtype)
 
     def batch(self, index: Any) -> Batch:
         """Return lines as one batch: each byte, the next one, and weight 0 for what fills up short lines."""
@@ -187,7 +191,7 @@ def compare(args: argparse.Namespace) -> int:
     )
     status = 0
     if one is not None:
-        trained = nn.Sequential(*(make() for make in layers())).to(DTYPES[args.dtype])
+        trained = nn.Sequential(*(make() for make in layers())).to(getattr(torch, args.dtype))
         with torch.no_grad():
             untrained = data.mean(trained, data.held_out).item()
             trained.load_state_dict(whole)  # an ordinary model's
@@ -199,7 +203,7 @@ def compare(args: argparse.Namespace) -> int:
             "steps": len(ours),
             "seconds": seconds,
             "loss_error": max(abs(a / b - 1) for a, b in zip(ours, alone, strict=True)),
-            "parameter_error": relative(flat(trained.parameters()), flat(one.parameters())),
+            "parameter_error": relative(flat(trained), flat(one)),
             "held_out": {"untrained": untrained, EXACT: held_out[0], ONE: held_out[1]},
             "parameters": sum(p.numel() for p in one.parameters()),
             "ranks": told,
