@@ -12,6 +12,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -152,7 +153,7 @@ class Setup:
     def __init__(self, command: str, log: Path) -> None:
         self._log = log
         with log.open("w") as out:
-            self._child = subprocess.Popen(command, shell=True, stdout=out, stderr=out)
+            self._child = subprocess.Popen(shlex.split(command), stdout=out, stderr=out)
         try:
             self._child.wait(timeout=2)
         except subprocess.TimeoutExpired:

@@ -9,6 +9,7 @@ one process with ordinary layers; compares every step's loss, and what was learn
 from __future__ import annotations
 
 import argparse
+import importlib
 import inspect
 import json
 import sys
@@ -133,7 +134,7 @@ class Data:
     """Lines of Python's library, and which replica brings which of them to a step."""
 
     def __init__(self, args: argparse.Namespace, replicas: int) -> None:
-        text = "\n".join(inspect.getsource(__import__(name, fromlist=["x"])) for name in MODULES)
+        text = "\n".join(inspect.getsource(importlib.import_module(name)) for name in MODULES)
         lines = [line.encode()[: LENGTH + 1] for line in text.splitlines() if len(line.strip()) >= 8]
         self.lines = [torch.tensor(list(line)) for line in lines]
         training, self.held_out = split(len(self.lines), SEED)

@@ -299,6 +299,6 @@ def test_the_demo_names_the_way_out_where_horovodrun_is_missing(demo, monkeypatc
 
 
 def test_the_demo_shows_why_an_installation_failed(demo, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [*sys.argv, "--setup", "echo no compiler; exit 3"])
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--setup", "sh -c 'echo no compiler; exit 3'"])
     assert demo.main() == 1
     assert "no compiler" in capsys.readouterr().err
