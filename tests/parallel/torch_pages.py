@@ -8,6 +8,7 @@ import tempfile
 from torch_support import before_case  # noqa: F401 - called before every case
 
 import hvdloss.torch as hvd  # the runner takes it from here
+from hvdloss.split import grid
 from tests.docs import pages
 from tests.ranks import needs
 
@@ -53,6 +54,8 @@ def case_slow_networks():
 
 def case_split_models():
     run("split-models")
+    for process_set in list(grid._sets.values()):  # which the page's grid keeps, as a script's does
+        hvd.remove_process_set(process_set)
 
 
 def case_resuming():
