@@ -54,4 +54,4 @@ class driver:
         return self.model.optimizer.last_step
 
     def gather(self, array):
-        return np.asarray(hvd.allgather(tf.constant(array)[None]))
+        return np.asarray(hvd.allgather(tf.constant(array)[None], name="laws.gather"))

@@ -70,4 +70,4 @@ class driver:
         return self.objective.last_step
 
     def gather(self, array):
-        return hvd.allgather(tf.constant(array)[None]).numpy()
+        return hvd.allgather(tf.constant(array)[None], name="laws.gather").numpy()
