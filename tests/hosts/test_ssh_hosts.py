@@ -12,7 +12,6 @@ import fcntl
 import importlib.util
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -364,36 +363,25 @@ def test_a_killed_host_comes_back_and_no_row_is_lost(tmp_path: Path, record_prop
     )
 
 
-@pytest.mark.parametrize("comes_back", [False, True], ids=["given up", "comes back before"])
-def test_a_rank_that_is_stopped_alone_on_its_host_does_not_hold_the_others_up(comes_back, tmp_path) -> None:
-    """Nobody on its host can end it: the launcher gives the host up, which is there again after a while."""
+def test_a_rank_that_is_stopped_alone_on_its_host_does_not_hold_the_others_up(tmp_path) -> None:
+    """Its host's agent ends it, as no other rank there could, and the others go on."""
     table = rows(tmp_path)
     with SshHosts(3) as hosts:
-        job = launch_elastic(hosts, tmp_path, patience_s=90 if comes_back else 15)
+        job = launch_elastic(hosts, tmp_path, patience_s=90)
         (stopped,) = [
             pid
             for pid, line in hosts.processes(1).items()
             if line.startswith(f"{sys.executable} {ELASTIC_JOB}")
         ]
         os.kill(stopped, signal.SIGSTOP)
-        if comes_back:
-            until = time.monotonic() + MARGIN_S
-            while len(list(tmp_path.glob("error-*"))) < 2:
-                assert time.monotonic() < until, "the others do not know"
-                time.sleep(0.1)
-        else:
-            wait_for(tmp_path / "went-on", job)
-        (tmp_path / "go-on").touch()
-        os.kill(stopped, signal.SIGCONT)  # it must not take the place of the one that comes after it
         until = time.monotonic() + ELASTIC_TIMEOUT_S + MARGIN_S
         while stopped in hosts.processes(1):
-            assert time.monotonic() < until, "it still runs"
+            assert time.monotonic() < until, "nobody ended it"
             time.sleep(0.1)
+        wait_for(tmp_path / "went-on", job)
+        (tmp_path / "go-on").touch()
         assert job.wait(150) == 0, job.output[-6000:]
-        gave_up = "host1[0] has neither ended nor begun again in 15 seconds (--elastic-timeout)" in job.output
-        assert gave_up != comes_back
-        told = re.search(r"rank \d was silent for more than 4 s", job.output)
-        assert bool(told) == comes_back  # else there is nobody to hear it
+        assert "has neither ended nor begun again" not in job.output  # the launcher saw it end
         check_nothing_runs(hosts)
     trained(tmp_path, table)
 
