@@ -151,14 +151,8 @@ class OtherObjectives:
         return None
 
 
-class _Together:
-    """The optimizers to which the backward pass under way belongs: it goes through their objectives."""
-
-    def __init__(self) -> None:
-        self.members: set[int] = set()
-
-
-_now: _Together | None = None
+# The optimizers (by identity) to which the backward pass under way belongs: it goes through their objectives.
+_now: set[int] | None = None
 
 
 class PassCollector:
@@ -197,7 +191,7 @@ class PassCollector:
         self.overlap = True  # whether this step's buckets may be reduced before its last pass is over
         self._looked = False  # for parameters that no optimizer has
         self._others = OtherObjectives()
-        self._together = _Together()
+        self._together: set[int] = set()  # those of the pass under way
         self.current: BackwardPass | None = None
 
     def begin_step(self) -> None:
@@ -223,7 +217,7 @@ class PassCollector:
                 self._looked = True
                 if alone := not_reduced(graph):
                     warnings.warn(alone_warning(alone), stacklevel=2)
-        self._together.members.add(id(self))
+        self._together.add(id(self))
         current.enter(row, gradient)
 
     def on_foreign_backward(self, name: str, graph: Any) -> None:
@@ -322,7 +316,7 @@ class PassCollector:
         self._hooks.adopt()
         phase.to(Event.BEGIN_PASS)
         if _now is None:
-            _now = _Together()
+            _now = set()
         self._together = _now
         several = self.losses is not None
         self.current = BackwardPass(self._objective, self._state.scale, phase.passes, several)
@@ -352,7 +346,8 @@ class PassCollector:
                 self.losses.end_pass(counted=False)
             state.phase.to(Event.MISS_PASS)
             return
-        state.refuse(self._others.refused(self._objective.name, {id(p) for p in self._parameters.all()}))
+        if self._others:
+            state.refuse(self._others.refused(self._objective.name, set(map(id, self._parameters.all()))))
         if self.losses is not None:
             self.losses.end_pass(bool(current.rows), self._unplanned())
         untracked = current.is_untracked()
@@ -366,7 +361,7 @@ class PassCollector:
             return
         current.add_to(state.sums)
         if state.phase.complete and not state.sums.untracked:
-            self._completed(len(self._together.members) == 1)
+            self._completed(len(self._together) == 1)
 
     def _unplanned(self) -> dict[int, torch.nn.Parameter]:
         """Return the parameters that have a gradient of this pass, by place, while there is no plan."""

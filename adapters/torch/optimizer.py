@@ -221,7 +221,7 @@ class _Exact:
     def _step_supports_amp_scaling(self) -> bool:
         # GradScaler.step asks this before it looks at the gradients. They must be the reduced ones by
         # then, or ranks would disagree on whether to skip the step.
-        if self._hvdloss.objective.nonfinite == "drop":
+        if self._hvdloss.state.drops:
             raise ConfigError(
                 'nonfinite="drop" with a GradScaler: it must see that a gradient is infinite, or its scale '
                 'would stay too large and that rank be dropped in every step; choose "skip" or "raise", '

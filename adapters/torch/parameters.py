@@ -20,6 +20,9 @@ class OptimizerParameters:
         optimizer: held weakly.
         named: ``(name, parameter)`` pairs of at least the optimizer's, or None.
 
+    Attributes:
+        frozen: those that required no gradient when hooks were set.
+
     Raises:
         ConfigError: other pairs.
     """
@@ -32,7 +35,7 @@ class OptimizerParameters:
         self._optimizer = weakref.ref(optimizer)
         self._on_gradient: Callable[[torch.nn.Parameter], None] | None = None
         self._hooks: dict[int, Any] = {}
-        self._frozen: list[torch.nn.Parameter] = []
+        self.frozen: list[torch.nn.Parameter] = []
         own = self._numbered(optimizer)
         self._names = own if named is None else _named(own, list(named))
 
@@ -71,7 +74,7 @@ class OptimizerParameters:
             self._names.setdefault(key, name)
 
     def device(self) -> torch.device:
-        """Return where small messages comm_stats: the same kind of device on all ranks."""
+        """Return where small messages travel: the same kind of device on all ranks."""
         devices = (p.device for p in self.all())
         return next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
 
@@ -92,7 +95,7 @@ class OptimizerParameters:
         for p in parameters:
             if p.requires_grad and id(p) not in self._hooks:
                 self._hooks[id(p)] = p.register_post_accumulate_grad_hook(on_gradient)
-        self._frozen = [p for p in parameters if id(p) not in self._hooks]
+        self.frozen = [p for p in parameters if id(p) not in self._hooks]
         mark_reduced(parameters)
 
     def remove_hooks(self) -> None:
@@ -104,14 +107,9 @@ class OptimizerParameters:
         """Return whether its gradient travels."""
         return id(p) in self._hooks
 
-    @property
-    def frozen(self) -> list[torch.nn.Parameter]:
-        """Those that required no gradient when hooks were set."""
-        return self._frozen
-
     def unfrozen(self) -> bool:
         """Return whether one is to be trained now that was frozen before."""
-        return any(p.requires_grad for p in self._frozen)
+        return any(p.requires_grad for p in self.frozen)
 
 
 def _named(own: dict[int, str], named: list[Any]) -> dict[int, str]:

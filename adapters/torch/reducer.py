@@ -1,4 +1,4 @@
-"""How an optimizer's gradients comm_stats: the plan, its buckets, and what they hold."""
+"""How an optimizer's gradients travel: the plan, its buckets, and what they hold."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from hvdloss.torch.compression import Compression
 from hvdloss.torch.engines.group import EngineGroup
 from hvdloss.torch.parameters import OptimizerParameters
 
-__all__ = ["GradientReducer", "Options", "any_of"]
+__all__ = ["GradientReducer", "Options"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How an optimizer's gradients comm_stats, as it was told.
+    """How an optimizer's gradients travel, as it was told.
 
     Attributes: see :func:`hvdloss.torch.DistributedOptimizer`.
     """
@@ -45,7 +45,7 @@ class Options:
     tuning: Tuning
 
 
-def any_of(found: list[Any]) -> Any:
+def _any_of(found: list[Any]) -> Any:
     """Return above 0 if any of these bools is True: a number, or a tensor where there are tensors."""
     waiting = [one for one in found if isinstance(one, torch.Tensor)]
     here = float(any(one for one in found if not isinstance(one, torch.Tensor)))
@@ -87,7 +87,7 @@ class UnplannedGradients:
     def nonfinite(self, parameters: Sequence[torch.nn.Parameter], wire: Wire) -> Any:
         """Return above 0 if a gradient is NaN, infinite, or too large to be summed."""
         grads = [*self.held.values(), *(p.grad for p in parameters if p.grad is not None)]
-        return any_of(
+        return _any_of(
             [
                 beyond(
                     (g if g.layout is torch.strided else g.coalesce().values()).detach().reshape(-1),
@@ -115,6 +115,7 @@ class GradientReducer:
         slots: by ``id`` of a parameter, its bucket and its place there.
         unplanned: what a step holds before there is a plan.
         planned: whether there is one.
+        ledgers_moved: whether gradients can no longer travel as planned, since compression changed.
     """
 
     def __init__(self, parameters: OptimizerParameters, options: Options, name: str) -> None:
@@ -134,7 +135,7 @@ class GradientReducer:
         self.unplanned = UnplannedGradients()
         self.planned = False
         self._densified: list[torch.nn.Parameter] = []
-        self._ledgers_moved = False
+        self.ledgers_moved = False
         self._planned_for: tuple[int, list[Any]] = (0, [])
 
     def is_outdated(self) -> bool:
@@ -155,12 +156,7 @@ class GradientReducer:
         if wanted is not self._compression:
             self._compression = wanted
             self.wire = Wire(self._group, wanted)
-            self._ledgers_moved = not self._ledgers_moved  # where they travel depends on it
-
-    @property
-    def ledgers_moved(self) -> bool:
-        """Whether gradients can no longer travel as planned, since compression changed."""
-        return self._ledgers_moved
+            self.ledgers_moved = not self.ledgers_moved  # where they travel depends on it
 
     def _all(self) -> Iterator[FlatBucket | LoneGradient | SparseSlot]:
         yield from self.buckets
@@ -229,7 +225,7 @@ class GradientReducer:
         """Return above 0 if a gradient of this rank is NaN, infinite or too large: a number, or a tensor."""
         if not self.planned:
             return self.unplanned.nonfinite(self._parameters.all(), self.wire)
-        return any_of([slot.bad for slot in self._all()])
+        return _any_of([slot.bad for slot in self._all()])
 
     def launch(self, leftover: Any) -> None:
         """Start every reduction that has not started, but the ledgers', whose bucket is completed."""

@@ -321,7 +321,7 @@ class ExactStep:
         self.ledgers.send(own, torch.tensor(there, dtype=torch.float64), self.reducer.ledger_bucket)
 
     def _device(self) -> torch.device:
-        """Return where ledgers comm_stats: the same kind of device on all ranks, with a batch or without."""
+        """Return where ledgers travel: the same kind of device on all ranks, with a batch or without."""
         bucket = self.reducer.ledger_bucket
         return self.parameters.device() if bucket is None else bucket.flat.device
 
@@ -404,7 +404,8 @@ class ExactStep:
             reducer.finish(denominator)
         step = state.log.steps + 1
         if state.conclude(ledgers, reducer.exceeds):
-            self._close(step, reducer.travelled(self.message_counts()["messages"]))
+            assert self._judged is not None
+            self._close(*self._judged, step, reducer.travelled(self.message_counts()["messages"]))
         else:  # a step that terms do not see
             state.log.keep(ledgers, step)
         self._publish(differ=ledgers.differs("hooks"))
@@ -413,10 +414,8 @@ class ExactStep:
         self._measure(ledgers)
         state.agree_on_factor(ledgers)
 
-    def _close(self, step: int, comm_stats: CommStats) -> None:
-        """Let the terms look at a finished step, and keep it."""
-        assert self._judged is not None
-        ledgers, told = self._judged
+    def _close(self, ledgers: Ledgers, told: np.ndarray, step: int, comm_stats: CommStats) -> None:
+        """Let the terms look at a finished step, and keep it; `told` is what they told, by rank."""
         if self.controller.terms:
             table = np.hstack([ledgers.rows, told])
             self.controller.on_step_end(step, table, comm_stats, self.objective.reduction)
@@ -542,20 +541,18 @@ class ExactStep:
             own = self._own_ledger(sums.row, sums.untracked, float(sums.nonfinite), drift_sqnorm=moved)
             message = self.ledgers.message()
             table = message.write(own)
-            told = self.ledgers.wire.send(table, f"{self.name}.stretch")
+            told_all = self.ledgers.wire.send(table, f"{self.name}.stretch")
             waits, comm_stats = local.send(flats, weight, self.reducer.wire)
             who = group_ranks(hvd, self.process_set)
             with watch.waiting(f"{self.name}.exchange.{state.log.steps}", who):
-                for wait in (told, *waits):
+                for wait in (told_all, *waits):
                     wait()
             try:
-                self._judged = self._check(message.read(table.cpu()), state.log.steps, gradients=True)
-                ledgers = self._judged[0]
+                ledgers, told = self._check(message.read(table.cpu()), state.log.steps, gradients=True)
                 total = ledgers.total("denominator")
                 if self.objective.reduction == "sum":
                     total = float(np.count_nonzero(ledgers.column("denominator") > 0))
-                self._close(state.log.steps, comm_stats)
-                self._judged = None
+                self._close(ledgers, told, state.log.steps, comm_stats)
             except BaseException:
                 local.restore_parameters()
                 raise

@@ -312,10 +312,6 @@ def epochs_table(record: Record) -> Table | None:
     )
 
 
-def _scalar(value: Any) -> float | None:
-    return float(value) if is_number(value) else None
-
-
 def table_of_runs(records: Sequence[Record]) -> Table:
     """Return several runs side by side."""
     columns = (

@@ -21,13 +21,14 @@ class StepLog:
         controller: of the objective's terms.
         reduction: of the objective.
         nonfinite: its policy.
-        choices: how gradients comm_stats, for the report.
+        choices: how gradients travel, for the report.
 
     Attributes:
         steps: finished steps, with local ones.
         samples: elements of all steps, with those before the checkpoint that training resumed from.
         skipped: steps that were not updated with.
         ledgers: of the last exchange; None before the first.
+        step: the number of the step that they are of.
         losses: of the last step, of several objectives by name.
         interest: in what single ranks did.
     """
@@ -42,7 +43,7 @@ class StepLog:
         self.losses: Mapping[str, LossReport] = {}
         self.interest = Interest()
         self._dropped: np.ndarray = np.zeros(0, dtype=np.int64)  # steps, by rank
-        self._step = 0  # that the ledgers are of
+        self.step = 0
         self._listeners: list[Callable[[StepReport], None]] = []
         self._pending = False  # whether listeners are to be told of it
 
@@ -50,7 +51,7 @@ class StepLog:
 
     def keep(self, ledgers: Ledgers, step: int) -> None:
         """Keep what a finished step came to."""
-        self.ledgers, self._step, self._pending = ledgers, step, True
+        self.ledgers, self.step, self._pending = ledgers, step, True
         self.samples += ledgers.elements
 
     def count_dropped(self, ledgers: Ledgers) -> None:
@@ -65,17 +66,12 @@ class StepLog:
         self.samples -= 0 if self.ledgers is None else self.ledgers.elements
         self._pending = False
 
-    @property
-    def step(self) -> int:
-        """The number of the step that the ledgers are of."""
-        return self._step
-
     def report(self) -> StepReport | None:
         """Return the report of the last exchange; None before the first."""
         if self.ledgers is None:
             return None
         return StepReport.of(
-            self._step,
+            self.step,
             self.ledgers,
             self._reduction,
             self._choices(),

@@ -89,11 +89,6 @@ class StepPhase:
         self._passes = passes
 
     @property
-    def in_backward(self) -> bool:
-        """Whether a backward pass is under way."""
-        return self.now in (Phase.BACKWARD, Phase.OVERLAPPING)
-
-    @property
     def launched(self) -> bool:
         """Whether reductions of this step are under way."""
         return self.now in (Phase.OVERLAPPING, Phase.REDUCING)

@@ -31,7 +31,7 @@ class StepState:
         reduction: of the objective.
         nonfinite: its policy.
         passes: the most backward passes that a step has.
-        choices: how gradients comm_stats, for the report.
+        choices: how gradients travel, for the report.
 
     Attributes:
         phase: where the step is.
@@ -160,7 +160,7 @@ class StepState:
         self.factor = common_factor(ledgers, self.factor)
 
     def take_outcome(self, changed: Callable[[], UsageError | None]) -> Outcome:
-        """Return what becomes of the update, once; take back a step whose update raises.
+        """Return what becomes of the update, once.
 
         Args:
             changed: gives the error of gradients that were changed on this rank and not on all. All ranks
@@ -168,7 +168,6 @@ class StepState:
 
         Raises:
             UsageError: that one.
-            NonFiniteGradientError: a gradient is NaN or infinite, and such a step is not to be skipped.
         """
         outcome, self.outcome = self.outcome, Outcome()
         if (error := changed()) is not None:

@@ -104,7 +104,7 @@ def test_passes_are_counted_and_only_those_that_reach_parameters(passes, data):
         step.check_pass(uncleared=False, counted=counted > 0)
         assert step.is_last == (counted + 1 == passes)
         step.to(Event.BEGIN_PASS)
-        assert step.in_backward
+        assert step.now is Phase.BACKWARD
         step.to(Event.END_PASS if reaches else Event.MISS_PASS)
         counted += reaches
         assert step.done == counted
